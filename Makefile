@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'dgpo needs Python 3.10 or later: make PYTHON=/path/to/python3.12 ...'; exit 1; }
 	$(call step,creating $(VENV) (10 s),test -x $(BIN)/python || $(PYTHON) -m venv $(VENV))
 	$(call step,installing the build tools (5 s),$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools)
-	$(call step,installing dgpo and the versions pinned in constraints.txt (1 to 4 minutes; 1.7 GB on disk),$(BIN)/python -m pip install --progress-bar off --constraint constraints.txt --no-build-isolation --editable '.[rewards$(comma)dev]')
+	$(call step,installing dgpo and the versions pinned in constraints.txt (1 to 4 minutes; 2.4 GB on disk),$(BIN)/python -m pip install --progress-bar off --constraint constraints.txt --no-build-isolation --editable '.[rewards$(comma)dev]')
 	@touch $(STAMP)
 
 # A run is never overwritten: an earlier one is kept beside it under a number, and the newest
