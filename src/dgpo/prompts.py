@@ -1,0 +1,162 @@
+"""Prompts: reading them from files, lists and datasets, and choosing those of an iteration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dgpo.errors import UserError
+from dgpo.registry import PROMPTS, nearest, resolve
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A caption and what else its row says (GenEval clauses, the text to be read, a seed, ...)."""
+
+    text: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def load_prompts(
+    source: str | Path | Sequence[str | dict[str, Any] | Prompt] | datasets.Dataset | None,
+) -> list[Prompt]:
+    """Read prompts.
+
+    Args:
+        source: a registered name (``pocket-geneval/train``), ``package.module:function`` that
+            returns rows, a ``.txt`` file (one prompt a line), a ``.jsonl`` file (an object a line
+            with ``"prompt"``; what else it has is metadata), or the rows themselves: strings,
+            dicts with ``"prompt"``, :class:`Prompt`, or a ``datasets.Dataset``. Blank lines are
+            skipped; a byte order mark and Windows line ends are understood.
+
+    Raises:
+        UserError: nothing there, no prompt in it, or a broken row (its line is named).
+    """
+    if source is None:
+        raise UserError(
+            "no prompts: set prompts.train in the recipe or give train_dataset; "
+            f"built-in sets: {', '.join(sorted(PROMPTS))}"
+        )
+    if isinstance(source, Path) or (isinstance(source, str) and _is_file(source)):
+        return _from_file(Path(source))
+    if isinstance(source, str):
+        rows: Iterable[Any] = resolve("prompts", source)()
+        return _from_rows(rows, source)
+    return _from_rows(source, "prompts")
+
+
+def _is_file(source: str) -> bool:
+    return source not in PROMPTS and (Path(source).is_file() or ":" not in source)
+
+
+def _from_file(path: Path) -> list[Prompt]:
+    if not path.is_file():
+        hint = nearest(str(path), PROMPTS)
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(
+            f"prompts {str(path)!r}: the file {what}{hint}; "
+            f"built-in sets: {', '.join(sorted(PROMPTS))}"
+        )
+    readers = {".txt": _text_row, ".jsonl": _json_row}
+    if path.suffix.lower() not in readers:
+        raise UserError(
+            f"prompts {path}: {path.suffix or 'no suffix'} is not a known kind; "
+            "give a .txt (one prompt a line) or a .jsonl (an object with 'prompt' a line)"
+        )
+    read = readers[path.suffix.lower()]
+    prompts = []
+    # split on newline bytes alone: str.splitlines would also cut at U+2028 inside a prompt
+    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
+        where = f"{path}, line {number}"
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 ({error.reason}); save it as UTF-8") from error
+        if line:
+            prompts.append(read(line, where))
+    if not prompts:
+        raise UserError(f"prompts {path}: the file is empty; it needs at least one prompt")
+    return prompts
+
+
+def _text_row(line: str, where: str) -> Prompt:
+    return Prompt(line)
+
+
+def _json_row(line: str, where: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(row, dict):
+        raise UserError(f'{where}: a row is an object such as {{"prompt": "a cat"}}, got {line}')
+    return _row(row, where)
+
+
+def _row(row: dict[str, Any], where: str) -> Prompt:
+    if "prompt" not in row:
+        keys = ", ".join(map(repr, row)) or "nothing"
+        raise UserError(f"{where}: no 'prompt' in the row, only {keys}")
+    text = row["prompt"]
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{where}: 'prompt' must be a text that is not empty, got {text!r}")
+    return Prompt(text, {key: value for key, value in row.items() if key != "prompt"})
+
+
+def _from_rows(rows: Iterable[Any], name: str) -> list[Prompt]:
+    prompts = []
+    for index, row in enumerate(rows):
+        where = f"{name}, row {index}"
+        if isinstance(row, Prompt):
+            prompts.append(row)
+        elif isinstance(row, dict):
+            prompts.append(_row(row, where))
+        else:
+            prompts.append(_row({"prompt": row}, where))
+    if not prompts:
+        raise UserError(f"{name}: no prompts; at least one is needed")
+    return prompts
+
+
+class PromptSampler:
+    """Chooses the prompts of each iteration: shuffled epochs without replacement.
+
+    The choice is a function of ``(seed, iteration)`` alone, so a run that goes on after a stop
+    needs no state to see the prompts it would have seen.
+
+    Args:
+        prompts: all of them.
+        per_iteration: how many an iteration takes (groups).
+        seed: of the shuffles; not negative.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], per_iteration: int, seed: int) -> None:
+        if not prompts:
+            raise UserError("no prompts to sample from")
+        self.prompts = prompts
+        self.per_iteration = per_iteration
+        self.seed = seed
+        self._orders: dict[int, np.ndarray] = {}
+
+    def at(self, iteration: int) -> list[Prompt]:
+        """The prompts of an iteration (counted from 0), ``per_iteration`` of them."""
+        first = iteration * self.per_iteration
+        places = range(first, first + self.per_iteration)
+        size = len(self.prompts)
+        return [self.prompts[self._order(place // size)[place % size]] for place in places]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+            # the epochs of one iteration are neighbours: older ones are not needed again
+            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = random.permutation(len(self.prompts))
+        return self._orders[epoch]

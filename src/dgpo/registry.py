@@ -1,0 +1,119 @@
+"""Names that recipes and commands may use, and where each one lives; nothing is imported for it.
+
+Everywhere a name is accepted, ``package.module:attribute`` and ``path/to/file.py:attribute`` are
+accepted too, so that an algorithm, reward or prompt set of the user's own needs no registration.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dgpo.errors import UserError
+
+ALGORITHMS: dict[str, str] = {"dgpo": "dgpo.algorithms.dgpo:DGPO"}
+REWARDS: dict[str, str] = {
+    "pocket_geneval": "dgpo.rewards.pocket:pocket_geneval",
+    "pocket_geneval_strict": "dgpo.rewards.pocket:pocket_geneval_strict",
+    "pocket_ocr": "dgpo.rewards.ocr:pocket_ocr",
+    "pocket_ocr_exact": "dgpo.rewards.ocr:pocket_ocr_exact",
+    "ocr": "dgpo.rewards.ocr:ocr",
+    "redness": "dgpo.rewards.stand_in:redness",
+    "brightness": "dgpo.rewards.stand_in:brightness",
+}
+BENCHMARKS: dict[str, str] = {
+    "pocket-geneval": "dgpo.evaluation.benchmarks:POCKET_GENEVAL",
+    "pocket-ocr": "dgpo.evaluation.benchmarks:POCKET_OCR",
+}
+MODELS: dict[str, str] = {"pocket": "dgpo.pocket:load_pocket"}
+PROMPTS: dict[str, str] = {
+    "pocket-geneval/train": "dgpo.pocket.prompts:train_prompts",
+    "pocket-geneval/test": "dgpo.pocket.prompts:test_prompts",
+    "pocket-ocr/train": "dgpo.pocket.signs:train_prompts",
+    "pocket-ocr/test": "dgpo.pocket.signs:test_prompts",
+}
+TABLES: dict[str, dict[str, str]] = {
+    "algorithm": ALGORITHMS,
+    "reward": REWARDS,
+    "benchmark": BENCHMARKS,
+    "model": MODELS,
+    "prompts": PROMPTS,
+}
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for the closest valid names, or nothing when none is close."""
+    close = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.55)
+    return f" (did you mean {' or '.join(repr(c) for c in close)}?)" if close else ""
+
+
+def known(kind: str, name: str) -> bool:
+    """Whether a name is registered, or has the form of a path to something of the user's own."""
+    return name in TABLES[kind] or ":" in name
+
+
+def unknown(kind: str, name: str) -> str:
+    """The message for a name that is neither: the nearest names, all names, and the way out."""
+    table = TABLES[kind]
+    return (
+        f"unknown {kind} {name!r}{nearest(name, table)}; built in: {', '.join(sorted(table))}; "
+        "or name your own as package.module:attribute or path/to/file.py:attribute"
+    )
+
+
+def resolve(kind: str, name: str) -> Any:
+    """The object behind a name; its module is imported only now.
+
+    Args:
+        kind: ``"algorithm"``, ``"reward"``, ``"benchmark"``, ``"model"`` or ``"prompts"``.
+        name: a registered name, ``package.module:attribute`` or ``path/to/file.py:attribute``.
+
+    Raises:
+        UserError: the name is unknown, or what it points at cannot be imported or is not there.
+    """
+    path = TABLES[kind].get(name, name)
+    where, colon, attribute = path.rpartition(":")
+    if not colon:
+        raise UserError(unknown(kind, name))
+    module = _from_file(kind, where) if where.endswith(".py") else _from_name(kind, name, where)
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            names = [n for n in vars(module) if not n.startswith("_")]
+            raise UserError(f"{kind} {name!r}: {where} has no {part!r}{nearest(part, names)}")
+        found = getattr(found, part)
+    return found
+
+
+def _from_name(kind: str, name: str, where: str) -> ModuleType:
+    try:
+        return importlib.import_module(where)
+    except ImportError as error:
+        # one line tells a misspelt module from a dependency that is not installed
+        raise UserError(f"{kind} {name!r}: importing {where} failed: {error}") from error
+
+
+def _from_file(kind: str, where: str) -> ModuleType:
+    file = Path(where).expanduser().resolve()
+    if not file.is_file():
+        raise UserError(f"{kind}: no file {where}")
+    name = f"dgpo_user_{file.stem}_{abs(hash(file)):x}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # registered first: dataclasses and pickling look their module up while it is executed
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
