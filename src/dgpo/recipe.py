@@ -1,0 +1,231 @@
+"""Recipes: every setting of a run, validated before any compute is spent."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from dgpo.algorithms.base import Algorithm
+from dgpo.errors import UserError
+from dgpo.recipe_errors import key_tree, problems, raise_problems
+from dgpo.recipe_files import apply_overrides, find_recipe, read_recipe
+from dgpo.recipe_sections import (
+    CheckpointSettings,
+    EmaSettings,
+    EvalSettings,
+    LoraSettings,
+    PromptSettings,
+    RolloutSettings,
+    RunSettings,
+    SampleSettings,
+    Section,
+    TrainSettings,
+)
+from dgpo.registry import ALGORITHMS, known, resolve, unknown
+
+_OWNED_CALL_KEYS = {
+    "guidance_scale": "rollout.guidance_scale",
+    "true_cfg_scale": "rollout.guidance_scale",
+    "num_inference_steps": "rollout.steps",
+    "sigmas": "rollout.steps",
+    "timesteps": "rollout.steps",
+    "prompt": "prompts.train",
+    "prompt_embeds": "prompts.train",
+    "num_images_per_prompt": "group_size",
+    "generator": "seed",
+    "latents": "seed",
+}
+
+
+def _algorithm(value: Any) -> Any:
+    """An algorithm from ``{name: ..., settings}``; its own problems are handed on one by one."""
+    if isinstance(value, Algorithm):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping):
+        _fail([f"algorithm = {value!r:.80}: should hold a name and settings"])
+    settings = {str(key): setting for key, setting in value.items()}
+    name = settings.pop("name", "dgpo")
+    if not isinstance(name, str) or not known("algorithm", name):
+        _fail([f"algorithm.name: {unknown('algorithm', str(name))}"])
+    kind = resolve("algorithm", name)
+    if not (isinstance(kind, type) and issubclass(kind, Algorithm)):
+        _fail([f"algorithm.name = {name!r}: {kind!r:.80} is no dgpo.algorithms.base.Algorithm"])
+    try:
+        return kind(**settings)
+    except ValidationError as error:
+        valid = [*key_tree(Recipe), *key_tree(kind, "algorithm.")]
+        _fail(problems(error, valid, "algorithm."))
+
+
+def _fail(lines: list[str]) -> Any:
+    # braces: pydantic formats the message with the context
+    raise PydanticCustomError("problems", "see the list", {"lines": lines})
+
+
+def _algorithm_name(kind: type[Algorithm]) -> str:
+    """The name that finds this class again."""
+    if ALGORITHMS.get(kind.name) == f"{kind.__module__}:{kind.__qualname__}":
+        return kind.name
+    module = kind.__module__
+    if module.startswith("dgpo_user_"):  # it came from a file, not from the import path
+        module = str(sys.modules[module].__file__)
+    return f"{module}:{kind.__qualname__}"
+
+
+def _weight(value: float) -> float:
+    if value == 0:
+        raise ValueError("a weight of 0 rewards nothing: leave the line out, or list it in eval")
+    return value
+
+
+class Recipe(Section):
+    """Every setting of a run, immutable.
+
+    Build one from a file (:meth:`load`), from nested dicts (:meth:`from_dict`), or by keyword.
+    """
+
+    model: str = Field("pocket", min_length=1)
+    """``pocket``, a hub id, or a folder with a diffusers pipeline."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    algorithm: Annotated[SerializeAsAny[Algorithm], BeforeValidator(_algorithm)] = Field(
+        default_factory=lambda: _algorithm("dgpo")
+    )
+    rewards: dict[str, Annotated[float, AfterValidator(_weight)]] = Field(default_factory=dict)
+    prompts: PromptSettings = PromptSettings()
+    group_size: int = 16
+    """Images of one prompt that are compared with each other."""
+    groups_per_iteration: int = Field(8, ge=1)
+    rollout: RolloutSettings = RolloutSettings()
+    train: TrainSettings = TrainSettings()
+    lora: LoraSettings | None = LoraSettings()
+    """null: full fine-tuning of the denoiser."""
+    ema: EmaSettings = EmaSettings()
+    eval: EvalSettings = EvalSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    samples: SampleSettings = SampleSettings()
+    seed: int = Field(0, ge=0, lt=2**63)
+    run: RunSettings = RunSettings()
+
+    @field_validator("group_size")
+    @classmethod
+    def _a_group_compares(cls, value: int) -> int:
+        if value < 2:
+            raise ValueError(f"group_size = {value}: a group needs 2 or more images to compare")
+        return value
+
+    @model_validator(mode="after")
+    def _possible(self) -> Recipe:
+        lines = [*self._unknown_rewards(), *self._timesteps(), *self._conflicts()]
+        if lines:
+            _fail(lines)
+        return self
+
+    def _unknown_rewards(self) -> list[str]:
+        named = [("rewards", n) for n in self.rewards]
+        named += [("eval.metrics", n) for n in self.eval.metrics]
+        return [f"{key}: {unknown('reward', n)}" for key, n in named if not known("reward", n)]
+
+    def _timesteps(self) -> list[str]:
+        choice, steps = self.algorithm.timesteps, self.rollout.steps
+        # Heun evaluates twice a step but the last, PNDM once more in all
+        levels = {"heun": 2 * steps - 1, "pndm": steps + 1}.get(self.rollout.scheduler or "", steps)
+        if choice.indices is not None and choice.indices[1] >= levels:
+            return [
+                f"algorithm.timesteps.indices = {list(choice.indices)}: rollout.steps = {steps} "
+                f"has levels 0 to {levels - 1} only; lower the last index or raise rollout.steps"
+            ]
+        if choice.indices is None and choice.count > levels:
+            return [
+                f"algorithm.timesteps.count = {choice.count}: rollout.steps = {steps} has {levels} "
+                "levels; lower the count or raise rollout.steps"
+            ]
+        return []
+
+    def _conflicts(self) -> list[str]:
+        lines = [
+            f"rollout.call.{key}: the run sets it itself; use {_OWNED_CALL_KEYS[key]}"
+            for key in self.rollout.call
+            if key in _OWNED_CALL_KEYS
+        ]
+        steps = self.train.iterations
+        if self.train.optimizer_step == "timestep":
+            steps *= self.algorithm.timesteps.count
+        if self.train.warmup >= steps:
+            lines.append(
+                f"train.warmup = {self.train.warmup}: the run has only {steps} optimiser steps; "
+                "lower it or raise train.iterations"
+            )
+        return lines
+
+    @classmethod
+    def load(cls, path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a recipe file and apply overrides.
+
+        Args:
+            path_or_name: a file, or the name of a recipe in ``./recipes`` or in the package, with
+                or without ``.yaml``.
+            overrides: ``a.b=c``, the values in YAML.
+
+        Raises:
+            UserError: all that is wrong with it, with the keys, the values and what would work.
+        """
+        file = find_recipe(path_or_name)
+        data = apply_overrides(read_recipe(file), overrides)
+        run = data.get("run")
+        if run is None or (isinstance(run, dict) and "dir" not in run):
+            data = {**data, "run": {**(run or {}), "dir": f"runs/{file.stem}"}}
+        recipe = cls.from_dict(data, f"recipe {file}")
+        missing = []
+        if not recipe.rewards:
+            missing.append("rewards is missing: what shall be learned? e.g. {pocket_geneval: 1.0}")
+        if recipe.prompts.train is None:
+            missing.append("prompts.train is missing: a file or a set such as pocket-geneval/train")
+        raise_problems(missing, f"recipe {file}")
+        return recipe
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "recipe") -> Recipe:
+        """Validate nested dicts.
+
+        Raises:
+            UserError: all problems at once, each with its key, the value got and what would work.
+        """
+        if not isinstance(data, Mapping):
+            raise UserError(f"{where}: needs keys and values, got {data!r:.80}")
+        odd = [f"key {key!r} is no text" for key in data if not isinstance(key, str)]
+        raise_problems(odd, where)
+        try:
+            return cls.model_validate(dict(data))
+        except ValidationError as error:
+            raise_problems(problems(error, key_tree(cls)), where)
+            raise
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested data that :meth:`from_dict` reads back to an equal recipe."""
+        data = self.model_dump(mode="json")
+        name = _algorithm_name(type(self.algorithm))
+        return {**data, "algorithm": {"name": name, **data["algorithm"]}}
+
+    def to_yaml(self) -> str:
+        """The resolved recipe: every key, defaults included."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    @property
+    def images_per_iteration(self) -> int:
+        return self.group_size * self.groups_per_iteration

@@ -1,0 +1,117 @@
+"""Turns what pydantic found wrong in a recipe into lines that say how to put it right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from dgpo.errors import UserError
+
+SYNONYMS = {
+    "learning_rate": "lr",
+    "num_inference_steps": "steps",
+    "sampling_steps": "steps",
+    "num_steps": "steps",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "guidance": "guidance_scale",
+    "sampler": "scheduler",
+    "solver": "scheduler",
+    "num_generations": "group_size",
+    "num_image_per_prompt": "group_size",
+    "epochs": "iterations",
+    "num_epochs": "iterations",
+    "max_steps": "iterations",
+    "batch_size": "micro_batch",
+    "train_batch_size": "micro_batch",
+    "r": "rank",
+    "lora_rank": "rank",
+    "lora_alpha": "alpha",
+    "target_modules": "targets",
+    "max_norm": "max_grad_norm",
+    "grad_clip": "max_grad_norm",
+    "warmup_steps": "warmup",
+    "output_dir": "run.dir",
+    "reward": "rewards",
+    "reward_fn": "rewards",
+    "dataset": "prompts.train",
+    "clip_range": "clip",
+    "kl_weight": "kl",
+    "kl_beta": "kl",
+    "mixed_precision": "precision",
+    "dtype": "precision",
+}
+"""What other trainers call our keys; spelling alone would not find them."""
+
+
+def key_tree(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key below a model of settings."""
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        for part in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                keys += key_tree(part, f"{prefix}{name}.")
+    return keys
+
+
+def suggest_key(key: str, valid: Iterable[str]) -> str:
+    """`` (did you mean train.lr?)``: a key beside it first, then the same name elsewhere."""
+    valid = list(valid)
+    parent, _, leaf = key.rpartition(".")
+    prefix = parent + "." if parent else ""
+    beside = {k.removeprefix(prefix): k for k in valid if k.startswith(prefix)}
+    beside = {name: k for name, k in beside.items() if "." not in name}
+    by_leaf: dict[str, str] = {}
+    for k in valid:
+        by_leaf.setdefault(k.rpartition(".")[2], k)
+    other = SYNONYMS.get(leaf, leaf)
+    found = beside.get(other) or by_leaf.get(other) or (other if other in valid else None)
+    for names, cutoff in ((beside, 0.6), (by_leaf, 0.75)):
+        close = difflib.get_close_matches(leaf, names, n=1, cutoff=cutoff)
+        if found is None and close:
+            found = names[close[0]]
+    if found:
+        return f" (did you mean {found}?)"
+    return f" (keys there: {', '.join(sorted(beside))})" if beside else ""
+
+
+def problems(error: ValidationError, valid: Iterable[str], prefix: str = "") -> list[str]:
+    """One line for each thing that is wrong."""
+    lines: list[str] = []
+    for one in error.errors(include_url=False):
+        context = one.get("ctx", {})
+        if one["type"] == "problems":
+            lines += context["lines"]
+            continue
+        key = prefix + ".".join(str(part) for part in one["loc"])
+        lines.append(_line(key, one["type"], one["msg"], one["input"], context, valid))
+    return lines
+
+
+def _line(
+    key: str, kind: str, message: str, got: Any, context: Mapping[str, Any], valid: Iterable[str]
+) -> str:
+    if kind == "extra_forbidden":
+        return f"unknown key {key}{suggest_key(key, valid)}"
+    if kind == "missing":
+        return f"{key} is missing"
+    if kind == "value_error":
+        message = str(context.get("error", message))
+        return message if not key or key in message else f"{key}: {message}"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{key} = {got!r:.80}: should hold keys and values"
+    wanted = message.removeprefix("Input ").partition(", unable to parse")[0]
+    wanted = wanted[:1].lower() + wanted[1:]
+    return f"{key} = {got!r:.80}: {wanted}"
+
+
+def raise_problems(lines: list[str], where: str) -> None:
+    """Raise one :class:`UserError` with all lines, or return when there is none."""
+    if len(lines) == 1:
+        raise UserError(f"{where}: {lines[0]}")
+    if lines:
+        raise UserError(f"{where}: {len(lines)} problems\n" + "\n".join(f"  - {x}" for x in lines))

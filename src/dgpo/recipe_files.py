@@ -1,0 +1,136 @@
+"""Finding and reading recipe files; light, so that ``dgpo list recipes`` is quick."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dgpo.errors import UserError
+from dgpo.registry import nearest
+
+PACKAGED = Path(__file__).parent / "recipes"
+"""The recipes that are installed with the package."""
+_SUFFIXES = (".yaml", ".yml")
+
+
+def recipe_names() -> dict[str, Path]:
+    """Recipes that can be named without a path: ``./recipes`` first, then the packaged ones."""
+    found: dict[str, Path] = {}
+    for folder in (PACKAGED, Path("recipes")):
+        for file in sorted(folder.glob("*.yaml")):
+            found[file.stem] = file
+    return dict(sorted(found.items()))
+
+
+def summary(file: Path) -> str:
+    """The first comment line of a recipe: what it is."""
+    first = file.read_text(encoding="utf-8").partition("\n")[0]
+    return first.lstrip("# ").strip() if first.startswith("#") else ""
+
+
+def find_recipe(path_or_name: str | Path) -> Path:
+    """The file behind a path, or behind the name of a recipe with or without ``.yaml``.
+
+    Raises:
+        UserError: neither a file nor a known name.
+    """
+    path = Path(path_or_name)
+    if path.is_file():
+        return path
+    names = recipe_names()
+    stem = path.stem if path.suffix in _SUFFIXES else path.name
+    if stem in names and path.parent in (Path("."), Path("recipes")):
+        return names[stem]
+    what = "is a folder" if path.is_dir() else "is neither a file nor a recipe"
+    raise UserError(
+        f"recipe {str(path_or_name)!r} {what}{nearest(stem, names)}; "
+        f"recipes: {', '.join(names) or 'none'}"
+    )
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice and reads ``3e-4`` as the number it is."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable):
+                if key in seen:
+                    line = key_node.start_mark.line + 1
+                    raise UserError(f"line {line}: key {key!r} is given twice; keep one of them")
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, which PyYAML reads, wants a dot and a signed exponent; people write 3e-4 and 1e3
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML as plain data.
+
+    Raises:
+        UserError: not YAML, or a key twice; ``where`` and the line are named.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise UserError(f"{where}{line}: not YAML: {problem}") from error
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A recipe file as plain nested dicts, not yet validated.
+
+    Raises:
+        UserError: unreadable, not UTF-8, not YAML, or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path}: cannot be read: {error}") from error
+    data = parse_yaml(text, f"recipe {path}")
+    if data is None:
+        raise UserError(f"recipe {path} is empty")
+    if not isinstance(data, dict):
+        raise UserError(f"recipe {path} holds a {type(data).__name__}, not keys and values")
+    return data
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Set dotted keys, ``a.b=c`` with a YAML value, in a copy.
+
+    Raises:
+        UserError: one without ``=``, a broken value, or a key below something that is a value.
+    """
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        path = key.strip().split(".")
+        if not equals or not all(path):
+            raise UserError(f"override {item!r} is not KEY=VALUE, for example train.lr=1e-4")
+        data = _set(data, path, parse_yaml(value, f"override {item!r}"), key.strip())
+    return data
+
+
+def _set(data: Any, path: list[str], value: Any, key: str) -> dict[str, Any]:
+    if isinstance(data, str) and key.startswith("algorithm."):
+        data = {"name": data}  # `algorithm: dgpo` is short for `algorithm: {name: dgpo}`
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise UserError(f"override {key}: there is nothing below it, it is the value {data!r}")
+    head, *rest = path
+    return {**data, head: _set(data.get(head), rest, value, key) if rest else value}
