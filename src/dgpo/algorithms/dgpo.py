@@ -1,0 +1,118 @@
+"""DGPO: Direct Group Preference Optimization (arXiv 2510.08425, ICLR 2026).
+
+With the denoising losses d_i of a group of G samples, those of a baseline d_i^base, and advantages
+A_i that sum to zero (so that log Z cancels), the loss of a group and its gradient are
+    L_g = -log sigmoid(-S_g),      S_g = (beta/G) sum_i A_i (d_i - d_i^base)               (1)
+    grad L_g = (beta/G) w_g sum_i A_i grad d_i,      w_g = sigmoid(S_g)                    (2)
+The mean of (2) over groups is beta mean_i(w_g(i) A_i grad d_i) over all samples. With w detached
+and taken from whole groups this is a mean over SAMPLES: micro-batches and processes add exactly.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dgpo.algorithms.base import Algorithm
+from dgpo.core.groups import Groups
+from dgpo.core.points import Forward
+from dgpo.core.precision import mean_square
+
+
+def group_margin(
+    error: Tensor, base_error: Tensor, advantages: Tensor, groups: Groups, beta: float
+) -> Tensor:
+    """``S_g`` of (1): three ``[B]`` to ``[count]``, summed over all processes, without gradient.
+    Raises ValueError if a group is only partly here."""
+    return beta * groups.mean(advantages * (error - base_error).detach())
+
+
+def clip_where_done(
+    error: Tensor, old_error: Tensor, advantages: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
+    """Stops the gradient of samples that moved by ``clip`` in their own direction: where
+    ``exp(d_old - d)`` is above ``1 + clip`` (A > 0) or below ``1 - clip`` (A <= 0).
+    Returns the errors ``[B]``, their values unchanged, and a bool ``[B]``, True where stopped."""
+    moved = torch.expm1(old_error - error).detach()  # keeps the digits that exp(.) - 1 would lose
+    done = torch.where(advantages > 0, moved > clip, moved < -clip)
+    return torch.where(done, error.detach(), error), done
+
+
+def dgpo_loss(error: Tensor, advantages: Tensor, weights: Tensor, beta: float | None) -> Tensor:
+    """``mean_i(sg[w_i] A_i d_i)``, all ``[B]``, as in the published runs if ``beta`` is None. Else
+    the value and the gradient of (1) averaged over groups (S is held to 16 in the value)."""
+    published = (weights.detach() * advantages * error).mean()
+    value = -torch.log1p(-weights.detach().clamp(max=1 - 1e-7)).mean()  # sigmoid(-S) = 1 - w
+    return published if beta is None else value + beta * (published - published.detach())
+
+
+class DGPO(Algorithm):
+    """DGPO; with ``reference="ema"`` the EMA-reference mode of TDM-R1 (arXiv 2603.07700).
+    Differs from the paper: the default loss drops the factor beta, as the published runs do."""
+
+    name: ClassVar[str] = "dgpo"
+    beta: float = Field(default=100.0, gt=0)
+    """Sharpness of the group preference."""
+    clip: float | None = Field(default=1e-2, gt=0)
+    """Trust region around the old policy; null turns it off."""
+    kl: float = Field(default=0.02, ge=0)
+    """Weight of mean (v - v_ref)^2 with the frozen reference."""
+    kl_cfg: float = Field(default=1.0, ge=1)
+    """Guidance scale of v_ref in the KL term; 1 is no guidance."""
+    loss_scale: Literal["reference", "paper"] = "reference"
+    """reference: beta shapes the group weight only; paper: the gradient is beta times that."""
+    reference: Literal["frozen", "ema"] = "frozen"
+    """The baseline of the group margin: the frozen model or the old policy."""
+    advantage_std: Literal["group", "batch"] = "group"
+    """Rewards are divided by their deviation in the group or in the whole batch."""
+    advantage_max: float = Field(default=5.0, gt=0)
+    """Advantages are clamped to this absolute value."""
+    old_decay_max: float = Field(default=0.3, ge=0, lt=1)
+    """Largest decay of the old policy's EMA."""
+    old_decay_rate: float = Field(default=0.001, ge=0)
+    """Growth of that decay with each optimizer step, from 0."""
+
+    @property
+    def snapshots(self) -> frozenset[Literal["ref", "old"]]:
+        used: dict[Literal["ref", "old"], bool] = {
+            "ref": self.reference == "frozen" or (self.kl > 0 and self.kl_guidance is None),
+            "old": self.reference == "ema" or self.clip is not None,
+        }
+        return frozenset(name for name, needed in used.items() if needed)
+
+    @property
+    def kl_guidance(self) -> float | None:
+        return self.kl_cfg if self.kl > 0 and self.kl_cfg != 1 else None
+
+    def advantages(self, rewards: Tensor, groups: Groups) -> Tensor:
+        normal = groups.normalize(rewards, self.advantage_std, eps=1e-4)
+        return normal.clamp(-self.advantage_max, self.advantage_max)
+
+    def weights(self, points: Forward) -> Tensor:
+        error = points.error(points.pred).detach()
+        base = points.error(points.snapshot("ref" if self.reference == "frozen" else "old"))
+        margin = group_margin(error, base, points.advantages.to(error), points.groups, self.beta)
+        return points.groups.each(margin.sigmoid())
+
+    def loss(self, points: Forward) -> tuple[Tensor, dict[str, Tensor]]:
+        error = points.error(points.pred)
+        advantages, kl = points.advantages.to(error), error.new_zeros(())
+        weights = self.weights(points) if points.weights is None else points.weights.to(error)
+        metrics = {"error": error, "weight": weights, "margin": weights.logit(1e-7)}
+        if self.clip is not None:
+            old_error = points.error(points.snapshot("old"))
+            error, done = clip_where_done(error, old_error, advantages, self.clip)
+            metrics["clipped"] = done.to(error)
+        if self.kl > 0:
+            reference = points.snapshot("ref" if self.kl_guidance is None else "kl_ref")
+            metrics["kl"] = mean_square(points.pred, reference.detach())
+            kl = self.kl * metrics["kl"].mean()
+        beta = self.beta if self.loss_scale == "paper" else None
+        metrics = {name: value.detach().mean() for name, value in metrics.items()}
+        return dgpo_loss(error, advantages, weights, beta) + kl, metrics
+
+    def old_decay(self, step: int) -> float:
+        return min(self.old_decay_max, self.old_decay_rate * step)

@@ -1,0 +1,183 @@
+"""Groups: the samples of one prompt, and the statistics over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dgpo.core.precision import widen
+
+
+def _alone(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Which group each sample belongs to.
+
+    Groups are known by an explicit number and never by their prompt's text: a prompt drawn twice
+    makes two groups.
+
+    A group may be spread over several processes. Then every process holds the same numbering
+    (``count`` is the number of groups everywhere) and ``reduce`` adds a tensor over the processes
+    (an all-reduce with SUM of float and int64 tensors). Every method that sums is then collective:
+    all processes must call it, in one order.
+
+    Args:
+        index: group number of each sample, int64 ``[B]``, values in ``[0, count)``, any order.
+        size: samples in a whole group, the G of the papers.
+        count: number of groups, those that have no sample here included.
+        reduce: sum of a tensor over the processes; the identity by default.
+
+    Raises:
+        ValueError: ``index`` is not a vector of int64 in range, or ``size`` is below 1.
+    """
+
+    index: Tensor
+    size: int
+    count: int
+    reduce: Callable[[Tensor], Tensor] = _alone
+
+    def __post_init__(self) -> None:
+        if self.index.dim() != 1 or self.index.dtype != torch.int64:
+            got = f"{self.index.dtype} {tuple(self.index.shape)}"
+            raise ValueError(f"index must be an int64 vector, one group number a sample; got {got}")
+        if self.size < 1 or self.count < 0:
+            raise ValueError(f"size >= 1 and count >= 0 are needed, got {self.size}, {self.count}")
+        if not self.index.numel():
+            return
+        first, last = int(self.index.min()), int(self.index.max())
+        if first < 0 or last >= self.count:
+            got = f"{first}..{last}"
+            raise ValueError(f"group numbers must lie in 0..{self.count - 1}, got {got}")
+
+    @classmethod
+    def contiguous(cls, count: int, size: int) -> Groups:
+        """``count`` groups of ``size``, one after the other: 0 0 0 1 1 1 ..."""
+        return cls(torch.arange(count).repeat_interleave(size), size, count)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over each group, over all processes.
+
+        Args:
+            x: ``[B, ...]``.
+
+        Returns:
+            ``[count, ...]``, zero for a group without samples.
+
+        Raises:
+            ValueError: ``x`` does not have one row a sample.
+        """
+        self._one_row_each(x)
+        total = x.new_zeros(self.count, *x.shape[1:])
+        return self.reduce(total.index_add(0, self.index.to(x.device), x))
+
+    def each(self, v: Tensor) -> Tensor:
+        """Each sample's own group's value: ``[count, ...] -> [B, ...]``.
+
+        Raises:
+            ValueError: ``v`` does not have one row a group.
+        """
+        if v.dim() == 0 or v.shape[0] != self.count:
+            raise ValueError(f"expected {self.count} rows, one a group, got shape {tuple(v.shape)}")
+        return v[self.index.to(v.device)]
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean over each group: ``[B] -> [count]``, in float32 (float64 kept).
+
+        Raises:
+            ValueError: a group is only partly here. Statistics of a part of a group are never what
+                an algorithm means, and nothing later would show the mistake.
+        """
+        self._one_row_each(x)
+        x = widen(x)
+        total, members = self.sum(torch.stack([x, torch.ones_like(x)], dim=1)).unbind(1)
+        partial = (members != 0) & (members != self.size)
+        if bool(partial.any()):
+            group = int(partial.nonzero()[0])
+            raise ValueError(
+                f"group {group} has {int(members[group])} of its {self.size} samples here: group "
+                "statistics need whole groups (for a smaller micro-batch, compute the group "
+                "weights over whole groups first and pass them as Forward.weights)"
+            )
+        return total / self.size
+
+    def std(self, x: Tensor) -> Tensor:
+        """Population standard deviation of each group: ``[B] -> [count]``.
+
+        Raises:
+            ValueError: a group is only partly here.
+        """
+        return self.mean((widen(x) - self.each(self.mean(x))).square()).sqrt()
+
+    def normalize(
+        self, x: Tensor, scale: Literal["group", "batch"] = "group", eps: float = 1e-4
+    ) -> Tensor:
+        """Advantages ``A = (x - mean_group) / (std + eps)``, which sum to zero in each group.
+
+        Args:
+            x: rewards ``[B]``.
+            scale: ``"group"`` divides by the group's own standard deviation, ``"batch"`` by that of
+                all rewards of the batch (over all processes). Both are population deviations.
+            eps: added to the deviation.
+
+        Returns:
+            ``[B]``, exactly zero in a group whose members are all equal: rounding in the mean would
+            otherwise leave a residue that ``eps`` does not hide.
+
+        Raises:
+            ValueError: a group is only partly here, or ``scale`` is neither of the two.
+        """
+        if scale not in ("group", "batch"):
+            raise ValueError(f"scale must be 'group' or 'batch', got {scale!r}")
+        centred = widen(x) - self.each(self.mean(x))
+        std = self.each(self.std(x)) if scale == "group" else self._std_of_all(x)
+        return torch.where(self.each(self.spread(x)), centred / (std + eps), 0)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """True where the members of a group differ: ``[B] -> bool [count]``.
+
+        Exact, and over all processes with sums alone: the bits of the numbers are cut into 16-bit
+        integers h, and by Cauchy-Schwarz ``n * sum h^2 = (sum h)^2`` only if all h are equal. Both
+        sides are exact in int64 for groups of up to 2^15 samples.
+        """
+        x = widen(x) + 0.0  # -0.0 becomes 0.0, the only two equal numbers that differ in bits
+        bits = x.view(torch.int64 if x.dtype == torch.float64 else torch.int32)
+        shifts = range(0, 8 * bits.element_size(), 16)
+        parts = torch.stack([(bits >> shift) & 0xFFFF for shift in shifts], dim=1).long()
+        columns = torch.cat([torch.ones_like(parts[:, :1]), parts, parts.square()], dim=1)
+        members, first, second = self.sum(columns).split([1, len(shifts), len(shifts)], dim=1)
+        return (members * second != first.square()).any(1)
+
+    def subset(self, rows: Tensor) -> Groups:
+        """The groups of some of the samples, group numbers compacted in their old order.
+
+        ``rows`` may hold whole groups or parts. ``size`` stays the size of a whole group, so group
+        statistics of a part raise. A group keeps its number as long as any process holds a row of
+        it, so this is collective like the sums; ``reduce`` is kept.
+
+        Args:
+            rows: positions in the batch, int64 ``[b]``.
+        """
+        index = self.index[rows.to(self.index.device)]
+        held = index.new_zeros(self.count).index_add(0, index, torch.ones_like(index))
+        present = self.reduce(held) > 0
+        number = present.long().cumsum(0) - 1
+        return Groups(number[index], self.size, int(present.sum()), self.reduce)
+
+    def _std_of_all(self, x: Tensor) -> Tensor:
+        x = widen(x)
+        samples = self.sum(torch.ones_like(x)).sum()
+        mean = self.sum(x).sum() / samples
+        return (self.sum((x - mean).square()).sum() / samples).sqrt()
+
+    def _one_row_each(self, x: Tensor) -> None:
+        if x.dim() == 0 or x.shape[0] != self.index.shape[0]:
+            raise ValueError(
+                f"expected {self.index.shape[0]} rows, one a sample, got shape {tuple(x.shape)}"
+            )
