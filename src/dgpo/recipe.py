@@ -38,7 +38,6 @@ from dgpo.recipe_sections import (
 from dgpo.registry import ALGORITHMS, known, resolve, unknown
 
 _OWNED_CALL_KEYS = {
-    "guidance_scale": "rollout.guidance_scale",
     "true_cfg_scale": "rollout.guidance_scale",
     "num_inference_steps": "rollout.steps",
     "sigmas": "rollout.steps",
@@ -100,7 +99,7 @@ class Recipe(Section):
     Build one from a file (:meth:`load`), from nested dicts (:meth:`from_dict`), or by keyword.
     """
 
-    model: str = Field("pocket", min_length=1)
+    model: str = Field(default="pocket", min_length=1)
     """``pocket``, a hub id, or a folder with a diffusers pipeline."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     algorithm: Annotated[SerializeAsAny[Algorithm], BeforeValidator(_algorithm)] = Field(
@@ -110,7 +109,7 @@ class Recipe(Section):
     prompts: PromptSettings = PromptSettings()
     group_size: int = 16
     """Images of one prompt that are compared with each other."""
-    groups_per_iteration: int = Field(8, ge=1)
+    groups_per_iteration: int = Field(default=8, ge=1)
     rollout: RolloutSettings = RolloutSettings()
     train: TrainSettings = TrainSettings()
     lora: LoraSettings | None = LoraSettings()
@@ -119,7 +118,7 @@ class Recipe(Section):
     eval: EvalSettings = EvalSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     samples: SampleSettings = SampleSettings()
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     run: RunSettings = RunSettings()
 
     @field_validator("group_size")
@@ -142,18 +141,16 @@ class Recipe(Section):
         return [f"{key}: {unknown('reward', n)}" for key, n in named if not known("reward", n)]
 
     def _timesteps(self) -> list[str]:
-        choice, steps = self.algorithm.timesteps, self.rollout.steps
-        # Heun evaluates twice a step but the last, PNDM once more in all
-        levels = {"heun": 2 * steps - 1, "pndm": steps + 1}.get(self.rollout.scheduler or "", steps)
+        choice, levels = self.algorithm.timesteps, self.rollout.steps
         if choice.indices is not None and choice.indices[1] >= levels:
             return [
-                f"algorithm.timesteps.indices = {list(choice.indices)}: rollout.steps = {steps} "
+                f"algorithm.timesteps.indices = {list(choice.indices)}: rollout.steps = {levels} "
                 f"has levels 0 to {levels - 1} only; lower the last index or raise rollout.steps"
             ]
         if choice.indices is None and choice.count > levels:
             return [
-                f"algorithm.timesteps.count = {choice.count}: rollout.steps = {steps} has {levels} "
-                "levels; lower the count or raise rollout.steps"
+                f"algorithm.timesteps.count = {choice.count}: rollout.steps = {levels} has no more "
+                f"than {levels} levels; lower the count or raise rollout.steps"
             ]
         return []
 

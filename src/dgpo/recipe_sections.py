@@ -37,32 +37,32 @@ class PromptSettings(Section):
 class RolloutSettings(Section):
     scheduler: str | None = None
     """Sampler by name (euler, heun, dpmsolver++, unipc, ddim, pndm, deis); null: the pipeline's."""
-    steps: int = Field(10, ge=1)
+    steps: int = Field(default=10, ge=1)
     """Sampling steps."""
-    guidance_scale: float = Field(1.0, ge=0)
+    guidance_scale: float = Field(default=1.0, ge=0)
     """Classifier-free guidance of the rollouts; 1 is none."""
-    batch: int | None = Field(None, ge=1)
+    batch: int | None = Field(default=None, ge=1)
     """Images per call of the pipeline; null: all of an iteration."""
-    switch_to_old_after: int | None = Field(None, ge=0)
+    switch_to_old_after: int | None = Field(default=None, ge=0)
     """Iteration from which the old policy (the fast EMA) makes the rollouts; null: never."""
     call: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of the pipeline's call, such as height and width."""
 
 
 class TrainSettings(Section):
-    iterations: int = Field(100, ge=1)
-    max_minutes: float | None = Field(None, gt=0)
+    iterations: int = Field(default=100, ge=1)
+    max_minutes: float | None = Field(default=None, gt=0)
     """Training time after which the run ends, if that is sooner; evaluation does not count."""
-    micro_batch: int | None = Field(None, ge=1)
+    micro_batch: int | None = Field(default=None, ge=1)
     """Samples per forward and backward pass; null: all of an iteration. It changes no result."""
-    lr: float = Field(3e-4, gt=0)
+    lr: float = Field(default=3e-4, gt=0)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
         0.9,
         0.999,
     )
-    weight_decay: float = Field(1e-4, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    warmup: int = Field(0, ge=0)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    warmup: int = Field(default=0, ge=0)
     """Optimiser steps of linear warm-up."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     optimizer_step: Literal["iteration", "timestep"] = "iteration"
@@ -70,47 +70,47 @@ class TrainSettings(Section):
 
 
 class LoraSettings(Section):
-    rank: int = Field(64, ge=1)
-    alpha: float = Field(128, gt=0)
-    targets: list[str] = Field(SD3_ATTENTION, min_length=1)
+    rank: int = Field(default=64, ge=1)
+    alpha: float = Field(default=128, gt=0)
+    targets: list[str] = Field(default=SD3_ATTENTION, min_length=1)
     """Name endings of the layers that are adapted."""
     init: Literal["gaussian", "default"] = "gaussian"
 
 
 class EmaSettings(Section):
-    decay: float = Field(0.9, ge=0, lt=1)
+    decay: float = Field(default=0.9, ge=0, lt=1)
     """Of the slow average of the weights, which is evaluated and saved."""
-    every: int = Field(8, ge=1)
+    every: int = Field(default=8, ge=1)
     """Optimiser steps between its updates."""
 
 
 class EvalSettings(Section):
-    every: int = Field(20, ge=0)
+    every: int = Field(default=20, ge=0)
     """Iterations between evaluations; 0: only at the end."""
     metrics: list[str] = Field(default_factory=list)
     """Reward names; none: the rewards that are trained."""
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(default=None, ge=1)
     """null: as in the rollouts."""
-    guidance_scale: float | None = Field(None, ge=0)
+    guidance_scale: float | None = Field(default=None, ge=0)
     """null: as in the rollouts."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """At most so many of the prompts, from the first; null: all."""
-    batch: int = Field(256, ge=1)
+    batch: int = Field(default=256, ge=1)
     at_start: bool = True
 
 
 class CheckpointSettings(Section):
-    every: int = Field(50, ge=0)
+    every: int = Field(default=50, ge=0)
     """Iterations between checkpoints; 0: only at the end."""
 
 
 class SampleSettings(Section):
-    count: int = Field(16, ge=0)
+    count: int = Field(default=16, ge=0)
     """Pictures in the grids of fixed prompts and seeds; 0: no grids."""
-    every: int | None = Field(None, ge=0)
+    every: int | None = Field(default=None, ge=0)
     """Iterations between grids; null: as eval.every."""
 
 
 class RunSettings(Section):
-    dir: str = Field("runs/run", min_length=1)
+    dir: str = Field(default="runs/run", min_length=1)
     """The run's folder; a recipe file's default is runs/<its name>."""

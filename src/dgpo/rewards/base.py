@@ -62,7 +62,7 @@ def load_rewards(
     return RewardSet([_entry(reward, weight) for reward, weight in pairs])
 
 
-def _entry(reward: str | RewardFunction, weight: float) -> _Entry:
+def _entry(reward: Any, weight: float) -> _Entry:
     if isinstance(reward, str):
         name, function = reward, resolve("reward", reward)
     else:
