@@ -1,0 +1,141 @@
+"""Two stand-ins inside a pipeline's denoising loop: one that listens, one that stops it.
+
+A :class:`Recording` wraps the scheduler of a whole rollout. A :class:`StandIn` replaces the
+scheduler for one evaluation of the denoiser: it dictates the timestep, and leaves the loop with
+what the pipeline would have handed to ``scheduler.step``.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgpo.core.process import Level
+from dgpo.models.schedulers import level_of_last_step
+
+_MISSING = object()
+
+
+@contextmanager
+def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Instance attributes of ``owner`` for the time of the block.
+
+    Written past ``__setattr__``: a pipeline would note every change of its scheduler in its config.
+    """
+    own = vars(owner)
+    before = {name: own.get(name, _MISSING) for name in attributes}
+    own.update(attributes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is _MISSING:
+                del own[name]
+            else:
+                own[name] = value
+
+
+@dataclass(frozen=True)
+class Step:
+    """One scheduler step: ``sample`` ([B, ...], as the denoiser saw it) at ``level``, what the
+    pipeline made of the denoiser's answer, and the sample that the scheduler returned."""
+
+    level: Level
+    sample: Tensor
+    output: Tensor
+    previous: Tensor
+
+
+@dataclass
+class Recording:
+    """Listens to ``scheduler.step``. With ``keep`` every step's tensors are kept, else the levels
+    and the last sample alone."""
+
+    keep: bool = False
+    levels: list[Level] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    last: Tensor | None = None
+
+    def listen(self, scheduler: Any) -> None:
+        """Wrap the ``step`` of this scheduler (a copy of our own, so that it is never undone)."""
+        original = scheduler.step
+        scale = getattr(scheduler, "scale_model_input", None)
+
+        @functools.wraps(original)
+        def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any):
+            seen = sample
+            if self.keep:
+                seen = sample if scale is None else scale(sample, timestep)
+            result = original(model_output, timestep, sample, *args, **kwargs)
+            previous = result[0] if isinstance(result, tuple) else result.prev_sample
+            level = level_of_last_step(scheduler, timestep)
+            # solvers of second order visit a level twice; a schedule names it once
+            if not self.levels or not _same(self.levels[-1], level):
+                self.levels.append(level)
+            if self.keep:
+                self.steps.append(
+                    Step(level, seen.detach().clone(), model_output.detach().clone(), previous)
+                )
+            self.last = previous
+            return result
+
+        scheduler.step = step
+
+
+def _same(a: Level, b: Level) -> bool:
+    return a.sigma == b.sigma and bool(a.timestep == b.timestep)
+
+
+class Evaluated(Exception):
+    """Leaves a pipeline's loop once the denoiser has answered; never seen outside this package."""
+
+
+class StandIn:
+    """What a scheduler becomes for one evaluation; mixed in before the scheduler's own class, so
+    that a pipeline which asks for the class of its scheduler gets the same answer."""
+
+    point: Tensor  # [1], the timestep to evaluate at
+    answer: Tensor | None
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Any = None,
+        timesteps: Any = None,
+        mu: Any = None,
+        **_: Any,
+    ) -> None:
+        self.timesteps = self.point if device is None else self.point.to(device)
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        return sample
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        pass
+
+    def step(self, model_output: Tensor, *args: Any, **kwargs: Any) -> None:
+        self.answer = model_output
+        raise Evaluated
+
+
+@functools.cache
+def _stand_in_class(scheduler_class: type) -> type:
+    return type(f"StandInFor{scheduler_class.__name__}", (StandIn, scheduler_class), {})
+
+
+def stand_in_for(scheduler: Any) -> Any:
+    """A scheduler that looks like ``scheduler`` and stops the loop at its first step."""
+    made = copy.copy(scheduler)
+    made.__class__ = _stand_in_class(type(scheduler))
+    made.num_inference_steps = 1
+    made.answer = None
+    made.sigmas = torch.zeros(2)
+    return made

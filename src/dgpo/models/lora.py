@@ -1,0 +1,161 @@
+"""LoRA layers of a denoiser: attached by peft, merged for rollouts, saved as diffusers reads them.
+
+LoRA: ``y = W x + (alpha / rank) B A x`` with ``A`` [rank, in] and ``B`` [out, rank] (arXiv
+2106.09685).
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dgpo.errors import UserError
+
+ADAPTER = "default"
+_TRAINABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class LoraSettings(Protocol):
+    """What a recipe says about the LoRA."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def targets(self) -> Sequence[str]: ...
+    @property
+    def init(self) -> Literal["gaussian", "default"]: ...
+
+
+def attach(
+    denoisers: Mapping[str, nn.Module], settings: LoraSettings, seed: int
+) -> list[LoraLayer]:
+    """Add a LoRA to every denoiser; its weights are float32 and alone trainable.
+
+    Raises:
+        UserError: a target names no layer of the denoisers.
+    """
+    _check_targets(denoisers, settings.targets)
+    for denoiser in denoisers.values():
+        config = peft.LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,  # pyright: ignore[reportArgumentType]
+            target_modules=list(settings.targets),
+            init_lora_weights="gaussian" if settings.init == "gaussian" else True,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            if hasattr(denoiser, "add_adapter"):
+                denoiser.add_adapter(config, adapter_name=ADAPTER)  # pyright: ignore[reportCallIssue]
+            else:
+                peft.inject_adapter_in_model(config, denoiser, ADAPTER)
+    layers = [m for d in denoisers.values() for m in d.modules() if isinstance(m, LoraLayer)]
+    for layer in layers:
+        for weights in (layer.lora_A, layer.lora_B):
+            # a step of 3e-4 on a bfloat16 weight would mostly round to nothing
+            weights[ADAPTER].float().requires_grad_(True)
+    return layers
+
+
+def _check_targets(denoisers: Mapping[str, nn.Module], targets: Sequence[str]) -> None:
+    names = [
+        name
+        for denoiser in denoisers.values()
+        for name, module in denoiser.named_modules()
+        if isinstance(module, _TRAINABLE)
+    ]
+    for target in targets:
+        if any(name == target or name.endswith(f".{target}") for name in names):
+            continue
+        raise UserError(
+            f"lora.targets: no layer of {' or '.join(denoisers)} is called {target!r}; "
+            f"nearest: {', '.join(_nearest(target, names)) or 'none'}"
+        )
+
+
+def _nearest(target: str, names: Sequence[str]) -> list[str]:
+    """Endings of layer names, as long as ``target`` is, that resemble it."""
+    depth = target.count(".") + 1
+    endings = {
+        ".".join(parts[-length:])
+        for parts in (name.split(".") for name in names)
+        for length in range(1, depth + 2)
+        # a name that starts with a block's number would fit one block alone
+        if length <= len(parts) and not parts[-length].isdigit()
+    }
+    return difflib.get_close_matches(target, sorted(endings), n=4, cutoff=0.4)
+
+
+@contextmanager
+def disabled(layers: Sequence[LoraLayer]) -> Iterator[None]:
+    """The layers answer as if they had no LoRA, for the time of the block."""
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def can_merge(layers: Sequence[LoraLayer]) -> bool:
+    """Whether ``W + scale B A`` can be written without loss worth speaking of."""
+    return bool(layers) and all(_base(layer).dtype.itemsize >= 4 for layer in layers)
+
+
+@torch.no_grad()
+def merged(layers: Sequence[LoraLayer]) -> tuple[list[nn.Parameter], list[Tensor]]:
+    """The base weights of the layers, and what they are with the LoRA written in."""
+    bases = [_base(layer) for layer in layers]
+    values = [
+        base + layer.get_delta_weight(ADAPTER).to(base.dtype)  # pyright: ignore[reportCallIssue]
+        for base, layer in zip(bases, layers, strict=True)
+    ]
+    return bases, values
+
+
+def _base(layer: LoraLayer) -> nn.Parameter:
+    weight = layer.get_base_layer().weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def save(pipe: Any, denoisers: Mapping[str, nn.Module], folder: Path) -> None:
+    """Write the LoRA of every denoiser; see :meth:`dgpo.models.policy.Policy.save`."""
+    save_weights = getattr(type(pipe), "save_lora_weights", None)
+    for name, denoiser in denoisers.items():
+        place = folder / name if name == "transformer_2" else folder
+        place.mkdir(exist_ok=True)
+        config = denoiser.peft_config[ADAPTER]  # pyright: ignore[reportIndexIssue, reportArgumentType]
+        weights = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
+        weights = {key: value.detach().contiguous() for key, value in weights.items()}
+        if save_weights is None:
+            _save_for_peft(weights, config, place)
+            continue
+        stem = "unet" if name == "unet" else "transformer"
+        arguments: dict[str, Any] = {f"{stem}_lora_layers": weights}
+        metadata = f"{stem}_lora_adapter_metadata"
+        if metadata in inspect.signature(save_weights).parameters:
+            arguments[metadata] = config.to_dict()
+        save_weights(place, **arguments)
+
+
+def _save_for_peft(weights: dict[str, Tensor], config: Any, folder: Path) -> None:
+    """For pipelines without a LoRA loader (PixArt): the two files that peft's own tools read."""
+    save_file(weights, str(folder / "adapter_model.safetensors"))
+    settings = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    text = json.dumps(settings, indent=2, default=str)
+    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")

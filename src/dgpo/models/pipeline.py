@@ -1,0 +1,315 @@
+"""The pipeline is the denoiser.
+
+Rollouts call a diffusers pipeline as a user would, with precomputed prompt embeddings. Training
+calls the same pipeline at one point ``(x_t, t)`` and takes what it would hand to
+``scheduler.step``, with gradients. Packing of latents, scaling of timesteps, the sign of the
+output, guidance and the choice between experts all stay diffusers' own code.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dgpo.core.process import Level, Process
+from dgpo.errors import UserError
+from dgpo.models.families import family_of
+from dgpo.models.loop import Evaluated, Recording, Step, replaced, stand_in_for
+from dgpo.models.schedulers import fresh, process_of
+from dgpo.models.text import Conditioning, PromptEncoder
+
+DENOISERS = ("transformer", "transformer_2", "unet")
+_SILENT = {"disable": True}
+# set by dgpo in every call; a recipe that sets one of them would fight with it
+_RESERVED = frozenset(
+    "self prompt prompt_2 prompt_3 latents generator num_inference_steps output_type return_dict "
+    "timesteps sigmas num_images_per_prompt num_videos_per_prompt true_cfg_scale "
+    "callback callback_steps callback_on_step_end".split()
+)
+# with one step Mochi's schedule is empty; the stand-in decides the number of steps anyway
+_NOMINAL_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Pictures and what training needs to know about how they came to be.
+
+    Args:
+        x0: [B, ...], the last sample that the scheduler returned, in the denoiser's input space.
+        images: B pictures (for video pipelines B lists of frames); None if not decoded.
+        levels: the noise levels of the schedule, from noise to data, each once.
+        steps: every scheduler step with its tensors; empty unless asked for.
+    """
+
+    x0: Tensor
+    images: list[Any] | None
+    levels: list[Level]
+    steps: list[Step] = field(default_factory=list)
+
+
+class PipelineModel:
+    """A text-to-image or text-to-video pipeline of diffusers, for sampling and for training.
+
+    Args:
+        pipe: the pipeline. Its modules stay in place; nothing is wrapped or re-implemented.
+        call: extra keyword arguments of the pipeline's call (``height``, ``width``,
+            ``max_sequence_length``, ...). What ``encode_prompt`` takes reaches it too.
+
+    Raises:
+        UserError: the pipeline cannot be trained, or ``call`` holds an argument it does not take.
+    """
+
+    def __init__(self, pipe: Any, *, call: Mapping[str, Any] | None = None) -> None:
+        self.pipe = pipe
+        self._parameters = inspect.signature(type(pipe).__call__).parameters
+        self.denoisers: dict[str, nn.Module] = {
+            name: module
+            for name in DENOISERS
+            if isinstance(module := getattr(pipe, name, None), nn.Module)
+        }
+        self._refuse_unfit()
+        self.process: Process = process_of(pipe.scheduler)
+        self.call = dict(call or {})
+        self._check_call()
+        self._encoder = PromptEncoder(pipe, self.call)
+        self._fixed = self._fixed_arguments()
+        self._guidance_off: dict[str, Any] | None = None
+        self._stand_in = stand_in_for(pipe.scheduler)
+        # ``__wrapped__`` is the pipeline's call without its torch.no_grad
+        self._call_with_grad: Callable[..., Any] = inspect.unwrap(type(pipe).__call__)
+        self._scratch = torch.Generator(device=self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return next(next(iter(self.denoisers.values())).parameters()).device
+
+    def encode(self, prompts: Sequence[str], guidance: bool) -> Conditioning:
+        """Prompt embeddings, one row a prompt; with ``guidance`` the negative prompt's as well.
+
+        Each distinct prompt is encoded once in the life of this object, while memory allows.
+        """
+        return self._encoder.encode(prompts, guidance)
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        cond: Conditioning,
+        *,
+        steps: int,
+        guidance_scale: float = 1.0,
+        scheduler: Any = None,
+        generators: list[torch.Generator] | None = None,
+        decode: bool = True,
+        record: bool = False,
+    ) -> Rollout:
+        """Sample one picture for each row of ``cond`` by calling the pipeline.
+
+        Args:
+            cond: embeddings of B prompts.
+            steps: ``num_inference_steps``.
+            guidance_scale: 1 is no guidance; any other value is the pipeline's own
+                ``true_cfg_scale`` or ``guidance_scale``.
+            scheduler: the sampler; None for the pipeline's own. A fresh copy runs.
+            generators: one a row, so that a picture does not depend on its batch; None for the
+                global random state.
+            decode: whether to decode pictures.
+            record: whether to keep the tensors of every step.
+
+        Raises:
+            UserError: a wrong number of generators, or guidance that the pipeline does not have.
+        """
+        if generators is not None and len(generators) != cond.size:
+            raise UserError(f"got {len(generators)} generators for {cond.size} rows")
+        arguments = self._arguments(cond, guidance_scale)
+        own = fresh(self.pipe.scheduler if scheduler is None else scheduler)
+        recording = Recording(keep=record)
+        recording.listen(own)
+        with replaced(self.pipe, scheduler=own, _progress_bar_config=_SILENT):
+            result = self.pipe(
+                **arguments,
+                num_inference_steps=steps,
+                generator=generators,
+                output_type="pil" if decode else "latent",
+                return_dict=False,
+            )
+        if recording.last is None:
+            raise UserError(f"{type(self.pipe).__name__} made no scheduler step")
+        images = list(result[0]) if decode else None
+        return Rollout(recording.last, images, recording.levels, recording.steps)
+
+    def predict(
+        self, xt: Tensor, level: Level, cond: Conditioning, guidance_scale: float = 1.0
+    ) -> Tensor:
+        """What the pipeline hands to ``scheduler.step`` at ``xt``, with gradients.
+
+        Args:
+            xt: [B, ...], in the denoiser's input space.
+            level: one noise level for all rows; its timestep is what the denoiser is given.
+            cond: B rows.
+            guidance_scale: as in :meth:`rollout`.
+
+        Returns:
+            [B, ...], shaped like ``xt``: the velocity, epsilon or v that :attr:`process` speaks of.
+
+        Raises:
+            ValueError: ``xt`` has not the shape of the loop's latents, or ``cond`` another size.
+        """
+        if xt.shape[0] != cond.size:
+            raise ValueError(f"got {xt.shape[0]} samples and conditioning for {cond.size}")
+        return self._evaluate(xt, level.timestep, self._arguments(cond, guidance_scale))
+
+    def self_check(self, cond: Conditioning | None = None):
+        """Compare :meth:`predict` with the pipeline bit by bit; see
+        :func:`dgpo.models.check.self_check`."""
+        from dgpo.models.check import self_check  # it needs this module
+
+        return self_check(self, cond)
+
+    def _evaluate(self, xt: Tensor | None, timestep: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """One pass of the pipeline's loop body; ``xt`` None for latents of the pipeline's own."""
+        stand_in = self._stand_in
+        stand_in.point = timestep.detach().reshape(1)
+        patches: dict[str, Any] = {"scheduler": stand_in, "_progress_bar_config": _SILENT}
+        if xt is not None:
+            patches["prepare_latents"] = _given_latents(self.pipe.prepare_latents, xt)
+        try:
+            with replaced(self.pipe, **patches):
+                self._call_with_grad(
+                    self.pipe,
+                    **arguments,
+                    num_inference_steps=_NOMINAL_STEPS,
+                    generator=self._scratch,
+                    output_type="latent",
+                )
+        except Evaluated:
+            answer, stand_in.answer = stand_in.answer, None
+            return answer
+        raise UserError(f"{type(self.pipe).__name__} made no scheduler step")
+
+    def _arguments(self, cond: Conditioning, guidance_scale: float) -> dict[str, Any]:
+        guidance = self._guidance(guidance_scale, cond)
+        on = guidance is not self._guidance_off
+        return {**self._fixed, **cond.call_kwargs(on), **guidance}
+
+    def _guidance(self, scale: float, cond: Conditioning) -> dict[str, Any]:
+        if self._guidance_off is None:
+            self._guidance_off = self._find_guidance_off(cond.rows(torch.tensor([0])))
+        off = self._guidance_off
+        if scale == 1.0 or scale in off.values():
+            return off
+        if not off:
+            raise UserError(
+                f"guidance_scale={scale}: {type(self.pipe).__name__} has no classifier-free "
+                "guidance; use 1.0 (an embedded guidance is rollout.call.guidance_scale)"
+            )
+        if "negative_prompt_embeds" in self._parameters and not cond.guided:
+            raise UserError(f"guidance_scale={scale} needs prompts encoded with guidance=True")
+        return {name: scale for name in off}
+
+    def _find_guidance_off(self, one_row: Conditioning) -> dict[str, Any]:
+        """The first way to call the pipeline that calls the denoiser once, with one row a sample.
+
+        ``guidance_scale`` means three things: classifier-free guidance that 1 or 0 switches off,
+        or an input of the denoiser, beside which ``true_cfg_scale`` may be the guidance.
+        """
+        config = getattr(next(iter(self.denoisers.values())), "config", {})
+        candidates: list[dict[str, Any]] = []
+        if "true_cfg_scale" in self._parameters:
+            candidates.append({"true_cfg_scale": 1.0})
+        elif getattr(config, "guidance_embeds", False):
+            candidates.append({})
+        if "guidance_scale" in self._parameters:
+            candidates += [{"guidance_scale": 1.0}, {"guidance_scale": 0.0}]
+        for candidate in [*candidates, {}]:
+            arguments = {**self._fixed, **one_row.call_kwargs(guidance=True), **candidate}
+            if self._denoiser_rows(arguments) == [1]:
+                return candidate
+        raise UserError(f"cannot switch guidance off in {type(self.pipe).__name__}")
+
+    @torch.no_grad()
+    def _denoiser_rows(self, arguments: dict[str, Any]) -> list[int]:
+        """The batch size of each denoiser call in one step."""
+        rows: list[int] = []
+
+        def count(module: nn.Module, inputs: Any, output: Any) -> None:
+            rows.append(len(output[0]))
+
+        hooks = [m.register_forward_hook(count) for m in self.denoisers.values()]
+        schedule = self.pipe.scheduler.timesteps
+        try:
+            self._evaluate(None, schedule[len(schedule) // 2], arguments)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return rows
+
+    def _fixed_arguments(self) -> dict[str, Any]:
+        """What every call gets, whatever the prompts."""
+        fixed = {
+            k: v
+            for k, v in self.call.items()
+            if k in self._parameters and not k.startswith("negative_prompt")
+        }
+        for name in ("num_images_per_prompt", "num_videos_per_prompt"):
+            if name in self._parameters:
+                fixed[name] = 1  # rows are expanded by us: pipelines err with given embeddings
+        for name in ("prompt", "negative_prompt"):
+            if name in self._parameters and self._parameters[name].default is not None:
+                fixed[name] = None  # a text beside the embeddings is refused by some pipelines
+        return fixed
+
+    def _check_call(self) -> None:
+        encode = inspect.signature(type(self.pipe).encode_prompt).parameters
+        valid = sorted({*self._parameters, *encode} - _RESERVED - {"kwargs", "device", "dtype"})
+        for name in self.call:
+            if name == "guidance_scale" and self._guidance_is_an_input():
+                continue
+            if name in _RESERVED or name == "guidance_scale":
+                raise UserError(f"rollout.call.{name} is set by dgpo: see the other rollout keys")
+            if name not in valid:
+                nearest = difflib.get_close_matches(name, valid, n=1)
+                hint = f" (did you mean {nearest[0]}?)" if nearest else f"; it takes {valid}"
+                raise UserError(
+                    f"rollout.call.{name}: {type(self.pipe).__name__} takes no such argument{hint}"
+                )
+
+    def _guidance_is_an_input(self) -> bool:
+        configs = [getattr(module, "config", None) for module in self.denoisers.values()]
+        return any(getattr(config, "guidance_embeds", False) for config in configs)
+
+    def _refuse_unfit(self) -> None:
+        kind = type(self.pipe).__name__
+        refusal = family_of(self.pipe).refusal
+        missing = [n for n in ("encode_prompt", "prepare_latents") if not hasattr(self.pipe, n)]
+        if not self.denoisers:
+            refusal = f"it has none of {', '.join(DENOISERS)}"
+        elif missing:
+            refusal = f"it has no {' and no '.join(missing)}"
+        elif not {"prompt_embeds", "output_type"} <= set(self._parameters):
+            refusal = "its call takes no prompt_embeds or no output_type"
+        if refusal is not None:
+            raise UserError(f"cannot train {kind}: {refusal}")
+
+
+def _given_latents(prepare: Callable[..., Any], xt: Tensor) -> Callable[..., Any]:
+    """``prepare_latents`` that returns ``xt``, and beside it whatever the pipeline's own does."""
+
+    def prepare_latents(*args: Any, **kwargs: Any) -> Any:
+        made = prepare(*args, **kwargs)
+        latents = made[0] if isinstance(made, tuple) else made
+        if latents.shape != xt.shape:
+            raise ValueError(
+                f"xt has shape {tuple(xt.shape)}, but the loop of the pipeline works on "
+                f"{tuple(latents.shape)}: are height and width those of the rollout?"
+            )
+        given = xt.to(device=latents.device, dtype=latents.dtype)
+        return (given, *made[1:]) if isinstance(made, tuple) else given
+
+    return prepare_latents

@@ -1,0 +1,181 @@
+"""Deterministic samplers by name, and what a diffusers scheduler says about its noise levels.
+
+Nothing here integrates an ODE: the samplers are diffusers' own. This module chooses the class,
+carries the settings of the pipeline's scheduler over to it (above all the shift of flow matching),
+and reads the noise level that belongs to a step from the scheduler that made the step.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import math
+from typing import Any
+
+import diffusers
+import torch
+
+from dgpo.core.process import Epsilon, FlowMatching, Level, Process, VPrediction
+from dgpo.errors import UserError
+
+_FLOW_SAMPLERS: dict[str, str] = {
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "heun": "FlowMatchHeunDiscreteScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+_NOISE_SAMPLERS: dict[str, str] = {
+    "ddim": "DDIMScheduler",
+    "pndm": "PNDMScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "deis": "DEISMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+}
+# Settings that name a noise schedule or a solver of the OLD scheduler; a new solver has its own.
+_SOLVER_SETTINGS = frozenset(
+    {"algorithm_type", "solver_type", "solver_order", "solver_p", "disable_corrector", "predict_x0"}
+)
+
+
+def is_flow_matching(scheduler: Any) -> bool:
+    """Whether the scheduler integrates a velocity: ``x_s = (1 - s) x0 + s e``."""
+    config = scheduler.config
+    return (
+        type(scheduler).__name__.startswith("FlowMatch")
+        or config.get("prediction_type") == "flow_prediction"
+        or bool(config.get("use_flow_sigmas"))
+    )
+
+
+def process_of(scheduler: Any) -> Process:
+    """The noising process whose denoiser this scheduler integrates.
+
+    Raises:
+        UserError: the scheduler's prediction type is not velocity, epsilon or v.
+    """
+    if is_flow_matching(scheduler):
+        return FlowMatching(inverted=bool(scheduler.config.get("invert_sigmas")))
+    kind = scheduler.config.get("prediction_type")
+    alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
+    if isinstance(alphas_cumprod, torch.Tensor):
+        if kind == "epsilon":
+            return Epsilon(alphas_cumprod)
+        if kind == "v_prediction":
+            return VPrediction(alphas_cumprod)
+    raise UserError(
+        f"cannot train with {type(scheduler).__name__} (prediction_type={kind!r}): its denoiser "
+        "predicts neither a flow-matching velocity nor epsilon nor v"
+    )
+
+
+def level_of_last_step(scheduler: Any, timestep: Any) -> Level:
+    """The noise level of the step that the scheduler has just taken.
+
+    Returns:
+        the timestep as the denoiser was given it (0-dim) and its noise level: the sigma of flow
+        matching as the scheduler counts it, or ``sqrt(1 - alphas_cumprod)`` for noise and v prediction. Both come from the
+        scheduler's own tables: UniPC and DPM-Solver round the timestep, so that it differs from
+        1000 sigma by up to one unit.
+    """
+    time = torch.as_tensor(timestep).detach().reshape(-1)[0].clone()
+    index = getattr(scheduler, "step_index", None)
+    if index is None:
+        return Level(time, math.sqrt(1.0 - float(scheduler.alphas_cumprod[int(time)])))
+    sigma = float(scheduler.sigmas[index - 1])
+    if not is_flow_matching(scheduler):
+        return Level(time, sigma / math.sqrt(1.0 + sigma * sigma))
+    return Level(time, sigma)
+
+
+def fresh(scheduler: Any) -> Any:
+    """A copy whose state is nobody else's.
+
+    Multi-step solvers keep past model outputs, and dynamic shifting writes into the config; a
+    rollout with a copy of a scheduler that has never been run can inherit neither.
+    """
+    return copy.deepcopy(scheduler)
+
+
+def make_scheduler(name: str | None, base: Any) -> Any:
+    """The deterministic sampler called ``name``, with the settings of the pipeline's scheduler.
+
+    Args:
+        name: ``euler``, ``heun``, ``dpmsolver++`` or ``unipc`` for flow matching; ``ddim``,
+            ``pndm``, ``dpmsolver++``, ``unipc``, ``deis``, ``euler`` or ``heun`` for noise and v
+            prediction; None for a fresh copy of ``base``.
+        base: the scheduler of the pipeline. Its training schedule, prediction type and shift are
+            kept.
+
+    Raises:
+        UserError: the name is unknown, or does not fit the pipeline's prediction type.
+    """
+    if name is None:
+        return fresh(base)
+    flow = is_flow_matching(base)
+    fitting = _FLOW_SAMPLERS if flow else _NOISE_SAMPLERS
+    if name not in fitting:
+        _refuse(name, flow, list(fitting))
+    target = getattr(diffusers, fitting[name])
+    settings = _flow_settings(name, base) if flow else _noise_settings(name, base)
+    accepted = inspect.signature(target.__init__).parameters
+    if flow:
+        _refuse_lost_settings(name, base.config, settings, accepted)
+    return target(**{key: value for key, value in settings.items() if key in accepted})
+
+
+def _refuse(name: str, flow: bool, fitting: list[str]) -> None:
+    kind = "flow matching" if flow else "noise or v prediction"
+    message = f"rollout.scheduler: {name!r} does not fit a pipeline trained with {kind}"
+    if name not in {**_FLOW_SAMPLERS, **_NOISE_SAMPLERS}:
+        message = f"rollout.scheduler: there is no sampler {name!r}"
+        nearest = difflib.get_close_matches(name.lower(), fitting, n=1, cutoff=0.4)
+        message += f" (did you mean {nearest[0]!r}?)" if nearest else ""
+    raise UserError(f"{message}; these fit: {', '.join(fitting)}, or null for the pipeline's own")
+
+
+def _own_settings(base: Any) -> dict[str, Any]:
+    return {k: v for k, v in base.config.items() if not k.startswith("_")}
+
+
+def _flow_settings(name: str, base: Any) -> dict[str, Any]:
+    settings = {k: v for k, v in _own_settings(base).items() if k not in _SOLVER_SETTINGS}
+    # the same number under two names: FlowMatch* calls it shift, the multi-step solvers flow_shift
+    shift = settings.get("flow_shift", settings.get("shift", 1.0))
+    settings.update(shift=shift, flow_shift=shift)
+    if name in ("dpmsolver++", "unipc"):
+        settings.update(prediction_type="flow_prediction", use_flow_sigmas=True)
+        settings.update(final_sigmas_type="zero", lower_order_final=True)
+    return settings
+
+
+def _noise_settings(name: str, base: Any) -> dict[str, Any]:
+    if base.config.get("snr_shift_scale", 1.0) != 1.0:
+        raise UserError(
+            f"rollout.scheduler: {name!r} cannot carry snr_shift_scale of "
+            f"{type(base).__name__}; use null for the pipeline's own sampler"
+        )
+    settings = {k: v for k, v in _own_settings(base).items() if k not in _SOLVER_SETTINGS}
+    # clipping x0 is made for pixels; in latent space it would cut the picture
+    settings.setdefault("clip_sample", False)
+    if name == "ddim":
+        settings.setdefault("set_alpha_to_one", False)
+    if name == "pndm":
+        settings["skip_prk_steps"] = True
+    return settings
+
+
+def _refuse_lost_settings(name: str, config: Any, settings: dict[str, Any], accepted: Any) -> None:
+    """A schedule that the new sampler cannot follow must not be dropped in silence."""
+    neutral = {"use_dynamic_shifting": False, "invert_sigmas": False, "shift_terminal": None}
+    for key, value in neutral.items():
+        if settings.get(key, value) not in (value, 0) and key not in accepted:
+            raise UserError(
+                f"rollout.scheduler: {name!r} cannot carry {key}={settings[key]} of the "
+                "pipeline's scheduler; use 'euler', or null for the pipeline's own sampler"
+            )
+    linear = config.get("time_shift_type", "exponential") == "linear"
+    if name == "dpmsolver++" and linear and config.get("use_dynamic_shifting"):
+        raise UserError("rollout.scheduler: 'dpmsolver++' cannot shift time linearly; use 'euler'")

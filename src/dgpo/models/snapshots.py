@@ -1,0 +1,96 @@
+"""Copies of weights that lag behind: frozen references and exponential moving averages.
+
+Weights are put in place by exchanging storage, not by copying: what was there before comes back
+bit for bit, and a graph built before the exchange still finds its own tensors at backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dgpo.errors import UserError
+
+
+@contextmanager
+def exchanged(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+    """``parameters`` hold ``values`` for the time of the block, and their own storage after it.
+
+    Nothing is copied where device and dtype agree. Do not train inside the block.
+    """
+    own = [parameter.data for parameter in parameters]
+    try:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value.to(device=parameter.device, dtype=parameter.dtype)
+        yield
+    finally:
+        for parameter, data in zip(parameters, own, strict=True):
+            parameter.data = data
+
+
+class Snapshot:
+    """A moving average of ``parameters``, equal to them when it is made.
+
+    ``shadow <- decay * shadow + (1 - decay) * parameter``
+
+    Args:
+        parameters: what is averaged.
+        device: where the copy lives; None for beside the parameters.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], device: torch.device | str | None = None
+    ) -> None:
+        self._parameters = list(parameters)
+        self._shadow = [p.detach().to(device or p.device, copy=True) for p in self._parameters]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The averaged weights, in the order of the parameters."""
+        return self._shadow
+
+    @torch.no_grad()
+    def update(self, decay: float) -> None:
+        """Move towards the parameters: 0 makes the snapshot equal to them, 1 leaves it alone.
+
+        Raises:
+            UserError: ``decay`` is outside [0, 1].
+        """
+        if not 0.0 <= decay <= 1.0:
+            raise UserError(f"the decay of a moving average must be in [0, 1], got {decay}")
+        if not self._shadow:
+            return
+        current = [
+            p.detach().to(s.device) for p, s in zip(self._parameters, self._shadow, strict=True)
+        ]
+        torch._foreach_lerp_(self._shadow, current, 1.0 - decay)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The parameters hold the averaged weights inside the block, and their own after it."""
+        with exchanged(self._parameters, self._shadow):
+            yield
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged weights by position, for a checkpoint."""
+        return {str(i): tensor for i, tensor in enumerate(self._shadow)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take back what :meth:`state_dict` gave.
+
+        Raises:
+            UserError: the number of tensors or a shape differs.
+        """
+        if len(state) != len(self._shadow):
+            raise UserError(f"got {len(state)} tensors for a snapshot of {len(self._shadow)}")
+        for i, tensor in enumerate(self._shadow):
+            if state[str(i)].shape != tensor.shape:
+                raise UserError(
+                    f"tensor {i} of a snapshot has shape {tuple(state[str(i)].shape)}, "
+                    f"expected {tuple(tensor.shape)}: was it made with another LoRA rank?"
+                )
+            tensor.copy_(state[str(i)])

@@ -1,0 +1,231 @@
+"""Prompt embeddings: each distinct prompt is encoded once, by the pipeline's own ``encode_prompt``.
+
+The names of what ``encode_prompt`` returns are read from its return statement, and those that the
+pipeline's call takes become keyword arguments of the call. No pipeline family is written out here.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgpo.errors import UserError
+from dgpo.models.families import family_of
+
+_NEGATIVE = "negative_"
+Embedding = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the pipeline is told about ``size`` pictures, as keyword arguments of its call.
+
+    Args:
+        kwargs: tensors with one row a picture, or lists with one entry a picture, or None.
+        size: number of pictures.
+    """
+
+    kwargs: Mapping[str, Any]
+    size: int
+
+    @property
+    def guided(self) -> bool:
+        """Whether the embeddings of the negative prompt are here, as guidance needs them."""
+        return any(name.startswith(_NEGATIVE) for name in self.kwargs)
+
+    def rows(self, index: Tensor) -> Conditioning:
+        """The conditioning of some pictures, in the order of ``index`` (integers, [n])."""
+        chosen = index.tolist()
+        taken = {name: _take(value, index, chosen) for name, value in self.kwargs.items()}
+        return Conditioning(taken, len(chosen))
+
+    def repeat(self, times: int) -> Conditioning:
+        """Every row ``times`` times in succession: the members of a group stay together."""
+        return self.rows(torch.arange(self.size).repeat_interleave(times))
+
+    def call_kwargs(self, guidance: bool) -> dict[str, Any]:
+        """Keyword arguments for one call; the negative prompt only where it is used."""
+        if guidance:
+            return dict(self.kwargs)
+        return {k: v for k, v in self.kwargs.items() if not k.startswith(_NEGATIVE)}
+
+
+def _take(value: Any, index: Tensor, chosen: list[int]) -> Any:
+    if isinstance(value, Tensor):
+        return value.index_select(0, index.to(value.device))
+    if isinstance(value, list):
+        return [value[row] for row in chosen]
+    return value
+
+
+class PromptEncoder:
+    """Encodes prompts through the pipeline and remembers them.
+
+    Args:
+        pipe: a diffusers pipeline.
+        call: the user's extra arguments of the pipeline's call. Those that ``encode_prompt`` takes
+            too reach it (``max_sequence_length``, ``clip_skip``, ``negative_prompt`` ...).
+        cache_bytes: what the cache may hold; the prompts unused for longest are dropped first.
+    """
+
+    def __init__(self, pipe: Any, call: Mapping[str, Any], cache_bytes: int = 4 * 2**30) -> None:
+        self._pipe = pipe
+        self._call = dict(call)
+        self._cache: OrderedDict[str, Embedding] = OrderedDict()
+        self._cache_bytes = cache_bytes
+        self._used = 0
+        self._negative: Embedding | None = None
+        self._call_parameters = inspect.signature(type(pipe).__call__).parameters
+        self._parameters = inspect.signature(type(pipe).encode_prompt).parameters
+        self._names = family_of(pipe).encode_names or returned_names(type(pipe).encode_prompt)
+
+    def encode(self, prompts: Sequence[str], guidance: bool) -> Conditioning:
+        """The conditioning of ``prompts``, one row each (equal prompts share one encoding).
+
+        Raises:
+            UserError: no prompts, or prompts of different length for a pipeline without a mask.
+        """
+        if not prompts:
+            raise UserError("no prompts to encode")
+        distinct = list(dict.fromkeys(prompts))
+        rows = [self._positive(prompt) for prompt in distinct]
+        if guidance:
+            negative = self._negative_embedding()
+            rows = [{**row, **negative} for row in rows]
+        position = {prompt: row for row, prompt in enumerate(distinct)}
+        index = torch.tensor([position[prompt] for prompt in prompts])
+        return Conditioning(_join(rows, self._call_parameters), len(rows)).rows(index)
+
+    def _positive(self, prompt: str) -> Embedding:
+        if prompt in self._cache:
+            self._cache.move_to_end(prompt)
+            return self._cache[prompt]
+        embedding = self._run(prompt, guidance=False)
+        self._cache[prompt] = embedding
+        self._used += _bytes(embedding)
+        while self._used > self._cache_bytes and len(self._cache) > 1:
+            self._used -= _bytes(self._cache.popitem(last=False)[1])
+        return embedding
+
+    def _negative_embedding(self) -> Embedding:
+        """The negative prompt, as the pipeline encodes it (some zero it, some give it a mask)."""
+        if self._negative is None:
+            if "do_classifier_free_guidance" in self._parameters:
+                both = self._run("", guidance=True)
+                found = {k: v for k, v in both.items() if k.startswith(_NEGATIVE)}
+            else:
+                plain = self._run(self._call.get("negative_prompt") or "", guidance=False)
+                found = {_NEGATIVE + k: v for k, v in plain.items()}
+            self._negative = {k: v for k, v in found.items() if k in self._call_parameters}
+        return self._negative
+
+    @torch.no_grad()
+    def _run(self, prompt: str, guidance: bool) -> Embedding:
+        arguments: dict[str, Any] = {}
+        for name in self._parameters:
+            if name in ("self", "kwargs", "dtype", "prompt_embeds") or name.endswith("_embeds"):
+                continue
+            if name in ("prompt", "prompt_2", "prompt_3"):
+                arguments[name] = prompt
+            elif name == "device":
+                arguments[name] = self._pipe.device
+            elif name in ("num_images_per_prompt", "num_videos_per_prompt"):
+                arguments[name] = 1
+            elif name == "do_classifier_free_guidance":
+                arguments[name] = guidance
+            elif name in self._call:
+                arguments[name] = self._call[name]
+            elif name in self._call_parameters:
+                # the default of the call, not of encode_prompt: they differ in some pipelines
+                arguments[name] = self._call_parameters[name].default
+        returned = self._pipe.encode_prompt(**arguments)
+        values = returned if isinstance(returned, tuple) else (returned,)
+        named = dict(zip(self._names, values, strict=True))
+        return {
+            k: v
+            for k, v in named.items()
+            if k in self._call_parameters and (guidance or not k.startswith(_NEGATIVE))
+            if v is not None or k.endswith("_mask")
+        }
+
+
+def returned_names(function: Any) -> tuple[str, ...]:
+    """The names in the last return statement of ``function``, e.g. of ``encode_prompt``.
+
+    Raises:
+        UserError: the source cannot be read, or it returns something else than names.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError) as error:
+        raise UserError(f"cannot read the source of {function.__qualname__}") from error
+    returns = [n.value for n in ast.walk(tree) if isinstance(n, ast.Return) and n.value is not None]
+    last = max(returns, key=lambda node: node.lineno, default=None)
+    elements = last.elts if isinstance(last, ast.Tuple) else [last]
+    names = tuple(e.id for e in elements if isinstance(e, ast.Name))
+    if len(names) != len(elements):
+        raise UserError(f"{function.__qualname__} does not return plain names")
+    return names
+
+
+def _bytes(embedding: Embedding) -> int:
+    tensors: list[Tensor] = []
+    for value in embedding.values():
+        tensors.extend(v for v in (value if isinstance(value, list) else [value]) if v is not None)
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _join(rows: list[Embedding], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows of one prompt each, as keyword arguments for all of them."""
+    joined: dict[str, Any] = {}
+    for name in {key: None for row in rows for key in row}:
+        values = [row[name] for row in rows]
+        if isinstance(values[0], list):
+            joined[name] = [entry for value in values for entry in value]
+        elif name.endswith("_mask"):
+            joined[name] = _join_masks(values, [row[_masked_by(name, row)] for row in rows])
+        else:
+            joined[name] = _join_tensors(name, values, parameters)
+    return joined
+
+
+def _masked_by(mask: str, row: Embedding) -> str:
+    """``prompt_embeds_mask`` and ``prompt_attention_mask`` both belong to ``prompt_embeds``."""
+    stem = mask.removesuffix("_mask").removesuffix("_attention")
+    return stem if stem in row else f"{stem}_embeds"
+
+
+def _join_masks(masks: list[Tensor | None], embeddings: list[Tensor]) -> Tensor | None:
+    longest = max(e.shape[1] for e in embeddings)
+    if all(m is None for m in masks) and all(e.shape[1] == longest for e in embeddings):
+        return None
+    filled = [
+        m if m is not None else torch.ones(e.shape[:2], dtype=torch.long, device=e.device)
+        for m, e in zip(masks, embeddings, strict=True)
+    ]
+    return torch.cat([_pad(m, longest) for m in filled])
+
+
+def _join_tensors(name: str, values: list[Tensor], parameters: Mapping[str, Any]) -> Tensor:
+    if all(value.shape == values[0].shape for value in values):
+        return torch.cat(values)
+    masks = (f"{name}_mask", f"{name.removesuffix('_embeds')}_attention_mask")
+    if not any(mask in parameters for mask in masks):
+        raise UserError(
+            f"{name} of these prompts have different lengths and the pipeline takes no mask for "
+            "them: use prompts of one length, or a rollout.call setting that pads them"
+        )
+    return torch.cat([_pad(value, max(v.shape[1] for v in values)) for value in values])
+
+
+def _pad(value: Tensor, length: int) -> Tensor:
+    missing = value.new_zeros((value.shape[0], length - value.shape[1], *value.shape[2:]))
+    return torch.cat([value, missing], dim=1)
