@@ -1,0 +1,168 @@
+"""The model card of a run, written from what the run measured."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dgpo.recipe import Recipe
+
+
+def model_card(
+    recipe: Recipe,
+    rows: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Mapping[str, Any]],
+    folder: Path,
+) -> str:
+    """Markdown with the hub's front matter.
+
+    Args:
+        recipe: of the run.
+        rows: of ``metrics.jsonl``.
+        evaluations: of ``evaluations.jsonl``; the one of iteration 0 is the base model.
+        folder: the run's; pictures that are not in it are not shown.
+    """
+    parts = [
+        _front_matter(recipe, evaluations),
+        f"# {_title(recipe)}\n",
+        _lead(recipe, rows, evaluations),
+        _scores(evaluations),
+        _pictures(folder),
+        _usage(recipe, folder),
+        _training(recipe, rows, folder),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _title(recipe: Recipe) -> str:
+    return f"{Path(recipe.model).name} post-trained by {recipe.algorithm.name.upper()}"
+
+
+def _front_matter(recipe: Recipe, evaluations: Sequence[Mapping[str, Any]]) -> str:
+    tags = ["text-to-image", "diffusers", "dgpo", "reinforcement-learning"]
+    if recipe.lora is not None:
+        tags.append("lora")
+    matter: dict[str, Any] = {"library_name": "diffusers", "tags": tags}
+    if recipe.model != "pocket" and not Path(recipe.model).exists():
+        matter["base_model"] = recipe.model
+    return f"---\n{yaml.safe_dump(matter, sort_keys=False)}---\n"
+
+
+def _lead(
+    recipe: Recipe, rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
+) -> str:
+    kind = "Full fine-tuning" if recipe.lora is None else f"A LoRA of rank {recipe.lora.rank}"
+    rewards = ", ".join(f"{name} (weight {w:g})" for name, w in recipe.rewards.items())
+    text = f"{kind} for `{recipe.model}`, trained to raise: {rewards or 'a custom reward'}."
+    if len(evaluations) > 1:
+        first, last = evaluations[0], evaluations[-1]
+        text += (
+            f"\nOn {last['n']} held-out prompts the score went from **{first['overall']:.3f}** to "
+            f"**{last['overall']:.3f}**"
+        )
+        text += f" in {last['seconds'] / 60:.1f} minutes of training." if rows else "."
+    return text + "\n"
+
+
+def _scores(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    if not evaluations:
+        return "## Measured\n\nNothing was evaluated in this run.\n"
+    first, last = evaluations[0], evaluations[-1]
+    single = len(evaluations) == 1
+    heads = [_when(first)] if single else [_when(first), _when(last)]
+    lines = [
+        "## Measured\n",
+        f"On {last['n']} held-out prompts, the averaged weights; in brackets 95% intervals.\n",
+        "| | " + " | ".join(heads) + " |",
+        "|---|" + "---|" * len(heads),
+    ]
+    shown = [first] if single else [first, last]
+    lines.append(_row("**overall**", [_with_interval(e["overall"], e["ci95"]) for e in shown]))
+    for key in ("categories", "rewards"):
+        for name in last.get(key) or {}:
+            values = [(e.get(key) or {}).get(name) for e in shown]
+            bounds = [(e.get("intervals") or {}).get(name) for e in shown]
+            label = name if key == "categories" else f"metric `{name}`"
+            lines.append(_row(label, list(map(_with_interval, values, bounds))))
+    return "\n".join(lines) + "\n"
+
+
+def _when(evaluation: Mapping[str, Any]) -> str:
+    iteration = evaluation["iteration"]
+    return "base model" if iteration == 0 else f"after {iteration} iterations"
+
+
+def _row(label: str, cells: Sequence[str]) -> str:
+    return f"| {label} | " + " | ".join(cells) + " |"
+
+
+def _with_interval(value: float | None, bounds: Sequence[float] | None = None) -> str:
+    if value is None:
+        return "not measured"
+    text = f"{value:.3f}"
+    if bounds and None not in bounds:
+        text += f" [{bounds[0]:.3f}, {bounds[1]:.3f}]"
+    return text
+
+
+def _pictures(folder: Path) -> str:
+    wanted = {
+        "curve.png": "Reward and held-out score over the run",
+        "samples/before_after.png": "The same prompts and seeds before and after",
+    }
+    shown = [f"![{text}]({file})\n" for file, text in wanted.items() if (folder / file).exists()]
+    return "\n".join(shown)
+
+
+def _usage(recipe: Recipe, folder: Path) -> str:
+    load = f'pipe = DiffusionPipeline.from_pretrained("{recipe.model}")'
+    imports = "from diffusers import DiffusionPipeline"
+    if recipe.model == "pocket":
+        load, imports = "pipe = load_pocket()", "from dgpo import load_pocket"
+    if recipe.lora is not None:
+        lines = [imports, "", load, f'pipe.load_lora_weights("{folder.name}/lora")']
+    else:
+        lines = [imports, "", load, "# then replace the denoiser by the one saved in this folder"]
+    scale = recipe.rollout.guidance_scale
+    steps = recipe.eval.steps or recipe.rollout.steps
+    if recipe.eval.guidance_scale is not None:
+        scale = recipe.eval.guidance_scale
+    call = f"num_inference_steps={steps}, guidance_scale={scale:g}"
+    lines.append(f'pipe("a prompt", {call}).images[0]')
+    return "## Use\n\n```python\n" + "\n".join(lines) + "\n```\n"
+
+
+def _training(recipe: Recipe, rows: Sequence[Mapping[str, Any]], folder: Path) -> str:
+    images = len(rows) * recipe.images_per_iteration
+    lines = ["## Training\n"]
+    if rows:
+        minutes = (rows[-1]["seconds"] or 0) / 60
+        lines.append(
+            f"{len(rows)} iterations of {recipe.groups_per_iteration} groups of "
+            f"{recipe.group_size} images ({images} in all), {minutes:.1f} minutes of training, "
+            f"learning rate {recipe.train.lr:g}, seed {recipe.seed}. All settings are in "
+            "`recipe.yaml`, every iteration in `metrics.jsonl`, every evaluation in "
+            "`evaluations.jsonl`.\n"
+        )
+    lines.append("Repeat it with:\n")
+    lines.append(f"```\ndgpo train {folder.name}/recipe.yaml run.dir=ANOTHER_FOLDER\n```\n")
+    settings = recipe.to_dict()["algorithm"]
+    lines.append("The algorithm's settings:\n")
+    lines.append(f"```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```\n")
+    packages = ", ".join(
+        f"{name} {_version(name)}" for name in ("dgpo", "torch", "diffusers", "peft")
+    )
+    lines.append(f"Made with {packages}, Python {platform.python_version()}.\n")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(not installed as a package)"

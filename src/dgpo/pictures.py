@@ -1,0 +1,154 @@
+"""Grids of samples with their captions, and the curve of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+_PAD = 8
+_INK = (40, 40, 40)
+_PAPER = (255, 255, 255)
+_FONT_SIZE = 12
+
+
+def thumbnail(image: Any, side: int = 160) -> Image.Image:
+    """A picture (or the middle frame of a video) fitted into a square of ``side`` pixels.
+
+    Small pictures are enlarged by a whole factor without smoothing, so that their pixels are seen.
+    """
+    if isinstance(image, (list, tuple)):
+        image = image[len(image) // 2]
+    picture = image.convert("RGB")
+    longest = max(picture.size)
+    if longest > side:
+        scale, method = side / longest, Image.Resampling.LANCZOS
+    else:
+        scale, method = side // longest, Image.Resampling.NEAREST
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    square = Image.new("RGB", (side, side), _PAPER)
+    square.paste(picture.resize(size, method), ((side - size[0]) // 2, (side - size[1]) // 2))
+    return square
+
+
+def grid(images: Sequence[Any], captions: Sequence[str], side: int = 160) -> Image.Image:
+    """Pictures in rows, each with its caption below it."""
+    return _sheet([[image] for image in images], captions, side, header=None)
+
+
+def before_after(
+    before: Sequence[Any], after: Sequence[Any], captions: Sequence[str], side: int = 160
+) -> Image.Image:
+    """Pairs of pictures of the same prompt and seed, the base model's on the left."""
+    pairs = [list(pair) for pair in zip(before, after, strict=True)]
+    return _sheet(pairs, captions, side, header="each pair: before | after, same prompt and seed")
+
+
+def _sheet(
+    cells: Sequence[Sequence[Any]], captions: Sequence[str], side: int, header: str | None
+) -> Image.Image:
+    if not cells or len(cells) != len(captions):
+        raise ValueError(f"{len(cells)} pictures and {len(captions)} captions")
+    font = ImageFont.load_default(_FONT_SIZE)
+    across = len(cells[0])
+    columns = min(len(cells), max(1, math.ceil(math.sqrt(len(cells) / across))))
+    width = across * side + (across - 1) * 2
+    texts = [_wrap(caption, font, width) for caption in captions]
+    line = _FONT_SIZE + 3
+    height = side + line * max(map(len, texts)) + 4
+    rows = math.ceil(len(cells) / columns)
+    top = _PAD + (line + 4 if header else 0)
+    sheet = Image.new(
+        "RGB", (columns * (width + _PAD) + _PAD, top + rows * (height + _PAD)), _PAPER
+    )
+    draw = ImageDraw.Draw(sheet)
+    if header:
+        draw.text((_PAD, _PAD), header, _INK, font)
+    for index, (cell, text) in enumerate(zip(cells, texts, strict=True)):
+        x = _PAD + index % columns * (width + _PAD)
+        y = top + index // columns * (height + _PAD)
+        for place, image in enumerate(cell):
+            sheet.paste(thumbnail(image, side), (x + place * (side + 2), y))
+        draw.multiline_text((x, y + side + 3), "\n".join(text), _INK, font, spacing=3)
+    return sheet
+
+
+def _wrap(text: str, font: Any, width: int, most: int = 3) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    if len(lines) > most:
+        lines = [*lines[: most - 1], lines[most - 1] + " ..."]
+    return lines
+
+
+def curve(
+    rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]], file: str | Path
+) -> None:
+    """Draw the training reward by iteration and the held-out scores by training minutes.
+
+    Args:
+        rows: of ``metrics.jsonl``.
+        evaluations: of ``evaluations.jsonl``.
+        file: the PNG.
+    """
+    # the object interface needs no display and leaves pyplot's global state alone
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    _reward_panel(left, [r for r in rows if r.get("reward_mean") is not None])
+    _score_panel(right, evaluations)
+    for panel in (left, right):
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=120)
+
+
+def _reward_panel(panel: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    panel.set(title="Reward of the rollouts", xlabel="iteration", ylabel="mean reward")
+    if not rows:
+        return
+    x = np.asarray([row["iteration"] for row in rows])
+    y = np.asarray([row["reward_mean"] for row in rows], float)
+    panel.plot(x, y, color="tab:blue", alpha=0.3, linewidth=1, label="each iteration")
+    window = max(1, len(y) // 20)
+    if window > 1:
+        smooth = np.convolve(y, np.ones(window) / window, mode="valid")
+        panel.plot(x[window - 1 :], smooth, color="tab:blue", label=f"mean of {window}")
+    panel.legend(frameon=False, loc="lower right")
+
+
+def _score_panel(panel: Any, evaluations: Sequence[Mapping[str, Any]]) -> None:
+    panel.set(title="Held-out prompts", xlabel="minutes of training", ylabel="score")
+    if not evaluations:
+        return
+    minutes = [e["seconds"] / 60 for e in evaluations]
+    for category in evaluations[-1].get("categories") or {}:
+        values = [(e.get("categories") or {}).get(category) for e in evaluations]
+        values = [math.nan if v is None else v for v in values]
+        panel.plot(minutes, values, linewidth=1, alpha=0.6, label=category)
+    overall = np.asarray([e["overall"] for e in evaluations], float)
+    bounds = np.asarray([e["ci95"] for e in evaluations], float).T
+    panel.errorbar(
+        minutes,
+        overall,
+        yerr=np.maximum([overall - bounds[0], bounds[1] - overall], 0),
+        color="black",
+        marker="o",
+        markersize=4,
+        capsize=3,
+        linewidth=2,
+        label="overall, 95% interval",
+    )
+    panel.legend(frameon=False, fontsize="small", loc="best")
