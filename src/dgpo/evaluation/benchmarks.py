@@ -1,0 +1,49 @@
+"""Benchmarks: prompts, metrics and a sampling protocol that are pinned together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A pinned protocol; the first metric is the overall score.
+
+    Args:
+        prompts: source of the held-out rows, as :func:`dgpo.prompts.load_prompts` takes it.
+        metrics: reward names; per picture, or of the whole set (such as KID).
+        steps, guidance_scale, scheduler: how the pictures are sampled.
+        call: further keyword arguments of the pipeline's call.
+    """
+
+    name: str
+    prompts: str
+    metrics: tuple[str, ...]
+    steps: int = 10
+    guidance_scale: float = 1.0
+    scheduler: str | None = None
+    call: dict[str, Any] = field(default_factory=dict)
+
+
+POCKET_GENEVAL = Benchmark(
+    name="pocket-geneval",
+    prompts="pocket-geneval/test",
+    metrics=(
+        "pocket_geneval_strict",
+        "pocket_geneval",
+        "pocket_match",
+        "pocket_quality",
+        "pocket_kid",
+    ),
+    call={"max_sequence_length": 1},
+)
+"""660 held-out scenes in GenEval's six categories, 10 Euler steps, no guidance."""
+
+POCKET_OCR = Benchmark(
+    name="pocket-ocr",
+    prompts="pocket-ocr/test",
+    metrics=("pocket_ocr", "pocket_ocr_exact"),
+    call={"max_sequence_length": 1, "height": 16, "width": 48},
+)
+"""Held-out digit strings on a sign, read by a real OCR engine, 10 Euler steps, no guidance."""

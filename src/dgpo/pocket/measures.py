@@ -1,0 +1,133 @@
+"""Out-of-domain measures: what training never optimises, so that reward hacking shows.
+
+Three small networks, trained by the pretraining command on renders alone:
+
+* features for the kernel distance KID between samples and fresh renders (lower is better);
+* an image-text matching model in the manner of CLIP: cosine of picture and caption;
+* a no-reference quality: predicted freedom from blur, noise and colour shifts, 1 is a clean render.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection
+
+from dgpo.pocket.build import TOKENS, build_text_encoder, build_tokenizer
+
+FEATURES = 64
+_FILE = Path(__file__).parent / "weights" / "measures" / "measures.safetensors"
+
+
+class PictureNet(nn.Module):
+    """A small convolutional network: [B, 3, 32, 32] in [-1, 1] to features [B, 64] and outputs."""
+
+    def __init__(self, outputs: int):
+        super().__init__()
+
+        def block(inputs: int, channels: int, stride: int) -> nn.Sequential:
+            return nn.Sequential(
+                nn.Conv2d(inputs, channels, 3, stride, 1), nn.GroupNorm(4, channels), nn.SiLU()
+            )
+
+        self.body = nn.Sequential(block(3, 16, 2), block(16, 32, 2), block(32, 64, 1))
+        self.features = nn.Sequential(nn.Flatten(), nn.Linear(64 * 64, FEATURES), nn.SiLU())
+        self.head = nn.Linear(FEATURES, outputs)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.features(self.body(pixels))
+        return features, self.head(features)
+
+
+class Measures(nn.Module):
+    """The three networks; their weights are one file of the package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer = build_tokenizer()
+        self.attributes = PictureNet(24 + 16)
+        self.quality = PictureNet(1)
+        self.picture = PictureNet(FEATURES)
+        self.text: CLIPTextModelWithProjection = build_text_encoder(self.tokenizer)
+        self.scale = nn.Parameter(torch.tensor(2.5))
+
+    def embed_text(self, captions: Sequence[str]) -> Tensor:
+        """Unit vectors [N, 64] of captions."""
+        ids = self.tokenizer(
+            list(captions),
+            padding="max_length",
+            max_length=TOKENS,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        return nn.functional.normalize(self.text(ids).text_embeds, dim=-1)
+
+    def embed_picture(self, pixels: Tensor) -> Tensor:
+        """Unit vectors [N, 64] of pictures [N, 3, 32, 32]."""
+        return nn.functional.normalize(self.picture(pixels)[1], dim=-1)
+
+
+@functools.cache
+def load_measures() -> Measures:
+    """The trained networks of the package."""
+    measures = Measures()
+    measures.load_state_dict(load_file(_FILE))
+    return measures.eval().requires_grad_(False)
+
+
+def as_pixels(images: Sequence[Image.Image] | np.ndarray) -> Tensor:
+    """Pictures (PIL, or uint8 [N, 32, 32, 3]) as [N, 3, 32, 32] in [-1, 1]."""
+    array = (
+        images
+        if isinstance(images, np.ndarray)
+        else np.stack([np.asarray(i.convert("RGB")) for i in images])
+    )
+    return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def features(images: Sequence[Image.Image] | np.ndarray) -> Tensor:
+    """Features [N, 64] in which KID is computed."""
+    return load_measures().attributes(as_pixels(images))[0]
+
+
+@torch.no_grad()
+def match(images: Sequence[Image.Image], prompts: Sequence[str], **_: object) -> list[float]:
+    """Cosine of picture and caption, in [-1, 1]; higher is better."""
+    measures = load_measures()
+    pictures = measures.embed_picture(as_pixels(images))
+    return (pictures * measures.embed_text(prompts)).sum(-1).tolist()
+
+
+@torch.no_grad()
+def quality(images: Sequence[Image.Image], prompts: Sequence[str], **_: object) -> list[float]:
+    """No-reference quality: 1 for a clean render, about 0 for a badly corrupted one."""
+    return load_measures().quality(as_pixels(images))[1][:, 0].tolist()
+
+
+def kid(a: Tensor, b: Tensor) -> float:
+    """Unbiased squared kernel distance of two sets of features, ``k(x, y) = (x.y / d + 1)^3``.
+
+    Source: Binkowski et al., "Demystifying MMD GANs" (arXiv 1801.01401), section 4.
+    Differs from the paper: one estimate over all samples instead of a mean over subsets.
+
+    Args:
+        a, b: features [N, d] and [M, d], N and M at least 2.
+    """
+    a, b = a.double(), b.double()
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x: Tensor) -> Tensor:
+        k = kernel(x, x)
+        return (k.sum() - k.diagonal().sum()) / (len(x) * (len(x) - 1))
+
+    return float(within(a) + within(b) - 2 * kernel(a, b).mean())

@@ -1,0 +1,160 @@
+"""What every pretraining stage shares: seeded loops that checkpoint, resume and show progress."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+class Averaged:
+    """Exponential moving average of modules' parameters; the average is what is shipped."""
+
+    def __init__(self, modules: list[nn.Module], decay: float = 0.999):
+        self.parameters = [p for m in modules for p in m.parameters()]
+        self.values = [p.detach().clone() for p in self.parameters]
+        self.decay = decay
+        self.steps = 0
+
+    def update(self) -> None:
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
+
+    def __enter__(self) -> None:
+        self._swap()
+
+    def __exit__(self, *_: object) -> None:
+        self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for value, parameter in zip(self.values, self.parameters):
+            kept = parameter.detach().clone()
+            parameter.copy_(value)
+            value.copy_(kept)
+
+
+class Stage:
+    """One stage of pretraining: a folder with checkpoints and a log of what was measured.
+
+    Args:
+        folder: where ``state.safetensors`` (weights, averages, optimiser) and ``log.jsonl`` go.
+        modules: what is trained.
+        optimizers: their optimisers.
+        steps: how many steps the stage has; :meth:`run` yields them, from where it stopped.
+        save_every: steps between two checkpoints.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        modules: list[nn.Module],
+        optimizers: list[torch.optim.Optimizer],
+        steps: int,
+        seed: int,
+        save_every: int = 500,
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.modules, self.optimizers = folder, modules, optimizers
+        self.steps, self.seed, self.save_every = steps, seed, save_every
+        self.average = Averaged(modules)
+        self.seconds = 0.0
+        self.start = 0
+        self.running: dict[str, list[float]] = {}
+        if (folder / "state.safetensors").exists():
+            self._load()
+
+    def run(self, evaluate: Callable[[], dict[str, float]], every: int) -> Iterator[int]:
+        """Yield step numbers; after each, average, save and evaluate as due."""
+        began = time.monotonic() - self.seconds
+        for step in range(self.start, self.steps):
+            yield step
+            self.average.update()
+            self.seconds = time.monotonic() - began
+            done = step + 1
+            if done % every == 0 or done == self.steps:
+                paused = time.monotonic()
+                with self.average:
+                    figures = evaluate()
+                self.log(done, figures)
+                began += time.monotonic() - paused
+            if done % self.save_every == 0 or done == self.steps:
+                self._save(done)
+
+    def note(self, **figures: float) -> None:
+        """Remember figures of a step; their mean since the last report is logged."""
+        for key, value in figures.items():
+            self.running.setdefault(key, []).append(value)
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        means = {k: sum(v) / len(v) for k, v in self.running.items() if v}
+        self.running = {}
+        row = {"step": step, "seconds": round(self.seconds, 1), **means, **figures}
+        row = {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{self.folder.name} {step}/{self.steps}", row, flush=True)
+
+    def generator(self, step: int) -> torch.Generator:
+        """The random numbers of one step: the same whether or not the stage was interrupted."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"average.{i}": v for i, v in enumerate(self.average.values)}
+        for i, module in enumerate(self.modules):
+            state = module.state_dict()
+            tensors |= {f"module.{i}.{k}": v.detach().clone() for k, v in state.items()}
+        for i, optimizer in enumerate(self.optimizers):
+            for j, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{i}.{j}.{k}": torch.as_tensor(v) for k, v in state.items()}
+        return tensors
+
+    def _save(self, step: int) -> None:
+        meta = {"step": str(step), "seconds": str(self.seconds), "average": str(self.average.steps)}
+        target = self.folder / "state.safetensors"
+        save_file(
+            {k: v.contiguous() for k, v in self._tensors().items()}, f"{target}.new", metadata=meta
+        )
+        Path(f"{target}.new").replace(target)
+
+    @torch.no_grad()
+    def _load(self) -> None:
+        from safetensors import safe_open
+
+        path = self.folder / "state.safetensors"
+        with safe_open(path, "pt") as file:
+            meta = file.metadata()
+        tensors = load_file(path)
+        for i, value in enumerate(self.average.values):
+            value.copy_(tensors[f"average.{i}"])
+        for i, module in enumerate(self.modules):
+            start = f"module.{i}."
+            module.load_state_dict(
+                {k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)}
+            )
+        for i, optimizer in enumerate(self.optimizers):
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, value in tensors.items():
+                if key.startswith(f"optimizer.{i}."):
+                    _, _, index, name = key.split(".", 3)
+                    state.setdefault(int(index), {})[name] = value
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        self.start = int(meta["step"])
+        self.seconds = float(meta["seconds"])
+        self.average.steps = int(meta["average"])
+
+
+def schedule(optimizer: torch.optim.Optimizer, step: int, steps: int, hold: float = 0.5) -> None:
+    """Warm up over 100 steps, hold, then decay linearly to 2% over what is left after ``hold``."""
+    part = step / steps
+    factor = min(1.0, (step + 1) / 100)
+    if part > hold:
+        factor *= max(0.02, (1 - part) / (1 - hold))
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("top_lr", group["lr"]) * factor
