@@ -59,7 +59,7 @@ def _lead(
     kind = "Full fine-tuning" if recipe.lora is None else f"A LoRA of rank {recipe.lora.rank}"
     rewards = ", ".join(f"{name} (weight {w:g})" for name, w in recipe.rewards.items())
     text = f"{kind} for `{recipe.model}`, trained to raise: {rewards or 'a custom reward'}."
-    if len(evaluations) > 1:
+    if len(evaluations) > 1 and evaluations[0]["iteration"] == 0:
         first, last = evaluations[0], evaluations[-1]
         text += (
             f"\nOn {last['n']} held-out prompts the score went from **{first['overall']:.3f}** to "

@@ -55,7 +55,7 @@ def _sheet(
         raise ValueError(f"{len(cells)} pictures and {len(captions)} captions")
     font = ImageFont.load_default(_FONT_SIZE)
     across = len(cells[0])
-    columns = min(len(cells), max(1, math.ceil(math.sqrt(len(cells) / across))))
+    columns = _columns(len(cells), across)
     width = across * side + (across - 1) * 2
     texts = [_wrap(caption, font, width) for caption in captions]
     line = _FONT_SIZE + 3
@@ -75,6 +75,12 @@ def _sheet(
             sheet.paste(thumbnail(image, side), (x + place * (side + 2), y))
         draw.multiline_text((x, y + side + 3), "\n".join(text), _INK, font, spacing=3)
     return sheet
+
+
+def _columns(count: int, across: int) -> int:
+    """About square, and of two choices the one whose last row is fuller."""
+    near = max(1, math.ceil(math.sqrt(count / across)))
+    return min((near, near + 1), key=lambda columns: (-count % columns, columns > near))
 
 
 def _wrap(text: str, font: Any, width: int, most: int = 3) -> list[str]:

@@ -21,6 +21,8 @@ ALGORITHMS: dict[str, str] = {"dgpo": "dgpo.algorithms.dgpo:DGPO"}
 REWARDS: dict[str, str] = {
     "pocket_geneval": "dgpo.rewards.pocket:pocket_geneval",
     "pocket_geneval_strict": "dgpo.rewards.pocket:pocket_geneval_strict",
+    "pocket_match": "dgpo.pocket.measures:match",
+    "pocket_quality": "dgpo.pocket.measures:quality",
     "pocket_ocr": "dgpo.rewards.ocr:pocket_ocr",
     "pocket_ocr_exact": "dgpo.rewards.ocr:pocket_ocr_exact",
     "ocr": "dgpo.rewards.ocr:ocr",

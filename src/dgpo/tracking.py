@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,7 +42,9 @@ def read_jsonl(file: str | Path) -> list[dict[str, Any]]:
     """The objects of a ``.jsonl`` file; none when it is missing. A last line that was cut short
     by a crash is left out."""
     path = Path(file)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    # only at newlines: str.splitlines would also cut at U+2028 inside a text
+    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n") if path.exists() else []
+    lines = [line for line in lines if line]
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -131,7 +133,7 @@ class Tracker:
             seconds: training time spent by then.
             report: the evaluation's outcome.
         """
-        body = asdict(report) if is_dataclass(report) and not isinstance(report, type) else report
+        body: dict[str, Any] = dict(report) if isinstance(report, Mapping) else asdict(report)
         row = _plain({"iteration": iteration, "seconds": seconds, **body})
         _append(self._evaluations, row)
         self._scalars("eval", {k: v for k, v in row.items() if k != "seconds"}, iteration)

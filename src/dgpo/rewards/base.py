@@ -67,8 +67,7 @@ def _entry(reward: Any, weight: float) -> _Entry:
         name, function = reward, resolve("reward", reward)
     else:
         name, function = getattr(reward, "__name__", type(reward).__name__), reward
-    if inspect.isclass(function):
-        function = function()
+    function: Any = function() if inspect.isclass(function) else function
     if not callable(function):
         raise UserError(f"reward {name!r} is {function!r}, not a function (images, prompts, ...)")
     if not math.isfinite(weight) or weight == 0:

@@ -1,0 +1,310 @@
+"""The command ``dgpo``. What is heavy to import is imported inside the commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from dgpo import registry
+from dgpo.errors import UserError
+from dgpo.recipe_files import recipe_names, summary
+
+if TYPE_CHECKING:
+    from dgpo.prompts import Prompt
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells expect it."""
+
+
+class _Commands(TyperGroup):
+    """Prints what a user did wrong without a traceback; exit codes 2 for it and 130 for Ctrl-C."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("\nstopped", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Post-train any diffusion or flow model of diffusers with any reward, by Direct Group "
+    "Preference Optimization.\n\nStart with:  dgpo train pocket-geneval train.max_minutes=5",
+)
+pocket = typer.Typer(no_args_is_help=True, help="The small model that ships with dgpo.")
+app.add_typer(pocket, name="pocket")
+
+Model = Annotated[
+    str, typer.Option("--model", metavar="M", help="pocket, a hub id, or a pipeline's folder.")
+]
+Lora = Annotated[
+    Path | None,
+    typer.Option("--lora", metavar="DIR", help="A trained LoRA: a run folder, or its lora/."),
+]
+Precision = Annotated[str, typer.Option(metavar="P", help="float32, bfloat16 or float16.")]
+Device = Annotated[
+    str | None, typer.Option(metavar="D", help="Default: cuda if there is one, else cpu.")
+]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A file, or a recipe's name.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as train.lr=1e-4."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run that is in run.dir.")
+    ] = False,
+) -> None:
+    """Train by a recipe; everything is written to its run folder."""
+    from dgpo.recipe import Recipe
+    from dgpo.tracking import refuse_existing_run
+
+    settings = Recipe.load(recipe, overrides or [])
+    if not resume:
+        refuse_existing_run(settings.run.dir)  # before the seconds that importing torch takes
+    from dgpo.trainer import Trainer
+
+    _quiet()
+    folder = Path(settings.run.dir)
+    try:
+        Trainer(recipe=settings).train(resume=resume)
+    except KeyboardInterrupt:
+        if (folder / "recipe.yaml").exists():
+            hint = f"go on with: dgpo train {folder / 'recipe.yaml'} --resume"
+            typer.echo(f"\nstopped; what was done is in {folder}; {hint}", err=True)
+        else:
+            typer.echo("\nstopped before the run began", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    typer.echo(f"done: {folder}/README.md says what was measured, {folder}/curve.png shows it")
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    benchmark: Annotated[
+        str, typer.Option("--benchmark", metavar="B", help="A name of `dgpo list benchmarks`.")
+    ],
+    lora: Lora = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the report there.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures made at once.")] = 128,
+    precision: Precision = "float32",
+    device: Device = None,
+) -> None:
+    """Score a model on held-out prompts by a pinned protocol."""
+    protocol = registry.resolve("benchmark", benchmark)
+    from dgpo.evaluation import Sampling
+    from dgpo.evaluation import evaluate as run
+    from dgpo.models.pipeline import PipelineModel
+    from dgpo.models.schedulers import make_scheduler
+    from dgpo.prompts import load_prompts
+
+    prompts = load_prompts(protocol.prompts)
+    pipe = _load(model, lora, precision, device)
+    scheduler = protocol.scheduler and make_scheduler(protocol.scheduler, pipe.scheduler)
+    sampling = Sampling(protocol.steps, protocol.guidance_scale, scheduler, batch)
+    policy = PipelineModel(pipe, call=protocol.call)
+    report, _ = run(policy, prompts, protocol.metrics, sampling, protocol.name)
+    typer.echo(_table(report))
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        report.write(json_file)
+        typer.echo(f"written to {json_file}")
+
+
+@app.command()
+def sample(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where pictures go.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", metavar="TEXT", help="May be repeated.")
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="TEXT", hidden=True)] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option("--prompts", metavar="FILE", help=".txt, .jsonl, or a built-in set."),
+    ] = None,
+    lora: Lora = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Default: the pipeline's.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(metavar="G", help="Default: the pipeline's.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="S", help="Row i gets seed S + i.")] = 0,
+    height: Annotated[int | None, typer.Option(min=1, metavar="PX", help="In pixels.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, metavar="PX", help="In pixels.")] = None,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures made at once.")] = 8,
+    precision: Precision = "float32",
+    device: Device = None,
+) -> None:
+    """Draw one picture for each prompt: DIR/00000.png, 00001.png, ... in order."""
+    rows = _rows(prompt or [], more or [], prompts)
+    pipe = _load(model, lora, precision, device)
+    chosen = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "height": height,
+        "width": width,
+    }
+    call = {key: value for key, value in chosen.items() if value is not None}
+    out.mkdir(parents=True, exist_ok=True)
+    import torch
+
+    for start in range(0, len(rows), batch):
+        texts = [row.text for row in rows[start : start + batch]]
+        seeds = range(seed + start, seed + start + len(texts))
+        # one generator a row: a picture does not depend on the batch it was made in
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        images = pipe(prompt=texts, generator=generators, **call).images
+        for number, image in enumerate(images, start=start):
+            image.save(out / f"{number:05d}.png")
+    typer.echo(f"{len(rows)} pictures in {out}")
+
+
+@app.command("list")
+def names(
+    kind: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[models|algorithms|rewards|benchmarks|prompts|recipes]",
+            help="One of them; default: all.",
+        ),
+    ] = None,
+) -> None:
+    """Show the names that recipes and commands take."""
+    tables = {
+        "models": registry.MODELS,
+        "algorithms": registry.ALGORITHMS,
+        "rewards": registry.REWARDS,
+        "benchmarks": registry.BENCHMARKS,
+        "prompts": registry.PROMPTS,
+        "recipes": {name: summary(file) for name, file in recipe_names().items()},
+    }
+    if kind is not None and kind not in tables:
+        near = registry.nearest(kind, tables)
+        raise UserError(f"nothing is called {kind!r}{near}; one of: {', '.join(tables)}")
+    for title in [kind] if kind else tables:
+        if kind is None:
+            typer.echo(f"{title}:")
+        indent = "" if kind else "  "
+        width = max(map(len, tables[title]), default=0)
+        for name, text in tables[title].items():
+            typer.echo(f"{indent}{name:<{width}}  {text}".rstrip())
+
+
+@app.command()
+def check(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="pocket, a hub id, or a pipeline's folder.")
+    ],
+    precision: Precision = "float32",
+    device: Device = None,
+) -> None:
+    """Prove that a model can be trained: its rollouts are repeated point by point, bit for bit."""
+    pipe = _load(model, None, precision, device)
+    from dgpo.models.pipeline import PipelineModel
+
+    typer.echo(str(PipelineModel(pipe).self_check()))
+
+
+@pocket.command(
+    "pretrain",
+    # its own options are defined beside it: they are passed on, and so is --help
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
+)
+def pretrain(context: typer.Context) -> None:
+    """Train the small model from nothing (hours); --help says more."""
+    from dgpo.pocket.pretrain.cli import pretrain as run
+
+    inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    inner.command()(run)
+    inner(args=context.args, prog_name="dgpo pocket pretrain", standalone_mode=False)
+
+
+def _rows(prompt: list[str], more: list[str], source: str | None) -> list[Prompt]:
+    from dgpo.prompts import load_prompts
+
+    if len(prompt) > 1 and more:
+        raise UserError(f"{more[0]!r}: write --prompt before each text, or once before all of them")
+    texts = [*prompt, *more]
+    if more and not prompt:
+        raise UserError(f"{more[0]!r}: write --prompt before the text")
+    if bool(texts) == (source is not None):
+        raise UserError("give either --prompt TEXT (once or more) or --prompts FILE")
+    return load_prompts(source if source is not None else texts)
+
+
+def _load(model: str, lora: Path | None, precision: str, device: str | None) -> Any:
+    """A pipeline, with a LoRA if one is named, on its device."""
+    folder = None if lora is None else _lora_folder(lora)
+    import torch
+
+    from dgpo.models.load import load_pipeline
+
+    _quiet()
+    pipe = load_pipeline(model, precision)  # pyright: ignore[reportArgumentType]
+    if folder is not None:
+        if not hasattr(pipe, "load_lora_weights"):
+            raise UserError(f"--lora {lora}: {type(pipe).__name__} has no load_lora_weights")
+        pipe.load_lora_weights(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _lora_folder(given: Path) -> Path:
+    for folder in (given, given / "lora"):
+        if folder.is_dir() and any(folder.glob("*.safetensors")):
+            return folder
+    what = "holds no LoRA (*.safetensors)" if given.is_dir() else "is no folder"
+    raise UserError(f"--lora {given}: it {what}; give a run folder or its lora/")
+
+
+def _table(report: Any) -> str:
+    low, high = report.ci95
+    lines = [
+        f"{report.benchmark}: {report.overall:.4f}  "
+        f"(95% interval {low:.4f} to {high:.4f}, {report.n} pictures)"
+    ]
+    width = max(map(len, [*report.categories, *report.rewards]), default=0)
+    lines += [f"  {name:<{width}}  {value:.4f}" for name, value in report.categories.items()]
+    lines += [f"  {name:<{width}}  {value:.4f}" for name, value in report.rewards.items()]
+    return "\n".join(lines)
+
+
+def _quiet() -> None:
+    """Keep the libraries' own progress bars out of ours."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    # `my_rewards:score` in the folder one stands in is found, as with `python -m`; last in the
+    # path, so that nothing installed is hidden by it
+    sys.path.append(os.getcwd())
+    app()
