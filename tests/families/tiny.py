@@ -53,7 +53,8 @@ from transformers import (
 
 from dgpo.models.text import Conditioning
 
-WORDS = "a photo of cat dog red blue house the on table small big".split()
+WORDS = ["a", "photo", "of", "cat", "dog", "red", "blue", "house", "the", "on"]
+WORDS += ["table", "small", "big"]
 TOKENS = 16
 VOCABULARY = 32
 
@@ -107,10 +108,10 @@ def clip(hidden: int = 32, projection: int | None = None) -> Any:
 
 def t5(multilingual: bool = False) -> Any:
     torch.manual_seed(8)
-    sizes = dict(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2}
     if multilingual:
-        return UMT5EncoderModel(UMT5Config(**sizes)).eval()
-    return T5EncoderModel(T5Config(**sizes)).eval()
+        return UMT5EncoderModel(UMT5Config(**sizes, num_heads=4)).eval()
+    return T5EncoderModel(T5Config(**sizes, num_heads=4)).eval()
 
 
 def kl_vae() -> AutoencoderKL:
@@ -169,20 +170,23 @@ def sd3_small() -> StableDiffusion3Pipeline:
     return pipe
 
 
-_UNET: dict[str, Any] = dict(
-    block_out_channels=(8, 16),
-    layers_per_block=1,
-    sample_size=16,
-    in_channels=4,
-    out_channels=4,
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    cross_attention_dim=32,
-    norm_num_groups=4,
-)
-_BETAS: dict[str, Any] = dict(
-    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-)
+_UNET: dict[str, Any] = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 32,
+    "norm_num_groups": 4,
+}
+_BETAS: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
 
 
 def sd15() -> StableDiffusionPipeline:

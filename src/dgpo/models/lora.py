@@ -62,7 +62,8 @@ def attach(
                 denoiser.add_adapter(config, adapter_name=ADAPTER)  # pyright: ignore[reportCallIssue]
             else:
                 peft.inject_adapter_in_model(config, denoiser, ADAPTER)
-    layers = [m for d in denoisers.values() for m in d.modules() if isinstance(m, LoraLayer)]
+    modules = (m for denoiser in denoisers.values() for m in denoiser.modules())
+    layers: list[LoraLayer] = [m for m in modules if isinstance(m, LoraLayer)]
     for layer in layers:
         for weights in (layer.lora_A, layer.lora_B):
             # a step of 3e-4 on a bfloat16 weight would mostly round to nothing
@@ -121,7 +122,7 @@ def merged(layers: Sequence[LoraLayer]) -> tuple[list[nn.Parameter], list[Tensor
     """The base weights of the layers, and what they are with the LoRA written in."""
     bases = [_base(layer) for layer in layers]
     values = [
-        base + layer.get_delta_weight(ADAPTER).to(base.dtype)  # pyright: ignore[reportCallIssue]
+        base + layer.get_delta_weight(ADAPTER).to(base.dtype)  # pyright: ignore[reportAttributeAccessIssue]
         for base, layer in zip(bases, layers, strict=True)
     ]
     return bases, values
@@ -139,7 +140,7 @@ def save(pipe: Any, denoisers: Mapping[str, nn.Module], folder: Path) -> None:
     for name, denoiser in denoisers.items():
         place = folder / name if name == "transformer_2" else folder
         place.mkdir(exist_ok=True)
-        config = denoiser.peft_config[ADAPTER]  # pyright: ignore[reportIndexIssue, reportArgumentType]
+        config: Any = vars(denoiser)["peft_config"][ADAPTER]
         weights = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
         weights = {key: value.detach().contiguous() for key, value in weights.items()}
         if save_weights is None:

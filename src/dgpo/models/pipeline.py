@@ -8,30 +8,31 @@ output, guidance and the choice between experts all stay diffusers' own code.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dgpo.core.process import Level, Process
 from dgpo.errors import UserError
-from dgpo.models.families import family_of
+from dgpo.models.arguments import (
+    check_call,
+    denoisers_of,
+    fixed_arguments,
+    guidance_off_candidates,
+    parameters_of,
+)
 from dgpo.models.loop import Evaluated, Recording, Step, replaced, stand_in_for
 from dgpo.models.schedulers import fresh, process_of
 from dgpo.models.text import Conditioning, PromptEncoder
 
-DENOISERS = ("transformer", "transformer_2", "unet")
+if TYPE_CHECKING:
+    from dgpo.models.check import CheckReport
+
 _SILENT = {"disable": True}
-# set by dgpo in every call; a recipe that sets one of them would fight with it
-_RESERVED = frozenset(
-    "self prompt prompt_2 prompt_3 latents generator num_inference_steps output_type return_dict "
-    "timesteps sigmas num_images_per_prompt num_videos_per_prompt true_cfg_scale "
-    "callback callback_steps callback_on_step_end".split()
-)
 # with one step Mochi's schedule is empty; the stand-in decides the number of steps anyway
 _NOMINAL_STEPS = 4
 
@@ -67,18 +68,13 @@ class PipelineModel:
 
     def __init__(self, pipe: Any, *, call: Mapping[str, Any] | None = None) -> None:
         self.pipe = pipe
-        self._parameters = inspect.signature(type(pipe).__call__).parameters
-        self.denoisers: dict[str, nn.Module] = {
-            name: module
-            for name in DENOISERS
-            if isinstance(module := getattr(pipe, name, None), nn.Module)
-        }
-        self._refuse_unfit()
+        self.denoisers: dict[str, nn.Module] = denoisers_of(pipe)
         self.process: Process = process_of(pipe.scheduler)
         self.call = dict(call or {})
-        self._check_call()
+        check_call(pipe, self.call)
+        self._parameters = parameters_of(pipe)
+        self._fixed = fixed_arguments(pipe, self.call)
         self._encoder = PromptEncoder(pipe, self.call)
-        self._fixed = self._fixed_arguments()
         self._guidance_off: dict[str, Any] | None = None
         self._stand_in = stand_in_for(pipe.scheduler)
         # ``__wrapped__`` is the pipeline's call without its torch.no_grad
@@ -165,7 +161,12 @@ class PipelineModel:
             raise ValueError(f"got {xt.shape[0]} samples and conditioning for {cond.size}")
         return self._evaluate(xt, level.timestep, self._arguments(cond, guidance_scale))
 
-    def self_check(self, cond: Conditioning | None = None):
+    def has_guidance(self, cond: Conditioning) -> bool:
+        """Whether classifier-free guidance can be switched on for this conditioning."""
+        possible = cond.guided or "negative_prompt_embeds" not in self._parameters
+        return possible and bool(self._off(cond))
+
+    def self_check(self, cond: Conditioning | None = None) -> CheckReport:
         """Compare :meth:`predict` with the pipeline bit by bit; see
         :func:`dgpo.models.check.self_check`."""
         from dgpo.models.check import self_check  # it needs this module
@@ -199,9 +200,7 @@ class PipelineModel:
         return {**self._fixed, **cond.call_kwargs(on), **guidance}
 
     def _guidance(self, scale: float, cond: Conditioning) -> dict[str, Any]:
-        if self._guidance_off is None:
-            self._guidance_off = self._find_guidance_off(cond.rows(torch.tensor([0])))
-        off = self._guidance_off
+        off = self._off(cond)
         if scale == 1.0 or scale in off.values():
             return off
         if not off:
@@ -211,27 +210,24 @@ class PipelineModel:
             )
         if "negative_prompt_embeds" in self._parameters and not cond.guided:
             raise UserError(f"guidance_scale={scale} needs prompts encoded with guidance=True")
-        return {name: scale for name in off}
+        return dict.fromkeys(off, scale)
+
+    def _off(self, cond: Conditioning) -> dict[str, Any]:
+        if self._guidance_off is None:
+            self._guidance_off = self._find_guidance_off(cond.rows(torch.tensor([0])))
+        return self._guidance_off
 
     def _find_guidance_off(self, one_row: Conditioning) -> dict[str, Any]:
-        """The first way to call the pipeline that calls the denoiser once, with one row a sample.
-
-        ``guidance_scale`` means three things: classifier-free guidance that 1 or 0 switches off,
-        or an input of the denoiser, beside which ``true_cfg_scale`` may be the guidance.
-        """
-        config = getattr(next(iter(self.denoisers.values())), "config", {})
-        candidates: list[dict[str, Any]] = []
-        if "true_cfg_scale" in self._parameters:
-            candidates.append({"true_cfg_scale": 1.0})
-        elif getattr(config, "guidance_embeds", False):
-            candidates.append({})
-        if "guidance_scale" in self._parameters:
-            candidates += [{"guidance_scale": 1.0}, {"guidance_scale": 0.0}]
-        for candidate in [*candidates, {}]:
-            arguments = {**self._fixed, **one_row.call_kwargs(guidance=True), **candidate}
-            if self._denoiser_rows(arguments) == [1]:
+        """The first candidate with which one step is one denoiser call of one row a sample."""
+        embeddings = dict(one_row.kwargs)
+        for name, value in one_row.kwargs.items():
+            if f"negative_{name}" in self._parameters:
+                # a candidate that leaves guidance on must get as far as the denoiser
+                embeddings.setdefault(f"negative_{name}", value)
+        for candidate in guidance_off_candidates(self.pipe):
+            if self._denoiser_rows({**self._fixed, **embeddings, **candidate}) == [1]:
                 return candidate
-        raise UserError(f"cannot switch guidance off in {type(self.pipe).__name__}")
+        raise UserError(f"model: cannot switch guidance off in {type(self.pipe).__name__}")
 
     @torch.no_grad()
     def _denoiser_rows(self, arguments: dict[str, Any]) -> list[int]:
@@ -249,53 +245,6 @@ class PipelineModel:
             for hook in hooks:
                 hook.remove()
         return rows
-
-    def _fixed_arguments(self) -> dict[str, Any]:
-        """What every call gets, whatever the prompts."""
-        fixed = {
-            k: v
-            for k, v in self.call.items()
-            if k in self._parameters and not k.startswith("negative_prompt")
-        }
-        for name in ("num_images_per_prompt", "num_videos_per_prompt"):
-            if name in self._parameters:
-                fixed[name] = 1  # rows are expanded by us: pipelines err with given embeddings
-        for name in ("prompt", "negative_prompt"):
-            if name in self._parameters and self._parameters[name].default is not None:
-                fixed[name] = None  # a text beside the embeddings is refused by some pipelines
-        return fixed
-
-    def _check_call(self) -> None:
-        encode = inspect.signature(type(self.pipe).encode_prompt).parameters
-        valid = sorted({*self._parameters, *encode} - _RESERVED - {"kwargs", "device", "dtype"})
-        for name in self.call:
-            if name == "guidance_scale" and self._guidance_is_an_input():
-                continue
-            if name in _RESERVED or name == "guidance_scale":
-                raise UserError(f"rollout.call.{name} is set by dgpo: see the other rollout keys")
-            if name not in valid:
-                nearest = difflib.get_close_matches(name, valid, n=1)
-                hint = f" (did you mean {nearest[0]}?)" if nearest else f"; it takes {valid}"
-                raise UserError(
-                    f"rollout.call.{name}: {type(self.pipe).__name__} takes no such argument{hint}"
-                )
-
-    def _guidance_is_an_input(self) -> bool:
-        configs = [getattr(module, "config", None) for module in self.denoisers.values()]
-        return any(getattr(config, "guidance_embeds", False) for config in configs)
-
-    def _refuse_unfit(self) -> None:
-        kind = type(self.pipe).__name__
-        refusal = family_of(self.pipe).refusal
-        missing = [n for n in ("encode_prompt", "prepare_latents") if not hasattr(self.pipe, n)]
-        if not self.denoisers:
-            refusal = f"it has none of {', '.join(DENOISERS)}"
-        elif missing:
-            refusal = f"it has no {' and no '.join(missing)}"
-        elif not {"prompt_embeds", "output_type"} <= set(self._parameters):
-            refusal = "its call takes no prompt_embeds or no output_type"
-        if refusal is not None:
-            raise UserError(f"cannot train {kind}: {refusal}")
 
 
 def _given_latents(prepare: Callable[..., Any], xt: Tensor) -> Callable[..., Any]:

@@ -76,9 +76,9 @@ def level_of_last_step(scheduler: Any, timestep: Any) -> Level:
 
     Returns:
         the timestep as the denoiser was given it (0-dim) and its noise level: the sigma of flow
-        matching as the scheduler counts it, or ``sqrt(1 - alphas_cumprod)`` for noise and v prediction. Both come from the
-        scheduler's own tables: UniPC and DPM-Solver round the timestep, so that it differs from
-        1000 sigma by up to one unit.
+        matching as the scheduler counts it, or ``sqrt(1 - alphas_cumprod)`` for noise and v
+        prediction. Both come from the scheduler's own tables: UniPC and DPM-Solver round the
+        timestep, so that it differs from 1000 sigma by up to one unit.
     """
     time = torch.as_tensor(timestep).detach().reshape(-1)[0].clone()
     index = getattr(scheduler, "step_index", None)
@@ -126,6 +126,18 @@ def make_scheduler(name: str | None, base: Any) -> Any:
     return target(**{key: value for key, value in settings.items() if key in accepted})
 
 
+def first_order_sampler(base: Any) -> Any:
+    """A sampler whose every step follows the process from one level of its schedule to the next:
+    Euler for flow matching, DDIM for noise and v prediction."""
+    if is_flow_matching(base):
+        return make_scheduler("euler", base)
+    if _shifts_snr(base):
+        return fresh(base)  # CogVideoX: a DDIM of its own
+    # with other spacings DDIM steps to a level that is not the next one of its schedule
+    ddim = make_scheduler("ddim", base)
+    return type(ddim).from_config(ddim.config, timestep_spacing="leading")
+
+
 def _refuse(name: str, flow: bool, fitting: list[str]) -> None:
     kind = "flow matching" if flow else "noise or v prediction"
     message = f"rollout.scheduler: {name!r} does not fit a pipeline trained with {kind}"
@@ -134,6 +146,10 @@ def _refuse(name: str, flow: bool, fitting: list[str]) -> None:
         nearest = difflib.get_close_matches(name.lower(), fitting, n=1, cutoff=0.4)
         message += f" (did you mean {nearest[0]!r}?)" if nearest else ""
     raise UserError(f"{message}; these fit: {', '.join(fitting)}, or null for the pipeline's own")
+
+
+def _shifts_snr(base: Any) -> bool:
+    return base.config.get("snr_shift_scale", 1.0) != 1.0
 
 
 def _own_settings(base: Any) -> dict[str, Any]:
@@ -152,7 +168,7 @@ def _flow_settings(name: str, base: Any) -> dict[str, Any]:
 
 
 def _noise_settings(name: str, base: Any) -> dict[str, Any]:
-    if base.config.get("snr_shift_scale", 1.0) != 1.0:
+    if _shifts_snr(base):
         raise UserError(
             f"rollout.scheduler: {name!r} cannot carry snr_shift_scale of "
             f"{type(base).__name__}; use null for the pipeline's own sampler"

@@ -66,7 +66,7 @@ class Snapshot:
         current = [
             p.detach().to(s.device) for p, s in zip(self._parameters, self._shadow, strict=True)
         ]
-        torch._foreach_lerp_(self._shadow, current, 1.0 - decay)
+        torch._foreach_lerp_(self._shadow, current, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -1,0 +1,177 @@
+"""The self-check: is what will be trained, bit for bit, what samples?
+
+A wrong timestep scale, a dropped mask or a flipped sign does not crash. It trains towards nothing
+and is found days later, so every run starts with this check.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dgpo.core.process import Level, Process
+from dgpo.errors import UserError
+from dgpo.models.loop import Step
+from dgpo.models.schedulers import first_order_sampler
+from dgpo.models.text import Conditioning
+
+if TYPE_CHECKING:
+    from dgpo.models.pipeline import PipelineModel
+
+_PROMPTS = ("a photo of a red square", "a cat")
+_STEPS = 3
+_GUIDANCE = 3.0
+
+
+@dataclass(frozen=True)
+class CheckedPoint:
+    """One point of a rollout, evaluated again: the largest difference, 0 where bitwise equal."""
+
+    guidance_scale: float
+    level: Level
+    difference: float
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What the self-check saw.
+
+    Args:
+        pipeline: the class of the pipeline.
+        process: the noising process, e.g. ``FlowMatching``.
+        points: every point of the rollouts.
+        step_error: how far a first-order step of the scheduler is from the same step written with
+            the process, relative to the size of the sample.
+    """
+
+    pipeline: str
+    process: str
+    points: tuple[CheckedPoint, ...]
+    step_error: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether every point is bitwise equal."""
+        return all(point.difference == 0.0 for point in self.points)
+
+    def __str__(self) -> str:
+        lines = [f"{self.pipeline} ({self.process}), step error {self.step_error:.1e}"]
+        for point in self.points:
+            verdict = "equal" if point.difference == 0.0 else f"differs by {point.difference:.2e}"
+            lines.append(
+                f"  guidance {point.guidance_scale:g}, t={float(point.level.timestep):g}, "
+                f"sigma={point.level.sigma:.4f}: {verdict}"
+            )
+        return "\n".join(lines)
+
+
+def self_check(model: PipelineModel, cond: Conditioning | None = None) -> CheckReport:
+    """Run short rollouts, evaluate the denoiser again at their points, and compare.
+
+    Guidance is checked off and, where the pipeline has it, on. The values must be equal bit by
+    bit. Gradients must reach the input. One step of a first-order sampler must be the step that the
+    noising process describes, which fixes sign, scale and direction of the model's output.
+
+    Args:
+        model: what will be trained.
+        cond: conditioning to check with (with a negative prompt); None to encode two prompts.
+
+    Raises:
+        UserError: training would not train what samples; the message holds the report.
+    """
+    if cond is None:
+        cond = model.encode(list(_PROMPTS), guidance=True)
+    scales = [1.0, _GUIDANCE] if model.has_guidance(cond) else [1.0]
+    points: list[CheckedPoint] = []
+    for scale in scales:
+        rollout = model.rollout(
+            cond,
+            steps=_STEPS,
+            guidance_scale=scale,
+            generators=_generators(cond),
+            decode=False,
+            record=True,
+        )
+        points += [_check_point(model, cond, scale, step) for step in rollout.steps]
+        _check_gradient(model, cond, scale, rollout.steps[0])
+    report = CheckReport(
+        type(model.pipe).__name__,
+        type(model.process).__name__,
+        tuple(points),
+        _step_error(model, cond),
+    )
+    if not report.ok:
+        raise UserError(f"model: evaluating the pipeline does not repeat its rollout\n{report}")
+    # half precision rounds the sample itself at every step
+    narrow = any(p.dtype.itemsize < 4 for d in model.denoisers.values() for p in d.parameters())
+    if not report.step_error <= (5e-2 if narrow else 1e-3):
+        raise UserError(
+            "model: the scheduler does not integrate what would be trained (another sign, scale "
+            f"or direction of the output)\n{report}"
+        )
+    return report
+
+
+def _generators(cond: Conditioning) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(row) for row in range(cond.size)]
+
+
+@torch.no_grad()
+def _check_point(
+    model: PipelineModel, cond: Conditioning, scale: float, step: Step
+) -> CheckedPoint:
+    # without gradients, as in the rollout: with them torch may choose another kernel
+    again = model.predict(step.sample, step.level, cond, scale)
+    if again.shape != step.output.shape:
+        return CheckedPoint(scale, step.level, float("inf"))
+    # NaN is unequal to itself, and a model that answers NaN must not pass
+    if torch.equal(again, step.output):
+        return CheckedPoint(scale, step.level, 0.0)
+    difference = float((again.float() - step.output.float()).abs().max())
+    return CheckedPoint(scale, step.level, difference if difference > 0.0 else float("inf"))
+
+
+def _check_gradient(model: PipelineModel, cond: Conditioning, scale: float, step: Step) -> None:
+    with torch.enable_grad():
+        xt = step.sample.clone().requires_grad_(True)
+        output = model.predict(xt, step.level, cond, scale)
+        if not output.requires_grad:
+            raise UserError(
+                f"model: {type(model.pipe).__name__} gives no gradients: something inside it "
+                "calls the denoiser under torch.no_grad"
+            )
+        (gradient,) = torch.autograd.grad(output.float().square().mean(), xt)
+    if not torch.isfinite(gradient).all():
+        raise UserError(f"model: the gradients of {type(model.pipe).__name__} are not finite")
+
+
+def _step_error(model: PipelineModel, cond: Conditioning) -> float:
+    """The relative distance of a first-order step from the process's own arithmetic.
+
+    With ``x0`` and ``e`` from the output at one level, the sample at the next level is
+    ``corrupt(x0, e)``: that is what one Euler step of a flow, or one step of DDIM, does.
+    """
+    rollout = model.rollout(
+        cond,
+        steps=_STEPS,
+        scheduler=first_order_sampler(model.pipe.scheduler),
+        generators=_generators(cond),
+        decode=False,
+        record=True,
+    )
+    first, second = rollout.steps[0], rollout.steps[1]
+    expected = _first_order(model.process, first, second.level)
+    difference = (expected - second.sample.float()).abs().max()
+    return float(difference / second.sample.float().abs().max().clamp_min(1e-6))
+
+
+def _first_order(process: Process, step: Step, to: Level) -> Tensor:
+    x0 = process.x0(step.sample, step.output, step.level)
+    zero, one = torch.zeros_like(x0), torch.ones_like(x0)
+    noise = (step.sample.float() - process.corrupt(x0, zero, step.level)) / process.corrupt(
+        zero, one, step.level
+    )
+    return process.corrupt(x0, noise, to)
