@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.functional import logsigmoid
+
 from dgpo.algorithms import DGPO
 from dgpo.algorithms.dgpo import dgpo_loss, group_margin
 from dgpo.core import Groups
 from oracles.toy import Toy, run_processes
-from torch.nn.functional import logsigmoid
 
 CLOSE = {"rtol": 1e-11, "atol": 1e-13}
 SCALES = ["reference", "paper"]

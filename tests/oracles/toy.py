@@ -6,8 +6,9 @@ import threading
 from collections.abc import Callable
 
 import torch
-from dgpo.core import FlowMatching, Forward, Groups, Level
 from torch import Tensor
+
+from dgpo.core import FlowMatching, Forward, Groups, Level
 
 LEVEL = Level(torch.tensor(700.0), 0.7)
 
