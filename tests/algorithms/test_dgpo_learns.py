@@ -1,7 +1,7 @@
 """DGPO learns a task of two dimensions in about a second.
 
-The base model is exact: for x0 and e ~ N(0, I) the optimal velocity is a multiple of x that is known
-in closed form. A network that starts at zero is added to it and moved towards a point.
+The base model is exact: for x0 and e ~ N(0, I) the optimal velocity is a known multiple of x.
+A network that starts at zero is added to it and moved towards a point.
 
 beta is smaller here than the published 100: in two dimensions d - d_ref is of the order of one, not
 1e-2, and a margin far below zero means a satisfied group whose weight, sigmoid(S), is nothing. With

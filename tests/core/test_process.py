@@ -102,7 +102,7 @@ def test_levels_of_noise_prediction_lie_between_zero_and_one():
 
 @pytest.mark.parametrize("timestep", [0.5, -1, 1000])
 def test_a_timestep_outside_the_table_is_refused(timestep):
-    with pytest.raises(UserError, match="rollout.scheduler"):
+    with pytest.raises(UserError, match=r"rollout\.scheduler"):
         Epsilon(ALPHAS).level(torch.tensor(timestep))
 
 
