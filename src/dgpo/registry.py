@@ -23,9 +23,11 @@ REWARDS: dict[str, str] = {
     "pocket_geneval_strict": "dgpo.rewards.pocket:pocket_geneval_strict",
     "pocket_match": "dgpo.pocket.measures:match",
     "pocket_quality": "dgpo.pocket.measures:quality",
+    "pocket_kid": "dgpo.pocket.measures:pocket_kid",
     "pocket_ocr": "dgpo.rewards.ocr:pocket_ocr",
     "pocket_ocr_exact": "dgpo.rewards.ocr:pocket_ocr_exact",
     "ocr": "dgpo.rewards.ocr:ocr",
+    "pickscore": "dgpo.rewards.pickscore:pickscore",
     "redness": "dgpo.rewards.stand_in:redness",
     "brightness": "dgpo.rewards.stand_in:brightness",
 }
@@ -33,7 +35,10 @@ BENCHMARKS: dict[str, str] = {
     "pocket-geneval": "dgpo.evaluation.benchmarks:POCKET_GENEVAL",
     "pocket-ocr": "dgpo.evaluation.benchmarks:POCKET_OCR",
 }
-MODELS: dict[str, str] = {"pocket": "dgpo.pocket:load_pocket"}
+MODELS: dict[str, str] = {
+    "pocket": "dgpo.pocket:load_pocket",
+    "pocket-signs": "dgpo.pocket:load_pocket_signs",
+}
 PROMPTS: dict[str, str] = {
     "pocket-geneval/train": "dgpo.pocket.prompts:train_prompts",
     "pocket-geneval/test": "dgpo.pocket.prompts:test_prompts",

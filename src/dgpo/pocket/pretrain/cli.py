@@ -1,0 +1,161 @@
+"""``dgpo pocket pretrain``: from nothing to the weights of the package."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from PIL import Image
+from safetensors.torch import save_file
+
+from dgpo.errors import UserError
+from dgpo.pocket.build import assemble, build_tokenizer, build_transformer
+from dgpo.pocket.pretrain.autoencoder import encode, reconstruct, train_vae
+from dgpo.pocket.pretrain.captions import train_text_encoders
+from dgpo.pocket.pretrain.skills import Skill, scene_skill
+from dgpo.pocket.pretrain.transformer import FlowData, FlowSettings, train_flow
+
+VAE_EXAMPLES = 40_000
+FLOW_EXAMPLES = 80_000
+
+
+def pretrain(
+    skill: Annotated[str, typer.Option(help="scenes or signs")] = "scenes",
+    out: Annotated[Path, typer.Option(help="folder; a stopped run in it goes on")] = Path(
+        "runs/pretrain"
+    ),
+    stage: Annotated[
+        str, typer.Option(help="base (wrong captions), control (clean ones) or measures")
+    ] = "base",
+    clean_steps: Annotated[int, typer.Option(help="steps on clean captions, shared")] = 5000,
+    final_steps: Annotated[int, typer.Option(help="steps after that, with decay")] = 2500,
+    batch: Annotated[int, typer.Option(help="pictures a step")] = 128,
+    seed: Annotated[int, typer.Option(help="of weights, data and noise")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
+) -> None:
+    """Train a pocket model: autoencoder, text encoders, transformer; then write its pipeline.
+
+    The transformer first learns on clean captions.  From there two models part: the base goes on
+    with captions of which a known share is wrong, the control with clean ones.
+    """
+    torch.set_num_threads(threads)
+    task = _skill(skill)
+    first = task.draw(VAE_EXAMPLES, seed + 1)
+    if stage == "measures":
+        _measures(out, first.images, seed)
+        return
+    if stage not in ("base", "control"):
+        raise UserError(f"--stage {stage!r}: give base, control or measures")
+
+    def score(images: np.ndarray) -> float:
+        return float(np.mean(task.right(images, first.contents[: len(images)])))
+
+    vae = train_vae(out / "vae", first.images, score, seed=seed)
+    print(f"autoencoder: {score(reconstruct(vae, first.images[:600])):.4f} right on reconstructions")
+    tokenizer = build_tokenizer()
+    encoders = train_text_encoders(
+        out / "text", tokenizer, task.captions, task.labels, steps=600, seed=seed
+    )
+    second = task.draw(FLOW_EXAMPLES, seed + 2)
+    contents = [*first.contents, *second.contents]
+    raw = torch.cat([encode(vae, first.images), encode(vae, second.images)])
+    latents = (raw - vae.config.shift_factor) * vae.config.scaling_factor
+    torch.manual_seed(seed)
+    transformer = build_transformer(task.height // 4, task.width // 4)
+    pipe = assemble(tokenizer, encoders, transformer, vae)
+
+    def true_captions(rows: list[int], _: torch.Generator) -> list[str]:
+        return [task.caption(contents[row]) for row in rows]
+
+    def wrong_captions(rows: list[int], generator: torch.Generator) -> list[str]:
+        rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
+        return [task.wrong(contents[row], rng) for row in rows]
+
+    def run(name: str, captions, settings: FlowSettings, offset: int) -> None:
+        def evaluate() -> dict[str, float]:
+            return check_pipeline(pipe, task, out / f"{name}.png")
+
+        data = FlowData(latents, captions)
+        train_flow(
+            out / name, transformer, encoders, tokenizer, data, settings, evaluate, seed + offset
+        )
+
+    run("clean", true_captions, FlowSettings(steps=clean_steps, batch=batch, hold=1.0), 1)
+    captions = wrong_captions if stage == "base" else true_captions
+    run(stage, captions, FlowSettings(steps=final_steps, batch=batch, hold=0.0), 2)
+    save_pipeline(pipe, out / "pipeline" / stage)
+    print(json.dumps(check_pipeline(pipe, task, out / f"{stage}.png"), indent=2))
+
+
+def _skill(name: str) -> Skill:
+    if name == "scenes":
+        return scene_skill()
+    if name == "signs":
+        from dgpo.pocket.pretrain.sign_skill import sign_skill
+
+        return sign_skill()
+    raise UserError(f"--skill {name!r}: give scenes or signs")
+
+
+def check_pipeline(pipe: StableDiffusion3Pipeline, skill: Skill, grid: Path) -> dict[str, float]:
+    """Exact success by category without guidance and with 3.0; draws a grid of samples."""
+    figures: dict[str, float] = {}
+    rows = skill.held_out
+    for guidance in (1.0, 3.0):
+        made = pipe(
+            [row["prompt"] for row in rows],
+            num_inference_steps=10,
+            guidance_scale=guidance,
+            max_sequence_length=1,
+            height=skill.height,
+            width=skill.width,
+            generator=torch.Generator().manual_seed(3),
+            output_type="np",
+        ).images  # pyright: ignore[reportAttributeAccessIssue]
+        images = (np.asarray(made) * 255).round().astype(np.uint8)
+        right = skill.right(images, rows)
+        tags = [row.get("tag", "all") for row in rows]
+        by_tag = {
+            tag: float(np.mean([r for r, t in zip(right, tags) if t == tag]))
+            for tag in dict.fromkeys(tags)
+        }
+        name = f"cfg{guidance:g}"
+        figures[name] = float(np.mean(list(by_tag.values())))
+        figures[f"{name}_known"] = skill.known(images)
+        if guidance == 1.0:
+            figures |= by_tag
+            _draw(images, grid)
+    return figures
+
+
+def _draw(images: np.ndarray, file: Path, columns: int = 20, scale: int = 3) -> None:
+    height, width = images.shape[1:3]
+    chosen = images[: len(images) // columns * columns]
+    table = chosen.reshape(-1, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
+    sheet = Image.fromarray(table.reshape(-1, columns * width, 3))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST).save(file)
+
+
+def save_pipeline(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
+    """Write a pipeline folder that the stock ``from_pretrained`` loads."""
+    shutil.rmtree(folder, ignore_errors=True)
+    vae: AutoencoderKL = pipe.vae
+    vae.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+    pipe.save_pretrained(folder)
+
+
+def _measures(out: Path, images: np.ndarray, seed: int) -> None:
+    from dgpo.pocket.pretrain.data import draw_scenes
+    from dgpo.pocket.pretrain.measures import train_measures
+
+    measures = train_measures(
+        out / "measures", images, draw_scenes(VAE_EXAMPLES, seed + 1), steps=3000, seed=seed
+    )
+    save_file(measures.state_dict(), out / "measures.safetensors")
