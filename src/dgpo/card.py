@@ -127,7 +127,11 @@ def _usage(recipe: Recipe, folder: Path) -> str:
     if recipe.lora is not None:
         lines = [imports, "", load, f'pipe.load_lora_weights("{folder.name}/lora")']
     else:
-        lines = [imports, "", load, "# then replace the denoiser by the one saved in this folder"]
+        saved = sorted(p.name for p in (folder / "model").glob("*") if p.is_dir())
+        lines = [imports, "", load]
+        for part in saved or ["transformer"]:
+            read = f'type(pipe.{part}).from_pretrained("{folder.name}/model/{part}")'
+            lines.append(f"pipe.{part} = {read}")
     scale = recipe.rollout.guidance_scale
     steps = recipe.eval.steps or recipe.rollout.steps
     if recipe.eval.guidance_scale is not None:

@@ -83,7 +83,7 @@ def train(
     _quiet()
     folder = Path(settings.run.dir)
     try:
-        Trainer(recipe=settings).train(resume=resume)
+        Trainer(recipe=settings, resume=resume).train()
     except KeyboardInterrupt:
         if (folder / "recipe.yaml").exists():
             hint = f"go on with: dgpo train {folder / 'recipe.yaml'} --resume"

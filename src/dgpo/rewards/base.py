@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from PIL import Image
@@ -67,12 +67,14 @@ def _entry(reward: Any, weight: float) -> _Entry:
         name, function = reward, resolve("reward", reward)
     else:
         name, function = getattr(reward, "__name__", type(reward).__name__), reward
-    function: Any = function() if inspect.isclass(function) else function
+    if inspect.isclass(function):
+        function = function()
     if not callable(function):
         raise UserError(f"reward {name!r} is {function!r}, not a function (images, prompts, ...)")
     if not math.isfinite(weight) or weight == 0:
         raise UserError(f"rewards.{name} = {weight}: a weight is a finite number other than 0")
-    return _Entry(name, function, float(weight), _columns(name, function))
+    called = cast(RewardFunction, function)
+    return _Entry(name, called, float(weight), _columns(name, called))
 
 
 def _columns(name: str, function: RewardFunction) -> frozenset[str] | None:

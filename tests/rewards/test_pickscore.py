@@ -1,0 +1,66 @@
+"""PickScore through its real loading path, with a tiny CLIP of random weights."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from dgpo.errors import UserError
+from dgpo.rewards.pickscore import PickScore
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("clip")
+    letters = [*"abcdefghijklmnopqrstuvwxyz", "<|startoftext|>", "<|endoftext|>"]
+    words = {w: i for i, w in enumerate([*letters, *[f"{c}</w>" for c in letters[:26]]])}
+    (place / "vocab.json").write_text(json.dumps(words))
+    (place / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(place / "vocab.json"), str(place / "merges.txt"))
+    tokenizer.save_pretrained(place)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(place)
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = CLIPConfig(
+        text_config={**small, "vocab_size": 64, "eos_token_id": 27, "bos_token_id": 26},
+        vision_config={**small, "image_size": 32, "patch_size": 8},
+        projection_dim=8,
+    )
+    torch.manual_seed(0)
+    CLIPModel(config).save_pretrained(place)
+    return place
+
+
+def test_the_score_is_the_scaled_cosine_of_the_two_projections(folder):
+    pixels = np.random.default_rng(0).integers(0, 255, (5, 48, 40, 3), np.uint8)
+    images = [Image.fromarray(p) for p in pixels]
+    prompts = ["a cat", "two dogs", "a cat", "x", "a long text with many words"]
+    got = PickScore(str(folder), batch=2)(images, prompts)
+    model = CLIPModel.from_pretrained(folder).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    processor = CLIPImageProcessor.from_pretrained(folder)
+    for image, prompt, score in zip(images, prompts, got, strict=True):
+        with torch.no_grad():
+            vision = model.vision_model(**processor(image, return_tensors="pt")).pooler_output
+            text = model.text_model(**tokenizer(prompt, return_tensors="pt")).pooler_output
+            a, b = model.visual_projection(vision)[0], model.text_projection(text)[0]
+        cosine = float(torch.dot(a, b) / a.norm() / b.norm())
+        assert score == pytest.approx(model.logit_scale.exp().item() * cosine, abs=1e-4)
+
+
+def test_the_environment_names_a_folder(folder, monkeypatch):
+    monkeypatch.setenv("DGPO_PICKSCORE", str(folder))
+    image = Image.new("RGB", (32, 32), "red")
+    assert PickScore()([image], ["a"]) == PickScore(str(folder))([image], ["a"])
+
+
+def test_weights_that_are_not_there(tmp_path):
+    with pytest.raises(UserError, match="DGPO_PICKSCORE"):
+        PickScore(str(tmp_path))
