@@ -57,7 +57,9 @@ def pretrain(
         return float(np.mean(task.right(images, first.contents[: len(images)])))
 
     vae = train_vae(out / "vae", first.images, score, seed=seed)
-    print(f"autoencoder: {score(reconstruct(vae, first.images[:600])):.4f} right on reconstructions")
+    print(
+        f"autoencoder: {score(reconstruct(vae, first.images[:600])):.4f} right on reconstructions"
+    )
     tokenizer = build_tokenizer()
     encoders = train_text_encoders(
         out / "text", tokenizer, task.captions, task.labels, steps=600, seed=seed

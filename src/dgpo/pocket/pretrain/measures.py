@@ -80,9 +80,7 @@ def train_measures(
         best = (pictures @ texts.T).argmax(1).tolist()
         return {
             "attributes": (counts == targets[held]).float().mean().item(),
-            "retrieval": float(
-                np.mean([captions[b] == captions[i] for i, b in enumerate(best)])
-            ),
+            "retrieval": float(np.mean([captions[b] == captions[i] for i, b in enumerate(best)])),
             "match": (pictures * texts).sum(1).mean().item(),
             "quality_clean": measures.quality(pixels)[1].mean().item(),
             "quality_noise": measures.quality(noisy)[1].mean().item(),

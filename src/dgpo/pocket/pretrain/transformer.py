@@ -46,7 +46,7 @@ class TailAttention:
         key = torch.cat([attn.norm_k(image[1]), attn.norm_added_k(text[1])], 2)
         value = torch.cat([image[2], text[2]], 2)
         assert self.bias is not None
-        mask = torch.zeros(batch, 1, 1, key.shape[2])
+        mask = query.new_zeros(batch, 1, 1, key.shape[2])
         mask[:, 0, 0, -1] = self.bias
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         mixed = mixed.transpose(1, 2).flatten(2)
