@@ -40,7 +40,7 @@ def test_a_stopped_stage_goes_on_bit_for_bit(tmp_path):
     assert again[0].start == 4
     go(*again)
     assert torch.equal(whole[1].weight, again[1].weight)
-    for one, two in zip(whole[0].average.values, again[0].average.values):
+    for one, two in zip(whole[0].average.values, again[0].average.values, strict=True):
         assert torch.equal(one, two)
     last = [
         json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1])

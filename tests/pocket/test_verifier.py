@@ -12,7 +12,7 @@ IMAGES = render(SCENES)
 
 
 def test_ground_truth_is_right():
-    strict = [verify(i, s.metadata).strict for i, s in zip(IMAGES, SCENES)]
+    strict = [verify(i, s.metadata).strict for i, s in zip(IMAGES, SCENES, strict=True)]
     assert np.mean(strict) >= 0.999
 
 
@@ -23,11 +23,11 @@ def test_shuffled_captions_are_wrong():
 
 
 def test_places_and_colors_are_read_back():
-    for image, scene in zip(IMAGES[:300], SCENES[:300]):
+    for image, scene in zip(IMAGES[:300], SCENES[:300], strict=True):
         found = sorted(find_objects(image), key=lambda f: (f.x, f.y))
         wanted = sorted(scene.shapes, key=lambda s: (s.x, s.y))
         assert [(f.shape, f.color) for f in found] == [(s.shape, s.color) for s in wanted]
-        for f, s in zip(found, wanted):
+        for f, s in zip(found, wanted, strict=True):
             assert abs(f.x - 32 * s.x) < 0.5
             lower = 0.2333 * s.r if s.shape == "triangle" else 0.0  # of its centroid
             assert abs(f.y - 32 * (s.y + lower)) < 0.5

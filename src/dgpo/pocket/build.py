@@ -7,6 +7,7 @@ are a :class:`diffusers.StableDiffusion3Pipeline` of about 2.5 million parameter
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import torch
 from diffusers import (
@@ -58,7 +59,7 @@ def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
     """
     split = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
     merges: list[tuple[str, str]] = []
-    while pairs := Counter(pair for pieces in split for pair in zip(pieces, pieces[1:])):
+    while pairs := Counter(pair for pieces in split for pair in pairwise(pieces)):
         left, right = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append((left, right))
         for pieces in split:

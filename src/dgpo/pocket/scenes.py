@@ -142,7 +142,7 @@ def all_metadata() -> dict[str, list[dict[str, Any]]]:
 
 
 def draw_scene(metadata: dict[str, Any], rng: np.random.Generator) -> Scene:
-    """A random picture of a caption: places, sizes, and the colours that the caption leaves open."""
+    """A random picture of a caption: places, sizes, and the colours that it leaves open."""
     wanted: list[tuple[str, str]] = []
     for clause in metadata["include"]:
         color = clause.get("color") or str(rng.choice(list(COLORS)))
@@ -154,7 +154,9 @@ def draw_scene(metadata: dict[str, Any], rng: np.random.Generator) -> Scene:
         places = _place(radii, relation, rng)
         if places is not None:
             break
-    shapes = (Shape(s, c, *xy, float(r)) for (s, c), xy, r in zip(wanted, places, radii))
+    shapes = (
+        Shape(s, c, *xy, float(r)) for (s, c), xy, r in zip(wanted, places, radii, strict=True)
+    )
     return Scene(metadata, tuple(shapes))
 
 
@@ -168,7 +170,7 @@ def _place(
             x, y = (float(v) for v in rng.uniform(edge, 1 - edge, 2))
             apart = (
                 max(abs(x - u), abs(y - v)) >= radius + other + MARGIN
-                for (u, v), other in zip(places, radii)
+                for (u, v), other in zip(places, radii, strict=False)  # those placed so far
             )
             if all(apart):
                 places.append((x, y))

@@ -22,7 +22,7 @@ DIFFERS = 45
 LEAST_PIXELS = 8
 LEAST_IOU = 0.75
 COLOR_RADIUS = 75.0
-"""Largest RGB distance (0 to 255 scale) of a core pixel to the palette colour that it counts for."""
+"""Largest RGB distance (0 to 255) of a core pixel to the palette colour that it counts for."""
 _WINDOW = 16
 _EIGHT = np.ones((3, 3), bool)
 _PALETTE = np.asarray(list(COLORS.values()), np.float32)
@@ -165,7 +165,7 @@ def judge(found: list[Found], metadata: dict[str, Any]) -> Verdict:
             right = [f for f in same if f.color == color]
             clauses.append(len(right) / wanted if len(same) == wanted else 0.0)
         chosen.append(same)
-    for clause, same in zip(include, chosen):
+    for clause, same in zip(include, chosen, strict=True):
         if "position" in clause:
             relation, target = clause["position"]
             pair = (same[:1], chosen[target][:1])

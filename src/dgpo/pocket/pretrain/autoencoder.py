@@ -81,7 +81,7 @@ def train_vae(
         optimizer.step()
         stage.note(loss=loss.item())
     with torch.no_grad():
-        for value, parameter in zip(stage.average.values, vae.parameters()):
+        for value, parameter in zip(stage.average.values, vae.parameters(), strict=True):
             parameter.copy_(value)
     latents = encode(vae, images[:2000])
     vae.register_to_config(

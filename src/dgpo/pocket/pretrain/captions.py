@@ -75,7 +75,7 @@ def train_text_encoders(
         right = [
             (part.argmax(1) == target).float().mean().item()
             for read in attributes(rows)
-            for part, target in zip(read.split(sizes, 1), targets)
+            for part, target in zip(read.split(sizes, 1), targets, strict=True)
         ]
         return {"right": sum(right) / len(right), "worst": min(right)}
 
@@ -85,7 +85,7 @@ def train_text_encoders(
         losses = [
             nn.functional.cross_entropy(part, target[rows])
             for read in attributes(rows)
-            for part, target in zip(read.split(sizes, 1), targets)
+            for part, target in zip(read.split(sizes, 1), targets, strict=True)
         ]
         loss = torch.stack(losses).mean()
         optimizer.zero_grad()
@@ -94,6 +94,6 @@ def train_text_encoders(
         optimizer.step()
         stage.note(loss=loss.item())
     with torch.no_grad():
-        for value, parameter in zip(stage.average.values, parameters):
+        for value, parameter in zip(stage.average.values, parameters, strict=True):
             parameter.copy_(value)
     return encoders

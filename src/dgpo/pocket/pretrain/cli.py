@@ -124,7 +124,7 @@ def check_pipeline(pipe: StableDiffusion3Pipeline, skill: Skill, grid: Path) -> 
         right = skill.right(images, rows)
         tags = [row.get("tag", "all") for row in rows]
         by_tag = {
-            tag: float(np.mean([r for r, t in zip(right, tags) if t == tag]))
+            tag: float(np.mean([r for r, t in zip(right, tags, strict=True) if t == tag]))
             for tag in dict.fromkeys(tags)
         }
         name = f"cfg{guidance:g}"

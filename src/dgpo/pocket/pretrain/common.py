@@ -34,7 +34,7 @@ class Averaged:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for value, parameter in zip(self.values, self.parameters):
+        for value, parameter in zip(self.values, self.parameters, strict=True):
             kept = parameter.detach().clone()
             parameter.copy_(value)
             value.copy_(kept)

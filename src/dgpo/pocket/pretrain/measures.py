@@ -35,10 +35,10 @@ def corrupt(pixels: Tensor, kind: str, strength: float, generator: torch.Generat
 
 
 def attribute_targets(scenes: list[Scene]) -> Tensor:
-    """[N, 40]: how many of each (shape, colour), and of each shape in each quarter of the canvas."""
+    """[N, 40]: how many of each (shape, colour), and of each shape in each quarter."""
     targets = torch.zeros(len(scenes), len(SHAPES) * len(COLORS) + len(SHAPES) * 4)
     colors = list(COLORS)
-    for row, scene in zip(targets, scenes):
+    for row, scene in zip(targets, scenes, strict=True):
         for shape in scene.shapes:
             kind = SHAPES.index(shape.shape)
             row[kind * len(colors) + colors.index(shape.color)] += 1
@@ -117,6 +117,6 @@ def train_measures(
         optimizer.step()
         stage.note(**{name: value.item() for name, value in losses.items()})
     with torch.no_grad():
-        for value, parameter in zip(stage.average.values, measures.parameters()):
+        for value, parameter in zip(stage.average.values, measures.parameters(), strict=True):
             parameter.copy_(value)
     return measures.eval()

@@ -43,7 +43,7 @@ def sign_skill() -> Skill:
 
     def right(images: np.ndarray, contents: list[Any]) -> list[bool]:
         wanted = [c if isinstance(c, str) else c["text"] for c in contents]
-        return [read == text for read, text in zip(read_signs(images), wanted)]
+        return [read == text for read, text in zip(read_signs(images), wanted, strict=True)]
 
     def known(images: np.ndarray) -> float:
         return float(np.mean([r.isdigit() and len(r) in LENGTHS for r in read_signs(images)]))

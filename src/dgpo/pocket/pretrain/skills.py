@@ -70,7 +70,7 @@ def scene_skill() -> Skill:
         return Examples(render(scenes), [scene.metadata for scene in scenes])
 
     def right(images: np.ndarray, contents: list[Any]) -> list[bool]:
-        return [judge(find_objects(i), c).strict for i, c in zip(images, contents)]
+        return [judge(find_objects(i), c).strict for i, c in zip(images, contents, strict=True)]
 
     def known(images: np.ndarray) -> float:
         found = [thing for image in images for thing in find_objects(image)]

@@ -145,7 +145,7 @@ def train_flow(
         rows = torch.randint(0, len(data.latents), (settings.batch,), generator=generator)
         captions = data.captions(rows.tolist(), generator)
         dropped = torch.rand(settings.batch, generator=generator) < settings.drop
-        captions = ["" if d else c for d, c in zip(dropped.tolist(), captions)]
+        captions = ["" if d else c for d, c in zip(dropped.tolist(), captions, strict=True)]
         x0 = data.latents[rows]
         noise = torch.randn(x0.shape, generator=generator)
         uniform = torch.rand(settings.batch, generator=generator)
@@ -171,5 +171,5 @@ def train_flow(
         stage.note(loss=loss.item())
     transformer.set_attn_processor(dict(stock))
     with torch.no_grad():
-        for value, parameter in zip(stage.average.values, parameters):
+        for value, parameter in zip(stage.average.values, parameters, strict=True):
             parameter.copy_(value)
