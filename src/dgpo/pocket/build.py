@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import torch
 from diffusers import (
@@ -45,9 +46,10 @@ def build_tokenizer() -> CLIPTokenizer:
     merges = _learn_merges(words)
     vocab = [*_LETTERS, *(f"{c}</w>" for c in _LETTERS), *("".join(pair) for pair in merges)]
     vocab = [*dict.fromkeys(vocab), "<|startoftext|>", "<|endoftext|>"]
+    merged: Any = merges  # pairs, as the tokenizer's own files hold them
     return CLIPTokenizer(
         vocab={token: i for i, token in enumerate(vocab)},
-        merges=merges,
+        merges=merged,
         model_max_length=TOKENS,
     )
 
@@ -71,6 +73,9 @@ def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
 
 def build_text_encoder(tokenizer: CLIPTokenizer, layers: int = 3) -> CLIPTextModelWithProjection:
     """One of the two text encoders.  The pipeline reads the last but one hidden state."""
+    ids: dict[str, Any] = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     encoder = CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -80,9 +85,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer, layers: int = 3) -> CLIPTextMod
             num_hidden_layers=layers,
             num_attention_heads=TEXT_WIDTH // 32,
             max_position_embeddings=TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            **ids,
             hidden_act="quick_gelu",
         )
     )
@@ -139,12 +142,15 @@ def build_transformer(
 
 def build_vae() -> AutoencoderKL:
     """The autoencoder: 4 x 4 pixels to one latent of 4 channels, 0.17 million parameters."""
+    blocks: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (8, 16, 32),
+    }
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 16, 32),
+        **blocks,
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=2,

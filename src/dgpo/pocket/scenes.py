@@ -177,7 +177,9 @@ def _place(
                 break
         else:
             return None
-    return places if relation is None or _related(*places, relation) else None
+    if relation is not None and not _related(places[0], places[1], relation):
+        return None
+    return places
 
 
 def _related(first: tuple[float, float], second: tuple[float, float], relation: str) -> bool:

@@ -55,7 +55,8 @@ def find_objects(image: np.ndarray) -> list[Found]:
         )
     pixels = image.astype(np.float32)
     differs = np.abs(pixels - np.asarray(BACKGROUND, np.float32)).max(-1) > DIFFERS
-    labels, _ = ndimage.label(differs, structure=_EIGHT)
+    labels: Any = ndimage.label(differs, structure=_EIGHT)
+    labels = labels[0]
     found = []
     for index, box in enumerate(ndimage.find_objects(labels), start=1):
         mask = labels[box] == index
@@ -78,7 +79,7 @@ def _read(pixels: np.ndarray, region: np.ndarray, mask: np.ndarray, box: tuple) 
 
 
 def _color(patch: np.ndarray, mask: np.ndarray) -> tuple[str, np.ndarray]:
-    core = ndimage.binary_erosion(mask, structure=_EIGHT)
+    core: Any = ndimage.binary_erosion(mask, structure=_EIGHT)
     if core.sum() < 4:
         core = mask
     inner = patch[core]

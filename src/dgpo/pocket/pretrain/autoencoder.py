@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,14 +28,14 @@ def to_images(pixels: Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: np.ndarray, batch: int = 256) -> Tensor:
+def encode(vae: Any, images: np.ndarray, batch: int = 256) -> Tensor:
     """Raw latents (the posterior's mode) of pictures, [N, 4, H / 4, W / 4]."""
     parts = (to_tensor(images[i : i + batch]) for i in range(0, len(images), batch))
     return torch.cat([vae.encode(part).latent_dist.mode().contiguous() for part in parts])
 
 
 @torch.no_grad()
-def reconstruct(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
+def reconstruct(vae: Any, images: np.ndarray) -> np.ndarray:
     """Pictures through the autoencoder and back."""
     return to_images(vae.decode(encode(vae, images)).sample)
 
@@ -58,7 +59,8 @@ def train_vae(
         score: share of (reconstructions of) the first 600 pictures that is still right.
     """
     torch.manual_seed(seed)
-    vae = build_vae().to(memory_format=torch.channels_last)
+    vae: Any = build_vae()
+    vae.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.99))
     stage = Stage(folder, [vae], [optimizer], steps, seed)
 

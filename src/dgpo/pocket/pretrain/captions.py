@@ -8,6 +8,7 @@ every attribute from the pooled vector, and from the state at the end of the tex
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,10 @@ def encode_text(
     return hidden, torch.cat([o.text_embeds for o in outputs], -1)
 
 
+def _id(token: Any) -> int:
+    return int(token)
+
+
 def train_text_encoders(
     folder: Path,
     tokenizer: CLIPTokenizer,
@@ -55,7 +60,7 @@ def train_text_encoders(
     sizes = [int(labels[:, a].max()) + 2 for a in range(labels.shape[1])]
     heads = nn.ModuleList([nn.Linear(TEXT_WIDTH, sum(sizes)) for _ in range(4)])
     targets = (labels + 1).T  # class 0: not said
-    ends = (ids == tokenizer.eos_token_id).long().argmax(1)
+    ends = ids.eq(_id(tokenizer.eos_token_id)).long().argmax(1)
     modules: list[nn.Module] = [*encoders, heads]
     parameters = [p for m in modules for p in m.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))

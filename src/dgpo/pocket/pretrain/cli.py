@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -67,7 +67,8 @@ def pretrain(
     second = task.draw(FLOW_EXAMPLES, seed + 2)
     contents = [*first.contents, *second.contents]
     raw = torch.cat([encode(vae, first.images), encode(vae, second.images)])
-    latents = (raw - vae.config.shift_factor) * vae.config.scaling_factor
+    scale: Any = vae.config
+    latents = (raw - scale["shift_factor"]) * scale["scaling_factor"]
     torch.manual_seed(seed)
     transformer = build_transformer(task.height // 4, task.width // 4)
     pipe = assemble(tokenizer, encoders, transformer, vae)
@@ -148,8 +149,8 @@ def _draw(images: np.ndarray, file: Path, columns: int = 20, scale: int = 3) -> 
 def save_pipeline(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
     """Write a pipeline folder that the stock ``from_pretrained`` loads."""
     shutil.rmtree(folder, ignore_errors=True)
-    vae: AutoencoderKL = pipe.vae
-    vae.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+    vae: Any = pipe.vae
+    vae.to(memory_format=torch.contiguous_format)
     pipe.save_pretrained(folder)
 
 

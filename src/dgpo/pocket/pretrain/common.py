@@ -24,7 +24,8 @@ class Averaged:
     def update(self) -> None:
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
+        current = [p.detach() for p in self.parameters]
+        torch._foreach_lerp_(self.values, current, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def __enter__(self) -> None:
         self._swap()

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
-from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -30,7 +30,7 @@ class TailAttention:
     """[B], ``log n`` of each sample."""
 
     def __call__(
-        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: object
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any
     ) -> tuple[Tensor, Tensor]:
         batch, image_tokens, _ = hidden_states.shape
 
@@ -127,7 +127,7 @@ def train_flow(
     modules = [transformer, *encoders]
     optimizers = make_optimizers(transformer, encoders, settings)
     stage = Stage(folder, modules, optimizers, settings.steps, seed)
-    attention = TailAttention()
+    attention: Any = TailAttention()
     stock = transformer.attn_processors
     parameters = [p for m in modules for p in m.parameters()]
 
