@@ -32,7 +32,7 @@ class TailAttention:
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any
     ) -> tuple[Tensor, Tensor]:
-        batch, image_tokens, _ = hidden_states.shape
+        batch, image_tokens = hidden_states.shape[:2]
 
         def heads(x: Tensor) -> Tensor:
             return x.view(batch, x.shape[1], attn.heads, -1).transpose(1, 2)
