@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from dgpo.recipe import Recipe
+from dgpo.registry import MODELS
 
 
 def model_card(
@@ -48,7 +49,7 @@ def _front_matter(recipe: Recipe, evaluations: Sequence[Mapping[str, Any]]) -> s
     if recipe.lora is not None:
         tags.append("lora")
     matter: dict[str, Any] = {"library_name": "diffusers", "tags": tags}
-    if recipe.model != "pocket" and not Path(recipe.model).exists():
+    if recipe.model not in MODELS and not Path(recipe.model).exists():
         matter["base_model"] = recipe.model
     return f"---\n{yaml.safe_dump(matter, sort_keys=False)}---\n"
 
@@ -122,8 +123,9 @@ def _pictures(folder: Path) -> str:
 def _usage(recipe: Recipe, folder: Path) -> str:
     load = f'pipe = DiffusionPipeline.from_pretrained("{recipe.model}")'
     imports = "from diffusers import DiffusionPipeline"
-    if recipe.model == "pocket":
-        load, imports = "pipe = load_pocket()", "from dgpo import load_pocket"
+    if recipe.model in MODELS:
+        module, _, function = MODELS[recipe.model].partition(":")
+        load, imports = f"pipe = {function}()", f"from {module} import {function}"
     if recipe.lora is not None:
         lines = [imports, "", load, f'pipe.load_lora_weights("{folder.name}/lora")']
     else:
@@ -136,8 +138,9 @@ def _usage(recipe: Recipe, folder: Path) -> str:
     steps = recipe.eval.steps or recipe.rollout.steps
     if recipe.eval.guidance_scale is not None:
         scale = recipe.eval.guidance_scale
-    call = f"num_inference_steps={steps}, guidance_scale={scale:g}"
-    lines.append(f'pipe("a prompt", {call}).images[0]')
+    call = {"num_inference_steps": steps, "guidance_scale": scale, **recipe.rollout.call}
+    arguments = ", ".join(f"{key}={value!r}" for key, value in call.items())
+    lines.append(f'pipe("a prompt", {arguments}).images[0]')
     return "## Use\n\n```python\n" + "\n".join(lines) + "\n```\n"
 
 
