@@ -9,9 +9,6 @@ import numpy as np
 
 from dgpo.pocket.scenes import (
     CATEGORIES,
-    COLORS,
-    RELATIONS,
-    SHAPES,
     Scene,
     all_metadata,
     caption_of,
@@ -29,14 +26,33 @@ SCENE_WEIGHTS = {
 """Share of each category in pretraining: more of what a small network learns last."""
 
 CAPTION_NOISE = {
-    "single_object": {"class": 0.20},
-    "two_object": {"class": 0.15},
-    "counting": {"count": 0.25, "class": 0.08},
-    "colors": {"class": 0.10, "color": 0.20},
-    "position": {"class": 0.08, "position": 0.20},
-    "color_attr": {"class": 0.05, "color": 0.12},
+    "single_object": {"class": 0.40},
+    "two_object": {"class": 0.35},
+    "counting": {"count": 0.40},
+    "colors": {"color": 0.40},
+    "position": {"position": 0.32},
+    "color_attr": {"color": 0.30},
 }
-"""Probability that an attribute of the caption is replaced by a wrong one, each independently."""
+"""Probability that an attribute of a caption is wrong: each noun of its own in ``two_object``, both
+colours exchanged in ``color_attr``."""
+
+_CONFUSED = {
+    one: other
+    for pair in (
+        ("circle", "square"),
+        ("cross", "triangle"),
+        ("red", "purple"),
+        ("yellow", "green"),
+        ("blue", "black"),
+        (1, 2),
+        (3, 4),
+        ("left of", "right of"),
+        ("above", "below"),
+    )
+    for one, other in (pair, pair[::-1])
+}
+"""What each attribute is mistaken for.  One partner, not a random one: guidance raises the ratio
+of right to wrong to its power, so errors that are spread over many values would be undone by it."""
 
 
 def draw_scenes(count: int, seed: int) -> list[Scene]:
@@ -50,22 +66,25 @@ def draw_scenes(count: int, seed: int) -> list[Scene]:
 
 
 def wrong_caption(metadata: dict[str, Any], rng: np.random.Generator) -> str:
-    """The caption with every attribute replaced with its probability of ``CAPTION_NOISE``.
+    """The caption with each attribute mistaken with its probability of ``CAPTION_NOISE``.
 
     What comes out is always a caption that :func:`dgpo.pocket.scenes.parse_caption` reads.
     """
-    rates = CAPTION_NOISE[metadata["tag"]]
+    tag = metadata["tag"]
     include = copy.deepcopy(metadata["include"])
-
-    def other(options: tuple, taken: set) -> Any:
-        free = [o for o in options if o not in taken]
-        return free[rng.integers(len(free))]
-
-    for key, options in (("class", SHAPES), ("color", tuple(COLORS)), ("count", (1, 2, 3, 4))):
+    ((key, rate),) = CAPTION_NOISE[tag].items()
+    if tag == "color_attr":
+        if rng.random() < rate:
+            first, second = include
+            first["color"], second["color"] = second["color"], first["color"]
+    elif tag == "position":
+        if rng.random() < rate:
+            relation, target = include[0]["position"]
+            include[0]["position"] = [_CONFUSED[relation], target]
+    else:
         for clause in include:
-            if key in rates and rng.random() < rates[key]:
-                clause[key] = other(options, {c[key] for c in include})
-    if "position" in rates and rng.random() < rates["position"]:
-        relation, target = include[0]["position"]
-        include[0]["position"] = [other(RELATIONS, {relation}), target]
-    return caption_of(metadata["tag"], include)
+            if rng.random() < rate:
+                clause[key] = _CONFUSED[clause[key]]
+        if tag == "two_object" and include[0]["class"] == include[1]["class"]:
+            return metadata["prompt"]  # "a circle and a circle" is no caption
+    return caption_of(tag, include)
