@@ -1,0 +1,288 @@
+"""The pipeline as the denoiser: the same numbers as the pipeline itself, on every family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from dgpo.core.process import FlowMatching, Level
+from dgpo.errors import UserError
+from dgpo.models.pipeline import PipelineModel
+from dgpo.models.schedulers import make_scheduler
+from dgpo.models.text import Conditioning
+from families.tiny import TINY, build, conditioning, sd3_small
+
+CALL = TINY["sd3"].call
+
+
+def generators(count: int, first: int = 0) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(first + i) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def sd3_model() -> PipelineModel:
+    return PipelineModel(build("sd3"), call=CALL)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_self_check_is_bitwise_on_every_family(name: str) -> None:
+    model = PipelineModel(build(name), call=TINY[name].call)
+    report = model.self_check(conditioning(name, model))
+    assert report.ok
+    assert len(report.points) == 6  # three steps, guidance off and on
+    assert {point.guidance_scale for point in report.points} == {1.0, 3.0}
+    assert all(point.difference == 0.0 for point in report.points)
+    assert report.step_error < 1e-5
+    assert type(model.pipe).__name__ in str(report)
+
+
+@pytest.mark.parametrize(
+    ("name", "off"),
+    [
+        ("sd3", {"guidance_scale": 1.0}),
+        ("sdxl", {"guidance_scale": 1.0}),
+        ("flux", {"true_cfg_scale": 1.0}),
+        ("qwen", {"true_cfg_scale": 1.0}),
+        ("zimage", {"guidance_scale": 0.0}),
+    ],
+)
+def test_guidance_is_off_where_asked(name: str, off: dict[str, float]) -> None:
+    model = PipelineModel(build(name), call=TINY[name].call)
+    cond = conditioning(name, model)
+    plain = Conditioning(cond.call_kwargs(guidance=False), cond.size)
+    rows: list[int] = []
+    for denoiser in model.denoisers.values():
+        denoiser.register_forward_hook(lambda m, i, o: rows.append(len(o[0])))
+    x0 = model.rollout(plain, steps=3, generators=generators(2), decode=False).x0
+    assert model._guidance_off == off
+    assert rows[-3:] == [2, 2, 2]
+    same = model.rollout(cond, steps=3, generators=generators(2), decode=False).x0
+    assert torch.equal(x0, same)
+    guided = model.rollout(
+        cond, steps=3, guidance_scale=3.0, generators=generators(2), decode=False
+    ).x0
+    assert not torch.allclose(guided, x0, atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("name", ["sd3", "sd15", "sdxl", "wan", "flux"])
+def test_a_rollout_is_what_a_user_gets_from_the_pipeline(name: str, scale: float) -> None:
+    model = PipelineModel(build(name), call=TINY[name].call)
+    prompts = ["a photo of cat", "red dog on the small blue house"]
+    key = "true_cfg_scale" if name == "flux" else "guidance_scale"
+    if scale != 1.0 and name != "wan":
+        negative: Any = ["", ""]  # what an absent negative prompt stands for
+        if name == "sdxl":
+            negative = None  # it is zeros here
+    else:
+        negative = None
+    latents = model.pipe(
+        prompt=prompts,
+        negative_prompt=negative,
+        **{key: scale},
+        **model.call,
+        num_inference_steps=3,
+        generator=generators(2),
+        output_type="latent",
+        return_dict=False,
+    )[0]
+    cond = model.encode(prompts, guidance=scale != 1.0)
+    x0 = model.rollout(
+        cond, steps=3, guidance_scale=scale, generators=generators(2), decode=False
+    ).x0
+    torch.testing.assert_close(x0, latents, atol=1e-4, rtol=1e-4)
+
+
+def test_pictures_are_those_of_the_pipeline(sd3_model: PipelineModel) -> None:
+    cond = sd3_model.encode(["a photo of cat", "red dog"], guidance=False)
+    rollout = sd3_model.rollout(cond, steps=3, generators=generators(2))
+    assert rollout.images is not None
+    assert [image.size for image in rollout.images] == [(32, 32)] * 2
+    assert all(isinstance(image, Image.Image) for image in rollout.images)
+    own = sd3_model.pipe(
+        **sd3_model._arguments(cond, 1.0), num_inference_steps=3, generator=generators(2)
+    ).images
+    assert [i.tobytes() for i in own] == [i.tobytes() for i in rollout.images]
+    assert rollout.x0.shape == (2, 4, 16, 16)
+
+
+def test_a_picture_does_not_depend_on_its_batch(sd3_model: PipelineModel) -> None:
+    cond = sd3_model.encode(["a photo of cat", "red dog", "big table"], guidance=False)
+    together = sd3_model.rollout(cond, steps=3, generators=generators(3), decode=False).x0
+    one = cond.rows(torch.tensor([2]))
+    alone = sd3_model.rollout(one, steps=3, generators=generators(1, first=2), decode=False).x0
+    torch.testing.assert_close(alone[0], together[2], atol=1e-5, rtol=1e-5)
+
+
+def test_groups_are_expanded_row_by_row(sd3_model: PipelineModel) -> None:
+    cond = sd3_model.encode(["a photo of cat", "red dog"], guidance=True)
+    repeated = cond.repeat(3)
+    assert repeated.size == 6
+    for name, value in cond.kwargs.items():
+        for row in range(6):
+            assert torch.equal(repeated.kwargs[name][row], value[row // 3])
+
+
+@pytest.mark.parametrize("name", ["heun", "dpmsolver++", "unipc"])
+def test_every_recorded_point_can_be_evaluated_again(sd3_model: PipelineModel, name: str) -> None:
+    cond = conditioning("sd3", sd3_model)
+    rollout = sd3_model.rollout(
+        cond,
+        steps=4,
+        scheduler=make_scheduler(name, sd3_model.pipe.scheduler),
+        generators=generators(2),
+        decode=False,
+        record=True,
+    )
+    # Heun asks the denoiser twice at every level but the first
+    assert len(rollout.steps) == (7 if name == "heun" else 4)
+    assert len(rollout.levels) == 4
+    assert torch.equal(rollout.x0, rollout.steps[-1].previous)
+    with torch.no_grad():
+        for step in rollout.steps:
+            again = sd3_model.predict(step.sample, step.level, cond)
+            assert torch.equal(again, step.output)
+
+
+def test_predict_has_gradients_and_rollouts_have_none(sd3_model: PipelineModel) -> None:
+    cond = conditioning("sd3", sd3_model)
+    rollout = sd3_model.rollout(cond, steps=2, decode=False)
+    assert not rollout.x0.requires_grad
+    xt = rollout.x0.clone().requires_grad_(True)
+    output = sd3_model.predict(xt, rollout.levels[1], cond)
+    assert output.shape == xt.shape
+    (gradient,) = torch.autograd.grad(output.square().sum(), xt)
+    assert float(gradient.abs().sum()) > 0
+    with torch.no_grad():
+        assert not sd3_model.predict(xt, rollout.levels[1], cond).requires_grad
+
+
+def test_the_gradient_is_the_derivative() -> None:
+    pipe = build("sd3").to(torch.float64)
+    model = PipelineModel(pipe, call=CALL)
+    cond = conditioning("sd3", model, size=1)
+    xt = torch.randn(1, 4, 16, 16, dtype=torch.float64, generator=generators(1)[0])
+    direction = torch.randn(xt.shape, dtype=torch.float64, generator=generators(1, first=1)[0])
+    level = Level(torch.tensor(500.0, dtype=torch.float64), 0.5)
+
+    def value(x: torch.Tensor) -> torch.Tensor:
+        return model.predict(x, level, cond, 2.0).square().sum()
+
+    leaf = xt.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(value(leaf), leaf)
+    with torch.no_grad():
+        slope = (value(xt + 1e-6 * direction) - value(xt - 1e-6 * direction)) / 2e-6
+    assert float((gradient * direction).sum()) == pytest.approx(float(slope), rel=1e-5)
+
+
+def test_nothing_is_left_behind(sd3_model: PipelineModel) -> None:
+    pipe = sd3_model.pipe
+    pipe.set_progress_bar_config(desc="the user's own")
+    scheduler, config = pipe.scheduler, dict(pipe.config)
+    cond = conditioning("sd3", sd3_model)
+    rollout = sd3_model.rollout(cond, steps=2, generators=generators(2), decode=False)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    sd3_model.predict(rollout.x0, rollout.levels[0], cond)
+    with pytest.raises(ValueError, match="height and width"):
+        sd3_model.predict(torch.zeros(2, 4, 8, 8), rollout.levels[0], cond)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert pipe.scheduler is scheduler
+    assert dict(pipe.config) == config
+    assert "step" not in vars(scheduler)
+    assert "prepare_latents" not in vars(pipe)
+    assert pipe._progress_bar_config == {"desc": "the user's own"}
+
+
+def test_no_zero_tokens_are_appended_when_none_are_wanted() -> None:
+    pipe = sd3_small()
+    call = {"height": 32, "width": 32, "max_sequence_length": 0}
+    model = PipelineModel(pipe, call=call)
+    cond = model.encode(["a photo of cat", "red dog"], guidance=True)
+    assert cond.kwargs["prompt_embeds"].shape == (2, 16, 64)
+    assert cond.kwargs["negative_prompt_embeds"].shape == (2, 16, 64)
+    lengths: list[int] = []
+    pipe.transformer.register_forward_hook(
+        lambda m, a, k, o: lengths.append(k["encoder_hidden_states"].shape[1]), with_kwargs=True
+    )
+    rollout = model.rollout(cond, steps=2, guidance_scale=2.0, decode=False)
+    model.predict(rollout.x0, rollout.levels[0], cond)
+    assert set(lengths) == {16}
+    longer = PipelineModel(sd3_small(), call={**call, "max_sequence_length": 4})
+    assert longer.encode(["a photo"], guidance=False).kwargs["prompt_embeds"].shape[1] == 20
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"hieght": 32}, ["rollout.call.hieght", "did you mean height?"]),
+        ({"num_inference_steps": 3}, ["rollout.steps"]),
+        ({"guidance_scale": 3.0}, ["rollout.guidance_scale"]),
+        ({"latents": None}, ["rollout.call.latents"]),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(call: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        PipelineModel(build("sd3"), call=call)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_an_embedded_guidance_is_an_argument_of_the_call() -> None:
+    model = PipelineModel(build("flux"), call={**TINY["flux"].call, "guidance_scale": 2.0})
+    other = PipelineModel(build("flux"), call={**TINY["flux"].call, "guidance_scale": 9.0})
+    cond = conditioning("flux", model)
+    a = model.rollout(cond, steps=2, generators=generators(2), decode=False).x0
+    b = other.rollout(cond, steps=2, generators=generators(2), decode=False).x0
+    assert not torch.allclose(a, b, atol=1e-4)
+
+
+def test_wrong_sizes_and_missing_negatives_are_refused(sd3_model: PipelineModel) -> None:
+    cond = sd3_model.encode(["a photo of cat", "red dog"], guidance=False)
+    with pytest.raises(UserError, match="3 generators for 2"):
+        sd3_model.rollout(cond, steps=2, generators=generators(3))
+    with pytest.raises(UserError, match="guidance=True"):
+        sd3_model.rollout(cond, steps=2, guidance_scale=4.0)
+    with pytest.raises(ValueError, match="3 samples"):
+        sd3_model.predict(torch.zeros(3, 4, 16, 16), Level(torch.tensor(1.0), 0.001), cond)
+
+
+def test_a_pipeline_without_a_denoiser_is_refused() -> None:
+    pipe = build("sd3")
+    pipe.register_modules(transformer=None)
+    with pytest.raises(UserError, match="transformer"):
+        PipelineModel(pipe)
+
+
+def test_self_check_refuses_a_denoiser_that_does_not_repeat_itself() -> None:
+    model = PipelineModel(build("sd3"), call=CALL)
+    model.pipe.transformer.register_forward_hook(
+        lambda m, i, o: (o[0] + 1e-6 * torch.randn_like(o[0]),)
+    )
+    with pytest.raises(UserError, match="does not repeat") as caught:
+        model.self_check()
+    assert "differs by" in str(caught.value)
+
+
+def test_self_check_refuses_a_denoiser_without_gradients() -> None:
+    model = PipelineModel(build("sd3"), call=CALL)
+    model.pipe.transformer.register_forward_hook(lambda m, i, o: (o[0].detach(),))
+    with pytest.raises(UserError, match="no gradients"):
+        model.self_check()
+
+
+def test_self_check_refuses_another_sign_of_the_output() -> None:
+    model = PipelineModel(build("sd3"), call=CALL)
+    model.process = FlowMatching(inverted=True)
+    with pytest.raises(UserError, match="sign"):
+        model.self_check()
+
+
+def test_self_check_refuses_a_model_that_answers_nan() -> None:
+    model = PipelineModel(build("sd3"), call=CALL)
+    model.pipe.transformer.register_forward_hook(lambda m, i, o: (o[0] * float("nan"),))
+    with pytest.raises(UserError):
+        model.self_check()

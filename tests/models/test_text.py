@@ -1,0 +1,142 @@
+"""Prompt embeddings: encoded once, named after what the pipeline returns, padded with masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dgpo.errors import UserError
+from dgpo.models.pipeline import PipelineModel
+from dgpo.models.text import Conditioning, PromptEncoder, returned_names
+from families.tiny import TINY, build
+
+
+class Ragged:
+    """Encodes a prompt into as many tokens as it has words; a mask only where told to."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.encoded: list[str] = []
+
+    def encode_prompt(
+        self, prompt: str, device: Any = None, num_images_per_prompt: int = 1, width_of: int = 3
+    ) -> tuple[Tensor, None]:
+        self.encoded.append(prompt)
+        prompt_embeds = torch.full((1, len(prompt.split()), width_of), float(len(prompt)))
+        prompt_embeds_mask = None
+        return prompt_embeds, prompt_embeds_mask
+
+    def __call__(
+        self,
+        prompt_embeds: Any = None,
+        prompt_embeds_mask: Any = None,
+        negative_prompt_embeds: Any = None,
+        negative_prompt_embeds_mask: Any = None,
+        negative_prompt: Any = None,
+        width_of: int = 2,
+    ) -> None: ...
+
+
+class Unmasked(Ragged):
+    def __call__(self, prompt_embeds: Any = None) -> None: ...
+
+
+class Listed(Ragged):
+    def encode_prompt(self, prompt: str, device: Any = None) -> list[Tensor]:
+        prompt_embeds = [torch.ones(len(prompt.split()), 2)]
+        return prompt_embeds
+
+
+def test_names_come_from_the_return_statement() -> None:
+    assert returned_names(Ragged.encode_prompt) == ("prompt_embeds", "prompt_embeds_mask")
+    assert returned_names(Listed.encode_prompt) == ("prompt_embeds",)
+    sd3 = returned_names(type(build("sd3")).encode_prompt)
+    assert sd3[0] == "prompt_embeds" and sd3[3] == "negative_pooled_prompt_embeds"
+    with pytest.raises(UserError, match="source"):
+        returned_names(len)
+
+
+def test_each_distinct_prompt_is_encoded_once() -> None:
+    pipe = Ragged()
+    encoder = PromptEncoder(pipe, {})
+    encoder.encode(["one two", "three four", "one two"], guidance=False)
+    encoder.encode(["three four", "five six"], guidance=False)
+    assert pipe.encoded == ["one two", "three four", "five six"]
+
+
+def test_the_negative_prompt_is_encoded_once() -> None:
+    pipe = Ragged()
+    encoder = PromptEncoder(pipe, {"negative_prompt": "no thing"})
+    cond = encoder.encode(["one two", "three four"], guidance=True)
+    encoder.encode(["one two"], guidance=True)
+    assert pipe.encoded.count("no thing") == 1
+    assert cond.guided
+    assert cond.kwargs["negative_prompt_embeds"].shape == (2, 2, 2)
+    assert not encoder.encode(["one two"], guidance=False).guided
+
+
+def test_the_cache_is_bounded() -> None:
+    pipe = Ragged()
+    encoder = PromptEncoder(pipe, {}, cache_bytes=2 * 2 * 2 * 4)  # two prompts of two tokens
+    encoder.encode(["a b", "c d", "e f"], guidance=False)
+    encoder.encode(["e f", "c d"], guidance=False)
+    assert pipe.encoded == ["a b", "c d", "e f"]
+    encoder.encode(["a b"], guidance=False)
+    assert pipe.encoded[-1] == "a b"
+
+
+def test_the_default_of_the_call_wins_over_that_of_encode_prompt() -> None:
+    assert PromptEncoder(Ragged(), {}).encode(["a"], False).kwargs["prompt_embeds"].shape[-1] == 2
+    given = PromptEncoder(Ragged(), {"width_of": 5}).encode(["a"], False)
+    assert given.kwargs["prompt_embeds"].shape[-1] == 5
+
+
+def test_prompts_of_different_length_are_padded_and_masked() -> None:
+    cond = PromptEncoder(Ragged(), {}).encode(["a", "a b c", "a"], guidance=False)
+    assert cond.kwargs["prompt_embeds"].shape == (3, 3, 2)
+    assert cond.kwargs["prompt_embeds_mask"].tolist() == [[1, 0, 0], [1, 1, 1], [1, 0, 0]]
+    assert cond.kwargs["prompt_embeds"][0, 1:].abs().sum() == 0
+    equal = PromptEncoder(Ragged(), {}).encode(["a b", "c d"], guidance=False)
+    assert equal.kwargs["prompt_embeds_mask"] is None
+
+
+def test_prompts_of_different_length_without_a_mask_are_refused() -> None:
+    with pytest.raises(UserError, match="length"):
+        PromptEncoder(Unmasked(), {}).encode(["a", "a b"], guidance=False)
+
+
+def test_lists_stay_lists() -> None:
+    cond = PromptEncoder(Listed(), {}).encode(["a", "a b c"], guidance=False)
+    assert [len(entry) for entry in cond.kwargs["prompt_embeds"]] == [1, 3]
+    picked = cond.repeat(2).rows(torch.tensor([3, 0]))
+    assert [len(entry) for entry in picked.kwargs["prompt_embeds"]] == [3, 1]
+
+
+def test_rows_follow_the_index() -> None:
+    cond = Conditioning({"prompt_embeds": torch.arange(4.0)[:, None], "mask": None}, 4)
+    picked = cond.rows(torch.tensor([2, 2, 0]))
+    assert picked.size == 3
+    assert picked.kwargs["prompt_embeds"].flatten().tolist() == [2.0, 2.0, 0.0]
+    assert picked.kwargs["mask"] is None
+
+
+def test_no_prompts_are_refused() -> None:
+    with pytest.raises(UserError, match="no prompts"):
+        PromptEncoder(Ragged(), {}).encode([], guidance=False)
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd15", "sdxl", "flux", "wan"])
+def test_one_row_is_what_the_pipeline_encodes(name: str) -> None:
+    model = PipelineModel(build(name), call=TINY[name].call)
+    cond = model.encode(["red dog", "a photo of cat", "red dog"], guidance=True)
+    alone = model.encode(["a photo of cat"], guidance=True)
+    for key, value in alone.kwargs.items():
+        assert torch.equal(cond.kwargs[key][1:2], value), key
+        if not key.startswith("negative"):
+            assert torch.equal(cond.kwargs[key][0], cond.kwargs[key][2])
+            assert not torch.equal(cond.kwargs[key][0], cond.kwargs[key][1])
+    assert all(not value.requires_grad for value in cond.kwargs.values())
