@@ -98,6 +98,28 @@ def test_other_predictions_do_not_disturb_the_gradient(lora: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(alone, between, strict=True))
 
 
+@pytest.mark.parametrize("name", ["sd3", "sd15"])
+def test_merged_and_separate_passes_have_the_same_gradients(name: str) -> None:
+    case = Case(name)
+    case.disturb()
+
+    def gradients() -> list[Tensor]:
+        output = case.predict()
+        weight = torch.linspace(-1, 1, output.numel()).view_as(output)
+        found = torch.autograd.grad((output * weight).sum(), case.policy.parameters())
+        return [output.detach(), *found]
+
+    merged = gradients()
+    names = {n: id(p) for d in case.model.denoisers.values() for n, p in d.named_parameters()}
+    for denoiser in case.model.denoisers.values():
+        denoiser.enable_gradient_checkpointing()  # then the LoRA stays apart
+    separate = gradients()
+    for one, other in zip(merged, separate, strict=True):
+        assert (one - other).abs().max() <= 2e-4 * other.abs().max()
+    after = {n: id(p) for d in case.model.denoisers.values() for n, p in d.named_parameters()}
+    assert names == after
+
+
 def test_only_the_lora_is_trained_and_it_is_float32() -> None:
     case = Case()
     trained = {id(p) for p in case.policy.parameters()}

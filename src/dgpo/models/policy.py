@@ -74,6 +74,15 @@ class Policy:
         """What is trained, in a stable order; always float32 or wider."""
         return list(self._named.values())
 
+    @property
+    def _blends(self) -> bool:
+        """Whether the policy's pass may run on merged weights: checkpointed blocks run again at
+        backward, when the weights are apart."""
+        again = (
+            getattr(d, "is_gradient_checkpointing", False) for d in self.model.denoisers.values()
+        )
+        return lora_weights.can_merge(self._layers) and not any(again)
+
     def predict(
         self,
         xt: Tensor,
@@ -87,7 +96,8 @@ class Policy:
         Gradients for ``policy`` alone; ``old`` and ``ref`` are evaluated without.
         """
         if weights == "policy":
-            return self.model.predict(xt, level, cond, guidance_scale)
+            with lora_weights.blended(self._layers) if self._blends else nullcontext():
+                return self.model.predict(xt, level, cond, guidance_scale)
         if weights == "ref":
             place = self.reference()
         elif weights == "old":
