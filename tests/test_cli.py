@@ -11,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import dgpo.cli as cli
-from families.tiny import sd3_small
+from families.tiny import sd3
 
 PROMPTS = ["a photo of a red cat", "a small dog", "the big house"]
 
@@ -25,7 +25,7 @@ def run(*arguments: str, code: int = 0):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("sd3")
-    sd3_small().save_pretrained(place)
+    sd3().save_pretrained(place)
     return str(place)
 
 
@@ -165,7 +165,7 @@ def test_sample_with_a_lora_of_a_run_folder(folder, tmp_path):
     from dgpo.models import PipelineModel, Policy
     from dgpo.recipe import LoraSettings
 
-    policy = Policy(PipelineModel(sd3_small()), LoraSettings(rank=2, alpha=4), seed=0)
+    policy = Policy(PipelineModel(sd3()), LoraSettings(rank=2, alpha=4), seed=0)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.normal_(generator=torch.Generator().manual_seed(1))
