@@ -11,7 +11,7 @@ from dgpo.pocket.pretrain.skills import Examples, Skill
 from dgpo.pocket.signs import HEIGHT, LENGTHS, WIDTH, caption, draw_sign, numbers, render
 from dgpo.pocket.signs import test_prompts as held_out_rows
 
-DIGIT_NOISE = 0.14
+DIGIT_NOISE = 0.45
 """Probability that a digit of the caption is replaced by another one, each independently."""
 EVALUATED = 120
 """Held-out rows that are sampled while training."""
