@@ -33,7 +33,7 @@ def save_checkpoint(
         folder: e.g. ``RUN/checkpoints/last``.
         counters: JSON values, at least ``iteration``.
     """
-    new = folder.with_name(f"{folder.name}.new")
+    new, old = (folder.with_name(f"{folder.name}.{age}") for age in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     tensors = policy.state_dict() | {
@@ -45,13 +45,26 @@ def save_checkpoint(
     state = {"optimizer_step": updater.step, **counters}
     (new / _STATE).write_text(json.dumps(state, indent=2) + "\n")
     if folder.exists():
-        old = folder.with_name(f"{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old)
-    else:
-        new.rename(folder)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """Where the whole checkpoint is that ``folder`` stands for.
+
+    Raises:
+        UserError: there is none.
+    """
+    previous = folder.with_name(f"{folder.name}.old")  # a stop came between the two renames
+    for place in (folder, previous):
+        if (place / _STATE).is_file():
+            return place
+    raise UserError(
+        f"{folder} holds no checkpoint to go on from: start without --resume (resume=True), in "
+        "another run.dir or after deleting this one if it holds a run that was cut off early"
+    )
 
 
 def load_checkpoint(folder: Path, policy: Policy, updater: Updater) -> dict[str, Any]:
@@ -60,11 +73,7 @@ def load_checkpoint(folder: Path, policy: Policy, updater: Updater) -> dict[str,
     Raises:
         UserError: there is no whole checkpoint, or it belongs to other settings.
     """
-    if not (folder / _STATE).is_file():
-        whole = folder.with_name(f"{folder.name}.old")  # stopped between the two renames
-        if not (whole / _STATE).is_file():
-            raise UserError(f"{folder} holds no checkpoint; start the run without --resume")
-        folder = whole
+    folder = find_checkpoint(folder)
     state = json.loads((folder / _STATE).read_text())
     tensors = load_file(folder / _TENSORS)
     moments: dict[int, dict[str, Tensor]] = {}

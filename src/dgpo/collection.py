@@ -27,20 +27,31 @@ class Batch:
 
     Args:
         x0: [B, ...] clean samples in the denoiser's input space, whole groups, group after group.
-        cond: conditioning of the B rows, with the negative prompt if a loss wants guidance.
+        prompts: conditioning, one row a GROUP, with the negative prompt if a loss wants guidance.
         levels: the rollout's own schedule.
         advantages: [B].
         groups: group of each row.
-        share: B over the number of all pictures of the iteration; groups without spread are left
-            out of every forward pass, and the share keeps the loss the mean over all pictures.
+        places: [B], the position of each row among all pictures of the iteration.
+        total: number of all pictures of the iteration.
     """
 
     x0: Tensor
-    cond: Conditioning
+    prompts: Conditioning
     levels: list[Level]
     advantages: Tensor
     groups: Groups
-    share: float
+    places: Tensor
+    total: int
+
+    @property
+    def share(self) -> float:
+        """B over ``total``: groups without spread are left out of every forward pass, and the
+        share keeps the loss the mean over all pictures, as if they had been there with A = 0."""
+        return len(self.x0) / self.total
+
+    def conditioning(self, rows: Tensor) -> Conditioning:
+        """The conditioning of some rows."""
+        return self.prompts.rows(self.groups.index[rows])
 
 
 @dataclass(frozen=True)
@@ -69,21 +80,17 @@ def collect(
         scheduler: the sampler, or None for the pipeline's own.
 
     Raises:
-        UserError: the pictures are not finite, or a reward's answer is unusable.
+        UserError: the samples are not finite, or a reward's answer is unusable.
     """
     began = monotonic()
-    size = recipe.group_size
-    groups = Groups.contiguous(len(prompts), size)
-    rows = [prompt for prompt in prompts for _ in range(size)]
+    groups = Groups.contiguous(len(prompts), recipe.group_size)
     guided = recipe.rollout.guidance_scale != 1 or algorithm.kl_guidance is not None
-    cond = policy.model.encode([p.text for p in prompts], guidance=guided).repeat(size)
+    cond = policy.model.encode([prompt.text for prompt in prompts], guidance=guided)
     x0, images, levels = _roll(policy, cond, recipe, iteration, scheduler)
     sampled = monotonic()
-    scores = rewards(images, rows)
+    scores = rewards(images, [prompts[group] for group in groups.index.tolist()])
     rewarded = monotonic()
-    advantages = algorithm.advantages(scores.total, groups)
     spread = groups.spread(scores.total)
-    kept = groups.each(spread).nonzero()[:, 0]
     figures = {
         "reward_mean": float(scores.total.mean()),
         "reward_std": float(scores.total.std(unbiased=False)),
@@ -92,14 +99,16 @@ def collect(
         **{f"reward/{name}": float(value.mean()) for name, value in scores.by_name.items()},
     }
     batch = None
-    if len(kept):
+    if bool(spread.any()):
+        kept = groups.each(spread).nonzero()[:, 0]
         batch = Batch(
             x0=x0[kept],
-            cond=cond.rows(kept),
+            prompts=cond.rows(spread.nonzero()[:, 0]),
             levels=levels,
-            advantages=advantages[kept],
+            advantages=algorithm.advantages(scores.total, groups)[kept],
             groups=groups.subset(kept),
-            share=len(kept) / len(rows),
+            places=kept,
+            total=len(x0),
         )
     seconds = {"rollout": sampled - began, "reward": rewarded - sampled}
     return Collected(batch, figures, seconds)
@@ -108,22 +117,21 @@ def collect(
 def _roll(
     policy: Policy, cond: Conditioning, recipe: Recipe, iteration: int, scheduler: object | None
 ) -> tuple[Tensor, list, list[Level]]:
-    """Pictures of all rows; the noise of a row depends on its place alone, not on the batch."""
+    """Pictures of all groups; the noise of a row depends on its place alone, not on the batch."""
     rollout = recipe.rollout
     switch = rollout.switch_to_old_after
     weights: RollingWeights = "old" if switch is not None and iteration >= switch else "policy"
-    per_call = rollout.batch or cond.size
+    places = torch.arange(cond.size * recipe.group_size)
     x0, images, levels = [], [], []
     with policy.rolling(weights):
-        for start in range(0, cond.size, per_call):
-            index = torch.arange(start, min(start + per_call, cond.size))
+        for rows in places.split(rollout.batch or len(places)):
             made = policy.model.rollout(
-                cond.rows(index),
+                cond.rows(rows // recipe.group_size),
                 steps=rollout.steps,
                 guidance_scale=rollout.guidance_scale,
                 scheduler=scheduler,
                 generators=[
-                    stream(recipe.seed, "rollout", iteration, row) for row in index.tolist()
+                    stream(recipe.seed, "rollout", iteration, row) for row in rows.tolist()
                 ],
             )
             assert made.images is not None
@@ -133,7 +141,7 @@ def _roll(
     samples = torch.cat(x0)
     if not bool(torch.isfinite(samples).all()):
         raise UserError(
-            f"iteration {iteration + 1}: the sampler returned pictures that are not finite; "
-            "the weights have diverged: lower train.lr, or go back to an earlier checkpoint"
+            f"iteration {iteration + 1}: the sampler returned numbers that are not finite, so the "
+            "weights have diverged: lower train.lr and go on from the last checkpoint"
         )
     return samples, images, levels

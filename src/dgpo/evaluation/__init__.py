@@ -7,24 +7,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from dgpo.evaluation.metrics import Interval, Metrics
 from dgpo.models.pipeline import PipelineModel
 from dgpo.prompts import Prompt
-from dgpo.registry import resolve
-from dgpo.rewards import load_rewards
-
-
-class Interval(NamedTuple):
-    """A figure and its 95% confidence interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -33,9 +24,9 @@ class Report:
 
     Args:
         benchmark: its name, or the source of the prompts.
-        overall: mean of the first metric over the categories (equal weight each).
+        overall: the first metric: mean over the categories, with equal weight each.
         categories: the first metric by category (a row's ``tag``).
-        rewards: every metric's mean over all pictures.
+        rewards: every metric, averaged as ``overall`` is.
         n: pictures scored.
         ci95: interval of ``overall``.
         intervals: interval of every metric.
@@ -50,7 +41,10 @@ class Report:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def write(self, file: Path | str) -> None:
-        Path(file).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        """Write JSON: ``benchmark``, ``overall``, ``categories``, ``rewards``, ``n``, ``ci95``."""
+        body = asdict(self)
+        del body["intervals"]
+        Path(file).write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 @dataclass(frozen=True)
@@ -74,10 +68,9 @@ def sample_images(
     images: list[Image.Image] = []
     for start in range(0, len(prompts), sampling.batch):
         rows = prompts[start : start + sampling.batch]
-        seeds = [
-            int(row.metadata.get("seed", seed + start + index)) for index, row in enumerate(rows)
-        ]
-        cond = model.encode([row.text for row in rows], guidance=sampling.guidance_scale != 1.0)
+        own = [row.metadata.get("seed") for row in rows]
+        seeds = [seed + start + i if one is None else int(one) for i, one in enumerate(own)]
+        cond = model.encode([row.text for row in rows], guidance=sampling.guidance_scale != 1)
         rollout = model.rollout(
             cond,
             steps=sampling.steps,
@@ -93,7 +86,7 @@ def sample_images(
 def evaluate(
     model: PipelineModel,
     prompts: Sequence[Prompt],
-    metrics: Sequence[str | Callable],
+    metrics: Metrics | Sequence[str | Callable],
     sampling: Sampling,
     name: str = "prompts",
 ) -> tuple[Report, list[Image.Image]]:
@@ -102,8 +95,7 @@ def evaluate(
     Args:
         model: the pipeline, with the weights to be judged in place.
         prompts: held-out rows; the column ``tag``, if any, is the category.
-        metrics: reward names or functions.  A metric with the attribute ``of_set`` true is called
-            once, ``(images, prompts, **columns) -> Interval``.
+        metrics: as :class:`Metrics` takes them; the first is the overall score.
         sampling: how to sample.
         name: what the report calls the benchmark.
 
@@ -115,57 +107,69 @@ def evaluate(
 
 
 def score(
-    images: list[Image.Image],
+    images: Sequence[Image.Image],
     prompts: Sequence[Prompt],
-    metrics: Sequence[str | Callable],
+    metrics: Metrics | Sequence[str | Callable],
     name: str = "images",
 ) -> Report:
     """Score pictures that exist already; see :func:`evaluate`."""
-    found = [resolve("reward", m) if isinstance(m, str) else m for m in metrics]
-    titles = [m if isinstance(m, str) else getattr(m, "__name__", "metric") for m in metrics]
-    single = {t: m for t, m in zip(titles, found) if not getattr(m, "of_set", False)}
-    values = load_rewards([m if isinstance(m, str) else f for m, f in zip(metrics, found)
-                           if not getattr(f, "of_set", False)])(images, prompts).by_name
+    metrics = metrics if isinstance(metrics, Metrics) else Metrics(metrics)
+    each = metrics.of_each(images, prompts)
+    whole = metrics.of_set(images, prompts)
     tags = [str(row.metadata.get("tag", "all")) for row in prompts]
-    results: dict[str, Interval] = {}
-    for title, metric in zip(titles, found):
-        if title in single:
-            results[title] = stratified_mean(values[title], tags)
-        else:
-            results[title] = Interval(*metric(images, [p.text for p in prompts]))
-    first = titles[0]
-    overall = results[first]
-    categories = {
-        tag: float(values[first][[t == tag for t in tags]].mean())
-        for tag in dict.fromkeys(tags)
-    } if first in values else {}
+    found = {
+        title: whole[title] if title in whole else stratified_mean(each[title], tags)
+        for title in metrics.names
+    }
+    first = metrics.names[0]
+    overall = found[first]
     return Report(
         benchmark=name,
         overall=overall.value,
-        categories=categories,
-        rewards={title: r.value for title, r in results.items()},
+        categories=_by_category(each[first], tags) if first in each else {},
+        rewards={title: interval.value for title, interval in found.items()},
         n=len(images),
         ci95=(overall.low, overall.high),
-        intervals={title: (r.low, r.high) for title, r in results.items()},
+        intervals={title: (interval.low, interval.high) for title, interval in found.items()},
     )
 
 
 def stratified_mean(values: Tensor, tags: Sequence[str]) -> Interval:
     """Mean of the categories' means and its normal 95% interval.
 
-    The variance is ``sum_c s_c^2 / n_c / C^2`` with the categories' sample variances ``s_c^2``.
+    The variance is ``sum_c s_c^2 / n_c / C^2`` with the categories' sample variances ``s_c^2``; a
+    category of one picture has none to estimate and adds nothing.
 
     Args:
         values: [N], one number a picture.
         tags: the category of each, N of them.
     """
-    kinds = list(dict.fromkeys(tags))
-    means, variance = [], 0.0
-    for kind in kinds:
-        part = values[[t == kind for t in tags]].double()
-        means.append(float(part.mean()))
-        if len(part) > 1:
-            variance += float(part.var()) / len(part)
-    mean = sum(means) / len(kinds)
-    half = 1.96 * math.sqrt(variance) / len(kinds)
+    parts = _parts(values, tags).values()
+    variance = sum(float(part.var()) / len(part) for part in parts if len(part) > 1)
+    mean = sum(float(part.mean()) for part in parts) / len(parts)
+    half = 1.96 * math.sqrt(variance) / len(parts)
     return Interval(mean, mean - half, mean + half)
+
+
+def _by_category(values: Tensor, tags: Sequence[str]) -> dict[str, float]:
+    return {tag: float(part.mean()) for tag, part in _parts(values, tags).items()}
+
+
+def _parts(values: Tensor, tags: Sequence[str]) -> dict[str, Tensor]:
+    """The numbers of each category, in float64, categories in order of appearance."""
+    rows: dict[str, list[int]] = {}
+    for row, tag in enumerate(tags):
+        rows.setdefault(tag, []).append(row)
+    return {tag: values.double()[torch.tensor(index)] for tag, index in rows.items()}
+
+
+__all__ = [
+    "Interval",
+    "Metrics",
+    "Report",
+    "Sampling",
+    "evaluate",
+    "sample_images",
+    "score",
+    "stratified_mean",
+]
