@@ -181,8 +181,7 @@ def test_processes() -> None:
         process_of(noise_base(prediction_type="sample"))
 
 
-@pytest.mark.parametrize("name", FLOW)
-def test_rollouts_of_a_pipeline_agree_between_samplers(name: str) -> None:
+def test_rollouts_of_a_pipeline_agree_between_samplers() -> None:
     model = PipelineModel(build("sd3"), call=TINY["sd3"].call)
     cond = conditioning("sd3", model)
 
@@ -193,8 +192,10 @@ def test_rollouts_of_a_pipeline_agree_between_samplers(name: str) -> None:
             cond, steps=steps, scheduler=scheduler, generators=generators, decode=False
         ).x0
 
-    reference = x0("euler", 160)
-    assert (x0(name, 40) - reference).abs().max() < 0.05 * reference.abs().max()
+    reference = x0("euler", 100)
+    for name in ("heun", "dpmsolver++", "unipc"):
+        away = (x0(name, 25) - reference).abs().max()
+        assert away < 0.1 * reference.abs().max(), name
 
 
 def test_multistep_state_is_fresh_for_every_rollout() -> None:
