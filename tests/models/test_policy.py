@@ -227,7 +227,7 @@ def test_a_saved_lora_is_read_by_a_fresh_pipeline(name: str, tmp_path: Path) -> 
     fresh = PipelineModel(pipe, call=TINY[name].call)
     with torch.no_grad():
         loaded = fresh.predict(case.point.sample, case.point.level, case.cond)
-    torch.testing.assert_close(loaded, trained, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(loaded, trained, atol=1e-5, rtol=1e-5)
 
 
 def test_a_saved_denoiser_is_read_by_its_class(tmp_path: Path) -> None:
