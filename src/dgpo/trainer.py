@@ -83,8 +83,8 @@ class Trainer:
         self.eval_prompts = rows[: self.recipe.eval.limit]
         self.rewards.check(self.prompts)
         self.metrics.check(self.eval_prompts)
-        groups = self.recipe.groups_per_iteration
-        self.sampler = PromptSampler(self.prompts, groups, self.recipe.seed)
+        per_iteration = self.recipe.groups_per_iteration
+        self.sampler = PromptSampler(self.prompts, per_iteration, self.recipe.seed)
 
         pipe = model
         if not is_pipeline(model):
@@ -145,10 +145,8 @@ class Trainer:
             raise UserError("no held-out prompts: set prompts.eval, or give eval_dataset")
         name = self.recipe.prompts.eval or "eval_dataset"
         with self.policy.rolling(weights):
-            report, _ = evaluate(
-                self.model, self.eval_prompts, self.metrics, self._sampling, name=name
-            )
-        return report
+            found = evaluate(self.model, self.eval_prompts, self.metrics, self._sampling, name)
+        return found[0]
 
     def save_model(self, directory: str | Path) -> None:
         """Write the slow average of the trained weights as diffusers reads them."""
