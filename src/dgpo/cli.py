@@ -307,4 +307,6 @@ def main() -> None:
     # `my_rewards:score` in the folder one stands in is found, as with `python -m`; last in the
     # path, so that nothing installed is hidden by it
     sys.path.append(os.getcwd())
+    # transformers warns of image processors without torchvision as soon as it is imported
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     app()

@@ -31,7 +31,8 @@ def load_pipeline(name: str, precision: Precision = "float32") -> Any:
     dtype = _DTYPES[precision]
     if name in MODELS or ":" in name:
         make: Any = resolve("model", name)
-        return make().to(dtype)
+        pipe = make()
+        return pipe if dtype == torch.float32 else pipe.to(dtype)
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _load_folder(folder, dtype)
