@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -74,7 +76,13 @@ class Stage:
     def run(self, evaluate: Callable[[], dict[str, float]], every: int) -> Iterator[int]:
         """Yield step numbers; after each, average, save and evaluate as due."""
         began = time.monotonic() - self.seconds
-        for step in range(self.start, self.steps):
+        steps = track(
+            range(self.start, self.steps),
+            description=f"pretraining: {self.folder.name}",
+            console=Console(stderr=True),
+            transient=True,
+        )
+        for step in steps:
             yield step
             self.average.update()
             self.seconds = time.monotonic() - began

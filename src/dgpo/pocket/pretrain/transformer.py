@@ -75,10 +75,10 @@ class FlowData:
 
 @dataclass(frozen=True)
 class FlowSettings:
-    """Optimisation of the transformer stage; the defaults made the shipped weights."""
+    """Optimisation of a transformer stage."""
 
-    steps: int = 12_000
-    batch: int = 96
+    steps: int
+    batch: int = 128
     lr: float = 1.5e-3
     muon_lr: float | None = 0.02
     text_lr: float = 3e-4
