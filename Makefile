@@ -19,7 +19,7 @@ define step
 @printf '\n==> %s\n' "$(1)"; begin=$$(date +%s); $(2); printf '    done in %s s\n' "$$(( $$(date +%s) - begin ))"
 endef
 
-.PHONY: help install quickstart test test-all lint format clean-env
+.PHONY: help install quickstart test test-all lint format bench clean-env
 
 help:
 	@echo 'make install      create $(VENV) with the pinned versions (1 to 4 minutes the first time, then nothing)'
@@ -28,6 +28,7 @@ help:
 	@echo 'make test-all     make test, and the slow tests'
 	@echo 'make lint         ruff and pyright alone'
 	@echo 'make format       let ruff rewrite the files'
+	@echo 'make bench        where the time of a training iteration goes (5 minutes)'
 	@echo 'make clean-env    delete $(VENV)'
 
 install: $(STAMP)
@@ -67,6 +68,9 @@ test-all: lint
 format: $(STAMP)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(call step,time and memory of the training loop beside the bare compute,$(BIN)/python benchmarks/step_time.py)
 
 clean-env:
 	rm -rf $(VENV)
