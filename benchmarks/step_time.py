@@ -190,7 +190,7 @@ def peak_memory(recipe: str, overrides: list[str]) -> float:
     """Peak resident memory in MiB (on a GPU: allocated) of two iterations, in a new process."""
     command = [sys.executable, __file__, "--recipe", recipe, "--peak", *overrides]
     # glibc would keep what is freed, more or less of it by chance: give it back at once
-    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
     environment = {**os.environ, **allocator}
     answer = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return float(answer.stdout.strip().rsplit("\n", 1)[-1])
