@@ -177,7 +177,7 @@ def test_a_metric_of_the_whole_set_is_called_once() -> None:
     def wrong(images: Any, prompts: Any) -> float:
         return 1.0
 
-    wrong.of_set = True  # type: ignore[attr-defined]
+    wrong.of_set = True
     with pytest.raises(UserError, match=r"'wrong' returned 1.0.*value, low, high"):
         score(pictures(), ROWS, [wrong])
 

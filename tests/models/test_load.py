@@ -56,4 +56,4 @@ def test_a_function_of_the_users_own(tmp_path: Path) -> None:
 
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(UserError, match=r"'fp16'.*bfloat16"):
-        load_pipeline("pocket", "fp16")  # type: ignore[arg-type]
+        load_pipeline("pocket", "fp16")

@@ -159,7 +159,7 @@ def test_rolling_with_averages() -> None:
         torch.testing.assert_close(case.raw(), trained, atol=1e-5, rtol=1e-5)
     with case.policy.rolling("old"):
         torch.testing.assert_close(case.raw(), case.base, atol=1e-6, rtol=1e-6)
-    with pytest.raises(ValueError, match="'slow'"), case.policy.rolling("fast"):  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'slow'"), case.policy.rolling("fast"):
         pass
 
 

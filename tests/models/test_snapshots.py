@@ -77,21 +77,3 @@ def test_snapshot_is_not_a_view_of_the_weights() -> None:
 def test_decay_outside_the_unit_interval_is_refused(decay: float) -> None:
     with pytest.raises(UserError, match="decay"):
         Snapshot(parameters()).update(decay)
-
-
-def test_state_dict_round_trip() -> None:
-    weights = parameters()
-    source, target = Snapshot(weights), Snapshot(parameters())
-    for w in weights:
-        w.data *= 3.0
-    source.update(0.5)
-    target.load_state_dict(source.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(source.tensors, target.tensors, strict=True))
-
-
-def test_a_foreign_state_is_refused() -> None:
-    snapshot = Snapshot(parameters())
-    with pytest.raises(UserError, match="3"):
-        snapshot.load_state_dict({"0": torch.zeros(3, 4)})
-    with pytest.raises(UserError, match="rank"):
-        snapshot.load_state_dict({str(i): torch.zeros(2, 2) for i in range(3)})

@@ -27,9 +27,8 @@ def go(stage, layer, optimizer, stop=None):
         loss.backward()
         optimizer.step()
         stage.note(loss=loss.item())
-        if stop is not None and step == stop:
+        if step == stop:
             return
-    return
 
 
 def test_a_stopped_stage_goes_on_bit_for_bit(tmp_path):

@@ -73,24 +73,3 @@ class Snapshot:
         """The parameters hold the averaged weights inside the block, and their own after it."""
         with exchanged(self._parameters, self._shadow):
             yield
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights by position, for a checkpoint."""
-        return {str(i): tensor for i, tensor in enumerate(self._shadow)}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take back what :meth:`state_dict` gave.
-
-        Raises:
-            UserError: the number of tensors or a shape differs.
-        """
-        if len(state) != len(self._shadow):
-            raise UserError(f"got {len(state)} tensors for a snapshot of {len(self._shadow)}")
-        for i, tensor in enumerate(self._shadow):
-            if state[str(i)].shape != tensor.shape:
-                raise UserError(
-                    f"tensor {i} of a snapshot has shape {tuple(state[str(i)].shape)}, "
-                    f"expected {tuple(tensor.shape)}: was it made with another LoRA rank?"
-                )
-            tensor.copy_(state[str(i)])

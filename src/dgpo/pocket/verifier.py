@@ -132,12 +132,10 @@ def _best_shape(cover: np.ndarray, x: float, y: float) -> tuple[str, float]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Strict success, the soft score in [0, 1], and whether every object seen was recognised."""
+    """Strict success, and the soft score in [0, 1]."""
 
     strict: bool
     soft: float
-    objects: int
-    unknown: int
 
 
 def verify(image: np.ndarray, metadata: dict[str, Any]) -> Verdict:
@@ -173,9 +171,9 @@ def judge(found: list[Found], metadata: dict[str, Any]) -> Verdict:
             clauses.append(float(all(pair) and _holds(pair[0][0], pair[1][0], relation)))
     others = sum(f.shape not in named for f in found)
     clauses.append(1 / (1 + others))
-    unknown = sum(f.shape == "unknown" or f.color == "unknown" for f in found)
-    strict = all(c == 1.0 for c in clauses) and unknown == 0
-    return Verdict(strict, sum(clauses) / len(clauses), len(found), unknown)
+    known = all("unknown" not in (f.shape, f.color) for f in found)
+    strict = known and all(c == 1.0 for c in clauses)
+    return Verdict(strict, sum(clauses) / len(clauses))
 
 
 def _holds(first: Found, second: Found, relation: str) -> bool:
