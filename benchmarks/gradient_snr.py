@@ -8,7 +8,7 @@ each group alone, for every weight of the denoiser.  What the groups' gradients 
 so an update from n groups has n times the printed ratio.  It says which layers to adapt and which
 noise levels to train before a single training run is made::
 
-    python benchmarks/gradient_snr.py --recipe pocket-geneval --groups 48 --levels 2 3 4 -- KEY=VALUE ...
+    python benchmarks/gradient_snr.py --groups 48 --levels 2 3 4 -- KEY=VALUE ...
 """
 
 from __future__ import annotations
