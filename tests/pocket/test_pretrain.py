@@ -5,10 +5,14 @@ import json
 import numpy as np
 import torch
 
-from dgpo.pocket.build import build_tokenizer
+from dgpo.pocket.build import build_text_encoder, build_tokenizer, build_transformer
 from dgpo.pocket.pretrain import captions
 from dgpo.pocket.pretrain.common import Stage
+from dgpo.pocket.pretrain.data import draw_scenes, layout_of, wrong_caption
 from dgpo.pocket.pretrain.measures import corrupt
+from dgpo.pocket.pretrain.skills import scene_skill
+from dgpo.pocket.pretrain.transformer import FlowData, FlowSettings, train_flow
+from dgpo.pocket.scenes import COLORS, SHAPES, Scene, Shape, parse_caption
 
 
 def small_stage(folder, steps):
@@ -76,3 +80,80 @@ def test_corruptions_grow_with_their_strength():
             errors.append(float((worse - pixels).abs().mean()))
         assert errors[0] < 1e-6
         assert np.all(np.diff(errors) > 0.01)
+
+
+def test_text_encoders_learn_what_each_word_is_about(tmp_path):
+    words = ["a photo of a red circle", "a photo of a blue circle"]
+    silent = [-2] * 5
+    about = torch.tensor([[*silent, 0, *silent[1:]], [*silent, 1, *silent[1:]]])[..., None]
+    captions.train_text_encoders(
+        tmp_path, build_tokenizer(), words, torch.tensor([[-1], [-1]]), about, steps=60, batch=16
+    )
+    log = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert log["worst"] == 1.0
+
+
+def test_word_labels_stand_at_the_nouns():
+    skill = scene_skill()
+    assert skill.word_labels is not None
+    row = skill.captions.index("a photo of a red circle and a blue square")
+    labels = skill.word_labels[row]
+    silent = torch.full((5,), -2)
+    # a photo of a red CIRCLE and a blue SQUARE: shape, colour, count, place, relation
+    assert labels[5].tolist() == [SHAPES.index("circle"), [*COLORS].index("red"), -1, 0, -1]
+    assert labels[9].tolist() == [SHAPES.index("square"), [*COLORS].index("blue"), -1, 1, -1]
+    assert all(torch.equal(labels[i], silent) for i in (0, 1, 2, 3, 4, 6, 7, 8))
+
+
+def test_layout_says_what_each_patch_shows():
+    shapes = (Shape("cross", "blue", 0.25, 0.25, 0.18), Shape("circle", "red", 0.75, 0.8, 0.15))
+    scene = Scene(parse_caption("a photo of a cross and a circle"), shapes)
+    layout = layout_of([scene, scene]).view(2, 4, 4, 2)
+    assert torch.equal(layout[0], layout[1])
+    assert layout[0, 0, 0].tolist() == [SHAPES.index("cross") + 1, [*COLORS].index("blue") + 1]
+    assert layout[0, 3, 3].tolist() == [SHAPES.index("circle") + 1, [*COLORS].index("red") + 1]
+    assert layout[0, 0, 3].tolist() == [0, 0]
+
+
+def test_wrong_captions_are_captions_and_wrong_as_often_as_stated():
+    rng = np.random.default_rng(0)
+    for scene in draw_scenes(600, 3):
+        caption = wrong_caption(scene.metadata, rng)
+        assert parse_caption(caption)["tag"] == scene.metadata["tag"]
+
+
+def test_the_table_encodes_as_the_pipeline_does_and_once():
+    tokenizer = build_tokenizer()
+    encoders = (build_text_encoder(tokenizer), build_text_encoder(tokenizer))
+    table = captions.CaptionTable(tokenizer, encoders)
+    texts = ["a photo of a circle", "", "a photo of a circle", "a photo of two crosses"]
+    hidden, pooled = table(texts)
+    direct = captions.encode_text(encoders, captions.tokenize(tokenizer, texts))
+    torch.testing.assert_close((hidden, pooled), direct)
+    assert torch.equal(hidden[0], hidden[2])
+    assert len(table.known) == 3
+
+
+def test_a_transformer_stage_learns_layout_and_leaves_the_stock_model(tmp_path):
+    tokenizer = build_tokenizer()
+    encoders = (build_text_encoder(tokenizer), build_text_encoder(tokenizer))
+    torch.manual_seed(0)
+    transformer = build_transformer(8, 8)
+    processors = {type(p) for p in transformer.attn_processors.values()}
+    keys = set(transformer.state_dict())
+    scenes = draw_scenes(16, 0)
+    data = FlowData(
+        torch.randn(16, 4, 8, 8),
+        lambda rows, _: [scenes[row].caption for row in rows],
+        layout_of(scenes),
+    )
+    settings = FlowSettings(steps=30, batch=16, report=10)
+    train_flow(
+        tmp_path, transformer, captions.CaptionTable(tokenizer, encoders), data, settings, dict
+    )
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert log[-1]["layout"] < log[0]["layout"]
+    assert {type(p) for p in transformer.attn_processors.values()} == processors
+    assert set(transformer.state_dict()) == keys
+    assert not transformer.transformer_blocks[1]._forward_hooks

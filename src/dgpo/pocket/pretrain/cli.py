@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from dgpo.errors import UserError
 from dgpo.pocket.build import assemble, build_tokenizer, build_transformer
 from dgpo.pocket.pretrain.autoencoder import encode, reconstruct, train_vae
-from dgpo.pocket.pretrain.captions import train_text_encoders
+from dgpo.pocket.pretrain.captions import CaptionTable, train_text_encoders
 from dgpo.pocket.pretrain.skills import Skill, scene_skill
 from dgpo.pocket.pretrain.transformer import FlowData, FlowSettings, train_flow
 
@@ -62,13 +62,16 @@ def pretrain(
     )
     tokenizer = build_tokenizer()
     encoders = train_text_encoders(
-        out / "text", tokenizer, task.captions, task.labels, steps=600, seed=seed
+        out / "text", tokenizer, task.captions, task.labels, task.word_labels, seed=seed
     )
     second = task.draw(FLOW_EXAMPLES, seed + 2)
     contents = [*first.contents, *second.contents]
     raw = torch.cat([encode(vae, first.images), encode(vae, second.images)])
     scale: Any = vae.config
     latents = (raw - scale["shift_factor"]) * scale["scaling_factor"]
+    layouts = [part.layout for part in (first, second) if part.layout is not None]
+    layout = torch.cat(layouts) if layouts else None
+    embed = CaptionTable(tokenizer, encoders)
     torch.manual_seed(seed)
     transformer = build_transformer(task.height // 4, task.width // 4)
     pipe = assemble(tokenizer, encoders, transformer, vae)
@@ -84,14 +87,12 @@ def pretrain(
         def evaluate() -> dict[str, float]:
             return check_pipeline(pipe, task, out / f"{name}.png")
 
-        data = FlowData(latents, captions)
-        train_flow(
-            out / name, transformer, encoders, tokenizer, data, settings, evaluate, seed + offset
-        )
+        data = FlowData(latents, captions, layout)
+        train_flow(out / name, transformer, embed, data, settings, evaluate, seed + offset)
 
     run("clean", true_captions, FlowSettings(steps=clean_steps, batch=batch, hold=1.0), 1)
     captions = wrong_captions if stage == "base" else true_captions
-    run(stage, captions, FlowSettings(steps=final_steps, batch=batch, hold=0.0), 2)
+    run(stage, captions, FlowSettings(steps=final_steps, batch=batch, hold=0.0, layout=0), 2)
     save_pipeline(pipe, out / "pipeline" / stage)
     print(json.dumps(check_pipeline(pipe, task, out / f"{stage}.png"), indent=2))
 

@@ -6,12 +6,18 @@ import copy
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from dgpo.pocket.scenes import (
     CATEGORIES,
+    COLORS,
+    SHAPES,
+    SIDE,
     Scene,
     all_metadata,
     caption_of,
+    coverage,
     draw_scene,
 )
 
@@ -63,6 +69,31 @@ def draw_scenes(count: int, seed: int) -> list[Scene]:
     kinds = rng.choice(len(CATEGORIES), count, p=weights / weights.sum())
     chosen = (rows[CATEGORIES[k]][rng.integers(len(rows[CATEGORIES[k]]))] for k in kinds)
     return [draw_scene(metadata, rng) for metadata in chosen]
+
+
+def layout_of(scenes: list[Scene], patches: int = 4) -> Tensor:
+    """What each patch of the picture shows, for the transformer's auxiliary head.
+
+    Returns:
+        int64 [N, patches * patches, 2]: the shape and the colour of the object that covers most of
+        a patch, counted from 1; 0 where no object covers a fifth of it. Objects count as discs.
+    """
+    grid = np.arange(SIDE, dtype=np.float32) + 0.5
+    side = SIDE // patches
+    labels = np.zeros((len(scenes), patches, patches, 2), np.int64)
+    most = np.full((len(scenes), patches, patches), 0.2, np.float32)
+    for layer in range(4):
+        rows = np.asarray([i for i, s in enumerate(scenes) if len(s.shapes) > layer], np.int64)
+        shapes = [scenes[i].shapes[layer] for i in rows]
+        place = np.asarray([(s.x, s.y, s.r) for s in shapes], np.float32).reshape(-1, 3) * SIDE
+        x, y, r = (place[:, k, None, None] for k in range(3))
+        disc = coverage("circle", grid[None, None, :] - x, grid[None, :, None] - y, r)
+        share = disc.reshape(-1, patches, side, patches, side).mean((2, 4))
+        kinds = [(SHAPES.index(s.shape) + 1, [*COLORS].index(s.color) + 1) for s in shapes]
+        index, down, right = np.nonzero(share > most[rows])
+        labels[rows[index], down, right] = np.asarray(kinds, np.int64).reshape(-1, 2)[index]
+        most[rows] = np.maximum(most[rows], share)
+    return torch.from_numpy(labels.reshape(len(scenes), -1, 2))
 
 
 def wrong_caption(metadata: dict[str, Any], rng: np.random.Generator) -> str:

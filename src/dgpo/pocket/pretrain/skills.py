@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dgpo.pocket.pretrain.data import draw_scenes, wrong_caption
+from dgpo.pocket.build import TOKENS
+from dgpo.pocket.pretrain.data import draw_scenes, layout_of, wrong_caption
 from dgpo.pocket.scenes import (
     CATEGORIES,
     COLORS,
+    PLURALS,
     RELATIONS,
     SHAPES,
     SIDE,
@@ -29,6 +31,8 @@ class Examples:
 
     images: np.ndarray
     contents: list[Any]
+    layout: Tensor | None = None
+    """int64 [N, image tokens, attributes]: what each patch shows, see ``layout_of``."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Skill:
         wrong: ``(content, rng) -> caption`` with the skill's caption noise.
         captions: captions for the text encoders to read.
         labels: int64 [captions, attributes]; -1 where a caption says nothing of an attribute.
+        word_labels: int64 [captions, words, attributes], what each word is about; -1 where that
+            is not said, -2 for a word that is about nothing. None: only whole captions are read.
         held_out: rows with ``prompt`` and metadata for evaluation while training.
         right: ``(images, contents or rows) -> bool per image``, exact success.
         known: share of the objects in pictures that are recognised, whatever they are.
@@ -58,6 +64,7 @@ class Skill:
     held_out: list[dict[str, Any]]
     right: Callable[[np.ndarray, list[Any]], list[bool]]
     known: Callable[[np.ndarray], float]
+    word_labels: Tensor | None = None
 
 
 def scene_skill() -> Skill:
@@ -67,7 +74,7 @@ def scene_skill() -> Skill:
 
     def draw(count: int, seed: int) -> Examples:
         scenes = draw_scenes(count, seed)
-        return Examples(render(scenes), [scene.metadata for scene in scenes])
+        return Examples(render(scenes), [s.metadata for s in scenes], layout_of(scenes))
 
     def right(images: np.ndarray, contents: list[Any]) -> list[bool]:
         return [judge(find_objects(i), c).strict for i, c in zip(images, contents, strict=True)]
@@ -91,7 +98,32 @@ def scene_skill() -> Skill:
         held_out=held_out,
         right=right,
         known=known,
+        word_labels=torch.tensor([_noun_labels(metadata) for metadata in flat]),
     )
+
+
+def _noun_labels(metadata: dict[str, Any]) -> list[list[int]]:
+    """Shape, colour, count, place in the caption and relation of every noun."""
+    clauses, rows, nouns = metadata["include"], [], 0
+    relation = clauses[0].get("position", [None])[0]
+    for word in metadata["prompt"].split():
+        found = [c for c in clauses if word in (c["class"], PLURALS[c["class"]])]
+        if not found:
+            rows.append([-2] * 5)
+            continue
+        color = found[0].get("color")
+        rows.append(
+            [
+                SHAPES.index(found[0]["class"]),
+                -1 if color is None else list(COLORS).index(color),
+                found[0]["count"] - 1 if metadata["tag"] == "counting" else -1,
+                nouns,
+                # the encoders are causal: the first noun cannot know it
+                RELATIONS.index(relation) if relation and nouns else -1,
+            ]
+        )
+        nouns += 1
+    return rows + [[-2] * 5] * (TOKENS - 2 - len(rows))
 
 
 def _scene_labels(metadata: dict[str, Any]) -> list[int]:

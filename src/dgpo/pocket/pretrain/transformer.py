@@ -1,4 +1,4 @@
-"""Train the transformer, together with the text encoders, by flow matching."""
+"""Train the transformer by flow matching, on captions as frozen text encoders read them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
-from torch import Tensor
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+from torch import Tensor, nn
 
-from dgpo.pocket.pretrain.captions import encode_text, tokenize
+from dgpo.pocket.pretrain.captions import CaptionTable
 from dgpo.pocket.pretrain.common import Stage, schedule
 
 
@@ -67,10 +66,43 @@ class FlowData:
     """Latents [N, 4, h, w] in the denoiser's space and a function that gives rows their captions.
 
     ``captions(rows, generator)`` returns one caption for each row; wrong ones where noise says so.
+    ``layout``, int64 [N, image tokens, attributes], is what each patch shows, if that is taught.
     """
 
     latents: Tensor
     captions: Callable[[list[int], torch.Generator], list[str]]
+    layout: Tensor | None = None
+
+
+class LayoutHead(nn.Module):
+    """Reads from the middle of the transformer what each patch of the picture is to show.
+
+    It shapes the hidden states while the transformer learns and is thrown away afterwards:
+    denoising alone teaches a small network late which words belong together and where things go.
+
+    Args:
+        block: the transformer block whose image tokens are read.
+        layout: what patches show, for the number of classes of each attribute.
+    """
+
+    def __init__(self, block: nn.Module, layout: Tensor, width: int = 128):
+        super().__init__()
+        self.sizes = [int(highest) + 1 for highest in layout.flatten(0, 1).amax(0)]
+        self.read = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, sum(self.sizes))
+        )
+        self.states: Tensor | None = None
+        self.hook = block.register_forward_hook(self._keep)
+
+    def _keep(self, block: nn.Module, inputs: Any, outputs: Any) -> None:
+        self.states = outputs[1] if torch.is_grad_enabled() else None
+
+    def forward(self, layout: Tensor) -> Tensor:
+        """Cross-entropy of the last pass against what its patches show, int64 [B, tokens, A]."""
+        assert self.states is not None
+        logits = self.read(self.states).flatten(0, 1).split(self.sizes, 1)
+        targets = layout.flatten(0, 1).unbind(1)
+        return sum(map(F.cross_entropy, logits, targets), self.states.new_zeros(()))
 
 
 @dataclass(frozen=True)
@@ -81,28 +113,23 @@ class FlowSettings:
     batch: int = 128
     lr: float = 1.5e-3
     muon_lr: float | None = 0.02
-    text_lr: float = 3e-4
     drop: float = 0.1
+    layout: float = 0.5
     hold: float = 0.5
     report: int = 1000
 
 
 def make_optimizers(
     transformer: SD3Transformer2DModel,
-    encoders: tuple[CLIPTextModelWithProjection, ...],
+    head: nn.Module | None,
     settings: FlowSettings,
 ) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices (if ``muon_lr``), AdamW for everything else."""
-    text = [p for encoder in encoders for p in encoder.parameters()]
-    matrices, rest = [], []
+    matrices, rest = [], [*head.parameters()] if head else []
     for name, parameter in transformer.named_parameters():
         inner = name.startswith("transformer_blocks") and parameter.ndim == 2
         (matrices if inner and settings.muon_lr else rest).append(parameter)
-    adam = torch.optim.AdamW(
-        [{"params": rest, "lr": settings.lr}, {"params": text, "lr": settings.text_lr}],
-        weight_decay=0.01,
-        betas=(0.9, 0.98),
-    )
+    adam = torch.optim.AdamW(rest, lr=settings.lr, weight_decay=0.01, betas=(0.9, 0.98))
     if not settings.muon_lr:
         return [adam]
     return [torch.optim.Muon(matrices, lr=settings.muon_lr, weight_decay=0.01), adam]
@@ -111,8 +138,7 @@ def make_optimizers(
 def train_flow(
     folder: Path,
     transformer: SD3Transformer2DModel,
-    encoders: tuple[CLIPTextModelWithProjection, CLIPTextModelWithProjection],
-    tokenizer: CLIPTokenizer,
+    embed: CaptionTable,
     data: FlowData,
     settings: FlowSettings,
     evaluate: Callable[[], dict[str, float]],
@@ -121,11 +147,15 @@ def train_flow(
     """Minimise ``mean (v - (noise - x0))^2`` at ``x_s = (1 - s) x0 + s noise``.
 
     Half of the noise levels are uniform, half logit-normal; captions are dropped with probability
-    ``drop``.  At the end the modules hold the averaged weights.
+    ``drop``.  Where the data says what patches show, ``settings.layout`` times the loss of a
+    :class:`LayoutHead` is added.  At the end the transformer holds the averaged weights.
     """
     torch.manual_seed(seed)
-    modules = [transformer, *encoders]
-    optimizers = make_optimizers(transformer, encoders, settings)
+    layout = data.layout if settings.layout else None
+    middle = transformer.transformer_blocks[len(transformer.transformer_blocks) // 2 - 1]
+    head = LayoutHead(middle, layout) if layout is not None else None
+    modules = [transformer, *([head] if head else [])]
+    optimizers = make_optimizers(transformer, head, settings)
     stage = Stage(folder, modules, optimizers, settings.steps, seed)
     attention: Any = TailAttention()
     stock = transformer.attn_processors
@@ -152,7 +182,7 @@ def train_flow(
         normal = torch.randn(settings.batch, generator=generator) * 1.2 + 0.4
         sigma = uniform if step % 2 else normal.sigmoid()
         s = sigma.view(-1, 1, 1, 1)
-        hidden, pooled = encode_text(encoders, tokenize(tokenizer, captions))
+        hidden, pooled = embed(captions)
         attention.bias = random_tails(settings.batch, generator)
         predicted = transformer(
             hidden_states=(1 - s) * x0 + s * noise,
@@ -162,14 +192,20 @@ def train_flow(
             return_dict=False,
         )[0]
         loss = (predicted - (noise - x0)).square().mean()
+        stage.note(loss=loss.item())
+        if head is not None and layout is not None:
+            layout_loss = head(layout[rows])
+            stage.note(layout=layout_loss.item())
+            loss = loss + settings.layout * layout_loss
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        stage.note(loss=loss.item())
     transformer.set_attn_processor(dict(stock))
+    if head is not None:
+        head.hook.remove()
     with torch.no_grad():
         for value, parameter in zip(stage.average.values, parameters, strict=True):
             parameter.copy_(value)
