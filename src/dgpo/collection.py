@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 
 import torch
@@ -32,7 +32,7 @@ class Batch:
         advantages: [B].
         groups: group of each row.
         places: [B], the position of each row among all pictures of the iteration.
-        total: number of all pictures of the iteration.
+        total: number of pictures of the iteration that would be trained if every group had spread.
     """
 
     x0: Tensor
@@ -100,15 +100,19 @@ def collect(
     }
     batch = None
     if bool(spread.any()):
-        kept = groups.each(spread).nonzero()[:, 0]
+        advantages = algorithm.advantages(scores.total, groups)
+        size, trained = algorithm.trained_per_group or groups.size, groups.each(spread)
+        if size != groups.size:
+            trained = trained & (advantages != 0)
+        kept = trained.nonzero()[:, 0]
         batch = Batch(
             x0=x0[kept],
             prompts=cond.rows(spread.nonzero()[:, 0]),
             levels=levels,
-            advantages=algorithm.advantages(scores.total, groups)[kept],
-            groups=groups.subset(kept),
+            advantages=advantages[kept],
+            groups=replace(groups.subset(kept), size=size),
             places=kept,
-            total=len(x0),
+            total=groups.count * size,
         )
     seconds = {"rollout": sampled - began, "reward": rewarded - sampled}
     return Collected(batch, figures, seconds)

@@ -84,6 +84,8 @@ class Updater:
                 means.add({"loss": loss.detach(), **figures}, share)
             if (order + 1) % together == 0:
                 means.add({"grad_norm": self._optimize(iteration)}, 1.0)
+        if self.algorithm.old_moves == "iteration":
+            self.policy.old.update(self.algorithm.old_decay(iteration))
         return means.result()
 
     def _noise(self, batch: Batch, iteration: int, order: int) -> Tensor:
@@ -94,7 +96,7 @@ class Updater:
         """
         places = batch.places
         if self.algorithm.shared_noise:
-            places = places // batch.groups.size
+            places = places // self.recipe.group_size
         drawn = {
             place: torch.randn(
                 batch.x0.shape[1:],
@@ -146,6 +148,7 @@ class Updater:
             xt=xt,
             target=process.target(x0, noise, level),
             level=level,
+            process=process,
             pred=pred,
             ref=ref,
             old=old,
@@ -163,7 +166,8 @@ class Updater:
             group["lr"] = train.lr * self._factor(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.policy.old.update(self.algorithm.old_decay(self.step))
+        if self.algorithm.old_moves == "step":
+            self.policy.old.update(self.algorithm.old_decay(self.step))
         self.step += 1
         if self.step % self.recipe.ema.every == 0:
             self.policy.slow.update(self.recipe.ema.decay)
@@ -203,6 +207,7 @@ def _joined(parts: Sequence[Forward], batch: Batch) -> Forward:
         xt=cat("xt"),
         target=cat("target"),
         level=parts[0].level,
+        process=parts[0].process,
         pred=cat("pred"),
         ref=cat_if_declared("ref"),
         old=cat_if_declared("old"),

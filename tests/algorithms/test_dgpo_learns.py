@@ -73,6 +73,7 @@ def train(algorithm: DGPO, iterations: int) -> Velocity:
                 xt,
                 process.target(x0, noise, levels[i]),
                 levels[i],
+                process,
                 policy(xt, levels[i].sigma),
                 *predictions,
                 None,

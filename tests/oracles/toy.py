@@ -56,6 +56,7 @@ class Toy:
             xt=xt,
             target=self.target[rows],
             level=LEVEL,
+            process=FlowMatching(),
             pred=xt @ self.policy,
             groups=groups or Groups(self.groups.index[rows], self.groups.size, self.groups.count),
             weights=weights,

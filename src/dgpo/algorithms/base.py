@@ -32,6 +32,9 @@ class Algorithm(Settings, ABC):
     """The registered name, as in ``algorithm: {name: ...}``."""
     points: ClassVar[Literal["forward", "trajectory"]] = "forward"
     """Train on clean samples noised again, or on the steps of the rollout."""
+    old_moves: ClassVar[Literal["step", "iteration"]] = "step"
+    """When the old policy moves: after every optimiser step, or once an iteration's update is done,
+    so that with a decay of 0 it is the policy that the next iteration's pictures come from."""
 
     timesteps: TimestepChoice = TimestepChoice()
     """Which noise levels of the rollout's schedule are trained."""
@@ -47,6 +50,12 @@ class Algorithm(Settings, ABC):
     def kl_guidance(self) -> float | None:
         """Guidance scale of the KL term's reference, if it wants a forward pass of its own
         (``Forward.kl_ref``); else None."""
+        return None
+
+    @property
+    def trained_per_group(self) -> int | None:
+        """How many samples of each group are trained: exactly those whose advantage is not zero.
+        None for whole groups. The others cost no forward pass."""
         return None
 
     @abstractmethod
@@ -72,7 +81,8 @@ class Algorithm(Settings, ABC):
 
     @abstractmethod
     def old_decay(self, step: int) -> float:
-        """Decay of the old policy's EMA after optimizer step ``step``, counted from 0.
+        """Decay of the old policy's EMA after optimizer step ``step``, counted from 0 (after the
+        update of iteration ``step`` if ``old_moves`` says so).
 
         At 0 the old policy becomes the policy.
         """

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dgpo.core.groups import Groups
 from dgpo.core.precision import mean_square
-from dgpo.core.process import Level
+from dgpo.core.process import Level, Process
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +19,7 @@ class Forward:
     Args:
         x0, noise, xt, target: ``[B, ...]`` in the denoiser's own input space, full precision.
         level: the noise level, shared by all samples.
+        process: how ``xt`` was made of ``x0`` and ``noise``.
         pred: the policy's prediction, ``[B, ...]``; gradients flow through it alone.
         ref: the frozen reference's prediction, without guidance; None if not declared.
         old: the old policy's prediction; None if not declared.
@@ -37,6 +38,7 @@ class Forward:
     xt: Tensor
     target: Tensor
     level: Level
+    process: Process
     pred: Tensor
     ref: Tensor | None
     old: Tensor | None
@@ -75,6 +77,14 @@ class Forward:
             ValueError: ``out`` has not the shape of ``target``.
         """
         return mean_square(out, self.target)
+
+    def clean(self, out: Tensor) -> Tensor:
+        """The clean sample ``[B, ...]`` that a prediction amounts to, in full precision.
+
+        Raises:
+            ValueError: ``out`` has not the shape of ``xt``.
+        """
+        return self.process.x0(self.xt, out, self.level)
 
     def snapshot(self, name: Literal["ref", "old", "kl_ref"]) -> Tensor:
         """The prediction of a snapshot that the algorithm has declared.
