@@ -166,6 +166,8 @@ def test_grids_have_a_cell_for_every_picture():
     sheet = grid([Image.new("RGB", (32, 32), "red")] * 5, captions)
     red = (np.asarray(sheet) == (255, 0, 0)).all(-1).sum()
     assert red == 5 * 160 * 160
+    wide = grid([Image.new("RGB", (48, 16), "red")] * 5, captions)
+    assert wide.height < sheet.height  # no room is kept for a square
     with pytest.raises(ValueError, match="5 pictures and 4 captions"):
         grid([Image.new("RGB", (32, 32))] * 5, captions[:4])
     with pytest.raises(ValueError, match="shorter"):

@@ -17,7 +17,7 @@ _FONT_SIZE = 12
 
 
 def thumbnail(image: Any, side: int = 160) -> Image.Image:
-    """A picture (or the middle frame of a video) fitted into a square of ``side`` pixels.
+    """A picture (or the middle frame of a video) whose longer edge is fitted to ``side`` pixels.
 
     Small pictures are enlarged by a whole factor without smoothing, so that their pixels are seen.
     """
@@ -30,9 +30,7 @@ def thumbnail(image: Any, side: int = 160) -> Image.Image:
     else:
         scale, method = side // longest, Image.Resampling.NEAREST
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    square = Image.new("RGB", (side, side), _PAPER)
-    square.paste(picture.resize(size, method), ((side - size[0]) // 2, (side - size[1]) // 2))
-    return square
+    return picture.resize(size, method)
 
 
 def grid(images: Sequence[Any], captions: Sequence[str], side: int = 160) -> Image.Image:
@@ -54,12 +52,14 @@ def _sheet(
     if not cells or len(cells) != len(captions):
         raise ValueError(f"{len(cells)} pictures and {len(captions)} captions")
     font = ImageFont.load_default(_FONT_SIZE)
+    thumbnails = [[thumbnail(image, side) for image in cell] for cell in cells]
+    tall = max(picture.height for cell in thumbnails for picture in cell)
     across = len(cells[0])
     columns = _columns(len(cells), across)
     width = across * side + (across - 1) * 2
     texts = [_wrap(caption, font, width) for caption in captions]
     line = _FONT_SIZE + 3
-    height = side + line * max(map(len, texts)) + 4
+    height = tall + line * max(map(len, texts)) + 4
     rows = math.ceil(len(cells) / columns)
     top = _PAD + (line + 4 if header else 0)
     sheet = Image.new(
@@ -68,12 +68,13 @@ def _sheet(
     draw = ImageDraw.Draw(sheet)
     if header:
         draw.text((_PAD, _PAD), header, _INK, font)
-    for index, (cell, text) in enumerate(zip(cells, texts, strict=True)):
+    for index, (cell, text) in enumerate(zip(thumbnails, texts, strict=True)):
         x = _PAD + index % columns * (width + _PAD)
         y = top + index // columns * (height + _PAD)
-        for place, image in enumerate(cell):
-            sheet.paste(thumbnail(image, side), (x + place * (side + 2), y))
-        draw.multiline_text((x, y + side + 3), "\n".join(text), _INK, font, spacing=3)
+        for place, picture in enumerate(cell):
+            left = x + place * (side + 2) + (side - picture.width) // 2
+            sheet.paste(picture, (left, y + (tall - picture.height) // 2))
+        draw.multiline_text((x, y + tall + 3), "\n".join(text), _INK, font, spacing=3)
     return sheet
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from dgpo.pocket.scenes import (
     CATEGORIES,
     COLORS,
+    NUMBERS,
+    RELATIONS,
     SHAPES,
     SIDE,
     Scene,
@@ -32,33 +34,21 @@ SCENE_WEIGHTS = {
 """Share of each category in pretraining: more of what a small network learns last."""
 
 CAPTION_NOISE = {
-    "single_object": {"class": 0.40},
-    "two_object": {"class": 0.35},
-    "counting": {"count": 0.40},
-    "colors": {"color": 0.40},
-    "position": {"position": 0.32},
-    "color_attr": {"color": 0.30},
+    "single_object": ("class", 0.40),
+    "two_object": ("class", 0.20),
+    "counting": ("count", 0.30),
+    "colors": ("color", 0.40),
+    "position": ("position", 0.30),
+    "color_attr": ("color", 0.10),
 }
-"""Probability that an attribute of a caption is wrong: each noun of its own in ``two_object``, both
-colours exchanged in ``color_attr``."""
+"""What is wrong in the captions of a category, and the probability that it is: for each shape and
+each colour of its own where a caption names two."""
 
-_CONFUSED = {
-    one: other
-    for pair in (
-        ("circle", "square"),
-        ("cross", "triangle"),
-        ("red", "purple"),
-        ("yellow", "green"),
-        ("blue", "black"),
-        (1, 2),
-        (3, 4),
-        ("left of", "right of"),
-        ("above", "below"),
-    )
-    for one, other in (pair, pair[::-1])
+_VALUES: dict[str, tuple[Any, ...]] = {
+    "class": SHAPES,
+    "color": tuple(COLORS),
+    "count": tuple(range(1, len(NUMBERS) + 1)),
 }
-"""What each attribute is mistaken for.  One partner, not a random one: guidance raises the ratio
-of right to wrong to its power, so errors that are spread over many values would be undone by it."""
 
 
 def draw_scenes(count: int, seed: int) -> list[Scene]:
@@ -97,25 +87,27 @@ def layout_of(scenes: list[Scene], patches: int = 4) -> Tensor:
 
 
 def wrong_caption(metadata: dict[str, Any], rng: np.random.Generator) -> str:
-    """The caption with each attribute mistaken with its probability of ``CAPTION_NOISE``.
+    """The caption with each attribute replaced by another value with its category's probability.
 
-    What comes out is always a caption that :func:`dgpo.pocket.scenes.parse_caption` reads.
+    What comes out is always a caption that :func:`dgpo.pocket.scenes.parse_caption` reads; one that
+    would name a shape or a colour twice is left as it was.
     """
     tag = metadata["tag"]
     include = copy.deepcopy(metadata["include"])
-    ((key, rate),) = CAPTION_NOISE[tag].items()
-    if tag == "color_attr":
-        if rng.random() < rate:
-            first, second = include
-            first["color"], second["color"] = second["color"], first["color"]
-    elif tag == "position":
+    key, rate = CAPTION_NOISE[tag]
+    if tag == "position":
         if rng.random() < rate:
             relation, target = include[0]["position"]
-            include[0]["position"] = [_CONFUSED[relation], target]
-    else:
-        for clause in include:
-            if rng.random() < rate:
-                clause[key] = _CONFUSED[clause[key]]
-        if tag == "two_object" and include[0]["class"] == include[1]["class"]:
-            return metadata["prompt"]  # "a circle and a circle" is no caption
+            include[0]["position"] = [_another(RELATIONS, relation, rng), target]
+        return caption_of(tag, include)
+    for clause in include:
+        if rng.random() < rate:
+            clause[key] = _another(_VALUES[key], clause[key], rng)
+    if len({clause[key] for clause in include}) < len(include):
+        return metadata["prompt"]  # "a circle and a circle" is no caption
     return caption_of(tag, include)
+
+
+def _another(values: tuple[Any, ...], value: Any, rng: np.random.Generator) -> Any:
+    others = [other for other in values if other != value]
+    return others[rng.integers(len(others))]
