@@ -33,8 +33,8 @@ def pretrain(
     stage: Annotated[
         str, typer.Option(help="base (wrong captions), control (clean ones) or measures")
     ] = "base",
-    clean_steps: Annotated[int, typer.Option(help="steps on clean captions, shared")] = 4000,
-    final_steps: Annotated[int, typer.Option(help="steps after that, with decay")] = 2500,
+    clean_steps: Annotated[int, typer.Option(help="steps on clean captions, shared")] = 6000,
+    final_steps: Annotated[int, typer.Option(help="steps after that, with decay")] = 3000,
     batch: Annotated[int, typer.Option(help="pictures a step")] = 128,
     seed: Annotated[int, typer.Option(help="of weights, data and noise")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,

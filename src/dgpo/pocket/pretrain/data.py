@@ -34,12 +34,12 @@ SCENE_WEIGHTS = {
 """Share of each category in pretraining: more of what a small network learns last."""
 
 CAPTION_NOISE = {
-    "single_object": ("class", 0.40),
-    "two_object": ("class", 0.20),
-    "counting": ("count", 0.30),
-    "colors": ("color", 0.40),
-    "position": ("position", 0.30),
-    "color_attr": ("color", 0.10),
+    "single_object": ("class", 0.35),
+    "two_object": ("class", 0.10),
+    "counting": ("count", 0.25),
+    "colors": ("color", 0.35),
+    "position": ("position", 0.25),
+    "color_attr": ("color", 0.03),
 }
 """What is wrong in the captions of a category, and the probability that it is: for each shape and
 each colour of its own where a caption names two."""
