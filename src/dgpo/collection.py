@@ -124,7 +124,8 @@ def _roll(
     """Pictures of all groups; the noise of a row depends on its place alone, not on the batch."""
     rollout = recipe.rollout
     switch = rollout.switch_to_old_after
-    weights: RollingWeights = "old" if switch is not None and iteration >= switch else "policy"
+    old = switch is not None and iteration >= switch
+    weights: RollingWeights = "old" if old else recipe.algorithm.samples_from
     places = torch.arange(cond.size * recipe.group_size)
     x0, images, levels = [], [], []
     with policy.rolling(weights):

@@ -160,6 +160,12 @@ class Recipe(Section):
             for key in self.rollout.call
             if key in _OWNED_CALL_KEYS
         ]
+        trained = self.algorithm.trained_per_group
+        if trained is not None and trained > self.group_size:
+            lines.append(
+                f"group_size = {self.group_size}: the algorithm trains {trained} images of each "
+                "group; raise group_size or lower that setting of the algorithm"
+            )
         steps = self.train.iterations
         if self.train.optimizer_step == "timestep":
             steps *= self.algorithm.timesteps.count

@@ -130,3 +130,17 @@ def test_wrong_lengths_are_refused():
     for call in (MIXED.sum, MIXED.mean, MIXED.each, MIXED.spread, MIXED.normalize):
         with pytest.raises(ValueError, match="rows"):
             call(torch.zeros(5))
+
+
+def test_rank_places_the_samples_of_each_group_and_equals_in_their_order():
+    groups = Groups(torch.tensor([1, 0, 1, 0, 1, 0]), 3, 2)
+    x = torch.tensor([2.0, 5.0, 3.0, 5.0, 2.0, 7.0])
+    assert groups.rank(x).tolist() == [1, 1, 0, 2, 2, 0]
+    assert groups.rank(-x).tolist() == [0, 0, 2, 1, 1, 2]
+    assert Groups(torch.tensor([2, 2]), 2, 4).rank(torch.tensor([0.0, 1.0])).tolist() == [1, 0]
+
+
+def test_rank_needs_whole_groups_in_one_process():
+    groups = Groups(torch.tensor([0, 0, 1]), 2, 2, reduce=lambda x: 2 * x)
+    with pytest.raises(ValueError, match="whole groups of 2"):
+        groups.rank(torch.zeros(3))

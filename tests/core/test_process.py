@@ -112,3 +112,11 @@ def test_shapes_are_not_broadcast(process):
     for method in (process.corrupt, process.target, process.x0):
         with pytest.raises(ValueError, match="one shape"):
             method(torch.zeros(4, 3), torch.zeros(1, 3), level)
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=str)
+def test_the_noise_level_is_the_factor_of_the_noise(process):
+    level = Level(torch.tensor(300), 0.3)
+    noise = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    xt = process.corrupt(torch.zeros_like(noise), noise, level)
+    torch.testing.assert_close(xt, process.noise_level(level) * noise)

@@ -36,6 +36,10 @@ class Algorithm(Settings, ABC):
     """When the old policy moves: after every optimiser step, or once an iteration's update is done,
     so that with a decay of 0 it is the policy that the next iteration's pictures come from."""
 
+    samples_from: ClassVar[Literal["policy", "old"]] = "policy"
+    """Whose pictures the mathematics is about; ``rollout.switch_to_old_after`` may ask for the old
+    policy's with any algorithm."""
+
     timesteps: TimestepChoice = TimestepChoice()
     """Which noise levels of the rollout's schedule are trained."""
     shared_noise: bool = True

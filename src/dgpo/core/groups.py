@@ -154,6 +154,28 @@ class Groups:
         members, first, second = self.sum(columns).split([1, len(shifts), len(shifts)], dim=1)
         return (members * second != first.square()).any(1)
 
+    def rank(self, x: Tensor) -> Tensor:
+        """Place of each sample in its group, 0 for the largest: ``[B] -> int64 [B]``.
+
+        Of equal numbers the one that stands first in the batch is placed first.
+
+        Raises:
+            ValueError: a group is not wholly in this process: places cannot be found by sums.
+        """
+        self._one_row_each(x)
+        index = self.index.to(x.device)
+        members = index.bincount(minlength=self.count)
+        if bool(((members != 0) & (members != self.size)).any()):
+            raise ValueError(
+                f"samples are ranked in whole groups of {self.size}, and one process must hold "
+                "them; gather the numbers of all processes first"
+            )
+        order = x.argsort(descending=True, stable=True)
+        order = order[index[order].argsort(stable=True)]  # group by group, best first
+        first = members.cumsum(0) - members
+        place = torch.arange(len(order), device=x.device) - first[index[order]]
+        return torch.empty_like(place).scatter_(0, order, place)
+
     def subset(self, rows: Tensor) -> Groups:
         """The groups of some of the samples, group numbers compacted in their old order.
 

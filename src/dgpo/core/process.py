@@ -33,8 +33,12 @@ class Level:
 class Process(Protocol):
     """``x0``, ``noise``, ``xt``, ``output`` are ``[B, ...]`` of one shape, at one level.
 
-    The three methods raise ValueError if two shapes differ.
+    The methods that take two of them raise ValueError if the shapes differ.
     """
+
+    def noise_level(self, level: Level) -> float:
+        """The factor of the noise in ``xt``, in [0, 1]: 1 is pure noise, whatever the schedule."""
+        ...
 
     def corrupt(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor:
         """The noised sample ``xt``."""
@@ -61,9 +65,12 @@ class FlowMatching:
 
     inverted: bool = False
 
+    def noise_level(self, level: Level) -> float:
+        return 1 - level.sigma if self.inverted else level.sigma
+
     def corrupt(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor:
         x0, noise = widen_pair(x0, noise, "x0 and noise")
-        s = 1 - level.sigma if self.inverted else level.sigma
+        s = self.noise_level(level)
         return (1 - s) * x0 + s * noise
 
     def target(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor:
@@ -93,6 +100,9 @@ class _VariancePreserving:
             UserError: the timestep is no index of ``alphas_cumprod``.
         """
         return Level(timestep, self._scales(timestep)[1])
+
+    def noise_level(self, level: Level) -> float:
+        return self._scales(level.timestep)[1]
 
     def corrupt(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor:
         x0, noise = widen_pair(x0, noise, "x0 and noise")
