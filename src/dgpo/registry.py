@@ -17,7 +17,15 @@ from typing import Any
 
 from dgpo.errors import UserError
 
-ALGORITHMS: dict[str, str] = {"dgpo": "dgpo.algorithms.dgpo:DGPO"}
+ALGORITHMS: dict[str, str] = {
+    "dgpo": "dgpo.algorithms.dgpo:DGPO",
+    "diffusion_nft": "dgpo.algorithms.diffusion_nft:DiffusionNFT",
+    "awm": "dgpo.algorithms.awm:AWM",
+    "diffusion_dpo": "dgpo.algorithms.diffusion_dpo:DiffusionDPO",
+    "crd": "dgpo.algorithms.crd:CRD",
+    "rwr": "dgpo.algorithms.rwr:RWR",
+    "best_of_n": "dgpo.algorithms.best_of_n:BestOfN",
+}
 REWARDS: dict[str, str] = {
     "pocket_geneval": "dgpo.rewards.pocket:pocket_geneval",
     "pocket_geneval_strict": "dgpo.rewards.pocket:pocket_geneval_strict",

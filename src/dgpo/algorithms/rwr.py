@@ -1,0 +1,63 @@
+"""RWR: reward-weighted regression (Peters and Schaal, ICML 2007; for diffusion models arXiv
+2302.12192 and, as a baseline, 2305.13301).
+
+    L = mean_i w_i d_i,    w_i = G softmax_g(z/T)_i                                         (1)
+with z the rewards normalised within the group and T the temperature. The weights are positive and
+their mean over a group is 1: T to infinity is supervised fine-tuning on all samples, T to 0 on the
+best one. Bad samples are trained less, never pushed away.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dgpo.algorithms.base import Algorithm
+from dgpo.core.groups import Groups
+from dgpo.core.points import Forward
+from dgpo.core.precision import widen
+
+
+def weighted_regression(points: Forward) -> tuple[Tensor, dict[str, Tensor]]:
+    """``mean_i A_i d_i`` with the advantages as weights, and its metrics."""
+    error = points.error(points.pred)
+    loss = (points.advantages.to(error) * error).mean()
+    return loss, {"error": error.detach().mean()}
+
+
+class RWR(Algorithm):
+    """Reward-weighted regression on the policy's own pictures.
+
+    The advantage of a sample is its weight w itself, so that it needs no snapshot and no group
+    statistic beside the loss. Differs from the definition: a group without spread, whose weights
+    would all be 1, is left out, as for every algorithm here; its advantages are 0.
+    """
+
+    name: ClassVar[str] = "rwr"
+    temperature: float = Field(default=1.0, ge=0.01)
+    """The T of (1), in deviations of the reward."""
+    advantage_std: Literal["group", "batch"] = "group"
+    """Rewards are divided by their deviation in the group or in the whole batch."""
+    advantage_max: float = Field(default=5.0, gt=0, le=7)
+    """Normalised rewards are clamped to this absolute value."""
+
+    @property
+    def snapshots(self) -> frozenset[Literal["ref", "old"]]:
+        return frozenset()
+
+    def advantages(self, rewards: Tensor, groups: Groups) -> Tensor:
+        normal = groups.normalize(rewards, self.advantage_std, eps=1e-4).double()
+        # no largest is subtracted, which sums cannot find: exp(7 / 0.01) is finite in float64
+        odds = (normal.clamp(-self.advantage_max, self.advantage_max) / self.temperature).exp()
+        weights = odds / groups.each(groups.mean(odds))
+        weights = torch.where(groups.each(groups.spread(rewards)), weights, 0)
+        return weights.to(widen(rewards).dtype)
+
+    def loss(self, points: Forward) -> tuple[Tensor, dict[str, Tensor]]:
+        return weighted_regression(points)
+
+    def old_decay(self, step: int) -> float:
+        return 0.0
