@@ -261,6 +261,13 @@ def test_settings_are_validated_described_and_frozen(row: Row) -> None:
 
 
 @every_row
+def test_the_documentation_names_it_and_its_settings(row: Row) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text()
+    for name in (row.algorithm.name, *type(row.algorithm).model_fields):
+        assert f"`{name}`" in text or f"`{name}:" in text
+
+
+@every_row
 def test_it_trains_a_pipeline(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the real loop, with micro-batches that cut groups, a step for each level."""
     light(monkeypatch)
