@@ -1,0 +1,88 @@
+"""DeQA-Score: the technical quality of a picture (sharpness, noise, artefacts); not its prompt.
+
+Source: You et al., "DeQA-Score" (arXiv 2501.11561). Weights: ``zhiyuanyou/DeQA-Score-Mix3`` on
+mPLUG-Owl2 (16 GB), MIT. Range 1 (bad) to 5 (excellent); higher is better.
+
+The model's class is not in transformers: it comes as Python files in the weights' repository, and
+loading it runs them with your rights. dgpo does not do that unless it is asked to by name: read the
+files, then set ``DGPO_TRUST_REMOTE_CODE=deqa`` (or ``DeQA(trust_remote_code=True)``), best with
+``DGPO_DEQA`` at a folder whose files do not change. They were written for transformers 4.36 to
+4.46; where yours is newer, serve it from an environment of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from dgpo.errors import UserError
+from dgpo.rewards.loading import Lazy, batches, chosen, device, loading
+
+WEIGHTS = "zhiyuanyou/DeQA-Score-Mix3"
+VARIABLE = "DGPO_DEQA"
+CONSENT = "DGPO_TRUST_REMOTE_CODE"
+
+
+class DeQA:
+    """The expected quality level by the model's own ``score``.
+
+    Args:
+        weights: hub id or folder; default: what ``DGPO_DEQA`` says, else the published one.
+        trust_remote_code: run the Python files that come with the weights; default: whether
+            ``DGPO_TRUST_REMOTE_CODE`` names ``deqa``.
+        revision: a commit of the hub repository, so that its files cannot change.
+        batch: pictures scored at once.
+
+    Raises:
+        UserError: running the files was not agreed to, or the model cannot be loaded.
+    """
+
+    __name__ = "deqa"
+
+    def __init__(
+        self,
+        weights: str | None = None,
+        trust_remote_code: bool | None = None,
+        revision: str | None = None,
+        batch: int = 8,
+    ) -> None:
+        place = chosen(weights, VARIABLE, WEIGHTS)
+        if trust_remote_code is None:
+            trust_remote_code = "deqa" in os.environ.get(CONSENT, "").replace(",", " ").split()
+        if not trust_remote_code:
+            raise UserError(
+                f"reward 'deqa': {place!r} is not a class of transformers: loading it runs the "
+                f"Python files of its repository. Read them, then set {CONSENT}=deqa to agree"
+            )
+        from transformers import AutoModelForCausalLM
+
+        with loading(self.__name__, place, VARIABLE):
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                place,
+                trust_remote_code=True,
+                revision=revision or "main",
+                torch_dtype=torch.float16 if torch.cuda.is_available() else torch.float32,
+            )
+        if not hasattr(model, "score"):
+            raise UserError(f"reward 'deqa': the model of {place!r} has no method 'score'")
+        self._model = model.eval().requires_grad_(False)
+        self._batch = batch
+
+    @torch.no_grad()
+    def __call__(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], **columns: Any
+    ) -> list[float]:
+        """One score for each picture."""
+        self._model.to(device())
+        scores: list[float] = []
+        for (some,) in batches(self._batch, images):
+            levels = self._model.score([image.convert("RGB") for image in some])
+            scores += [float(level) for level in levels]
+        return scores
+
+
+deqa = Lazy("deqa", DeQA)

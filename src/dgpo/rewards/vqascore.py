@@ -1,0 +1,84 @@
+"""VQAScore: how sure a vision-language model is that a picture shows its prompt.
+
+Source: Lin et al., "Evaluating Text-to-Visual Generation with Image-to-Text Generation"
+(arXiv 2404.01291), with LLaVA-1.5-7B, one of the paper's models (its CLIP-FlanT5 is not in
+transformers). Weights: ``llava-hf/llava-1.5-7b-hf`` (14 GB), Llama 2 community licence. Range
+[0, 1], higher is better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from dgpo.errors import UserError
+from dgpo.rewards.loading import Lazy, chosen, device, loading
+
+WEIGHTS = "llava-hf/llava-1.5-7b-hf"
+VARIABLE = "DGPO_VQASCORE"
+QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'
+"""The paper's."""
+
+
+class VQAScore:
+    """``P("Yes" | picture, question)``: the probability of the answer's first token.
+
+    Args:
+        weights: hub id or folder of any model for ``AutoModelForImageTextToText`` whose processor
+            has a chat template; default: what ``DGPO_VQASCORE`` says, else LLaVA-1.5-7B.
+        question: ``{prompt}`` in it becomes the caption.
+        answer: the text whose first token is looked at.
+        dtype: of the weights; None: float32 on a CPU, bfloat16 on a GPU.
+
+    Raises:
+        UserError: the model cannot be loaded, or has no chat template.
+    """
+
+    __name__ = "vqascore"
+
+    def __init__(
+        self,
+        weights: str | None = None,
+        question: str = QUESTION,
+        answer: str = "Yes",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        place = chosen(weights, VARIABLE, WEIGHTS)
+        dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+        with loading(self.__name__, place, VARIABLE):
+            model: Any = AutoModelForImageTextToText.from_pretrained(place, torch_dtype=dtype)
+            self._processor: Any = AutoProcessor.from_pretrained(place, use_fast=False)
+        if not getattr(self._processor, "chat_template", None):
+            raise UserError(
+                f"reward 'vqascore': the processor of {place!r} has no chat template, so the "
+                f"question cannot be put to it; {WEIGHTS} has one"
+            )
+        self._model = model.eval().requires_grad_(False)
+        tokens = self._processor.tokenizer.encode(answer, add_special_tokens=False)
+        self._token, self._question = tokens[0], question
+
+    @torch.no_grad()
+    def __call__(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], **columns: Any
+    ) -> list[float]:
+        """One score for each picture; one forward pass each, nothing is generated."""
+        self._model.to(device())
+        return [self._score(*pair) for pair in zip(images, prompts, strict=True)]
+
+    def _score(self, image: Image.Image, prompt: str) -> float:
+        question = self._question.replace("{prompt}", prompt)
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+        text = self._processor.apply_chat_template([turn], add_generation_prompt=True)
+        inputs = self._processor(
+            text=[text], images=[image.convert("RGB")], return_tensors="pt"
+        ).to(self._model.device, self._model.dtype)
+        last = self._model(**inputs).logits[0, -1].float()
+        return float(last.softmax(-1)[self._token])
+
+
+vqascore = Lazy("vqascore", VQAScore)

@@ -1,0 +1,175 @@
+"""Judges behind an endpoint, against a server of this test."""
+
+import base64
+import io
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from PIL import Image
+
+from dgpo.errors import UserError
+from dgpo.prompts import Prompt
+from dgpo.rewards.unified_reward import unified_judge
+from dgpo.rewards.vlm_judge import VLMJudge
+
+COLORS = ["red", "blue", "green"]
+IMAGES = [Image.new("RGB", (8, 8), color) for color in COLORS]
+
+
+class Server:
+    """Answers chat completions by a function of the request; keeps the requests."""
+
+    def __init__(self, answer):
+        self.requests, self.headers = [], []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def reply(self, status, body):
+                data = body if isinstance(body, bytes) else json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def do_GET(self):
+                self.reply(200 if self.path == "/v1/models" else 404, {"data": []})
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                assert self.path == "/v1/chat/completions"
+                outer.requests.append(body)
+                outer.headers.append(dict(self.headers))
+                text = answer(body, len(outer.requests))
+                if isinstance(text, tuple):
+                    self.reply(*text)
+                else:
+                    self.reply(200, {"choices": [{"message": {"content": text}}]})
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(answer):
+        servers.append(Server(answer))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def parts(body):
+    image, text = body["messages"][0]["content"]
+    data = image["image_url"]["url"].removeprefix("data:image/png;base64,")
+    return Image.open(io.BytesIO(base64.b64decode(data))), text["text"]
+
+
+def by_color(body, _):
+    """9 for red, 5 for blue, 2.5 for green."""
+    red, _, blue = parts(body)[0].getpixel((0, 0))
+    score = 9 if red > 99 else 5 if blue > 99 else 2.5
+    return f"Score 1 is too low.\nScore: {score}"
+
+
+def test_each_picture_gets_its_own_score_in_order(serve):
+    server = serve(by_color)
+    judge = VLMJudge(server.url, "m", key="secret", workers=3)
+    assert judge(IMAGES, ["a {red} one", "b", "c"]) == [9.0, 5.0, 2.5]
+    assert {body["model"] for body in server.requests} == {"m"}
+    assert {body["temperature"] for body in server.requests} == {0.0}
+    assert any('description: "a {red} one"' in parts(body)[1] for body in server.requests)
+    assert {headers["Authorization"] for headers in server.headers} == {"Bearer secret"}
+
+
+@pytest.mark.parametrize(
+    ("first", "reason"),
+    [
+        ("I cannot tell.", "no score in 'I cannot tell.'"),
+        ("Score: 11", "11.0 is not in 0.0 to 10.0"),
+        ((503, b"busy"), "status 503: busy"),
+        ((429, b"slow down"), "status 429"),
+        ((200, {"error": "?"}), "not a chat completion"),
+    ],
+)
+def test_bad_answers_are_asked_again(serve, first, reason):
+    server = serve(lambda body, count: first if count < 3 else "score = **7**")
+    options = {"pause": 0.0, "retries": 2}
+    assert VLMJudge(server.url, "m", **options)(IMAGES[:1], ["a"]) == [7.0]
+    assert len(server.requests) == 3
+    server = serve(lambda body, count: first)
+    with pytest.raises(UserError, match="row 0") as error:
+        VLMJudge(server.url, "m", **options)(IMAGES[:1], ["a"])
+    assert reason in str(error.value) and "after 3 tries" in str(error.value)
+    assert VLMJudge(server.url, "m", fallback=0.0, **options)(IMAGES[:1], ["a"]) == [0.0]
+
+
+def test_a_refusal_is_not_asked_again(serve):
+    server = serve(lambda body, count: (404, b"no such model"))
+    with pytest.raises(UserError, match="status 404: no such model"):
+        VLMJudge(server.url, "m", pause=0.0)(IMAGES[:1], ["a"])
+    assert len(server.requests) == 1
+
+
+def test_a_slow_server_is_a_reason_to_try_again(serve):
+    wait = threading.Event()
+    server = serve(lambda body, count: wait.wait(5) and "" if count == 1 else "Score: 3")
+    judge = VLMJudge(server.url, "m", timeout=0.5, pause=0.0)
+    assert judge(IMAGES[:1], ["a"]) == [3.0]
+    wait.set()
+
+
+def test_what_is_not_set_or_not_there(serve, monkeypatch):
+    for name in ("URL", "MODEL", "KEY"):
+        monkeypatch.delenv(f"DGPO_JUDGE_{name}", raising=False)
+    with pytest.raises(UserError, match="set DGPO_JUDGE_MODEL"):
+        VLMJudge().check([Prompt("a")])
+    monkeypatch.setenv("DGPO_JUDGE_MODEL", "m")
+    with pytest.raises(UserError, match="set DGPO_JUDGE_URL to http"):
+        VLMJudge().check([Prompt("a")])
+    monkeypatch.setenv("DGPO_JUDGE_URL", "http://127.0.0.1:9/v1")
+    with pytest.raises(UserError, match="no server at"):
+        VLMJudge().check([Prompt("a")])
+    server = serve(by_color)
+    monkeypatch.setenv("DGPO_JUDGE_URL", server.url)
+    VLMJudge().check([Prompt("a")])
+    assert VLMJudge()(IMAGES[:1], ["a"]) == [9.0]
+
+
+def test_templates_and_patterns_that_cannot_work():
+    with pytest.raises(UserError, match=r"no \{prompt\}"):
+        VLMJudge(template="how good?")
+    with pytest.raises(UserError, match="no group"):
+        VLMJudge(pattern=r"\d")
+
+
+def test_unified_reward_has_its_scale_and_the_authors_question_can_be_given(
+    serve, monkeypatch, tmp_path
+):
+    server = serve(lambda body, count: "Score: 4 for style.\nFinal Score: **3.5**")
+    monkeypatch.setenv("DGPO_UNIFIED_REWARD_URL", server.url)
+    monkeypatch.delenv("DGPO_UNIFIED_REWARD_MODEL", raising=False)
+    assert unified_judge()(IMAGES[:1], ["a fox"]) == [3.5]
+    assert server.requests[0]["model"] == "CodeGoat24/UnifiedReward-qwen-7b"
+    assert '"a fox"' in parts(server.requests[0])[1]
+    file = tmp_path / "question.txt"
+    file.write_text("Theirs: {prompt}")
+    monkeypatch.setenv("DGPO_UNIFIED_REWARD_TEMPLATE", str(file))
+    unified_judge()(IMAGES[:1], ["a fox"])
+    assert parts(server.requests[1])[1] == "Theirs: a fox"
+    monkeypatch.setenv("DGPO_UNIFIED_REWARD_TEMPLATE", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="DGPO_UNIFIED_REWARD_TEMPLATE"):
+        unified_judge()
