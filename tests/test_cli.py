@@ -32,9 +32,10 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["train", "eval", "sample", "list", "check", "pocket"]),
+        (["--help"], ["train", "eval", "sample", "score", "list", "check", "pocket"]),
         (["train", "--help"], ["RECIPE", "KEY=VALUE", "--resume"]),
-        (["eval", "--help"], ["--model", "--lora", "--benchmark", "--json"]),
+        (["eval", "--help"], ["--model", "--lora", "--benchmark", "--prompts", "--json"]),
+        (["score", "--help"], ["--reward", "--images", "--prompts", "--json"]),
         (["sample", "--help"], ["--prompts", "--steps", "--guidance-scale", "--seed"]),
         (["pocket", "--help"], ["pretrain"]),
     ],
@@ -122,7 +123,7 @@ def test_ctrl_c_elsewhere(monkeypatch):
     def interrupt():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "recipe_names", interrupt)
+    monkeypatch.setattr(cli.cli_list, "recipe_names", interrupt)
     assert "stopped" in run("list", code=130).stderr
 
 

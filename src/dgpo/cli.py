@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from dgpo import registry
+from dgpo import cli_list, cli_score, registry
 from dgpo.errors import UserError
-from dgpo.recipe_files import recipe_names, summary
 
 if TYPE_CHECKING:
     from dgpo.prompts import Prompt
@@ -46,6 +45,8 @@ app = typer.Typer(
 )
 pocket = typer.Typer(no_args_is_help=True, help="The small model that ships with dgpo.")
 app.add_typer(pocket, name="pocket")
+app.command("score")(cli_score.score)
+app.command("list")(cli_list.names)
 
 Model = Annotated[
     str, typer.Option("--model", metavar="M", help="pocket, a hub id, or a pipeline's folder.")
@@ -101,6 +102,10 @@ def evaluate(
         str, typer.Option("--benchmark", metavar="B", help="A name of `dgpo list benchmarks`.")
     ],
     lora: Lora = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", metavar="FILE", help="For a benchmark whose file you bring."),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the report there.")
     ] = None,
@@ -110,18 +115,27 @@ def evaluate(
 ) -> None:
     """Score a model on held-out prompts by a pinned protocol."""
     protocol = registry.resolve("benchmark", benchmark)
-    from dgpo.evaluation import Sampling
+    from dgpo.evaluation import Metrics, Sampling
     from dgpo.evaluation import evaluate as run
     from dgpo.models.pipeline import PipelineModel
     from dgpo.models.schedulers import make_scheduler
     from dgpo.prompts import load_prompts
 
-    prompts = load_prompts(protocol.prompts)
+    if (prompts is None) is (protocol.prompts is None):
+        raise UserError(
+            f"benchmark {benchmark!r} comes without prompts: give its file by --prompts FILE"
+            if prompts is None
+            else f"benchmark {benchmark!r} has its own prompts: leave --prompts away"
+        )
+    rows = load_prompts(prompts or protocol.prompts)
+    rows = [row for row in rows for _ in range(protocol.each)]
+    metrics = Metrics(protocol.metrics)
+    metrics.check(rows)  # before the pictures are made
     pipe = _load(model, lora, precision, device)
     scheduler = protocol.scheduler and make_scheduler(protocol.scheduler, pipe.scheduler)
     sampling = Sampling(protocol.steps, protocol.guidance_scale, scheduler, batch)
     policy = PipelineModel(pipe, call=protocol.call)
-    report, _ = run(policy, prompts, protocol.metrics, sampling, protocol.name)
+    report, _ = run(policy, rows, metrics, sampling, protocol.name)
     typer.echo(_table(report))
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
@@ -177,37 +191,6 @@ def sample(
         for number, image in enumerate(images, start=start):
             image.save(out / f"{number:05d}.png")
     typer.echo(f"{len(rows)} pictures in {out}")
-
-
-@app.command("list")
-def names(
-    kind: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[models|algorithms|rewards|benchmarks|prompts|recipes]",
-            help="One of them; default: all.",
-        ),
-    ] = None,
-) -> None:
-    """Show the names that recipes and commands take."""
-    tables = {
-        "models": registry.MODELS,
-        "algorithms": registry.ALGORITHMS,
-        "rewards": registry.REWARDS,
-        "benchmarks": registry.BENCHMARKS,
-        "prompts": registry.PROMPTS,
-        "recipes": {name: summary(file) for name, file in recipe_names().items()},
-    }
-    if kind is not None and kind not in tables:
-        near = registry.nearest(kind, tables)
-        raise UserError(f"nothing is called {kind!r}{near}; one of: {', '.join(tables)}")
-    for title in [kind] if kind else tables:
-        if kind is None:
-            typer.echo(f"{title}:")
-        indent = "" if kind else "  "
-        width = max(map(len, tables[title]), default=0)
-        for name, text in tables[title].items():
-            typer.echo(f"{indent}{name:<{width}}  {text}".rstrip())
 
 
 @app.command()

@@ -1,0 +1,133 @@
+"""`dgpo score`: rewards of pictures that exist already."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dgpo.errors import UserError
+
+if TYPE_CHECKING:
+    from dgpo.prompts import Prompt
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SHOWN = 20
+"""Pictures in the printed table; the file of --json has all."""
+
+
+def score(
+    reward: Annotated[
+        list[str],
+        typer.Option("--reward", metavar="R", help="As in `dgpo list rewards`; may be repeated."),
+    ],
+    images: Annotated[
+        Path, typer.Option("--images", metavar="DIR|FILE", help="A folder of pictures, or one.")
+    ],
+    prompts: Annotated[
+        str,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help=".txt or .jsonl: a row for each picture in the order of their names, or one row.",
+        ),
+    ],
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="OUT", help="Write a line for each picture.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures read at once.")] = 64,
+) -> None:
+    """Score pictures that exist already, such as those of `dgpo sample`."""
+    files = picture_files(images)
+    from PIL import Image
+
+    from dgpo.prompts import load_prompts
+    from dgpo.rewards import load_rewards
+
+    rows = _row_each(load_prompts(prompts), files)
+    rewards = load_rewards(reward)
+    rewards.check(rows)
+    scores: dict[str, list[float]] = {name: [] for name in rewards.names}
+    for start in range(0, len(files), batch):
+        opened = []
+        for file in files[start : start + batch]:
+            try:
+                with Image.open(file) as image:
+                    opened.append(image.convert("RGB"))
+            except OSError as error:
+                raise UserError(f"--images {file}: not a picture ({error})") from error
+        by_name = rewards(opened, rows[start : start + batch]).by_name
+        for name, values in by_name.items():
+            scores[name] += values.tolist()
+    _print(files, rows, scores)
+    if json_file is not None:
+        _write(json_file, files, rows, scores)
+        typer.echo(f"written to {json_file}")
+
+
+def picture_files(place: Path) -> list[Path]:
+    """The pictures of a folder by name, or the one given.
+
+    Raises:
+        UserError: there is none.
+    """
+    if place.is_file():
+        return [place]
+    if not place.is_dir():
+        raise UserError(f"--images {place}: no such folder or file")
+    files = sorted(file for file in place.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise UserError(f"--images {place}: no picture in it ({', '.join(SUFFIXES)})")
+    return files
+
+
+def _row_each(rows: list[Prompt], files: list[Path]) -> list[Prompt]:
+    if len(rows) == 1:
+        return rows * len(files)
+    if len(rows) != len(files):
+        raise UserError(
+            f"{len(files)} pictures and {len(rows)} prompts: give a row for each picture, in the "
+            f"order of their names ({files[0].name}, ...), or one row for all"
+        )
+    return rows
+
+
+def _print(files: Sequence[Path], rows: Sequence[Prompt], scores: dict[str, list[float]]) -> None:
+    import statistics
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("picture", no_wrap=True)
+    for name in scores:
+        table.add_column(name, justify="right")
+    table.add_column("prompt", overflow="ellipsis", no_wrap=True)
+    for place, (file, row) in enumerate(zip(files[:SHOWN], rows, strict=False)):
+        numbers = (f"{values[place]:.4f}" for values in scores.values())
+        table.add_row(Text(file.name), *numbers, Text(row.text))
+    if len(files) > SHOWN:
+        table.add_row(f"... {len(files) - SHOWN} more")
+    table.add_section()
+    table.add_row("mean", *(f"{statistics.fmean(values):.4f}" for values in scores.values()))
+    if len(files) > 1:
+        table.add_row("std", *(f"{statistics.stdev(values):.4f}" for values in scores.values()))
+    console.print(table)
+
+
+def _write(
+    out: Path, files: Sequence[Path], rows: Sequence[Prompt], scores: dict[str, list[float]]
+) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", encoding="utf-8") as stream:
+        for place, (file, row) in enumerate(zip(files, rows, strict=True)):
+            values = {name: column[place] for name, column in scores.items()}
+            line = {"image": str(file), "prompt": row.text, "scores": values}
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
