@@ -4,6 +4,7 @@ import pytest
 
 from dgpo import Recipe, Trainer
 from dgpo.recipe_files import recipe_names
+from dgpo.registry import REWARDS
 from families.tiny import build
 
 NAMES = sorted(recipe_names())
@@ -19,6 +20,13 @@ def test_there_are_the_recipes_that_the_readme_speaks_of():
 def test_it_loads_and_round_trips(name):
     recipe = Recipe.load(name)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_their_rewards_are_built_in():
+    for name in NAMES:
+        recipe = Recipe.load(name)
+        assert {*recipe.rewards, *recipe.eval.metrics} <= set(REWARDS), name
+    assert Recipe.load("sd35m-geneval").rewards == {"geneval": 1.0}
 
 
 @pytest.mark.parametrize("name", REAL)
