@@ -140,3 +140,55 @@ def test_one_row_is_what_the_pipeline_encodes(name: str) -> None:
             assert torch.equal(cond.kwargs[key][0], cond.kwargs[key][2])
             assert not torch.equal(cond.kwargs[key][0], cond.kwargs[key][1])
     assert all(not value.requires_grad for value in cond.kwargs.values())
+
+
+class OneByOne(Ragged):
+    """Its two encoders are asked one by one, and their masks are as wide as the embeddings."""
+
+    def encode_prompt(self, prompt: str, device: Any = None, text_encoder_index: int = 0) -> Any:
+        prompt_embeds = torch.full((1, 2, 3), float(text_encoder_index))
+        prompt_attention_mask = torch.full((1, 6), len(prompt))
+        return prompt_embeds, prompt_attention_mask
+
+    def __call__(
+        self,
+        prompt_embeds: Any = None,
+        prompt_attention_mask: Any = None,
+        prompt_embeds_2: Any = None,
+        prompt_attention_mask_2: Any = None,
+    ) -> None: ...
+
+
+def test_encoders_that_are_asked_one_by_one() -> None:
+    cond = PromptEncoder(OneByOne(), {}).encode(["a", "bc"], guidance=False)
+    assert cond.kwargs["prompt_embeds"].unique().tolist() == [0.0]
+    assert cond.kwargs["prompt_embeds_2"].unique().tolist() == [1.0]
+    for name in ("prompt_attention_mask", "prompt_attention_mask_2"):
+        assert cond.kwargs[name].tolist() == [[1] * 6, [2] * 6]
+
+
+class Unnamed(Ragged):
+    """Puts the negative prompt before the prompt, where a name would be wanted."""
+
+    def encode_prompt(self, prompt: str, do_classifier_free_guidance: bool) -> Any:
+        prompt_embeds = torch.full((1, 2, 3), float(len(prompt)))
+        attention_mask = torch.ones(1, 2)
+        if do_classifier_free_guidance:
+            prompt_embeds = torch.cat([torch.zeros(1, 2, 3), prompt_embeds])
+            attention_mask = torch.cat([attention_mask, attention_mask])
+        return prompt_embeds, attention_mask
+
+    def __call__(
+        self,
+        prompt_embeds: Any = None,
+        attention_mask: Any = None,
+        negative_prompt_embeds: Any = None,
+        negative_attention_mask: Any = None,
+    ) -> None: ...
+
+
+def test_a_negative_prompt_that_is_not_named_is_encoded_as_a_prompt() -> None:
+    cond = PromptEncoder(Unnamed(), {"negative_prompt": "bad"}).encode(["a", "bc"], guidance=True)
+    assert cond.kwargs["prompt_embeds"][:, 0, 0].tolist() == [1.0, 2.0]
+    assert cond.kwargs["negative_prompt_embeds"][:, 0, 0].tolist() == [3.0, 3.0]
+    assert cond.kwargs["attention_mask"].shape == cond.kwargs["negative_attention_mask"].shape

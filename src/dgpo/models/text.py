@@ -21,6 +21,7 @@ from dgpo.errors import UserError
 from dgpo.models.families import family_of
 
 _NEGATIVE = "negative_"
+_WHICH = "text_encoder_index"
 Embedding = dict[str, Any]
 
 
@@ -84,7 +85,7 @@ class PromptEncoder:
         self._used = 0
         self._negative: Embedding | None = None
         self._call_parameters = inspect.signature(type(pipe).__call__).parameters
-        self._parameters = inspect.signature(type(pipe).encode_prompt).parameters
+        self.parameters = inspect.signature(type(pipe).encode_prompt).parameters
         self._names = family_of(pipe).encode_names or returned_names(type(pipe).encode_prompt)
 
     def encode(self, prompts: Sequence[str], guidance: bool) -> Conditioning:
@@ -118,10 +119,11 @@ class PromptEncoder:
     def _negative_embedding(self) -> Embedding:
         """The negative prompt, as the pipeline encodes it (some zero it, some give it a mask)."""
         if self._negative is None:
-            if "do_classifier_free_guidance" in self._parameters:
+            found: Embedding = {}
+            if "do_classifier_free_guidance" in self.parameters:
                 both = self._run("", guidance=True)
                 found = {k: v for k, v in both.items() if k.startswith(_NEGATIVE)}
-            else:
+            if not found:
                 plain = self._run(self._call.get("negative_prompt") or "", guidance=False)
                 found = {_NEGATIVE + k: v for k, v in plain.items()}
             self._negative = {k: v for k, v in found.items() if k in self._call_parameters}
@@ -130,7 +132,7 @@ class PromptEncoder:
     @torch.no_grad()
     def _run(self, prompt: str, guidance: bool) -> Embedding:
         arguments: dict[str, Any] = {}
-        for name in self._parameters:
+        for name in self.parameters:
             if name in ("self", "kwargs", "dtype", "prompt_embeds") or name.endswith("_embeds"):
                 continue
             if name in ("prompt", "prompt_2", "prompt_3"):
@@ -146,15 +148,21 @@ class PromptEncoder:
             elif name in self._call_parameters:
                 # the default of the call, not of encode_prompt: they differ in some pipelines
                 arguments[name] = self._call_parameters[name].default
-        returned = self._pipe.encode_prompt(**arguments)
-        values = returned if isinstance(returned, tuple) else (returned,)
-        named = dict(zip(self._names, values, strict=True))
+        named = self._named(self._pipe.encode_prompt(**arguments))
+        if _WHICH in self.parameters:
+            # encoders that are asked one by one; the call's names for the second end in _2
+            second = self._named(self._pipe.encode_prompt(**{**arguments, _WHICH: 1}))
+            named |= {f"{name}_2": value for name, value in second.items()}
         return {
             k: v
             for k, v in named.items()
             if k in self._call_parameters and (guidance or not k.startswith(_NEGATIVE))
             if v is not None or k.endswith("_mask")
         }
+
+    def _named(self, returned: Any) -> Embedding:
+        values = returned if isinstance(returned, tuple) else (returned,)
+        return dict(zip(self._names, values, strict=True))
 
 
 def returned_names(function: Any) -> tuple[str, ...]:
@@ -198,15 +206,19 @@ def _join(rows: list[Embedding], parameters: Mapping[str, Any]) -> dict[str, Any
 
 
 def _masked_by(mask: str, row: Embedding) -> str:
-    """``prompt_embeds_mask`` and ``prompt_attention_mask`` both belong to ``prompt_embeds``."""
-    stem = mask.removesuffix("_mask").removesuffix("_attention")
-    return stem if stem in row else f"{stem}_embeds"
+    """``prompt_embeds_mask``, ``prompt_attention_mask`` and a bare ``attention_mask`` all belong to
+    ``prompt_embeds``."""
+    stem = mask.removesuffix("_mask").removesuffix("attention").removesuffix("_")
+    return next(n for n in (stem, f"{stem}_embeds", "prompt_embeds") if n in row)
 
 
 def _join_masks(masks: list[Tensor | None], embeddings: list[Tensor]) -> Tensor | None:
     longest = max(e.shape[1] for e in embeddings)
     if all(m is None for m in masks) and all(e.shape[1] == longest for e in embeddings):
         return None
+    given = [m for m in masks if m is not None]
+    if len({m.shape for m in given}) == 1 and len(given) == len(masks):
+        return torch.cat(given)  # as they are: AuraFlow's masks are as wide as its embeddings
     filled = [
         m if m is not None else torch.ones(e.shape[:2], dtype=torch.long, device=e.device)
         for m, e in zip(masks, embeddings, strict=True)
