@@ -6,8 +6,9 @@ mPLUG-Owl2 (16 GB), MIT. Range 1 (bad) to 5 (excellent); higher is better.
 The model's class is not in transformers: it comes as Python files in the weights' repository, and
 loading it runs them with your rights. dgpo does not do that unless it is asked to by name: read the
 files, then set ``DGPO_TRUST_REMOTE_CODE=deqa`` (or ``DeQA(trust_remote_code=True)``), best with
-``DGPO_DEQA`` at a folder whose files do not change. They were written for transformers 4.36 to
-4.46; where yours is newer, serve it from an environment of its own.
+``DGPO_DEQA`` at a folder whose files do not change. They were written for an older transformers and
+have not been tried with the pinned one here: where they fail, serve the model from an environment
+of its own.
 """
 
 from __future__ import annotations

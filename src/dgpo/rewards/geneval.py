@@ -9,8 +9,8 @@ files: ``{"tag": ..., "include": [...], "exclude": [...], "prompt": ...}``.
 
 Differs from the published evaluation: Mask2Former (Swin-S, COCO instances) and CLIP ViT-L/14 are
 those of transformers, not of mmdet and open_clip, so that no compiled extension is needed. Image
-size and post-processing are the library's: expect scores that differ a little, and compare only
-numbers of one detector. Licence: detector "other" on the hub (its code is MIT), CLIP MIT.
+size and post-processing are the library's: expect scores that differ, and compare only numbers of
+one detector; by how much is not measured yet. Licence: detector "other" on the hub (its code is MIT), CLIP MIT.
 """
 
 from __future__ import annotations

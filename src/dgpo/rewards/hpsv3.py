@@ -2,8 +2,8 @@
 
 Source: Ma et al., "HPSv3" (arXiv 2508.03789). Weights: ``MizzenAI/HPSv3`` on Qwen2-VL-7B (17 GB),
 Apache-2.0; run by their own package ``hpsv3``. Unbounded, in practice 0 to 15; higher is better.
-It needs a GPU of 24 GB. The package pins old versions of torch and transformers: where they clash
-with yours, serve it from an environment of its own.
+It needs a GPU of 24 GB. The package asks for versions of torch and transformers of its own: where
+they clash with yours, serve it from another environment. Its model has not been run here.
 """
 
 from __future__ import annotations
