@@ -8,6 +8,7 @@ they clash with yours, serve it from another environment. Its model has not been
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 from collections.abc import Sequence
@@ -44,9 +45,8 @@ class HPSv3:
         need(self.__name__, "hpsv3", INSTALL)
         checkpoint = checkpoint or os.environ.get(VARIABLE)
         with loading(self.__name__, checkpoint or "MizzenAI/HPSv3", VARIABLE):
-            import hpsv3  # pyright: ignore[reportMissingImports]
-
-            self._model: Any = hpsv3.HPSv3RewardInferencer(
+            package: Any = importlib.import_module("hpsv3")
+            self._model: Any = package.HPSv3RewardInferencer(
                 config_path=config, checkpoint_path=checkpoint, device=device()
             )
         self._batch = batch
