@@ -198,14 +198,32 @@ def check(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="pocket, a hub id, or a pipeline's folder.")
     ],
+    call: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Arguments of the pipeline's call, such as height=512."
+        ),
+    ] = None,
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
-    """Prove that a model can be trained: its rollouts are repeated point by point, bit for bit."""
-    pipe = _load(model, None, precision, device)
+    """Prove that a model can be trained, by training it for a moment.
+
+    Its rollouts are repeated point by point, bit for bit; a LoRA is trained, saved and read back.
+    """
+    from dgpo.recipe_files import apply_overrides
+
+    arguments = apply_overrides({}, call or [])
+    from dgpo.compatibility import examine
     from dgpo.models.pipeline import PipelineModel
 
-    typer.echo(str(PipelineModel(pipe).self_check()))
+    found = examine(
+        lambda: _load(model, None, precision, device),
+        lambda pipe: PipelineModel(pipe, call=arguments),
+    )
+    if not found.ok:
+        raise UserError(str(found))
+    typer.echo(str(found))
 
 
 @pocket.command(
@@ -245,13 +263,12 @@ def _load(model: str, lora: Path | None, precision: str, device: str | None) -> 
     import torch
 
     from dgpo.models.load import load_pipeline
+    from dgpo.models.lora import load as load_lora
 
     _quiet()
     pipe = load_pipeline(model, precision)  # pyright: ignore[reportArgumentType]
     if folder is not None:
-        if not hasattr(pipe, "load_lora_weights"):
-            raise UserError(f"--lora {lora}: {type(pipe).__name__} has no load_lora_weights")
-        pipe.load_lora_weights(folder)
+        load_lora(pipe, folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 

@@ -21,7 +21,7 @@ from dgpo.models.text import Conditioning
 if TYPE_CHECKING:
     from dgpo.models.pipeline import PipelineModel
 
-_PROMPTS = ("a photo of a red square", "a cat")
+CHECK_PROMPTS = ("a photo of a red square", "a cat")
 _STEPS = 3
 _GUIDANCE = 3.0
 
@@ -83,7 +83,7 @@ def self_check(model: PipelineModel, cond: Conditioning | None = None) -> CheckR
         UserError: training would not train what samples; the message holds the report.
     """
     if cond is None:
-        cond = model.encode(list(_PROMPTS), guidance=True)
+        cond = model.encode(list(CHECK_PROMPTS), guidance=True)
     scales = [1.0, _GUIDANCE] if model.has_guidance(cond) else [1.0]
     points: list[CheckedPoint] = []
     for scale in scales:

@@ -17,13 +17,17 @@ from typing import Any, Literal, Protocol
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dgpo.errors import UserError
 
 ADAPTER = "default"
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""The projections of an attention layer, as nearly all denoisers of diffusers call them."""
+_SECOND = "transformer_2"
+_PEFT_FILE = "adapter_model.safetensors"
 _TRAINABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -72,19 +76,43 @@ def attach(
 
 
 def _check_targets(denoisers: Mapping[str, nn.Module], targets: Sequence[str]) -> None:
-    names = [
-        name
-        for denoiser in denoisers.values()
-        for name, module in denoiser.named_modules()
-        if isinstance(module, _TRAINABLE)
-    ]
+    names = _layer_names(denoisers)
     for target in targets:
-        if any(name == target or name.endswith(f".{target}") for name in names):
+        if _is_one_of(target, names):
             continue
         raise UserError(
             f"lora.targets: no layer of {' or '.join(denoisers)} is called {target!r}; "
             f"nearest: {', '.join(_nearest(target, names)) or 'none'}"
         )
+
+
+def fitting_targets(denoisers: Mapping[str, nn.Module]) -> list[str]:
+    """Those of :data:`ATTENTION` that the denoisers have.
+
+    Raises:
+        UserError: none of them.
+    """
+    names = _layer_names(denoisers)
+    found = [target for target in ATTENTION if _is_one_of(target, names)]
+    if not found:
+        raise UserError(
+            f"no layer is called {', '.join(ATTENTION)}: name lora.targets yourself; "
+            f"the first layers are {', '.join(names[:8])}"
+        )
+    return found
+
+
+def _layer_names(denoisers: Mapping[str, nn.Module]) -> list[str]:
+    return [
+        name
+        for denoiser in denoisers.values()
+        for name, module in denoiser.named_modules()
+        if isinstance(module, _TRAINABLE)
+    ]
+
+
+def _is_one_of(target: str, names: Sequence[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for name in names)
 
 
 def _nearest(target: str, names: Sequence[str]) -> list[str]:
@@ -163,7 +191,7 @@ def save(pipe: Any, denoisers: Mapping[str, nn.Module], folder: Path) -> None:
     """Write the LoRA of every denoiser; see :meth:`dgpo.models.policy.Policy.save`."""
     save_weights = getattr(type(pipe), "save_lora_weights", None)
     for name, denoiser in denoisers.items():
-        place = folder / name if name == "transformer_2" else folder
+        place = folder / name if name == _SECOND else folder
         place.mkdir(exist_ok=True)
         config: Any = vars(denoiser)["peft_config"][ADAPTER]
         weights = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
@@ -179,9 +207,32 @@ def save(pipe: Any, denoisers: Mapping[str, nn.Module], folder: Path) -> None:
         save_weights(place, **arguments)
 
 
+def load(pipe: Any, folder: Path) -> Literal["diffusers", "peft"]:
+    """Put a saved LoRA into a pipeline, that of a second expert included.
+
+    Returns:
+        what read it: ``load_lora_weights`` of the pipeline, or peft where it has none.
+
+    Raises:
+        UserError: the folder holds a LoRA that was written for the other of the two.
+    """
+    by_peft = (folder / _PEFT_FILE).is_file()
+    if by_peft == hasattr(pipe, "load_lora_weights"):
+        raise UserError(f"{folder}: not a LoRA that {type(pipe).__name__} can read")
+    if not by_peft:
+        pipe.load_lora_weights(folder)
+        if (folder / _SECOND).is_dir():
+            pipe.load_lora_weights(folder / _SECOND, load_into_transformer_2=True)
+        return "diffusers"
+    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    peft.inject_adapter_in_model(peft.LoraConfig.from_pretrained(str(folder)), denoiser, ADAPTER)
+    set_peft_model_state_dict(denoiser, load_file(folder / _PEFT_FILE), ADAPTER)
+    return "peft"
+
+
 def _save_for_peft(weights: dict[str, Tensor], config: Any, folder: Path) -> None:
     """For pipelines without a LoRA loader (PixArt): the two files that peft's own tools read."""
-    save_file(weights, str(folder / "adapter_model.safetensors"))
+    save_file(weights, str(folder / _PEFT_FILE))
     settings = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     text = json.dumps(settings, indent=2, default=str)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")

@@ -72,7 +72,8 @@ class PipelineModel:
         self.process: Process = process_of(pipe.scheduler)
         self.call = dict(call or {})
         check_call(pipe, self.call)
-        self._parameters = parameters_of(pipe)
+        self.parameters = parameters_of(pipe)
+        """The parameters of the pipeline's call."""
         self._fixed = fixed_arguments(pipe, self.call)
         self._encoder = PromptEncoder(pipe, self.call)
         self._guidance_off: dict[str, Any] | None = None
@@ -80,6 +81,11 @@ class PipelineModel:
         # ``__wrapped__`` is the pipeline's call without its torch.no_grad
         self._call_with_grad: Callable[..., Any] = inspect.unwrap(type(pipe).__call__)
         self._scratch = torch.Generator(device=self.device)
+
+    @property
+    def encodes_negative(self) -> bool:
+        """Whether the pipeline's own ``encode_prompt`` answers for the negative prompt, too."""
+        return "do_classifier_free_guidance" in self._encoder.parameters
 
     @property
     def device(self) -> torch.device:
@@ -163,7 +169,7 @@ class PipelineModel:
 
     def has_guidance(self, cond: Conditioning) -> bool:
         """Whether classifier-free guidance can be switched on for this conditioning."""
-        possible = cond.guided or "negative_prompt_embeds" not in self._parameters
+        possible = cond.guided or "negative_prompt_embeds" not in self.parameters
         return possible and bool(self._off(cond))
 
     def self_check(self, cond: Conditioning | None = None) -> CheckReport:
@@ -208,7 +214,7 @@ class PipelineModel:
                 f"guidance_scale={scale}: {type(self.pipe).__name__} has no classifier-free "
                 "guidance; use 1.0 (an embedded guidance is rollout.call.guidance_scale)"
             )
-        if "negative_prompt_embeds" in self._parameters and not cond.guided:
+        if "negative_prompt_embeds" in self.parameters and not cond.guided:
             raise UserError(f"guidance_scale={scale} needs prompts encoded with guidance=True")
         return dict.fromkeys(off, scale)
 
@@ -221,7 +227,7 @@ class PipelineModel:
         """The first candidate with which one step is one denoiser call of one row a sample."""
         embeddings = dict(one_row.kwargs)
         for name, value in one_row.kwargs.items():
-            if f"negative_{name}" in self._parameters:
+            if f"negative_{name}" in self.parameters:
                 # a candidate that leaves guidance on must get as far as the denoiser
                 embeddings.setdefault(f"negative_{name}", value)
         for candidate in guidance_off_candidates(self.pipe):

@@ -6,8 +6,9 @@ bit for bit, and a graph built before the exchange still finds its own tensors a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,3 +74,22 @@ class Snapshot:
         """The parameters hold the averaged weights inside the block, and their own after it."""
         with exchanged(self._parameters, self._shadow):
             yield
+
+
+def fingerprints(modules: Iterable[Any], left_out: Sequence[Tensor]) -> dict[str, int]:
+    """The sum of the bits of every weight and buffer of ``modules`` but those that are
+    ``left_out``: to see that none has moved, without a copy as large as the model."""
+    known = {id(tensor) for tensor in left_out}
+    return {
+        f"{type(module).__name__}.{name}": _bits(tensor)
+        for module in modules
+        if isinstance(module, nn.Module)
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        if id(tensor) not in known
+    }
+
+
+def _bits(tensor: Tensor) -> int:
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    values = tensor.detach().contiguous().reshape(-1)
+    return int(values.view(whole[values.element_size()]).sum(dtype=torch.int64))
