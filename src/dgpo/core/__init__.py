@@ -1,20 +1,32 @@
-"""The mathematics alone: groups, noising processes, noise levels and the points of a loss.
+"""The mathematics alone: groups, noising processes, noise levels, stochastic samplers and the
+points of a loss.
 
 Imports torch, pydantic and the standard library only; a test holds it to that.
 """
 
 from dgpo.core.groups import Groups
-from dgpo.core.points import Forward
+from dgpo.core.points import Forward, Trajectory
 from dgpo.core.process import Epsilon, FlowMatching, Level, Process, VPrediction
+from dgpo.core.sde import CPS, DDIM, AnySde, DanceSDE, FlowSDE, Moments, Sde
 from dgpo.core.timesteps import TimestepChoice
+from dgpo.core.window import StepWindow
 
 __all__ = [
+    "CPS",
+    "DDIM",
+    "AnySde",
+    "DanceSDE",
     "Epsilon",
     "FlowMatching",
+    "FlowSDE",
     "Forward",
     "Groups",
     "Level",
+    "Moments",
     "Process",
+    "Sde",
+    "StepWindow",
     "TimestepChoice",
+    "Trajectory",
     "VPrediction",
 ]

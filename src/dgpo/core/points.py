@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from dgpo.core.groups import Groups
 from dgpo.core.precision import mean_square
 from dgpo.core.process import Level, Process
+from dgpo.core.sde import Moments, Sde
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,21 +50,8 @@ class Forward:
     weights: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in ("x0", "noise", "xt", "target", "ref", "old", "kl_ref"):
-            value = getattr(self, name)
-            if value is not None and value.shape != self.pred.shape:
-                shapes = f"{tuple(value.shape)} and {tuple(self.pred.shape)}"
-                raise ValueError(f"{name} and pred must have one shape, got {shapes}")
-        batch = self.pred.shape[:1]
-        index = self.groups.index
-        for name, value in (
-            ("advantages", self.advantages),
-            ("groups", index),
-            ("weights", self.weights),
-        ):
-            if value is not None and value.shape != batch:
-                got = f"{tuple(batch)}, got {tuple(value.shape)}"
-                raise ValueError(f"{name} must be one number a sample, shape {got}")
+        _one_shape(self, "pred", ("x0", "noise", "xt", "target", "ref", "old", "kl_ref"))
+        _one_number_a_sample(self, ("advantages", "weights"))
 
     def error(self, out: Tensor) -> Tensor:
         """Denoising loss ``d`` of each sample: mean over all other dims of ``(out - target)^2``.
@@ -99,3 +88,85 @@ class Forward:
                 "(ref, old) and Algorithm.kl_guidance (kl_ref) declare"
             )
         return prediction
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """One step of the rollouts, and the predictions at its beginning.
+
+    Args:
+        xt: ``[B, ...]``, where the step began, as the denoiser saw it.
+        xnext: ``[B, ...]``, where it ended, as the sampler returned it (in its dtype).
+        level, next_level: the noise levels of the two, shared by all samples.
+        process: what a prediction means.
+        sde: the sampler.
+        pred: the policy's prediction at ``xt``; gradients flow through it alone.
+        old: the prediction that the step was made with, recorded in the rollout.
+        ref: the frozen reference's prediction; None if not declared. All three have the guidance of
+            the rollout.
+        advantages: ``[B]``.
+        groups: the group of each sample.
+
+    Raises:
+        ValueError: two shapes do not fit together.
+    """
+
+    xt: Tensor
+    xnext: Tensor
+    level: Level
+    next_level: Level
+    process: Process
+    sde: Sde
+    pred: Tensor
+    old: Tensor
+    ref: Tensor | None
+    advantages: Tensor
+    groups: Groups
+
+    def __post_init__(self) -> None:
+        _one_shape(self, "pred", ("xt", "xnext", "old", "ref"))
+        _one_number_a_sample(self, ("advantages",))
+
+    @property
+    def duration(self) -> float:
+        """How much noise the step takes away: ``s - s'``, the papers' ``-dt``."""
+        return self.level.sigma - self.next_level.sigma
+
+    def moments(self, out: Tensor) -> Moments:
+        """Mean and deviation of the step that the sampler makes of a prediction ``[B, ...]``."""
+        return self.sde.moments(self.process, self.xt, out, self.level, self.next_level)
+
+    def log_prob(self, moments: Moments) -> Tensor:
+        """Log-density of the step that was taken, mean over all dims but the first: ``[B]``."""
+        return self.sde.log_prob(self.xnext, moments)
+
+    def reference(self) -> Tensor:
+        """The reference's prediction.
+
+        Raises:
+            ValueError: it was not evaluated.
+        """
+        if self.ref is None:
+            raise ValueError(
+                "the points hold no 'ref' prediction: evaluate what "
+                "TrajectoryAlgorithm.snapshots declares"
+            )
+        return self.ref
+
+
+def _one_shape(points: Forward | Trajectory, like: str, names: Sequence[str]) -> None:
+    wanted = getattr(points, like).shape
+    for name in names:
+        value = getattr(points, name)
+        if value is not None and value.shape != wanted:
+            shapes = f"{tuple(value.shape)} and {tuple(wanted)}"
+            raise ValueError(f"{name} and {like} must have one shape, got {shapes}")
+
+
+def _one_number_a_sample(points: Forward | Trajectory, names: Sequence[str]) -> None:
+    batch = points.pred.shape[:1]
+    vectors = {name: getattr(points, name) for name in names}
+    for name, value in {**vectors, "groups": points.groups.index}.items():
+        if value is not None and value.shape != batch:
+            got = f"{tuple(batch)}, got {tuple(value.shape)}"
+            raise ValueError(f"{name} must be one number a sample, shape {got}")

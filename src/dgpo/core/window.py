@@ -1,0 +1,82 @@
+"""Which steps of a rollout add noise, and are trained; the others are steps of the ODE."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dgpo.core.seeds import stream
+from dgpo.errors import UserError
+
+
+class StepWindow(BaseModel):
+    """A few neighbouring steps, others from time to time.
+
+    Sources: MixGRPO (arXiv 2507.21802), whose window slides, and Flow-GRPO-Fast, whose window is
+    drawn anew for every iteration. Differs from MixGRPO: the window slides by one step at a time,
+    and stays where it is once it has reached the end.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    size: int = Field(default=2, ge=1)
+    """Steps in the window."""
+    mode: Literal["random", "sliding"] = "random"
+    """random: a new place every so often; sliding: from the first place towards the last."""
+    every: int = Field(default=1, ge=1)
+    """Iterations that share a place."""
+    first: int = Field(default=0, ge=0)
+    """The earliest step the window may hold; 0 is the noisiest."""
+    last: int | None = Field(default=None, ge=0)
+    """The latest step it may hold; null: the last but one of the rollout, the last with noise."""
+
+    @model_validator(mode="after")
+    def _holds_its_steps(self) -> StepWindow:
+        if self.last is not None and self.last - self.first + 1 < self.size:
+            raise ValueError(
+                f"algorithm.window.first = {self.first} to last = {self.last} hold fewer than "
+                f"window.size = {self.size} steps"
+            )
+        return self
+
+    def problem(self, steps: int) -> str | None:
+        """Why the window does not fit a rollout of so many steps; None if it does."""
+        last = steps - 2 if self.last is None else self.last
+        if last > steps - 2:
+            return (
+                f"algorithm.window.last = {last}: rollout.steps = {steps} has noise in steps 0 to "
+                f"{steps - 2} (the very last is deterministic); lower it or raise rollout.steps"
+            )
+        if last - self.first + 1 < self.size:
+            return (
+                f"algorithm.window.size = {self.size}: rollout.steps = {steps} leaves "
+                f"{max(0, last - self.first + 1)} steps from {self.first} on; lower it or "
+                "raise rollout.steps"
+            )
+        return None
+
+    def place(self, steps: int, iteration: int, seed: int) -> range:
+        """The steps of one iteration, the same in every process.
+
+        Args:
+            steps: of the rollout.
+            iteration: counted from 0.
+            seed: of the run.
+
+        Raises:
+            UserError: the rollout has too few steps.
+        """
+        if problem := self.problem(steps):
+            raise UserError(problem)
+        turn, last = iteration // self.every, steps - 2 if self.last is None else self.last
+        places = last - self.first + 2 - self.size
+        if self.mode == "sliding":
+            start = self.first + min(turn, places - 1)
+        else:
+            drawn = torch.randint(places, (1,), generator=stream(seed, "window", turn))
+            start = self.first + int(drawn)
+        return range(start, start + self.size)
