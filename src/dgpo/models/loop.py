@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,9 +44,11 @@ def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Step:
-    """One scheduler step: ``sample`` ([B, ...], as the denoiser saw it) at ``level``, what the
-    pipeline made of the denoiser's answer, and the sample that the scheduler returned."""
+    """One scheduler step: its place among the steps, ``sample`` ([B, ...], as the denoiser saw it)
+    at ``level``, what the pipeline made of the denoiser's answer, and the sample that the scheduler
+    returned."""
 
+    index: int
     level: Level
     sample: Tensor
     output: Tensor
@@ -55,13 +57,14 @@ class Step:
 
 @dataclass
 class Recording:
-    """Listens to ``scheduler.step``. With ``keep`` every step's tensors are kept, else the levels
-    and the last sample alone."""
+    """Listens to ``scheduler.step``: keeps the levels, the last sample, and the tensors of the
+    steps whose places are in ``keep`` (True: of all)."""
 
-    keep: bool = False
+    keep: bool | Container[int] = False
     levels: list[Level] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     last: Tensor | None = None
+    taken: int = 0
 
     def listen(self, scheduler: Any) -> None:
         """Wrap the ``step`` of this scheduler (a copy of our own, so that it is never undone)."""
@@ -70,8 +73,10 @@ class Recording:
 
         @functools.wraps(original)
         def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any):
-            seen = sample
-            if self.keep:
+            index, seen = self.taken, sample
+            kept = self.keep if isinstance(self.keep, bool) else index in self.keep
+            self.taken += 1
+            if kept:
                 seen = sample if scale is None else scale(sample, timestep)
             result = original(model_output, timestep, sample, *args, **kwargs)
             previous = result[0] if isinstance(result, tuple) else result.prev_sample
@@ -79,10 +84,9 @@ class Recording:
             # solvers of second order visit a level twice; a schedule names it once
             if not self.levels or not _same(self.levels[-1], level):
                 self.levels.append(level)
-            if self.keep:
-                self.steps.append(
-                    Step(level, seen.detach().clone(), model_output.detach().clone(), previous)
-                )
+            if kept:
+                tensors = seen.detach().clone(), model_output.detach().clone(), previous
+                self.steps.append(Step(index, level, *tensors))
             self.last = previous
             return result
 

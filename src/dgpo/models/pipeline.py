@@ -9,7 +9,7 @@ output, guidance and the choice between experts all stay diffusers' own code.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ class Rollout:
         x0: [B, ...], the last sample that the scheduler returned, in the denoiser's input space.
         images: B pictures (for video pipelines B lists of frames); None if not decoded.
         levels: the noise levels of the schedule, from noise to data, each once.
-        steps: every scheduler step with its tensors; empty unless asked for.
+        steps: the scheduler steps that were asked for, with their tensors.
     """
 
     x0: Tensor
@@ -109,7 +109,7 @@ class PipelineModel:
         scheduler: Any = None,
         generators: list[torch.Generator] | None = None,
         decode: bool = True,
-        record: bool = False,
+        record: bool | Container[int] = False,
     ) -> Rollout:
         """Sample one picture for each row of ``cond`` by calling the pipeline.
 
@@ -122,7 +122,8 @@ class PipelineModel:
             generators: one a row, so that a picture does not depend on its batch; None for the
                 global random state.
             decode: whether to decode pictures.
-            record: whether to keep the tensors of every step.
+            record: whether to keep the tensors of every step, or the places of those to keep,
+                counted from 0.
 
         Raises:
             UserError: a wrong number of generators, or guidance that the pipeline does not have.
