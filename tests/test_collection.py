@@ -12,6 +12,7 @@ import torch
 from dgpo.algorithms import DGPO, Algorithm, BestOfN, DiffusionDPO, DiffusionNFT
 from dgpo.collection import Batch, collect
 from dgpo.errors import UserError
+from dgpo.forward_rounds import ForwardRounds
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.policy import Policy
 from dgpo.prompts import Prompt
@@ -83,7 +84,7 @@ def test_the_noise_of_a_group_does_not_depend_on_what_is_kept(algorithm: Algorit
     case, whole = Case(algorithm), Case(DGPO(timesteps=LEVELS))
     part, everything = case.collect(), whole.collect()
     noises = [
-        Updater(c.policy, c.recipe.algorithm, c.recipe)._noise(batch, 0, 0)
+        ForwardRounds(c.policy, c.recipe.algorithm, c.recipe)._noise(batch, 0, 0)
         for c, batch in ((case, part), (whole, everything))
     ]
     size = part.groups.size

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import dgpo.updating
+import dgpo.forward_rounds
 from dgpo.collection import Batch, collect
 from dgpo.core.groups import Groups
 from dgpo.core.process import FlowMatching, Level
@@ -121,7 +121,8 @@ def test_the_micro_batch_changes_no_weight_in_float32() -> None:
 
 def test_a_part_of_a_group_is_never_weighed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(train={**FREE, "micro_batch": 3})
-    monkeypatch.setattr(dgpo.updating, "_joined", lambda parts, batch: parts[0])  # the mistake
+    mistake = "dgpo.forward_rounds._joined"
+    monkeypatch.setattr(mistake, lambda parts, batch: parts[0])
     with pytest.raises(ValueError, match="group statistics need whole groups"):
         case.gradients()
 
@@ -193,12 +194,12 @@ TWO_LEVELS = {"timesteps": {"count": 2, "indices": (0, 2)}}
 
 def test_noise_is_fresh_for_every_level(monkeypatch: pytest.MonkeyPatch) -> None:
     check_noise(Case(algorithm=TWO_LEVELS))
-    right = dgpo.updating.stream
+    right = dgpo.forward_rounds.stream
 
     def stale(seed: int, what: str, iteration: int, *place: int) -> torch.Generator:
         return right(seed, what, iteration, *(place[1:] if what == "noise" else place))
 
-    monkeypatch.setattr(dgpo.updating, "stream", stale)
+    monkeypatch.setattr(dgpo.forward_rounds, "stream", stale)
     with pytest.raises(AssertionError):
         check_noise(Case(algorithm=TWO_LEVELS))
 

@@ -1,20 +1,24 @@
-"""Collect: groups of pictures by a deterministic sampler, their rewards and advantages."""
+"""Collect: groups of pictures, their rewards and advantages, and the steps that made them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dgpo.algorithms.base import Algorithm
+from dgpo.algorithms.base import BaseAlgorithm, TrajectoryAlgorithm
 from dgpo.core.groups import Groups
 from dgpo.core.process import Level
-from dgpo.core.seeds import stream
+from dgpo.core.seeds import seed_for, stream
 from dgpo.errors import UserError
+from dgpo.models.loop import Step
+from dgpo.models.pipeline import Rollout
 from dgpo.models.policy import Policy, RollingWeights
+from dgpo.models.sde_schedulers import with_noise
 from dgpo.models.text import Conditioning
 from dgpo.prompts import Prompt
 from dgpo.recipe import Recipe
@@ -33,6 +37,7 @@ class Batch:
         groups: group of each row.
         places: [B], the position of each row among all pictures of the iteration.
         total: number of pictures of the iteration that would be trained if every group had spread.
+        steps: the rollout's steps that a policy gradient trains on, rows as in ``x0``.
     """
 
     x0: Tensor
@@ -42,6 +47,7 @@ class Batch:
     groups: Groups
     places: Tensor
     total: int
+    steps: Sequence[Step] = ()
 
     @property
     def share(self) -> float:
@@ -66,18 +72,19 @@ class Collected:
 def collect(
     policy: Policy,
     rewards: RewardSet,
-    algorithm: Algorithm,
+    algorithm: BaseAlgorithm,
     prompts: Sequence[Prompt],
     recipe: Recipe,
     iteration: int,
-    scheduler: object | None,
+    scheduler: Any,
 ) -> Collected:
     """Sample ``group_size`` pictures of each prompt, score them, and keep what can teach.
 
     Args:
         prompts: the iteration's prompts, one a group.
         iteration: counted from 0; with the recipe's seed it fixes every random number.
-        scheduler: the sampler, or None for the pipeline's own.
+        scheduler: the sampler, or None for the pipeline's own; for a policy gradient that of
+            :func:`dgpo.models.sde_schedulers.make_sde_scheduler`.
 
     Raises:
         UserError: the samples are not finite, or a reward's answer is unusable.
@@ -86,9 +93,10 @@ def collect(
     groups = Groups.contiguous(len(prompts), recipe.group_size)
     guided = recipe.rollout.guidance_scale != 1 or algorithm.kl_guidance is not None
     cond = policy.model.encode([prompt.text for prompt in prompts], guidance=guided)
-    x0, images, levels = _roll(policy, cond, recipe, iteration, scheduler)
+    made = _roll(policy, algorithm, cond, recipe, iteration, scheduler)
     sampled = monotonic()
-    scores = rewards(images, [prompts[group] for group in groups.index.tolist()])
+    assert made.images is not None
+    scores = rewards(made.images, [prompts[group] for group in groups.index.tolist()])
     rewarded = monotonic()
     spread = groups.spread(scores.total)
     figures = {
@@ -106,47 +114,80 @@ def collect(
             trained = trained & (advantages != 0)
         kept = trained.nonzero()[:, 0]
         batch = Batch(
-            x0=x0[kept],
+            x0=made.x0[kept],
             prompts=cond.rows(spread.nonzero()[:, 0]),
-            levels=levels,
+            levels=made.levels,
             advantages=advantages[kept],
             groups=replace(groups.subset(kept), size=size),
             places=kept,
             total=groups.count * size,
+            steps=[_rows(step, kept) for step in made.steps],
         )
     seconds = {"rollout": sampled - began, "reward": rewarded - sampled}
     return Collected(batch, figures, seconds)
 
 
 def _roll(
-    policy: Policy, cond: Conditioning, recipe: Recipe, iteration: int, scheduler: object | None
-) -> tuple[Tensor, list, list[Level]]:
+    policy: Policy,
+    algorithm: BaseAlgorithm,
+    cond: Conditioning,
+    recipe: Recipe,
+    iteration: int,
+    scheduler: Any,
+) -> Rollout:
     """Pictures of all groups; the noise of a row depends on its place alone, not on the batch."""
-    rollout = recipe.rollout
+    rollout, seed = recipe.rollout, recipe.seed
     switch = rollout.switch_to_old_after
     old = switch is not None and iteration >= switch
-    weights: RollingWeights = "old" if old else recipe.algorithm.samples_from
+    weights: RollingWeights = "old" if old else algorithm.samples_from
+    noisy = range(0)
+    if isinstance(algorithm, TrajectoryAlgorithm):
+        noisy = algorithm.noisy_steps(rollout.steps, iteration, seed)
     places = torch.arange(cond.size * recipe.group_size)
-    x0, images, levels = [], [], []
+    parts: list[Rollout] = []
     with policy.rolling(weights):
         for rows in places.split(rollout.batch or len(places)):
-            made = policy.model.rollout(
+            if noisy:
+                seeds = [seed_for(seed, "sde", iteration, row) for row in rows.tolist()]
+                scheduler = with_noise(scheduler, noisy, seeds)
+            part = policy.model.rollout(
                 cond.rows(rows // recipe.group_size),
                 steps=rollout.steps,
                 guidance_scale=rollout.guidance_scale,
                 scheduler=scheduler,
-                generators=[
-                    stream(recipe.seed, "rollout", iteration, row) for row in rows.tolist()
-                ],
+                generators=[stream(seed, "rollout", iteration, row) for row in rows.tolist()],
+                record=noisy,
             )
-            assert made.images is not None
-            x0.append(made.x0)
-            images += made.images
-            levels = made.levels
-    samples = torch.cat(x0)
-    if not bool(torch.isfinite(samples).all()):
+            parts.append(part)
+    made = _joined(parts)
+    if not bool(torch.isfinite(made.x0).all()):
         raise UserError(
             f"iteration {iteration + 1}: the sampler returned numbers that are not finite, so the "
             "weights have diverged: lower train.lr and go on from the last checkpoint"
         )
-    return samples, images, levels
+    return made
+
+
+def _joined(parts: Sequence[Rollout]) -> Rollout:
+    """Rollouts of one schedule as one."""
+    steps = [
+        replace(
+            same[0],
+            sample=torch.cat([step.sample for step in same]),
+            output=torch.cat([step.output for step in same]),
+            previous=torch.cat([step.previous for step in same]),
+        )
+        for same in zip(*(part.steps for part in parts), strict=True)
+    ]
+    images = [image for part in parts for image in part.images or ()]
+    return Rollout(torch.cat([part.x0 for part in parts]), images, parts[0].levels, steps)
+
+
+def _rows(step: Step, rows: Tensor) -> Step:
+    """Some rows of a step."""
+    return replace(
+        step,
+        sample=step.sample[rows],
+        output=step.output[rows],
+        previous=step.previous[rows],
+    )

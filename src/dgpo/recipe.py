@@ -19,7 +19,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from dgpo.algorithms.base import Algorithm
+from dgpo.algorithms.base import Algorithm, BaseAlgorithm, TrajectoryAlgorithm
 from dgpo.errors import UserError
 from dgpo.recipe_errors import key_tree, problems, raise_problems
 from dgpo.recipe_files import apply_overrides, find_recipe, read_recipe
@@ -52,7 +52,7 @@ _OWNED_CALL_KEYS = {
 
 def _algorithm(value: Any) -> Any:
     """An algorithm from ``{name: ..., settings}``; its own problems are handed on one by one."""
-    if isinstance(value, Algorithm):
+    if isinstance(value, BaseAlgorithm):
         return value
     if isinstance(value, str):
         value = {"name": value}
@@ -63,8 +63,8 @@ def _algorithm(value: Any) -> Any:
     if not isinstance(name, str) or not known("algorithm", name):
         _fail([f"algorithm.name: {unknown('algorithm', str(name))}"])
     kind = resolve("algorithm", name)
-    if not (isinstance(kind, type) and issubclass(kind, Algorithm)):
-        _fail([f"algorithm.name = {name!r}: {kind!r:.80} is no dgpo.algorithms.base.Algorithm"])
+    if not (isinstance(kind, type) and issubclass(kind, BaseAlgorithm)):
+        _fail([f"algorithm.name = {name!r}: {kind!r:.80} is no dgpo.algorithms.Algorithm"])
     try:
         return kind(**settings)
     except ValidationError as error:
@@ -77,7 +77,7 @@ def _fail(lines: list[str]) -> Any:
     raise PydanticCustomError("problems", "see the list", {"lines": lines})
 
 
-def _algorithm_name(kind: type[Algorithm]) -> str:
+def _algorithm_name(kind: type[BaseAlgorithm]) -> str:
     """The name that finds this class again."""
     if ALGORITHMS.get(kind.name) == f"{kind.__module__}:{kind.__qualname__}":
         return kind.name
@@ -102,7 +102,7 @@ class Recipe(Section):
     model: str = Field(default="pocket", min_length=1)
     """``pocket``, a hub id, or a folder with a diffusers pipeline."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    algorithm: Annotated[SerializeAsAny[Algorithm], BeforeValidator(_algorithm)] = Field(
+    algorithm: Annotated[SerializeAsAny[BaseAlgorithm], BeforeValidator(_algorithm)] = Field(
         default_factory=lambda: _algorithm("dgpo")
     )
     rewards: dict[str, Annotated[float, AfterValidator(_weight)]] = Field(default_factory=dict)
@@ -130,7 +130,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
-        lines = [*self._unknown_rewards(), *self._timesteps(), *self._conflicts()]
+        lines = [
+            *self._unknown_rewards(),
+            *self._timesteps(),
+            *self._trajectory(),
+            *self._conflicts(),
+        ]
         if lines:
             _fail(lines)
         return self
@@ -141,6 +146,8 @@ class Recipe(Section):
         return [f"{key}: {unknown('reward', n)}" for key, n in named if not known("reward", n)]
 
     def _timesteps(self) -> list[str]:
+        if not isinstance(self.algorithm, Algorithm):
+            return []
         choice, levels = self.algorithm.timesteps, self.rollout.steps
         if choice.indices is not None and choice.indices[1] >= levels:
             return [
@@ -154,6 +161,39 @@ class Recipe(Section):
             ]
         return []
 
+    def _trajectory(self) -> list[str]:
+        """What a policy gradient on the steps of the rollout needs."""
+        algorithm, rollout, groups = self.algorithm, self.rollout, self.groups_per_iteration
+        if not isinstance(algorithm, TrajectoryAlgorithm):
+            return []
+        lines, name = [], algorithm.name
+        plain = "ddim" if algorithm.sde.kind == "ddim" else "euler"
+        if rollout.scheduler not in (None, plain):
+            lines.append(
+                f"rollout.scheduler = {rollout.scheduler!r}: the sampler of {name} is "
+                f"algorithm.sde; use null or {plain}, for evaluations alone"
+            )
+        if rollout.switch_to_old_after is not None:
+            lines.append(
+                f"rollout.switch_to_old_after = {rollout.switch_to_old_after}: {name} learns from "
+                "the policy's own steps; use null"
+            )
+        if self.train.optimizer_step != "iteration":
+            lines.append(
+                f"train.optimizer_step = {self.train.optimizer_step!r}: {name} trains all steps of "
+                "a picture together; use iteration, and algorithm.updates for more steps"
+            )
+        if groups % algorithm.updates:
+            lines.append(
+                f"algorithm.updates = {algorithm.updates}: groups_per_iteration = {groups} cannot "
+                "be split into so many equal parts; let it divide the groups"
+            )
+        if rollout.steps < 2:
+            lines.append("rollout.steps = 1: the last step is never trained; use 2 or more")
+        elif algorithm.window is not None and (problem := algorithm.window.problem(rollout.steps)):
+            lines.append(problem)
+        return lines
+
     def _conflicts(self) -> list[str]:
         lines = [
             f"rollout.call.{key}: the run sets it itself; use {_OWNED_CALL_KEYS[key]}"
@@ -166,9 +206,7 @@ class Recipe(Section):
                 f"group_size = {self.group_size}: the algorithm trains {trained} images of each "
                 "group; raise group_size or lower that setting of the algorithm"
             )
-        steps = self.train.iterations
-        if self.train.optimizer_step == "timestep":
-            steps *= self.algorithm.timesteps.count
+        steps = self.train.iterations * self.updates_per_iteration
         if self.train.warmup >= steps:
             lines.append(
                 f"train.warmup = {self.train.warmup}: the run has only {steps} optimiser steps; "
@@ -228,6 +266,15 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """The resolved recipe: every key, defaults included."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    @property
+    def updates_per_iteration(self) -> int:
+        """Optimiser steps of an iteration in which every group has spread."""
+        if isinstance(self.algorithm, TrajectoryAlgorithm):
+            return self.algorithm.updates
+        if self.train.optimizer_step == "timestep" and isinstance(self.algorithm, Algorithm):
+            return self.algorithm.timesteps.count
+        return 1
 
     @property
     def images_per_iteration(self) -> int:

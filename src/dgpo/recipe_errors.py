@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -53,6 +53,7 @@ def key_tree(model: type[BaseModel], prefix: str = "") -> list[str]:
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
         for part in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            part = getattr(part, "__origin__", part)  # of an Annotated
             if isinstance(part, type) and issubclass(part, BaseModel):
                 keys += key_tree(part, f"{prefix}{name}.")
     return keys
@@ -82,14 +83,28 @@ def suggest_key(key: str, valid: Iterable[str]) -> str:
 def problems(error: ValidationError, valid: Iterable[str], prefix: str = "") -> list[str]:
     """One line for each thing that is wrong."""
     lines: list[str] = []
+    valid = list(valid)
     for one in error.errors(include_url=False):
         context = one.get("ctx", {})
         if one["type"] == "problems":
             lines += context["lines"]
             continue
-        key = prefix + ".".join(str(part) for part in one["loc"])
+        key = _key(prefix, one["loc"], valid)
         lines.append(_line(key, one["type"], one["msg"], one["input"], context, valid))
     return lines
+
+
+def _key(prefix: str, place: Sequence[int | str], valid: Sequence[str]) -> str:
+    """The dotted key of a place; below a section with a ``kind`` pydantic names the kind too."""
+    parts: list[str] = []
+    chosen = ""
+    for part in place:
+        above = prefix + ".".join(parts)
+        if above != chosen and f"{above}.kind" in valid:
+            chosen = above
+        else:
+            parts.append(str(part))
+    return prefix + ".".join(parts)
 
 
 def _line(

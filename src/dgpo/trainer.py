@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dgpo.algorithms.base import Algorithm
+from dgpo.algorithms.base import BaseAlgorithm, TrajectoryAlgorithm
 from dgpo.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from dgpo.collection import collect
 from dgpo.errors import UserError
@@ -19,6 +19,7 @@ from dgpo.models.load import load_pipeline
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.policy import Policy, RollingWeights
 from dgpo.models.schedulers import make_scheduler
+from dgpo.models.sde_schedulers import make_sde_scheduler
 from dgpo.progress import Progress, clock
 from dgpo.prompts import Prompt, PromptSampler, load_prompts
 from dgpo.recipe import Recipe
@@ -55,7 +56,7 @@ class Trainer:
         reward_funcs: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        algorithm: Algorithm | None = None,
+        algorithm: BaseAlgorithm | None = None,
         recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
         resume: bool = False,
     ) -> None:
@@ -92,6 +93,11 @@ class Trainer:
             pipe.to("cuda" if torch.cuda.is_available() else "cpu")
         self.model = PipelineModel(pipe, call=self.recipe.rollout.call)
         self.scheduler = make_scheduler(self.recipe.rollout.scheduler, pipe.scheduler)
+        """The deterministic sampler: of evaluations, and of the rollouts unless the algorithm has a
+        stochastic one of its own."""
+        self._rollout_scheduler: Any = self.scheduler
+        if isinstance(self.algorithm, TrajectoryAlgorithm):
+            self._rollout_scheduler = make_sde_scheduler(self.algorithm.sde, pipe.scheduler)
         self.model.self_check(self.model.encode([p.text for p in self.prompts[:2]], guidance=True))
         self.policy = Policy(self.model, self.recipe.lora, self.recipe.seed)
         self.updater = Updater(self.policy, self.algorithm, self.recipe)
@@ -172,7 +178,7 @@ class Trainer:
             self.sampler.at(self.iteration),
             recipe,
             self.iteration,
-            self.scheduler,
+            self._rollout_scheduler,
         )
         self._progress.stage("training")
         collected_at = monotonic()

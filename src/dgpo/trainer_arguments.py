@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from dgpo.algorithms.base import Algorithm
+from dgpo.algorithms.base import BaseAlgorithm
 from dgpo.models.load import Precision
 from dgpo.recipe import Recipe
 
@@ -24,7 +24,7 @@ def full_recipe(
     recipe: Recipe | str | Path | Mapping[str, Any] | None,
     *,
     model: Any = None,
-    algorithm: Algorithm | None = None,
+    algorithm: BaseAlgorithm | None = None,
     reward_funcs: Any = None,
     train_dataset: Any = None,
     eval_dataset: Any = None,

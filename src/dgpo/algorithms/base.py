@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from dgpo.core.groups import Groups
-from dgpo.core.points import Forward
+from dgpo.core.points import Forward, Trajectory
+from dgpo.core.sde import AnySde, FlowSDE
 from dgpo.core.timesteps import TimestepChoice
+from dgpo.core.window import StepWindow
 
 
 class Settings(BaseModel):
@@ -21,34 +23,19 @@ class Settings(BaseModel):
     )
 
 
-class Algorithm(Settings, ABC):
-    """Settings of one algorithm and its decisions.
+class BaseAlgorithm(Settings, ABC):
+    """What all algorithms decide. They see predictions, never the model: the trainer makes the
+    forward passes that they declare, and no others.
 
-    It sees predictions, never the model: the trainer makes the forward passes that ``points``,
-    ``snapshots`` and ``kl_guidance`` declare, and no others.
+    Derive from :class:`Algorithm` to train on clean samples that are noised again, from
+    :class:`TrajectoryAlgorithm` to train on the steps of the rollout.
     """
 
     name: ClassVar[str]
     """The registered name, as in ``algorithm: {name: ...}``."""
-    points: ClassVar[Literal["forward", "trajectory"]] = "forward"
-    """Train on clean samples noised again, or on the steps of the rollout."""
-    old_moves: ClassVar[Literal["step", "iteration"]] = "step"
-    """When the old policy moves: after every optimiser step, or once an iteration's update is done,
-    so that with a decay of 0 it is the policy that the next iteration's pictures come from."""
-
     samples_from: ClassVar[Literal["policy", "old"]] = "policy"
     """Whose pictures the mathematics is about; ``rollout.switch_to_old_after`` may ask for the old
     policy's with any algorithm."""
-
-    timesteps: TimestepChoice = TimestepChoice()
-    """Which noise levels of the rollout's schedule are trained."""
-    shared_noise: bool = True
-    """One noise for all samples of a group at one level, drawn anew for every level."""
-
-    @property
-    @abstractmethod
-    def snapshots(self) -> frozenset[Literal["ref", "old"]]:
-        """Snapshots whose predictions the loss reads, without guidance."""
 
     @property
     def kl_guidance(self) -> float | None:
@@ -65,6 +52,24 @@ class Algorithm(Settings, ABC):
     @abstractmethod
     def advantages(self, rewards: Tensor, groups: Groups) -> Tensor:
         """Rewards ``[B]`` of whole groups to advantages ``[B]``."""
+
+
+class Algorithm(BaseAlgorithm):
+    """An algorithm on clean samples that are noised again: its settings and decisions."""
+
+    old_moves: ClassVar[Literal["step", "iteration"]] = "step"
+    """When the old policy moves: after every optimiser step, or once an iteration's update is done,
+    so that with a decay of 0 it is the policy that the next iteration's pictures come from."""
+
+    timesteps: TimestepChoice = TimestepChoice()
+    """Which noise levels of the rollout's schedule are trained."""
+    shared_noise: bool = True
+    """One noise for all samples of a group at one level, drawn anew for every level."""
+
+    @property
+    @abstractmethod
+    def snapshots(self) -> frozenset[Literal["ref", "old"]]:
+        """Snapshots whose predictions the loss reads, without guidance."""
 
     def weights(self, points: Forward) -> Tensor | None:
         """Detached group weights ``[B]``, or None if the loss has no statistic over a group.
@@ -90,3 +95,55 @@ class Algorithm(Settings, ABC):
 
         At 0 the old policy becomes the policy.
         """
+
+
+class TrajectoryAlgorithm(BaseAlgorithm):
+    """A policy gradient on the steps of the rollout: its settings and decisions.
+
+    The rollout is made by a stochastic sampler. Of each trained step the loss sees where it began
+    and ended, the prediction it was made with, and the policy's now. ``updates`` optimiser steps
+    are taken on one iteration's rollouts, so that the policy is that of the rollouts in the first.
+    """
+
+    sde_kinds: ClassVar[tuple[str, ...]] = ("flow", "dance", "cps")
+    """The samplers that the loss is meant for, by ``sde.kind``."""
+
+    sde: AnySde = FlowSDE()
+    """The sampler of the rollouts and its noise."""
+    window: StepWindow | None = None
+    """The steps that add noise and are trained; null: all but the last, which has no density."""
+    updates: int = Field(default=2, ge=1)
+    """Optimiser steps of an iteration, each on its own equal part of the groups."""
+
+    @model_validator(mode="after")
+    def _sampler_of_this_algorithm(self) -> TrajectoryAlgorithm:
+        if self.sde.kind not in self.sde_kinds:
+            raise ValueError(
+                f"algorithm.sde.kind = {self.sde.kind!r}: {self.name} takes "
+                f"{', '.join(self.sde_kinds)}"
+            )
+        return self
+
+    @property
+    @abstractmethod
+    def snapshots(self) -> frozenset[Literal["ref"]]:
+        """Snapshots whose predictions the loss reads, with the guidance of the rollout."""
+
+    def noisy_steps(self, steps: int, iteration: int, seed: int) -> range:
+        """The steps of an iteration's rollouts that add noise and are trained.
+
+        Args:
+            steps: of the rollout.
+            iteration: counted from 0.
+            seed: of the run.
+
+        Raises:
+            UserError: the rollout has too few steps.
+        """
+        if self.window is None:
+            return range(steps - 1)
+        return self.window.place(steps, iteration, seed)
+
+    @abstractmethod
+    def loss(self, points: Trajectory) -> tuple[Tensor, dict[str, Tensor]]:
+        """As :meth:`Algorithm.loss`: means over the samples given, metrics detached."""

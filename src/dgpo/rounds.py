@@ -1,0 +1,27 @@
+"""What an optimiser step is made of, whatever the algorithm trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, TypeAlias
+
+from torch import Tensor
+
+
+class Term(NamedTuple):
+    """The loss of one micro-batch at one noise level."""
+
+    loss: Tensor
+    """0-dim, with its graph."""
+    figures: dict[str, Tensor]
+    """0-dim, detached."""
+    share: float
+    """What the figures count in the mean over the iteration."""
+    weight: float
+    """What the loss counts in the optimiser step: the weights of a round add up to the share of
+    its pictures that are trained."""
+
+
+Round: TypeAlias = Iterator[Term]
+"""The terms of one optimiser step, each made when it is asked for, after the backward pass of the
+one before."""
