@@ -25,6 +25,10 @@ ALGORITHMS: dict[str, str] = {
     "crd": "dgpo.algorithms.crd:CRD",
     "rwr": "dgpo.algorithms.rwr:RWR",
     "best_of_n": "dgpo.algorithms.best_of_n:BestOfN",
+    "flow_grpo": "dgpo.algorithms.flow_grpo:FlowGRPO",
+    "grpo_guard": "dgpo.algorithms.grpo_guard:GRPOGuard",
+    "flow_dppo": "dgpo.algorithms.flow_dppo:FlowDPPO",
+    "ddpo": "dgpo.algorithms.ddpo:DDPO",
 }
 REWARDS: dict[str, str] = {
     "pocket_geneval": "dgpo.rewards.pocket:pocket_geneval",

@@ -1,0 +1,36 @@
+"""Flow-GRPO: Training Flow Matching Models via Online RL (arXiv 2505.05470).
+
+With ``mu`` the mean of a step of the sampler and ``log p`` its log-density, the mean over all
+dimensions, the loss of a step is
+    mean_i max(-A_i r_i, -A_i clip(r_i, 1 - c, 1 + c)) + k mean_i |mu - mu_ref|^2 / (2 rate^2)   (1)
+    r_i = exp(log p(x'_i) - log p_old(x'_i))                                                     (2)
+Flow-GRPO-Fast and MixGRPO (arXiv 2507.21802) are the same with noise in a ``window`` of steps;
+DanceGRPO (arXiv 2505.07818) is the same with ``sde: {kind: dance}`` and kl 0; the sampler of
+arXiv 2509.05952 is ``sde: {kind: cps}``.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from dgpo.algorithms.policy_gradient import PolicyGradient, clipped_surrogate
+from dgpo.core.points import Trajectory
+from dgpo.core.sde import Moments
+
+
+class FlowGRPO(PolicyGradient):
+    """Flow-GRPO. Differs from the paper: the last step of the sampler is deterministic and not
+    trained; the log-density is the mean over dimensions, as in the published runs."""
+
+    name: ClassVar[str] = "flow_grpo"
+    clip: float = Field(default=1e-4, gt=0, lt=1)
+    """Largest change of the ratio, in either direction."""
+
+    def surrogate(
+        self, points: Trajectory, now: Moments, old: Moments, advantages: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        log_ratio = points.log_prob(now) - points.log_prob(old)
+        return clipped_surrogate(log_ratio, advantages, self.clip)
