@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from dgpo.algorithms.base import Algorithm
+from dgpo.algorithms.surrogate import clipped_surrogate
 from dgpo.core.groups import Groups
 from dgpo.core.points import Forward
 from dgpo.core.precision import mean_square
@@ -27,14 +27,6 @@ FLOOR = 1e-10
 def matching_logp(error: Tensor, noise_level: float, power: float) -> Tensor:
     """(1): ``d [B]`` to ``[B]``; 0 for a perfect prediction, else negative."""
     return -(noise_level / power) * ((error + FLOOR) ** power - FLOOR**power)
-
-
-def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip: float | None) -> Tensor:
-    """The terms ``[B]`` of (2); a sample beyond ``clip`` in its own direction has no gradient."""
-    plain = -advantages * ratio
-    if clip is None:
-        return plain
-    return torch.maximum(plain, -advantages * ratio.clamp(1 - clip, 1 + clip))
 
 
 class AWM(Algorithm):

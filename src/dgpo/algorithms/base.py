@@ -33,6 +33,8 @@ class BaseAlgorithm(Settings, ABC):
 
     name: ClassVar[str]
     """The registered name, as in ``algorithm: {name: ...}``."""
+    points: ClassVar[Literal["forward", "trajectory"]]
+    """Train on clean samples noised again, or on the steps of the rollout."""
     samples_from: ClassVar[Literal["policy", "old"]] = "policy"
     """Whose pictures the mathematics is about; ``rollout.switch_to_old_after`` may ask for the old
     policy's with any algorithm."""
@@ -57,6 +59,7 @@ class BaseAlgorithm(Settings, ABC):
 class Algorithm(BaseAlgorithm):
     """An algorithm on clean samples that are noised again: its settings and decisions."""
 
+    points: ClassVar[Literal["forward", "trajectory"]] = "forward"
     old_moves: ClassVar[Literal["step", "iteration"]] = "step"
     """When the old policy moves: after every optimiser step, or once an iteration's update is done,
     so that with a decay of 0 it is the policy that the next iteration's pictures come from."""
@@ -105,6 +108,7 @@ class TrajectoryAlgorithm(BaseAlgorithm):
     are taken on one iteration's rollouts, so that the policy is that of the rollouts in the first.
     """
 
+    points: ClassVar[Literal["forward", "trajectory"]] = "trajectory"
     sde_kinds: ClassVar[tuple[str, ...]] = ("flow", "dance", "cps")
     """The samplers that the loss is meant for, by ``sde.kind``."""
 

@@ -16,7 +16,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from dgpo.algorithms.policy_gradient import PolicyGradient, clipped_surrogate
+from dgpo.algorithms.policy_gradient import PolicyGradient, ppo
 from dgpo.core.points import Trajectory
 from dgpo.core.sde import Moments
 
@@ -33,4 +33,4 @@ class FlowGRPO(PolicyGradient):
         self, points: Trajectory, now: Moments, old: Moments, advantages: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         log_ratio = points.log_prob(now) - points.log_prob(old)
-        return clipped_surrogate(log_ratio, advantages, self.clip)
+        return ppo(log_ratio, advantages, self.clip)

@@ -15,7 +15,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from dgpo.algorithms.policy_gradient import PolicyGradient, clipped_surrogate
+from dgpo.algorithms.policy_gradient import PolicyGradient, ppo
 from dgpo.core.points import Trajectory
 from dgpo.core.sde import Moments
 
@@ -33,5 +33,5 @@ class GRPOGuard(PolicyGradient):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         log_ratio = points.log_prob(now) - points.log_prob(old)
         centred = (log_ratio + now.kl(old)) * now.std
-        terms, metrics = clipped_surrogate(centred, advantages, self.clip)
+        terms, metrics = ppo(centred, advantages, self.clip)
         return terms / points.duration, metrics

@@ -10,21 +10,20 @@ from pydantic import Field
 from torch import Tensor
 
 from dgpo.algorithms.base import TrajectoryAlgorithm
+from dgpo.algorithms.surrogate import clipped_surrogate
 from dgpo.core.groups import Groups
 from dgpo.core.points import Trajectory
 from dgpo.core.precision import mean_square
 from dgpo.core.sde import Moments
 
 
-def clipped_surrogate(
-    log_ratio: Tensor, advantages: Tensor, clip: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """``max(-A r, -A clip(r, 1 - c, 1 + c))`` with ``r = exp(log_ratio)``, all ``[B]`` (PPO,
-    arXiv 1707.06347, eq. 7), and where the clip stopped the gradient."""
+def ppo(log_ratio: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's terms of ``r = exp(log_ratio)``, all ``[B]``, the ratio, and where the clip stopped the
+    gradient."""
     ratio = log_ratio.exp()
-    terms = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
     stopped = torch.where(advantages > 0, ratio > 1 + clip, ratio < 1 - clip)
-    return terms, {"ratio": ratio, "clipped": stopped.to(ratio)}
+    figures = {"ratio": ratio, "clipped": stopped.to(ratio)}
+    return clipped_surrogate(ratio, advantages, clip), figures
 
 
 class PolicyGradient(TrajectoryAlgorithm):
