@@ -10,7 +10,7 @@ files: ``{"tag": ..., "include": [...], "exclude": [...], "prompt": ...}``.
 Differs from the published evaluation: Mask2Former (Swin-S, COCO instances) and CLIP ViT-L/14 are
 those of transformers, not of mmdet and open_clip, so that no compiled extension is needed. Image
 size and post-processing are the library's: expect scores that differ, and compare only numbers of
-one detector; by how much is not measured. Licence: detector "other" on the hub (code MIT), CLIP MIT.
+one detector; by how much is not measured. Licence: detector "other" on the hub, CLIP MIT.
 """
 
 from __future__ import annotations
