@@ -9,12 +9,15 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
+from dgpo.evaluation.benchmarks import POCKET_GENEVAL
 from dgpo.pocket import WEIGHTS, load_pocket
 from dgpo.pocket.measures import PocketKID, as_pixels, features, kid, match, quality
 from dgpo.pocket.pretrain.autoencoder import reconstruct, to_images
 from dgpo.pocket.pretrain.data import draw_scenes
 from dgpo.pocket.pretrain.measures import corrupt
-from dgpo.pocket.scenes import render
+from dgpo.pocket.pretrain.skills import scene_skill
+from dgpo.pocket.prompts import test_prompts as held_out_rows
+from dgpo.pocket.scenes import CATEGORIES, render
 from dgpo.pocket.verifier import find_objects, verify
 
 SCENES = draw_scenes(400, seed=23)
@@ -62,6 +65,25 @@ def test_a_call_with_the_pipelines_defaults_draws_well(pipe):
     known = [f.shape != "unknown" and f.color != "unknown" for things in found for f in things]
     assert sum(map(bool, found)) >= 11  # no empty canvases
     assert np.mean(known) >= 0.9
+
+
+def test_the_base_is_right_as_often_as_it_should_be(pipe):
+    """On 240 of the held-out rows, as the benchmark samples them; bounds of the specification."""
+    rows = held_out_rows()[:240]
+    images = pipe(
+        [row["prompt"] for row in rows],
+        num_inference_steps=POCKET_GENEVAL.steps,
+        guidance_scale=POCKET_GENEVAL.guidance_scale,
+        generator=[torch.Generator().manual_seed(row["seed"]) for row in rows],
+        **POCKET_GENEVAL.call,
+    ).images
+    images = np.stack([np.asarray(image) for image in images])
+    skill = scene_skill()
+    right = np.asarray(skill.right(images, rows))
+    assert 0.50 <= right.mean() <= 0.72
+    for tag in CATEGORIES:
+        assert right[[row["tag"] == tag for row in rows]].mean() > 0.3
+    assert skill.known(images) >= 0.95
 
 
 def pictures(pixels):
