@@ -1,10 +1,13 @@
 """Prompts: reading them, refusing broken ones, and choosing those of an iteration."""
 
 import json
+import pickle
 from collections import Counter
 
 import pytest
+from PIL import Image
 
+from dgpo.caption import pictures_of
 from dgpo.errors import UserError
 from dgpo.pocket import prompts as pocket
 from dgpo.pocket.scenes import CATEGORIES, all_metadata, parse_caption
@@ -160,3 +163,48 @@ def test_pocket_test_rows_are_fixed_with_distinct_noise():
     # golden: published scores refer to these rows
     assert [test[i].text for i in (0, 5, 658, 659)] == GOLDEN
     assert pocket.test_prompts() == pocket.test_prompts()
+
+
+def picture(file, size=(8, 6)):
+    Image.new("RGB", size, (200, 10, 10)).save(file)
+    return file
+
+
+def test_pictures_are_found_beside_the_prompt_file(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    picture(tmp_path / "in" / "a.png")
+    file = tmp_path / "edit.jsonl"
+    file.write_text('{"prompt": "make it blue", "image": "in/a.png", "mask": "in/a.png", "n": 1}\n')
+    monkeypatch.chdir(tmp_path / "in")
+    (row,) = load_prompts(file)
+    assert row.text == "make it blue"
+    pictures = pictures_of(row.text)
+    assert pictures["image"].size == (8, 6) and pictures["image"].mode == "RGB"
+    assert pictures["mask"].mode == "L"
+    assert row.metadata["image"] == str(tmp_path / "in" / "a.png")
+    assert row.column("image") is pictures["image"] and row.column("n") == 1
+    again = pickle.loads(pickle.dumps(row))
+    assert pictures_of(again.text)["image"].size == (8, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("none.png", ["line 2", "'image' is 'none.png'", "no file"]), ("edit.jsonl", ["no picture"])],
+)
+def test_a_picture_that_is_not_there_is_refused_with_its_line(tmp_path, name, words):
+    picture(tmp_path / "a.png")
+    file = tmp_path / "edit.jsonl"
+    file.write_text(f'{{"prompt": "a", "image": "a.png"}}\n{{"prompt": "b", "image": "{name}"}}\n')
+    with pytest.raises(UserError) as caught:
+        load_prompts(file)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_picture_of_a_dataset_and_what_is_none(tmp_path):
+    (row,) = load_prompts([{"prompt": "a", "image": Image.new("L", (4, 4))}])
+    assert pictures_of(row.text)["image"].mode == "RGB"
+    (plain,) = load_prompts([{"prompt": "a", "image": None}])
+    assert pictures_of(plain.text) == {} and plain.column("image") is None
+    with pytest.raises(UserError, match=r"row 0.*must be a file"):
+        load_prompts([{"prompt": "a", "image": 3}])

@@ -204,6 +204,10 @@ def check(
             metavar="KEY=VALUE", help="Arguments of the pipeline's call, such as height=512."
         ),
     ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option("--image", metavar="FILE", help="For a pipeline that starts from a picture."),
+    ] = None,
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
@@ -214,12 +218,18 @@ def check(
     from dgpo.recipe_files import apply_overrides
 
     arguments = apply_overrides({}, call or [])
+    from dgpo.caption import pictures_of
+    from dgpo.prompts import load_prompts
+
+    row = {"prompt": "a picture", **({} if image is None else {"image": str(image)})}
+    picture = pictures_of(load_prompts([row])[0].text).get("image")
     from dgpo.compatibility import examine
     from dgpo.models.pipeline import PipelineModel
 
     found = examine(
         lambda: _load(model, None, precision, device),
         lambda pipe: PipelineModel(pipe, call=arguments),
+        picture,
     )
     if not found.ok:
         raise UserError(str(found))

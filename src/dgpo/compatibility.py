@@ -12,15 +12,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from dgpo.algorithms.dgpo import DGPO
+from dgpo.caption import Caption
 from dgpo.collection import collect
 from dgpo.core.timesteps import TimestepChoice
 from dgpo.errors import UserError
 from dgpo.models import lora
+from dgpo.models.by_picture import with_pictures
 from dgpo.models.check import CHECK_PROMPTS, CheckReport
 from dgpo.models.loop import Step
 from dgpo.models.pipeline import PipelineModel
@@ -31,6 +33,7 @@ from dgpo.prompts import Prompt
 from dgpo.recipe import Recipe
 from dgpo.recipe_sections import LoraSettings
 from dgpo.rewards import load_rewards
+from dgpo.rewards.stand_in import level
 from dgpo.updating import Updater
 
 QUESTIONS: dict[str, str] = {
@@ -95,7 +98,9 @@ class _Differs(Exception):
 
 
 def examine(
-    make: Callable[[], Any], wrap: Callable[[Any], PipelineModel] = PipelineModel
+    make: Callable[[], Any],
+    wrap: Callable[[Any], PipelineModel] = PipelineModel,
+    picture: Image.Image | None = None,
 ) -> Examination:
     """Ask all questions about a pipeline.
 
@@ -103,6 +108,7 @@ def examine(
         make: builds or loads the pipeline; called twice, so that the saved LoRA meets a pipeline
             that was never trained. The first is let go before the second is made.
         wrap: makes the model of a pipeline, with the arguments of its call.
+        picture: goes with one prompt, and its mirror image with the other.
     """
     pipe = make()
     name = type(pipe).__name__
@@ -110,7 +116,7 @@ def examine(
         model = wrap(pipe)
     except UserError as refusal:
         return Examination(name, dict.fromkeys(QUESTIONS, Answer("refused", str(refusal))))
-    case = _Case(make, wrap, model)
+    case = _Case(make, wrap, model, _rows(picture))
     del pipe, model  # the case alone holds them, and lets them go
     process = type(case.model.process).__name__
     asked = (case.points, case.guidance, case.prompts, case.dgpo, case.reference, case.lora_file)
@@ -136,13 +142,14 @@ class _Case:
     make: Callable[[], Any]
     wrap: Callable[[Any], PipelineModel]
     model: PipelineModel
+    rows: list[Prompt]
     _report: CheckReport | None = None
     _point: tuple[Step, Conditioning, Tensor] | None = None
     _policy: Policy | None = None
     _targets: list[str] = field(default_factory=list)
 
     def points(self) -> Answer:
-        self._report = self.model.self_check()
+        self._report = self.model.self_check(self._encoded(self.texts))
         count = sum(p.guidance_scale == 1.0 for p in self._report.points)
         return Answer("yes", figures=f"{count} points, step error {self._report.step_error:.1e}")
 
@@ -157,7 +164,7 @@ class _Case:
             return Answer("none", "embeddings were given: no text encoder here")
         alone: dict[float, list[Tensor]] = {scale: [] for scale in self._scales()}
         for scale, rows in alone.items():
-            for row, prompt in enumerate(CHECK_PROMPTS):
+            for row, prompt in enumerate(self.texts):
                 ours = _rollout(self.model, self._encoded([prompt]), scale, row).x0
                 theirs = _rollout(self.model, _text(self.model, prompt), scale, row).x0
                 if not torch.equal(ours, theirs):
@@ -165,7 +172,7 @@ class _Case:
                     raise _Differs(f"guidance {scale:g}, prompt {prompt!r}: by {far:.1e}")
                 rows.append(ours)
         try:
-            both = self._encoded(list(CHECK_PROMPTS))
+            both = self._encoded(self.texts)
         except UserError:
             return Answer("yes", "prompts of different length in batches of their own")
         far = max(_distance(_rollout(self.model, both, s).x0, torch.cat(alone[s])) for s in alone)
@@ -175,7 +182,7 @@ class _Case:
 
     def dgpo(self) -> Answer:
         model = self.model
-        cond = self._encoded(list(CHECK_PROMPTS))
+        cond = self._encoded(self.texts)
         step = _rollout(model, cond, record=True).steps[1]
         for module in model.pipe.components.values():
             if isinstance(module, nn.Module):
@@ -190,7 +197,7 @@ class _Case:
         trained, modules = policy.parameters(), model.pipe.components.values()
         frozen = fingerprints(modules, trained)
         before = [parameter.detach().clone() for parameter in trained]
-        losses = _train(policy)
+        losses = _train(policy, self.rows)
         if not losses[-1] < losses[0]:
             raise _Differs(f"the objective went from {losses[0]:.6f} to {losses[-1]:.6f}")
         if all(torch.equal(a, b) for a, b in zip(before, trained, strict=True)):
@@ -235,6 +242,10 @@ class _Case:
             raise _Differs(f"by {far:.1e} of what the LoRA changes")
         return Answer("yes", "" if how == "diffusers" else f"by {how}", f"within {far:.0e}")
 
+    @property
+    def texts(self) -> list[str]:
+        return [row.text for row in self.rows]
+
     def _encoded(self, prompts: Sequence[str]) -> Conditioning:
         return self.model.encode(prompts, guidance=True)
 
@@ -273,10 +284,18 @@ def _text(model: PipelineModel, prompt: str) -> Conditioning:
         given["negative_prompt"] = None if negative is None else [negative]
     elif "negative_prompt_embeds" in model.parameters:
         given["negative_prompt_embeds"] = None
-    return Conditioning(given, 1)
+    return with_pictures(Conditioning(given, 1), [prompt], model.parameters)
 
 
-def _train(policy: Policy) -> list[float]:
+def _rows(picture: Image.Image | None) -> list[Prompt]:
+    if picture is None:
+        return [Prompt(text) for text in CHECK_PROMPTS]
+    pictures = [{"image": picture}, {"image": ImageOps.mirror(picture)}]
+    texts = map(Caption, CHECK_PROMPTS, pictures)
+    return [Prompt(text, dict(text.files)) for text in texts]
+
+
+def _train(policy: Policy, prompts: Sequence[Prompt]) -> list[float]:
     """DGPO's objective on the points of one iteration, before it, and after one and two steps."""
     # scaled as in the paper, the loss is the objective: log 2 at the start
     algorithm = DGPO(loss_scale="paper", timesteps=TimestepChoice(count=2, indices=None))
@@ -289,18 +308,8 @@ def _train(policy: Policy) -> list[float]:
             "algorithm": {"name": "dgpo", **algorithm.model_dump()},
         }
     )
-    prompts = [Prompt(text) for text in CHECK_PROMPTS]
-    batch = collect(policy, load_rewards(_level), algorithm, prompts, recipe, 0, None).batch
+    batch = collect(policy, load_rewards(level), algorithm, prompts, recipe, 0, None).batch
     if batch is None:
         raise UserError("the samples of a group are all alike: there is nothing to compare")
     updater = Updater(policy, algorithm, recipe)
     return [updater.update(batch, iteration=0)["loss"] for _ in range(3)]
-
-
-def _level(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
-    """A stand-in reward: the mean of what was made, be it a picture, a film or a sound."""
-    return [float(np.mean([_mean(f) for f in (i if isinstance(i, list) else [i])])) for i in images]
-
-
-def _mean(frame: Any) -> float:
-    return float(np.asarray(frame.cpu() if isinstance(frame, Tensor) else frame, np.float64).mean())

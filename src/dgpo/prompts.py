@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
+from dgpo.caption import PICTURES, Caption, pictures_of
 from dgpo.errors import UserError
 from dgpo.registry import PROMPTS, nearest, resolve
 
@@ -19,10 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption and what else its row says (GenEval clauses, the text to be read, a seed, ...)."""
+    """A caption and what else its row says (GenEval clauses, the text to be read, a seed, ...).
+
+    Where the row names an ``image`` or a ``mask``, the text is a :class:`~dgpo.caption.Caption`.
+    """
 
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    def column(self, key: str) -> Any:
+        """What a reward is given of this row: pictures as pictures, the rest as it is written."""
+        return pictures_of(self.text).get(key, self.metadata.get(key))
 
 
 def load_prompts(
@@ -34,8 +43,10 @@ def load_prompts(
         source: a registered name (``pocket-geneval/train``), ``package.module:function`` that
             returns rows, a ``.txt`` file (one prompt a line), a ``.jsonl`` file (an object a line
             with ``"prompt"``; what else it has is metadata), or the rows themselves: strings,
-            dicts with ``"prompt"``, :class:`Prompt`, or a ``datasets.Dataset``. Blank lines are
-            skipped; a byte order mark and Windows line ends are understood.
+            dicts with ``"prompt"``, :class:`Prompt`, or a ``datasets.Dataset``. ``"image"`` and
+            ``"mask"`` are pictures, or their files, relative to the prompt file (or to the folder
+            one stands in, for rows that come from no file). Blank lines are skipped; a byte order
+            mark and Windows line ends are understood.
 
     Raises:
         UserError: nothing there, no prompt in it, or a broken row (its line is named).
@@ -81,34 +92,54 @@ def _from_file(path: Path) -> list[Prompt]:
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: not UTF-8 ({error.reason}); save it as UTF-8") from error
         if line:
-            prompts.append(read(line, where))
+            prompts.append(read(line, where, path.parent))
     if not prompts:
         raise UserError(f"prompts {path}: the file is empty; it needs at least one prompt")
     return prompts
 
 
-def _text_row(line: str, where: str) -> Prompt:
+def _text_row(line: str, where: str, folder: Path) -> Prompt:
     return Prompt(line)
 
 
-def _json_row(line: str, where: str) -> Prompt:
+def _json_row(line: str, where: str, folder: Path) -> Prompt:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
     if not isinstance(row, dict):
         raise UserError(f'{where}: a row is an object such as {{"prompt": "a cat"}}, got {line}')
-    return _row(row, where)
+    return _row(row, where, folder)
 
 
-def _row(row: dict[str, Any], where: str) -> Prompt:
+def _row(row: dict[str, Any], where: str, folder: Path = Path()) -> Prompt:
     if "prompt" not in row:
         keys = ", ".join(map(repr, row)) or "nothing"
         raise UserError(f"{where}: no 'prompt' in the row, only {keys}")
     text = row["prompt"]
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{where}: 'prompt' must be a text that is not empty, got {text!r}")
-    return Prompt(text, {key: value for key, value in row.items() if key != "prompt"})
+    files = {
+        key: _picture(key, row[key], where, folder) for key in PICTURES if row.get(key) is not None
+    }
+    metadata = {key: value for key, value in row.items() if key != "prompt"}
+    return Prompt(Caption(text, files) if files else text, {**metadata, **files})
+
+
+def _picture(key: str, given: Any, where: str, folder: Path) -> Any:
+    """The file of a picture, or the picture that a dataset holds."""
+    if isinstance(given, Image.Image):
+        return given.convert(PICTURES[key])
+    if not isinstance(given, (str, Path)):
+        raise UserError(f"{where}: {key!r} must be a file or a picture, got {given!r:.80}")
+    file = (folder / Path(given).expanduser()).absolute()
+    if not file.is_file():
+        raise UserError(f"{where}: {key!r} is {str(given)!r}, but there is no file {file}")
+    try:
+        with Image.open(file):
+            return str(file)
+    except UnidentifiedImageError as error:
+        raise UserError(f"{where}: {key!r}: {file} is no picture that can be read") from error
 
 
 def _from_rows(rows: Iterable[Any], name: str) -> list[Prompt]:

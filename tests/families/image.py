@@ -47,7 +47,7 @@ from families.parts import (
 )
 
 
-def sd3(t5_encoder: bool = True) -> StableDiffusion3Pipeline:
+def sd3(t5_encoder: bool = True, kind: Any = StableDiffusion3Pipeline) -> Any:
     transformer = network(
         SD3Transformer2DModel,
         sample_size=16,
@@ -63,7 +63,7 @@ def sd3(t5_encoder: bool = True) -> StableDiffusion3Pipeline:
         pos_embed_max_size=32,
     )
     pipe = assemble(
-        StableDiffusion3Pipeline,
+        kind,
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=kl_vae(),
@@ -217,7 +217,7 @@ def sana() -> SanaPipeline:
     )
 
 
-def qwen(kind: Any = QwenImagePipeline, **components: Any) -> Any:
+def qwen(kind: Any = QwenImagePipeline) -> Any:
     vae = decoder(
         AutoencoderKLQwenImage,
         base_dim=16,
@@ -248,8 +248,14 @@ def qwen(kind: Any = QwenImagePipeline, **components: Any) -> Any:
         time_shift_type="exponential",
         max_image_seq_len=8192,
     )
-    given = {"text_encoder": language_model("Qwen3"), "tokenizer": tokenizer(1024), **components}
-    return assemble(kind, transformer=transformer, scheduler=scheduler, vae=vae, **given)
+    return assemble(
+        kind,
+        transformer=transformer,
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=language_model("Qwen3"),
+        tokenizer=tokenizer(1024),
+    )
 
 
 def pixart_sigma() -> PixArtSigmaPipeline:

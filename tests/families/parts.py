@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from diffusers import AutoencoderKL
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
@@ -34,6 +35,7 @@ class Tiny:
     Args:
         refused: part of the message with which dgpo refuses the pipeline; None for the others.
         without: questions whose answer is that the pipeline has no such thing.
+        picture: what it starts from, if it does.
         fast: whether the family is in the quick tests.
     """
 
@@ -42,6 +44,7 @@ class Tiny:
     embeddings: Callable[[int, int], dict[str, Any]] | None = None
     refused: str | None = None
     without: tuple[str, ...] = ()
+    picture: Callable[[], Image.Image] | None = None
     fast: bool = False
 
 

@@ -48,7 +48,9 @@ and a test compares it with what it measures.
 @functools.cache
 def examined(name: str) -> Examination:
     """The answers about one family."""
-    return examine(functools.partial(build, name), functools.partial(tiny_model, name))
+    make, wrap = functools.partial(build, name), functools.partial(tiny_model, name)
+    picture = TINY[name].picture
+    return examine(make, wrap, picture and picture())
 
 
 def row(name: str) -> str:

@@ -13,12 +13,13 @@ from typing import Any
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.text import Conditioning
 from families.audio import AUDIO
+from families.edit import EDIT
 from families.image import IMAGE, sd3, sd3_small, sd15
 from families.image_flow import IMAGE_FLOW
 from families.parts import Tiny
 from families.video import VIDEO
 
-TINY: dict[str, Tiny] = {**IMAGE, **IMAGE_FLOW, **VIDEO, **AUDIO}
+TINY: dict[str, Tiny] = {**IMAGE, **IMAGE_FLOW, **VIDEO, **AUDIO, **EDIT}
 FAST = [name for name, tiny in TINY.items() if tiny.fast]
 PROMPTS = ("a photo of cat", "red dog on the small blue house", "big table", "the cat")
 

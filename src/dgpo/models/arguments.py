@@ -25,6 +25,8 @@ _RESERVED = {
     "num_inference_steps": "use rollout.steps",
     "guidance_scale": "use rollout.guidance_scale",
     "true_cfg_scale": "use rollout.guidance_scale",
+    "image": "give every prompt row 'image', a file",
+    "mask_image": "give every prompt row 'mask', a file",
     "timesteps": "use rollout.scheduler and rollout.steps",
     "sigmas": "use rollout.scheduler and rollout.steps",
     "num_images_per_prompt": "use group_size",
@@ -52,6 +54,8 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
         refusal = f"it has none of {', '.join(DENOISERS)}"
     elif missing:
         refusal = f"it has no {' and no '.join(missing)}"
+    elif "image" in inspect.signature(type(pipe).encode_prompt).parameters:
+        refusal = "its text encoder looks at the picture, which dgpo cannot prepare for it"
     elif not {"prompt_embeds", "output_type"} <= set(parameters_of(pipe)):
         refusal = "its call takes no prompt_embeds or no output_type"
     if refusal is not None:
@@ -62,6 +66,15 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
 def parameters_of(pipe: Any) -> Mapping[str, inspect.Parameter]:
     """The parameters of the pipeline's call."""
     return inspect.signature(type(pipe).__call__).parameters
+
+
+def needs_picture(pipe: Any) -> bool:
+    """Whether the pipeline cannot do without a picture: it has to be given, or is noised and
+    sampled from. (FLUX.2 and Kontext take one and can do without.)"""
+    parameters = parameters_of(pipe)
+    if "image" not in parameters:
+        return False
+    return parameters["image"].default is inspect.Parameter.empty or "strength" in parameters
 
 
 def check_call(pipe: Any, call: Mapping[str, Any]) -> None:

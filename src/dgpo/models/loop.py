@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,7 +117,10 @@ class StandIn:
         mu: Any = None,
         **_: Any,
     ) -> None:
-        self.timesteps = self.point if device is None else self.point.to(device)
+        # the one level over and over: it is there however many first steps a pipeline leaves out
+        count = num_inference_steps or len(sigmas if sigmas is not None else timesteps)
+        repeated = self.point.repeat(count * getattr(self, "order", 1))
+        self.timesteps = repeated if device is None else repeated.to(device)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         return sample
@@ -143,3 +146,20 @@ def stand_in_for(scheduler: Any) -> Any:
     made.answer = None
     made.sigmas = torch.zeros(2)
     return made
+
+
+def given_latents(prepare: Callable[..., Any], xt: Tensor) -> Callable[..., Any]:
+    """``prepare_latents`` that returns ``xt``, and beside it whatever the pipeline's own does."""
+
+    def prepare_latents(*args: Any, **kwargs: Any) -> Any:
+        made = prepare(*args, **kwargs)
+        latents = made[0] if isinstance(made, tuple) else made
+        if latents.shape != xt.shape:
+            raise ValueError(
+                f"xt has shape {tuple(xt.shape)}, but the loop of the pipeline works on "
+                f"{tuple(latents.shape)}: are height and width those of the rollout?"
+            )
+        given = xt.to(device=latents.device, dtype=latents.dtype)
+        return (given, *made[1:]) if isinstance(made, tuple) else given
+
+    return prepare_latents

@@ -18,14 +18,23 @@ from torch import Tensor, nn
 
 from dgpo.core.process import Level, Process
 from dgpo.errors import UserError
+from dgpo.models import by_picture
 from dgpo.models.arguments import (
     check_call,
     denoisers_of,
     fixed_arguments,
     guidance_off_candidates,
+    needs_picture,
     parameters_of,
 )
-from dgpo.models.loop import Evaluated, Recording, Step, replaced, stand_in_for
+from dgpo.models.loop import (
+    Evaluated,
+    Recording,
+    Step,
+    given_latents,
+    replaced,
+    stand_in_for,
+)
 from dgpo.models.schedulers import fresh, process_of
 from dgpo.models.text import Conditioning, PromptEncoder
 
@@ -33,8 +42,9 @@ if TYPE_CHECKING:
     from dgpo.models.check import CheckReport
 
 _SILENT = {"disable": True}
-# with one step Mochi's schedule is empty; the stand-in decides the number of steps anyway
-_NOMINAL_STEPS = 4
+# with one step Mochi's schedule is empty, and a pipeline that starts from a noised picture leaves
+# out the first steps; the stand-in stops at the first one that is left
+_NOMINAL_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -94,10 +104,12 @@ class PipelineModel:
 
     def encode(self, prompts: Sequence[str], guidance: bool) -> Conditioning:
         """Prompt embeddings, one row a prompt; with ``guidance`` the negative prompt's as well.
+        A :class:`~dgpo.caption.Caption` brings its pictures along.
 
         Each distinct prompt is encoded once in the life of this object, while memory allows.
         """
-        return self._encoder.encode(prompts, guidance)
+        cond = self._encoder.encode(prompts, guidance)
+        return by_picture.with_pictures(cond, prompts, self.parameters)
 
     @torch.no_grad()
     def rollout(
@@ -130,6 +142,32 @@ class PipelineModel:
         """
         if generators is not None and len(generators) != cond.size:
             raise UserError(f"got {len(generators)} generators for {cond.size} rows")
+        rows = by_picture.parts(cond)
+        made = [
+            self._rollout(
+                cond.rows(part) if len(rows) > 1 else cond,
+                steps,
+                guidance_scale,
+                by_picture.for_rows(scheduler, part),
+                None if generators is None else [generators[row] for row in part.tolist()],
+                decode,
+                record,
+            )
+            for part in rows
+        ]
+        return by_picture.joined(made, rows)
+
+    def _rollout(
+        self,
+        cond: Conditioning,
+        steps: int,
+        guidance_scale: float,
+        scheduler: Any,
+        generators: list[torch.Generator] | None,
+        decode: bool,
+        record: bool | Container[int],
+    ) -> Rollout:
+        """One call of the pipeline, for rows that share their pictures."""
         arguments = self._arguments(cond, guidance_scale)
         own = fresh(self.pipe.scheduler if scheduler is None else scheduler)
         recording = Recording(keep=record)
@@ -166,7 +204,16 @@ class PipelineModel:
         """
         if xt.shape[0] != cond.size:
             raise ValueError(f"got {xt.shape[0]} samples and conditioning for {cond.size}")
-        return self._evaluate(xt, level.timestep, self._arguments(cond, guidance_scale))
+        rows = by_picture.parts(cond)
+        if len(rows) == 1:
+            return self._evaluate(xt, level.timestep, self._arguments(cond, guidance_scale))
+        made = [
+            self._evaluate(
+                xt[part], level.timestep, self._arguments(cond.rows(part), guidance_scale)
+            )
+            for part in rows
+        ]
+        return by_picture.in_order(made, rows)
 
     def has_guidance(self, cond: Conditioning) -> bool:
         """Whether classifier-free guidance can be switched on for this conditioning."""
@@ -186,7 +233,7 @@ class PipelineModel:
         stand_in.point = timestep.detach().reshape(1)
         patches: dict[str, Any] = {"scheduler": stand_in, "_progress_bar_config": _SILENT}
         if xt is not None:
-            patches["prepare_latents"] = _given_latents(self.pipe.prepare_latents, xt)
+            patches["prepare_latents"] = given_latents(self.pipe.prepare_latents, xt)
         try:
             with replaced(self.pipe, **patches):
                 self._call_with_grad(
@@ -204,7 +251,8 @@ class PipelineModel:
     def _arguments(self, cond: Conditioning, guidance_scale: float) -> dict[str, Any]:
         guidance = self._guidance(guidance_scale, cond)
         on = guidance is not self._guidance_off
-        return {**self._fixed, **cond.call_kwargs(on), **guidance}
+        arguments = {**self._fixed, **cond.call_kwargs(on), **guidance}
+        return by_picture.one_picture(arguments, self.parameters)
 
     def _guidance(self, scale: float, cond: Conditioning) -> dict[str, Any]:
         off = self._off(cond)
@@ -231,8 +279,14 @@ class PipelineModel:
             if f"negative_{name}" in self.parameters:
                 # a candidate that leaves guidance on must get as far as the denoiser
                 embeddings.setdefault(f"negative_{name}", value)
+        if needs_picture(self.pipe) and "image" not in embeddings:
+            raise UserError(
+                f"model: {type(self.pipe).__name__} starts from a picture: give every prompt row "
+                "'image', a file (for dgpo check: --image FILE)"
+            )
         for candidate in guidance_off_candidates(self.pipe):
-            if self._denoiser_rows({**self._fixed, **embeddings, **candidate}) == [1]:
+            arguments = {**self._fixed, **embeddings, **candidate}
+            if self._denoiser_rows(by_picture.one_picture(arguments, self.parameters)) == [1]:
                 return candidate
         raise UserError(f"model: cannot switch guidance off in {type(self.pipe).__name__}")
 
@@ -252,20 +306,3 @@ class PipelineModel:
             for hook in hooks:
                 hook.remove()
         return rows
-
-
-def _given_latents(prepare: Callable[..., Any], xt: Tensor) -> Callable[..., Any]:
-    """``prepare_latents`` that returns ``xt``, and beside it whatever the pipeline's own does."""
-
-    def prepare_latents(*args: Any, **kwargs: Any) -> Any:
-        made = prepare(*args, **kwargs)
-        latents = made[0] if isinstance(made, tuple) else made
-        if latents.shape != xt.shape:
-            raise ValueError(
-                f"xt has shape {tuple(xt.shape)}, but the loop of the pipeline works on "
-                f"{tuple(latents.shape)}: are height and width those of the rollout?"
-            )
-        given = xt.to(device=latents.device, dtype=latents.dtype)
-        return (given, *made[1:]) if isinstance(made, tuple) else given
-
-    return prepare_latents

@@ -132,7 +132,7 @@ class RewardSet:
             raise ValueError(f"{len(images)} images for {len(prompts)} prompts")
         texts = [prompt.text for prompt in prompts]
         keys = dict.fromkeys(key for prompt in prompts for key in prompt.metadata)
-        columns = {key: [prompt.metadata.get(key) for prompt in prompts] for key in keys}
+        columns = {key: [prompt.column(key) for prompt in prompts] for key in keys}
         by_name = {e.name: _call(e, list(images), texts, columns) for e in self._entries}
         total = torch.stack([e.weight * by_name[e.name].double() for e in self._entries]).sum(0)
         return Scores(by_name, total.float())

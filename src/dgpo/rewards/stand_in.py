@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 
 def redness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
@@ -20,3 +22,14 @@ def redness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float
 def brightness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
     """The mean of all channels, in [0, 1]."""
     return [float(np.asarray(i.convert("RGB"), np.float64).mean() / 255) for i in images]
+
+
+def level(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
+    """The mean of all numbers of what was made, be it a picture, a film or a sound."""
+    return [float(np.mean([_mean(f) for f in (i if isinstance(i, list) else [i])])) for i in images]
+
+
+def _mean(frame: Any) -> float:
+    if isinstance(frame, Tensor):
+        frame = frame.float().cpu()
+    return float(np.asarray(frame, np.float64).mean())

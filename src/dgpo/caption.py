@@ -1,0 +1,54 @@
+"""The text of a prompt that speaks of a picture: to edit it, or to set it moving."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+PICTURES = {"image": "RGB", "mask": "L"}
+"""Keys of a prompt row that name a picture, and the mode in which it is read."""
+
+
+class Caption(str):
+    """A text that carries its pictures.
+
+    They travel with the text through everything that passes texts on, so that none of it can lose
+    them. As a text it equals the same text with other pictures: use :attr:`key` to tell them apart.
+
+    Args:
+        text: the prompt.
+        files: for ``image`` and ``mask`` a file, or a picture.
+    """
+
+    files: Mapping[str, Any]
+
+    def __new__(cls, text: str, files: Mapping[str, Any]) -> Caption:
+        made = super().__new__(cls, text)
+        made.files = dict(files)
+        return made
+
+    @property
+    def pictures(self) -> dict[str, Image.Image]:
+        """The pictures; the same object for the same file while it is remembered."""
+        return {
+            key: _read(str(given), PICTURES[key]) if isinstance(given, (str, Path)) else given
+            for key, given in self.files.items()
+        }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Caption, (str(self), dict(self.files))
+
+
+def pictures_of(text: str) -> dict[str, Image.Image]:
+    """The pictures of a text, of which a plain one has none."""
+    return text.pictures if isinstance(text, Caption) else {}
+
+
+@functools.lru_cache(maxsize=512)
+def _read(file: str, mode: str) -> Image.Image:
+    with Image.open(file) as opened:
+        return ImageOps.exif_transpose(opened).convert(mode)

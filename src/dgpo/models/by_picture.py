@@ -1,0 +1,113 @@
+"""Calls of pipelines that are given a picture: one call for each, with the rows that share it.
+
+Pipelines disagree about a list of different pictures: some take the size of the first for all, some
+repeat all of them for every row.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dgpo.caption import pictures_of
+from dgpo.errors import UserError
+from dgpo.models.text import Conditioning
+
+if TYPE_CHECKING:
+    from dgpo.models.pipeline import Rollout
+
+_ARGUMENTS = {"image": "image", "mask": "mask_image"}
+
+
+def with_pictures(
+    cond: Conditioning, texts: Sequence[str], parameters: Mapping[str, Any]
+) -> Conditioning:
+    """``cond`` and, where the pipeline's call takes them, the pictures that the texts carry.
+
+    Raises:
+        UserError: some of the texts have a picture and some have none.
+    """
+    pictures = [pictures_of(text) for text in texts]
+    added = dict(cond.kwargs)
+    for key, argument in _ARGUMENTS.items():
+        given = [row[key] for row in pictures if key in row]
+        if argument not in parameters or not given:
+            continue
+        if len(given) < len(pictures):
+            raise UserError(
+                f"{len(given)} of {len(pictures)} prompt rows have {key!r}: give it to all or none"
+            )
+        added[argument] = given
+    return Conditioning(added, cond.size)
+
+
+def parts(cond: Conditioning) -> list[Tensor]:
+    """The rows that share their pictures: [n] for each part, together every row once."""
+    lists = [cond.kwargs[name] for name in _ARGUMENTS.values() if name in cond.kwargs]
+    found: dict[tuple[int, ...], list[int]] = {}
+    for row in range(cond.size):
+        found.setdefault(tuple(id(given[row]) for given in lists), []).append(row)
+    return [torch.tensor(rows) for rows in found.values()]
+
+
+def one_picture(arguments: dict[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call whose rows share their pictures: given once, but to a pipeline that
+    noises its picture (it has a ``strength``) once for each row, as each is noised on its own."""
+    if "strength" in parameters:
+        return arguments
+    shared = {n: arguments[n][0] for n in _ARGUMENTS.values() if isinstance(arguments.get(n), list)}
+    return {**arguments, **shared}
+
+
+def for_rows(scheduler: Any, rows: Tensor) -> Any:
+    """The sampler for some rows: one that adds noise has a seed for each (and refuses to run with
+    too few)."""
+    seeds = getattr(scheduler, "seeds", ())
+    if len(seeds) <= int(rows.max()):
+        return scheduler
+    made = copy.copy(scheduler)
+    made.seeds = [seeds[row] for row in rows.tolist()]
+    return made
+
+
+def in_order(made: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+    """What was made of the parts, row by row as they were before.
+
+    Raises:
+        UserError: parts of different size.
+    """
+    if len({tuple(part.shape[1:]) for part in made}) > 1:
+        raise UserError(
+            "the pictures of these prompts lead to samples of different size: set height and "
+            "width in rollout.call, or give pictures of one size"
+        )
+    return torch.cat(list(made))[torch.cat(list(rows)).argsort()]
+
+
+def joined(made: Sequence[Rollout], rows: Sequence[Tensor]) -> Rollout:
+    """The rollouts of parts as one, row by row as they were before."""
+    first = made[0]
+    if len(made) == 1:
+        return first
+    x0 = in_order([part.x0 for part in made], rows)
+    schedules = {tuple((float(v.timestep), v.sigma) for v in part.levels) for part in made}
+    if len(schedules) > 1:
+        raise UserError(
+            "the pictures of these prompts lead to different noise levels: give one size"
+        )
+    order = torch.cat(list(rows)).argsort().tolist()
+    images = None
+    if first.images is not None:
+        together = [image for part in made for image in part.images or []]
+        images = [together[row] for row in order]
+    tensors = ("sample", "output", "previous")
+    steps = [
+        replace(same[0], **{n: in_order([getattr(s, n) for s in same], rows) for n in tensors})
+        for same in zip(*(part.steps for part in made), strict=True)
+    ]
+    return type(first)(x0, images, first.levels, steps)

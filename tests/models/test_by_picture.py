@@ -1,0 +1,123 @@
+"""Pictures reach the pipeline with the rows they belong to, and the reward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from dgpo.caption import Caption
+from dgpo.errors import UserError
+from dgpo.models.by_picture import in_order, parts
+from dgpo.models.pipeline import PipelineModel
+from dgpo.models.text import Conditioning
+from dgpo.prompts import load_prompts
+from dgpo.rewards import load_rewards
+from dgpo.trainer import Trainer
+from families.edit import picture
+from families.tiny import build, tiny_model
+from tiny_runs import settings
+
+ONE, OTHER = picture(), ImageOps.mirror(picture())
+
+
+def texts(*given: Image.Image) -> list[str]:
+    return [Caption("red dog", {"image": one}) for one in given]
+
+
+def encoded(model: PipelineModel, prompts: list[str]) -> Conditioning:
+    """All rows with the first one's embeddings, also where embeddings are random."""
+    cond = model.encode(prompts, guidance=False)
+    first = torch.zeros(cond.size, dtype=torch.long)
+    return Conditioning({**cond.rows(first).kwargs, **pictures(cond)}, cond.size)
+
+
+def pictures(cond: Conditioning) -> dict[str, Any]:
+    return {name: value for name, value in cond.kwargs.items() if name == "image"}
+
+
+def samples(model: PipelineModel, prompts: list[str], **how: Any) -> Any:
+    generators = [torch.Generator().manual_seed(7) for _ in prompts]
+    return model.rollout(
+        encoded(model, prompts), steps=4, generators=generators, decode=False, **how
+    )
+
+
+def test_rows_are_parted_by_picture_and_put_together_again() -> None:
+    cond = Conditioning({"image": [ONE, OTHER, ONE, OTHER, OTHER]}, 5)
+    rows = parts(cond)
+    assert [part.tolist() for part in rows] == [[0, 2], [1, 3, 4]]
+    assert in_order(rows, rows).tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(UserError, match="height and width"):
+        in_order([torch.zeros(2, 3), torch.zeros(3, 4)], rows)
+
+
+@pytest.mark.parametrize("name", ["sd15_img2img", "sd3_img2img", "flux_kontext", "wan_i2v"])
+def test_each_row_is_made_from_its_own_picture(name: str) -> None:
+    model = tiny_model(name)
+    mixed = samples(model, texts(ONE, OTHER, ONE), record=True)
+    alone = samples(model, texts(OTHER), record=True)
+    torch.testing.assert_close(mixed.x0[1:2], alone.x0, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mixed.x0[0], mixed.x0[2], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(mixed.x0[0], mixed.x0[1], atol=1e-3)
+    step, cond = mixed.steps[1], encoded(model, texts(ONE, OTHER, ONE))
+    with torch.no_grad():
+        assert torch.equal(model.predict(step.sample, step.level, cond), step.output)
+
+
+def test_a_strength_leaves_out_the_first_levels() -> None:
+    rollout = samples(tiny_model("sd15_img2img"), texts(ONE))
+    assert len(rollout.levels) == 3  # 0.8 of four steps
+    assert rollout.levels[0].sigma < 0.99
+
+
+def test_rows_without_a_picture_are_refused() -> None:
+    model = tiny_model("sd15_img2img")
+    with pytest.raises(UserError, match="starts from a picture"):
+        samples(model, ["red dog"])
+    with pytest.raises(UserError, match="1 of 2 prompt rows"):
+        model.encode([*texts(ONE), "red dog"], guidance=False)
+    optional = samples(tiny_model("flux_kontext"), ["red dog"])
+    assert torch.isfinite(optional.x0).all()
+
+
+def test_a_pipeline_that_takes_no_picture_leaves_it_to_the_reward() -> None:
+    cond = tiny_model("sd3").encode(texts(ONE), guidance=False)
+    assert "image" not in cond.kwargs
+    seen: list[Any] = []
+
+    def reward(images: Any, prompts: Any, image: Any) -> list[float]:
+        seen.extend(image)
+        return [0.0] * len(images)
+
+    load_rewards(reward)([ONE], load_prompts([{"prompt": "red dog", "image": OTHER}]))
+    assert seen[0].tobytes() == OTHER.tobytes()
+
+
+def test_a_run_trains_on_rows_with_pictures(tmp_path: Path) -> None:
+    for number, one in enumerate((ONE, OTHER)):
+        one.save(tmp_path / f"{number}.png")
+    rows = [{"prompt": "red dog", "image": str(tmp_path / f"{n}.png")} for n in (0, 1)]
+    given: list[tuple[int, int]] = []
+
+    def difference(images: Any, prompts: Any, image: Any) -> list[float]:
+        given.extend(source.size for source in image)
+        pairs = zip(images, image, strict=True)
+        return [float(np.abs(np.asarray(a, float) - np.asarray(b, float)).mean()) for a, b in pairs]
+
+    recipe = settings(
+        algorithm={"timesteps": {"count": 1, "indices": (0, 1)}},
+        rollout={"call": {}},
+        lora={"targets": ["to_q", "to_v"]},
+        run={"dir": str(tmp_path / "run")},
+    )
+    trainer = Trainer(build("sd15_img2img"), difference, rows, rows, recipe=recipe)
+    before = [p.detach().clone() for p in trainer.policy.parameters()]
+    trainer.train()
+    assert set(given) == {(32, 32)} and len(given) >= 2 * 8
+    after = trainer.policy.parameters()
+    assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
