@@ -60,10 +60,10 @@ lint: $(STAMP)
 	$(call step,pyright (1 minute),$(BIN)/pyright)
 
 test: lint
-	$(call step,the quick tests (up to 7 minutes on two cores),$(BIN)/python -m pytest -m 'not slow' --durations=5)
+	$(call step,the quick tests (up to 7 minutes on two cores),OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' --durations=5)
 
 test-all: lint
-	$(call step,all tests,$(BIN)/python -m pytest --durations=10)
+	$(call step,all tests,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10)
 
 format: $(STAMP)
 	@$(BIN)/ruff check --fix .
