@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
+import re
 import signal
+import subprocess
+from contextlib import suppress
 from pathlib import Path
+from shutil import copytree
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 
-from dgpo.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+import dgpo.checkpoint
+from dgpo.checkpoint import find_checkpoint, load_checkpoint, prune, save_checkpoint
 from dgpo.errors import UserError
 from dgpo.interrupts import all_or_nothing
 from dgpo.rewards.stand_in import brightness
+from reliable import assert_same
 from tiny_runs import PROMPTS, TIMESTEPS, Spy, light, rows, trainer, without_times
 
 
@@ -40,16 +49,11 @@ def algorithm() -> Spy:
 
 
 def assert_equal_runs(one: Path, two: Path) -> None:
-    assert without_times(one) == without_times(two)
     assert [row["iteration"] for row in rows(two)] == [1, 2, 3, 4]
     file = "evaluations.jsonl"
     assert without_times(one, file) == without_times(two, file)
     assert [row["iteration"] for row in rows(two, file)] == [0, 2, 4]
-    tensors = [load_file(run / "checkpoints/last/tensors.safetensors") for run in (one, two)]
-    assert set(tensors[0]) == set(tensors[1])
-    assert any(name.startswith("optimizer.0.exp_avg") for name in tensors[0])
-    for name, tensor in tensors[0].items():
-        assert torch.equal(tensor, tensors[1][name]), name
+    assert_same(one, two)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -127,30 +131,170 @@ def test_a_checkpoint_is_whole_or_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = trainer(tmp_path / "run")
-    place = tmp_path / "checkpoints" / "last"
-    save_checkpoint(place, run.policy, run.updater, {"iteration": 1})
+    folder = tmp_path / "checkpoints"
+
+    def save(iteration: int, score: float | None = None) -> Path:
+        counters = {"iteration": iteration}
+        return save_checkpoint(folder, run.policy, run.updater, counters, score=score)
+
+    def names() -> list[str]:
+        return sorted(place.name for place in folder.iterdir())
+
+    first = save(1)
     weight = run.policy.parameters()[0]
-    first = weight.detach().clone()
+    kept = weight.detach().clone()
 
-    def crash(*args: Any) -> None:
-        raise OSError("disk full")
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as patch:
-        patch.setattr("dgpo.checkpoint.save_file", crash)
-        with pytest.raises(OSError, match="disk full"):
-            save_checkpoint(place, run.policy, run.updater, {"iteration": 2})
+    for name in ("checkpoint.save_file", "checkpoint._write_json", "disk.sync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"dgpo.{name}", full)
+            with pytest.raises(OSError, match="No space"):
+                save(2)
+        assert names() == ["00000001"]
     weight.data.zero_()
-    assert load_checkpoint(place, run.policy, run.updater)["iteration"] == 1
-    assert torch.equal(weight, first)
+    assert load_checkpoint(first, run.policy, run.updater)["iteration"] == 1
+    assert torch.equal(weight, kept)
 
-    place.rename(place.with_name("last.old"))  # as a crash between the two renames leaves it
-    assert find_checkpoint(place).name == "last.old"
-    save_checkpoint(place, run.policy, run.updater, {"iteration": 3})
-    assert sorted(p.name for p in place.parent.iterdir()) == ["last"]
-    assert load_checkpoint(place, run.policy, run.updater)["iteration"] == 3
+    first.rename(folder / "00000001.old")  # as a kill between the two renames leaves it
+    assert find_checkpoint(folder).folder.name == "00000001.old"
+    (folder / "00000003.new").mkdir()  # as a kill while it is written leaves it
+    assert find_checkpoint(folder).iteration == 1
+    save(1)
+    assert names() == ["00000001"]
+
+    for iteration, score in ((2, 0.5), (3, 0.9), (4, 0.9), (5, None), (6, 0.1)):
+        save(iteration, score)
+    assert find_checkpoint(folder).iteration == 6
+    assert find_checkpoint(folder, best=True).iteration == 3  # of equal ones the earlier
+    prune(folder, keep_last=2, keep_best=1)
+    assert names() == ["00000003", "00000005", "00000006"]
+    prune(folder, keep_last=1, keep_best=0)
+    assert names() == ["00000006"]
 
     other = trainer(tmp_path / "other", lora={"rank": 2, "alpha": 2})
     with pytest.raises(UserError, match="does not fit this policy"):
-        load_checkpoint(place, other.policy, other.updater)
+        load_checkpoint(folder / "00000006", other.policy, other.updater)
     with pytest.raises(UserError, match="holds no checkpoint to go on from"):
         find_checkpoint(tmp_path / "nothing")
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def _flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [_cut, _flip, Path.unlink])
+def test_damaged_files_are_named_and_the_checkpoint_before_is_taken(
+    damage: Any, tmp_path: Path
+) -> None:
+    run = trainer(tmp_path / "run")
+    for name in ("tensors.safetensors", "state.json", "manifest.json"):
+        folder = tmp_path / name
+        for iteration in (1, 2):
+            save_checkpoint(folder, run.policy, run.updater, {"iteration": iteration})
+        file = folder / "00000002" / name
+        damage(file)
+        found = find_checkpoint(folder)
+        assert found.iteration == 1 and str(file) in found.damaged[0]
+        damage(folder / "00000001" / name)
+        with pytest.raises(UserError, match="no checkpoint is whole") as error:
+            find_checkpoint(folder)
+        assert str(file) in str(error.value)
+        assert str(folder / "00000001" / name) in str(error.value)
+
+
+def test_a_damaged_checkpoint_costs_its_iterations_only(tmp_path: Path, capsys: Any) -> None:
+    every = {"checkpoint": {"every": 1}}
+    run = trainer(tmp_path / "run", algorithm=algorithm(), **every)
+    run.train()
+    (tmp_path / "through").mkdir()
+    copytree(tmp_path / "run", tmp_path / "through", dirs_exist_ok=True)
+    damaged = tmp_path / "run/checkpoints/00000002/tensors.safetensors"
+    _flip(damaged)
+    resumed = trainer(tmp_path / "run", algorithm=algorithm(), resume=True, **every)
+    assert resumed.iteration == 1
+    resumed.train()
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"left aside: {damaged}" in said and "goes on after iteration 1" in said
+    assert_same(tmp_path / "through", tmp_path / "run")
+
+    # a pipeline that was trained already is not what the checkpoint goes on top of
+    with pytest.raises(UserError, match=r"the weights of transformer are not those that the run"):
+        trainer(tmp_path / "run", model=resumed.model.pipe, resume=True)
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saves = itertools.count()
+    right = dgpo.checkpoint.save_file
+
+    def full(tensors: Any, file: Path) -> None:
+        if next(saves) == 1:
+            file.write_bytes(b"half")
+            raise SafetensorError("IoError(StorageFull: No space left on device)")
+        right(tensors, file)
+
+    monkeypatch.setattr("dgpo.checkpoint.save_file", full)
+    run = trainer(tmp_path, algorithm=algorithm(), checkpoint={"every": 1})
+    with pytest.raises(UserError, match=r"the disk of .* is full.*--resume"):
+        run.train()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["00000001"]
+    assert find_checkpoint(tmp_path / "checkpoints").iteration == 1
+    assert any((tmp_path / "lora").glob("*.safetensors"))
+
+
+def test_nothing_is_read_or_written_as_a_pickle() -> None:
+    for file in (Path(__file__).parents[1] / "src").rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        assert not re.search(r"\bimport pickle|\btorch\.save\(|allow_pickle=True", text), file
+        for call in re.findall(r"\btorch\.load\([^)]*\)", text):
+            assert "weights_only=True" in call, (file, call)
+
+
+def test_a_small_disk_fills_up_in_the_middle_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tmpfs of 8 MB where this user may mount one; elsewhere every write is refused as there."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    filler, calls = disk / "filler", itertools.count()
+
+    def filling(images: Any, prompts: Any) -> list[float]:
+        if next(calls) == 2:  # the trial, the first iteration, and now
+            if mounted:
+                with suppress(OSError), filler.open("wb", buffering=0) as stream:
+                    while stream.write(bytes(4096)):
+                        pass
+            else:
+                refused = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                monkeypatch.setattr("dgpo.tracking._append", Mock(side_effect=refused))
+        return brightness(images, prompts)
+
+    filling.__name__ = "brightness"
+    every = {"algorithm": algorithm(), "checkpoint": {"every": 1}}
+    try:
+        with pytest.raises(UserError, match=r"the disk of .* is full.*--resume"):
+            trainer(disk / "run", filling, **every).train()
+        assert find_checkpoint(disk / "run/checkpoints").iteration == 1
+        filler.unlink(missing_ok=True)
+        monkeypatch.undo()
+        light(monkeypatch)
+        trainer(disk / "run", resume=True, **every).train()
+        trainer(tmp_path / "through", **every).train()
+        assert_same(tmp_path / "through", disk / "run")
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(disk)], check=True)

@@ -269,7 +269,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     said = " ".join(capsys.readouterr().err.split())
     assert "stopped; 1 iterations are saved" in said
     assert f"dgpo train {tmp_path / 'recipe.yaml'} --resume" in said
-    assert (tmp_path / "checkpoints/last/state.json").exists() and any(tmp_path.glob("lora/*"))
+    assert (tmp_path / "checkpoints/00000001/state.json").exists() and any(tmp_path.glob("lora/*"))
     run.train()  # the same object goes on as well
     assert [row["iteration"] for row in rows(tmp_path)] == [1, 2]
 

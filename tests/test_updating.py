@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -13,14 +14,13 @@ from dgpo.collection import Batch, collect
 from dgpo.core.groups import Groups
 from dgpo.core.process import FlowMatching, Level
 from dgpo.core.timesteps import TimestepChoice
-from dgpo.errors import UserError
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.policy import Policy
 from dgpo.prompts import Prompt
 from dgpo.recipe import Recipe
 from dgpo.rewards import load_rewards
 from dgpo.rewards.stand_in import brightness
-from dgpo.updating import Updater
+from dgpo.updating import NonFinite, Updater
 from families.tiny import sd3_small
 from tiny_runs import PROMPTS, Calls, Spy, settings
 
@@ -319,14 +319,17 @@ def test_the_learning_rate_follows_its_schedule() -> None:
     assert each_level == [1, 0.75, 0.5, 0.25]  # one level an iteration
 
 
-def test_numbers_that_are_not_finite_change_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case()
+def test_numbers_that_are_not_finite_change_no_weight() -> None:
+    case = Case(guards={"nonfinite": 2})
     before = [p.detach().clone() for p in case.policy.parameters()]
     broken = Batch(**{**vars(case.batch), "x0": case.batch.x0 * float("inf")})
-    with pytest.raises(UserError, match="iteration 1: the loss is nan"):
-        case.updater.update(broken, 0)
+    figures = case.updater.update(broken, 0)
+    assert math.isnan(figures["loss"]) and figures["nonfinite_steps"] == 1
+    with pytest.raises(NonFinite, match=r"iteration 2: the loss is nan.*2 times in a row"):
+        case.updater.update(broken, 1)
     case.policy.parameters()[0].register_hook(lambda gradient: gradient * float("nan"))
-    with pytest.raises(UserError, match="iteration 4: the gradient norm is nan"):
+    with pytest.raises(NonFinite, match="iteration 4: the gradient norm is nan"):
         case.updater.update(case.batch, 3)
     for mine, theirs in zip(before, case.policy.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+    assert case.updater.step == 0

@@ -2,13 +2,24 @@
 
 Random numbers and the order of prompts are functions of the seed and the iteration
 (:mod:`dgpo.core.seeds`), so what has to be kept is the weights, their averages, the optimiser and
-the counters.
+the counters. A checkpoint is a folder named by its iteration::
+
+    checkpoints/00000050/tensors.safetensors   weights, averages, moments of the optimiser
+    checkpoints/00000050/state.json            counters
+    checkpoints/00000050/manifest.json         size and hash of both, score, base weights
+
+It is written under another name, brought to the disk, and renamed: whatever stops the run, what
+has the name is whole. What was damaged later is found by the hashes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,51 +27,117 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dgpo.disk import replace_folder
 from dgpo.errors import UserError
 from dgpo.models.policy import Policy
 from dgpo.updating import Updater
 
+MANIFEST = "manifest.json"
 _STATE = "state.json"
 _TENSORS = "tensors.safetensors"
+_NAME = re.compile(r"(\d{8})(\.old)?")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A whole checkpoint.
+
+    Args:
+        folder: where it is.
+        manifest: what its manifest says.
+        damaged: what is wrong with the later ones, each with its file.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    damaged: tuple[str, ...] = ()
+
+    @property
+    def iteration(self) -> int:
+        return self.manifest["iteration"]
 
 
 def save_checkpoint(
-    folder: Path, policy: Policy, updater: Updater, counters: dict[str, Any]
-) -> None:
-    """Write a checkpoint folder; a folder of that name is replaced once the new one is whole.
+    folder: Path,
+    policy: Policy,
+    updater: Updater,
+    counters: Mapping[str, Any],
+    *,
+    score: float | None = None,
+    base: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the checkpoint of an iteration; one of the same iteration is replaced once the new one
+    is whole.
 
     Args:
-        folder: e.g. ``RUN/checkpoints/last``.
+        folder: of all checkpoints of the run.
         counters: JSON values, at least ``iteration``.
-    """
-    new, old = (folder.with_name(f"{folder.name}.{age}") for age in ("new", "old"))
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    tensors = policy.state_dict() | {
-        f"optimizer.{index}.{name}": torch.as_tensor(value)
-        for index, state in updater.optimizer.state_dict()["state"].items()
-        for name, value in state.items()
-    }
-    save_file({k: v.contiguous() for k, v in tensors.items()}, new / _TENSORS)
-    state = {"optimizer_step": updater.step, **counters}
-    (new / _STATE).write_text(json.dumps(state, indent=2) + "\n")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def find_checkpoint(folder: Path) -> Path:
-    """Where the whole checkpoint is that ``folder`` stands for.
+        score: of the held-out prompts at this iteration, if it is known.
+        base: :func:`dgpo.models.snapshots.base_fingerprints` before training.
 
     Raises:
-        UserError: there is none.
+        OSError: it could not be written; the checkpoints before it are as they were.
     """
-    previous = folder.with_name(f"{folder.name}.old")  # a stop came between the two renames
-    for place in (folder, previous):
-        if (place / _STATE).is_file():
-            return place
+    place = folder / f"{counters['iteration']:08d}"
+    for left in folder.glob("*.new"):  # by a run that was killed
+        shutil.rmtree(left)
+
+    def write(new: Path) -> None:
+        _write_tensors(new / _TENSORS, policy, updater)
+        steps = {"optimizer_step": updater.step, "nonfinite": updater.nonfinite}
+        _write_json(new / _STATE, {**steps, **counters})
+        files = {name: _facts(new / name) for name in (_TENSORS, _STATE)}
+        manifest = {"format": 1, "iteration": counters["iteration"], "score": score}
+        manifest |= {"base": dict(base or {}), "files": files}
+        _write_json(new / MANIFEST, {**manifest, "sha256": _hash_of(manifest)})
+
+    replace_folder(place, write)
+    return place
+
+
+def prune(folder: Path, keep_last: int, keep_best: int) -> None:
+    """Delete all checkpoints but the last and the best: of equal scores the earlier is better."""
+    iterations = {place: int(place.name) for place in folder.iterdir() if place.name.isdigit()}
+    latest = sorted(iterations, key=iterations.__getitem__, reverse=True)
+    scores = {place: _score(place) for place in latest}
+    scored = [place for place, score in scores.items() if score is not None]
+    best = sorted(scored, key=lambda place: (-(scores[place] or 0.0), iterations[place]))
+    kept = {*latest[:keep_last], *best[:keep_best]}
+    for place in latest:
+        if place not in kept:
+            # renamed first: a folder with the name of a checkpoint is never half of one
+            gone = place.rename(place.with_name(f"{place.name}.old"))
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def find_checkpoint(folder: Path, best: bool = False) -> Found:
+    """The last whole checkpoint of a run, or the one with the best score.
+
+    Args:
+        folder: of all checkpoints of the run.
+
+    Raises:
+        UserError: there is none; damaged files are named.
+    """
+    places = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
+
+    def order(place: Path) -> tuple[float, int, bool]:
+        score = _score(place) if best else None
+        value = 0.0 if score is None else score
+        ranked = value if best and score is not None else float("-inf")
+        iteration = int(place.name[:8])
+        return ranked, (-iteration if best else iteration), not place.name.endswith(".old")
+
+    damaged: list[str] = []
+    for place in sorted(places, key=order, reverse=True):
+        manifest = _read_manifest(place, damaged)
+        if manifest is not None:
+            return Found(place, manifest, tuple(damaged))
+    if damaged:
+        raise UserError(
+            f"{folder}: no checkpoint is whole: {'; '.join(damaged)}. Bring these files back, or "
+            "start anew without --resume (resume=True) in another run.dir"
+        )
     raise UserError(
         f"{folder} holds no checkpoint to go on from: start without --resume (resume=True), in "
         "another run.dir or after deleting this one if it holds a run that was cut off early"
@@ -70,11 +147,13 @@ def find_checkpoint(folder: Path) -> Path:
 def load_checkpoint(folder: Path, policy: Policy, updater: Updater) -> dict[str, Any]:
     """Put a checkpoint's weights, averages and optimiser back; returns its counters.
 
+    Args:
+        folder: ``Found.folder``.
+
     Raises:
-        UserError: there is no whole checkpoint, or it belongs to other settings.
+        UserError: it belongs to other settings.
     """
-    folder = find_checkpoint(folder)
-    state = json.loads((folder / _STATE).read_text())
+    state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     tensors = load_file(folder / _TENSORS)
     moments: dict[int, dict[str, Tensor]] = {}
     for name in [name for name in tensors if name.startswith("optimizer.")]:
@@ -82,5 +161,81 @@ def load_checkpoint(folder: Path, policy: Policy, updater: Updater) -> dict[str,
         moments.setdefault(int(index), {})[field] = tensors.pop(name)
     policy.load_state_dict(tensors)
     updater.optimizer.load_state_dict({**updater.optimizer.state_dict(), "state": moments})
-    updater.step = state["optimizer_step"]
+    updater.step, updater.nonfinite = state["optimizer_step"], state["nonfinite"]
     return state
+
+
+def refuse_other_base(found: Found, base: Mapping[str, str]) -> None:
+    """Refuse to go on with a pipeline whose untrained weights are not those of the run.
+
+    Raises:
+        UserError: they are not, e.g. because the pipeline has been trained already.
+    """
+    began = found.manifest["base"]
+    other = sorted(name for name in began if base.get(name) != began[name])
+    if other:
+        raise UserError(
+            f"resume: the weights of {', '.join(other)} are not those that the run in "
+            f"{found.folder.parent.parent} began with. What was trained goes "
+            "on top of the untrained model: give a pipeline that was just loaded, not one that was "
+            "trained or has a LoRA, of the same model and precision"
+        )
+
+
+def _write_tensors(file: Path, policy: Policy, updater: Updater) -> None:
+    tensors = policy.state_dict() | {
+        f"optimizer.{index}.{name}": torch.as_tensor(value)
+        for index, state in updater.optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+    save_file({k: v.contiguous() for k, v in tensors.items()}, file)
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _hash_of(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _score(place: Path) -> float | None:
+    """What the manifest says, without a look at the files; None as well if it cannot be read."""
+    try:
+        return json.loads((place / MANIFEST).read_text(encoding="utf-8"))["score"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # whoever loads it is told
+
+
+def _read_manifest(place: Path, damaged: list[str]) -> dict[str, Any] | None:
+    """The manifest of a whole checkpoint, or None and what is wrong added to ``damaged``."""
+    file = place / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        claimed = manifest.pop("sha256")
+        if claimed != _hash_of(manifest):
+            raise ValueError("its content is not what was written")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
+        damaged.append(f"{file} {why}")
+        return None
+    for name, wanted in manifest["files"].items():
+        part = place / name
+        if not part.is_file():
+            damaged.append(f"{part} is missing")
+        elif (size := part.stat().st_size) != wanted["bytes"]:
+            damaged.append(f"{part} has {size} bytes, not {wanted['bytes']}")
+        elif _facts(part) != wanted:
+            damaged.append(f"{part} is damaged: its hash is not that of the manifest")
+        else:
+            continue
+        return None
+    return manifest

@@ -69,13 +69,17 @@ def train(
         typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as train.lr=1e-4."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run that is in run.dir.")
+        bool,
+        typer.Option("--resume", help="Go on with the run in run.dir, or in a folder named after."),
     ] = False,
 ) -> None:
     """Train by a recipe; everything is written to its run folder."""
     from dgpo.recipe import Recipe
+    from dgpo.recipe_files import resumed
     from dgpo.tracking import refuse_existing_run
 
+    if resume:
+        recipe, overrides = resumed(recipe, overrides or [])
     settings = Recipe.load(recipe, overrides or [])
     if not resume:
         refuse_existing_run(settings.run.dir)  # before the seconds that importing torch takes

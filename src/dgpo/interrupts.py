@@ -1,4 +1,4 @@
-"""Ctrl-C where it can do no harm."""
+"""Ctrl-C and SIGTERM where they can do no harm."""
 
 from __future__ import annotations
 
@@ -8,29 +8,66 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Terminated(BaseException):
+    """SIGTERM, as a cluster sends before it takes a machine away. No ``SystemExit``: a reward that
+    calls ``sys.exit`` is a reward that failed, and this is not."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """A SIGTERM during the block is raised in it as :class:`Terminated`, and then ends the process
+    with code 0.
+
+    A handler that the program has set itself is left alone, and so is everything outside the main
+    thread, which alone hears of signals.
+
+    Raises:
+        SystemExit: with code 0, after a SIGTERM.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except Terminated:
+        raise SystemExit(0) from None
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
 
 @contextmanager
 def all_or_nothing() -> Iterator[None]:
-    """A Ctrl-C during the block is raised as ``KeyboardInterrupt`` once the block is done.
+    """A Ctrl-C or SIGTERM during the block is heard once the block is done.
 
-    A second one is raised at once. Outside the main thread, which alone hears of Ctrl-C, the block
-    runs as it is.
+    A second Ctrl-C is raised at once. Outside the main thread, which alone hears of signals, the
+    block runs as it is.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heard = False
+    heard: list[int] = []
 
     def wait(number: int, frame: Any) -> None:
-        nonlocal heard
-        if heard:
+        if number == signal.SIGINT and number in heard:
             raise KeyboardInterrupt
-        heard = True
+        heard.append(number)
 
-    before = signal.signal(signal.SIGINT, wait)
+    before = {number: signal.signal(number, wait) for number in _STOPS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: set by C code
     if heard:
-        raise KeyboardInterrupt
+        signal.raise_signal(heard[0])

@@ -27,6 +27,7 @@ from dgpo.recipe_sections import (
     CheckpointSettings,
     EmaSettings,
     EvalSettings,
+    GuardSettings,
     LoraSettings,
     PromptSettings,
     RolloutSettings,
@@ -118,6 +119,7 @@ class Recipe(Section):
     eval: EvalSettings = EvalSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     samples: SampleSettings = SampleSettings()
+    guards: GuardSettings = GuardSettings()
     seed: int = Field(default=0, ge=0, lt=2**63)
     run: RunSettings = RunSettings()
 

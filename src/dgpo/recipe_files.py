@@ -52,6 +52,27 @@ def find_recipe(path_or_name: str | Path) -> Path:
     )
 
 
+def resumed(recipe: str, words: Sequence[str]) -> tuple[str, list[str]]:
+    """Recipe and overrides of ``dgpo train RECIPE --resume [RUN]``; the run alone will do, for its
+    folder holds its recipe.
+
+    Raises:
+        UserError: a folder that was named holds no run.
+    """
+    folders = [w for w in words if "=" not in w]
+    overrides = [w for w in words if "=" in w]
+    if Path(recipe).is_dir():
+        folders = [recipe, *folders]
+        recipe = str(Path(recipe) / "recipe.yaml")
+    if len(folders) > 1:
+        raise UserError(f"--resume goes on with one run, got {' and '.join(folders)}")
+    for folder in folders:
+        if not (Path(folder) / "recipe.yaml").is_file():
+            raise UserError(f"--resume {folder}: this folder holds no run (no recipe.yaml)")
+        overrides.append(f"run.dir={folder}")
+    return recipe, overrides
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML that refuses a key given twice and reads ``3e-4`` as the number it is."""
 

@@ -102,6 +102,29 @@ class EvalSettings(Section):
 class CheckpointSettings(Section):
     every: int = Field(default=50, ge=0)
     """Iterations between checkpoints; 0: only at the end."""
+    keep_last: int = Field(default=2, ge=1)
+    """Checkpoints that are kept, from the last; with 2, a damaged one leaves another."""
+    keep_best: int = Field(default=1, ge=0)
+    """Checkpoints that are kept beside them for their held-out score; an evaluation that is better
+    than all before it makes one."""
+
+
+class GuardSettings(Section):
+    nonfinite: int = Field(default=3, ge=1)
+    """Optimiser steps in a row whose loss or gradients are not finite, each left out, after which
+    the run stops; the batch is saved in the run folder."""
+    collapse: int = Field(default=10, ge=0)
+    """Iterations in a row in which no group's rewards differ: a warning; 0: never."""
+    falling: int = Field(default=3, ge=0)
+    """Evaluations in a row in which a measure that is not trained (of eval.metrics) fell, and lies
+    below its first value: a warning; 0: never."""
+    gradient_spike: float = Field(default=10.0, ge=0)
+    """A gradient norm so many times the median of the last 20: a warning; 0: never."""
+    clipped: float = Field(default=0.9, ge=0, le=1)
+    """Share of samples whose gradient is clipped, 10 iterations in a row: a warning; 0: never."""
+    stop: bool = False
+    """End the run early, and save the best checkpoint's weights, when the rewards have collapsed or
+    a measure falls."""
 
 
 class SampleSettings(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from dgpo.card import model_card
+from dgpo.disk import sync
 from dgpo.errors import UserError
 from dgpo.pictures import before_after, curve, grid
 from dgpo.recipe import Recipe
@@ -59,8 +61,10 @@ class Tracker:
     """Writes a run folder::
 
         recipe.yaml         every setting, defaults included
+        run.json            versions, seed, commit, machine and command of every start
         metrics.jsonl       one object for every iteration
         evaluations.jsonl   one object for every evaluation
+        warnings.jsonl      what the guards have seen, if they have
         tensorboard/        the same as events
         samples/            grids of fixed prompts and seeds; before_after.png at the end
         curve.png           rewards and evaluations over the run
@@ -80,6 +84,7 @@ class Tracker:
         self.folder = Path(recipe.run.dir)
         self._metrics = self.folder / "metrics.jsonl"
         self._evaluations = self.folder / "evaluations.jsonl"
+        self._warnings = self.folder / "warnings.jsonl"
         if resume_after is None:
             refuse_existing_run(self.folder)
         elif not (self.folder / "recipe.yaml").exists():
@@ -87,7 +92,7 @@ class Tracker:
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         (self.folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         if resume_after is not None:
-            for file in (self._metrics, self._evaluations):
+            for file in (self._metrics, self._evaluations, self._warnings):
                 _keep(file, lambda row: row["iteration"] <= resume_after)
         self._events = _event_writer(self.folder / "tensorboard", resume_after)
 
@@ -137,6 +142,10 @@ class Tracker:
         row = _plain({"iteration": iteration, "seconds": seconds, **body})
         _append(self._evaluations, row)
         self._scalars("eval", {k: v for k, v in row.items() if k != "seconds"}, iteration)
+
+    def warning(self, iteration: int, text: str) -> None:
+        """Write what a guard has seen after an iteration."""
+        _append(self._warnings, {"iteration": iteration, "warning": text})
 
     def grid(self, name: str, images: Sequence[Any], captions: Sequence[str]) -> Path:
         """Write ``samples/NAME.png``: ``before``, ``after`` or an iteration's number."""
@@ -193,11 +202,16 @@ def _plain(value: Any) -> Any:
 def _append(file: Path, row: dict[str, Any]) -> None:
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())  # a checkpoint must not outlive the rows before it
 
 
 def _keep(file: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    if not file.exists():
+        return
     rows = [row for row in read_jsonl(file) if wanted(row)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     whole = file.with_suffix(".tmp")
     whole.write_text(text, encoding="utf-8")
+    sync(whole)
     whole.replace(file)  # a stop in between leaves the old file, not half of a new one

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from dgpo.algorithms.base import BaseAlgorithm, TrajectoryAlgorithm
-from dgpo.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from dgpo.collection import collect
+from dgpo.collection import Batch, collect
+from dgpo.disk import says_disk_full
 from dgpo.errors import UserError
 from dgpo.evaluation import Metrics, Report, Sampling, evaluate, sample_images
-from dgpo.interrupts import all_or_nothing
+from dgpo.guards import Guards, save_batch
+from dgpo.interrupts import Terminated, all_or_nothing, terminable
 from dgpo.models.load import load_pipeline
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.policy import Policy, RollingWeights
@@ -24,9 +25,11 @@ from dgpo.progress import Progress, clock
 from dgpo.prompts import Prompt, PromptSampler, load_prompts
 from dgpo.recipe import Recipe
 from dgpo.rewards import load_rewards
+from dgpo.run_checkpoints import RunCheckpoints
+from dgpo.run_manifest import record_start
 from dgpo.tracking import Tracker, refuse_existing_run
 from dgpo.trainer_arguments import full_recipe, is_pipeline
-from dgpo.updating import Updater
+from dgpo.updating import NonFinite, Updater
 
 
 class Trainer:
@@ -43,8 +46,8 @@ class Trainer:
         eval_dataset: held-out prompts, likewise.
         algorithm: e.g. ``DGPO(beta=100)``; None for the recipe's.
         recipe: every other setting: a :class:`Recipe`, its name or file, or nested dicts.
-        resume: go on from the last checkpoint in the recipe's run folder. A pipeline given as
-            ``model`` must be the untrained one.
+        resume: go on from the last whole checkpoint in the recipe's run folder. A pipeline given
+            as ``model`` must be the untrained one.
 
     Raises:
         UserError: anything that would fail later, before compute is spent.
@@ -70,10 +73,8 @@ class Trainer:
         )
         self.algorithm = self.recipe.algorithm
         self.folder = Path(self.recipe.run.dir)
-        self._checkpoint = self.folder / "checkpoints" / "last"
-        if resume:
-            find_checkpoint(self._checkpoint)
-        else:
+        self._checkpoints = RunCheckpoints(self.recipe, resume)
+        if not resume:
             refuse_existing_run(self.folder)
         self.rewards = load_rewards(self.recipe.rewards if reward_funcs is None else reward_funcs)
         self.metrics = Metrics(self.recipe.eval.metrics or self.rewards)
@@ -91,6 +92,7 @@ class Trainer:
         if not is_pipeline(model):
             pipe = load_pipeline(self.recipe.model, self.recipe.precision)
             pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+        self._checkpoints.look_at(pipe.components)
         self.model = PipelineModel(pipe, call=self.recipe.rollout.call)
         self.scheduler = make_scheduler(self.recipe.rollout.scheduler, pipe.scheduler)
         """The deterministic sampler: of evaluations, and of the rollouts unless the algorithm has a
@@ -110,25 +112,37 @@ class Trainer:
         self._before: list | None = None
         self._goes_on = resume
         self._between_updates = True
-        if resume:
-            counters = load_checkpoint(self._checkpoint, self.policy, self.updater)
+        if counters := self._checkpoints.restore(self.policy, self.updater):
             self.iteration, self.seconds = counters["iteration"], counters["seconds"]
 
     def train(self) -> Report | None:
         """Run to the recipe's end; returns the last evaluation's report, if there was one.
 
         Ctrl-C saves a checkpoint and leaves with ``KeyboardInterrupt``; another ``train()``, or
-        ``resume=True`` in another process, goes on from it.
+        ``resume=True`` in another process, goes on from it. SIGTERM does so too, and ends the
+        process with code 0.
 
         Raises:
-            UserError: a reward's answer is unusable (tried before the run folder is made), or the
-                run diverged.
+            UserError: a reward's answer is unusable (tried before the run folder is made), the run
+                diverged, or the disk is full.
         """
+        with terminable(), says_disk_full(self.folder):
+            return self._train()
+
+    def _train(self) -> Report | None:
         self._try_rewards()
         tracker = Tracker(self.recipe, resume_after=self.iteration if self._goes_on else None)
         progress = Progress(self.recipe.train.iterations, self.recipe.train.max_minutes)
         self._goes_on = True
         self._tracker, self._progress = tracker, progress
+        record_start(self.folder, self.recipe.seed, self.iteration)
+        self._guards = Guards(
+            self.recipe.guards,
+            self.recipe.groups_per_iteration,
+            self.rewards.names,
+            tracker.rows,
+            tracker.evaluations,
+        )
         with tracker, progress:
             try:
                 self._start()
@@ -136,7 +150,7 @@ class Trainer:
                     self._iterate()
                     self._when_due()
                 self._end()
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, Terminated):
                 self._stop()
                 raise
         return self.last_report
@@ -186,7 +200,7 @@ class Trainer:
             self._between_updates = False
             figures: dict[str, float] = {"loss": 0.0}
             if collected.batch is not None:
-                figures = self.updater.update(collected.batch, self.iteration)
+                figures = self._update(collected.batch)
             ended = monotonic()
             self.iteration += 1
             self.seconds += ended - began
@@ -201,6 +215,7 @@ class Trainer:
                 "seconds_train": ended - collected_at,
             }
             self._tracker.log(row)
+            self._warn(self._guards.iteration(row))
             self._between_updates = True
         self._progress.iteration(
             self.iteration,
@@ -211,14 +226,30 @@ class Trainer:
             trained_seconds=self.seconds,
         )
 
+    def _update(self, batch: Batch) -> dict[str, float]:
+        try:
+            return self.updater.update(batch, self.iteration)
+        except NonFinite as error:
+            prompts = self.sampler.at(self.iteration)
+            place = save_batch(self.folder, batch, prompts, self.iteration + 1, str(error))
+            raise UserError(f"{error}. The batch is in {place}") from error
+
+    def _warn(self, texts: Sequence[str]) -> None:
+        for text in texts:
+            self._tracker.warning(self.iteration, text)
+            self._progress.say(f"warning, iteration {self.iteration}: {text}")
+
     @property
     def _finished(self) -> bool:
         limit = self.recipe.train.max_minutes
         late = limit is not None and self.seconds >= 60 * limit
-        return late or self.iteration >= self.recipe.train.iterations
+        done = late or self.iteration >= self.recipe.train.iterations
+        return done or self._guards.reason_to_stop is not None
 
     def _start(self) -> None:
         """Before the first update: the base model's pictures and score."""
+        for text in self._checkpoints.news():
+            self._progress.say(text)
         if self.iteration:
             self._when_due()  # what a stop has left undone
             return
@@ -236,7 +267,8 @@ class Trainer:
         every = recipe.eval.every if recipe.samples.every is None else recipe.samples.every
         if every and done % every == 0:
             self._draw(f"{done:06d}")
-        if recipe.checkpoint.every and done % recipe.checkpoint.every == 0:
+        due = recipe.checkpoint.every and done % recipe.checkpoint.every == 0
+        if due or (recipe.checkpoint.keep_best and self._is_best):
             self._save_checkpoint()
 
     def _end(self) -> None:
@@ -246,12 +278,20 @@ class Trainer:
             before = self._before or self._pictures(base=True)
             self._tracker.compare(before, after, [p.text for p in self._shown])
         self._save_checkpoint()
+        if reason := self._guards.reason_to_stop:
+            self._stop_early(reason)
         self._tracker.summarize()
         took = clock(self.seconds)
         self._progress.say(f"{self.iteration} iterations in {took}; results in {self.folder}")
 
+    def _stop_early(self, reason: str) -> None:
+        """A guard has ended the run: the weights of the best checkpoint are those that count."""
+        best = self._checkpoints.take_best(self.policy, self.updater)
+        what = "there is no score" if best is None else f"the best weights are of iteration {best}"
+        self._progress.say(f"stopped early, for {reason} (guards.stop); {what}")
+
     def _stop(self) -> None:
-        """After Ctrl-C."""
+        """After Ctrl-C or SIGTERM."""
         if self._between_updates:
             self._save_checkpoint()
             what = f"stopped; {self.iteration} iterations are saved"
@@ -269,6 +309,7 @@ class Trainer:
         self._progress.stage("evaluating")
         report = self.last_report = self.evaluate()
         self._tracker.evaluation(self.iteration, self.seconds, report)
+        self._warn(self._guards.evaluation(self._tracker.evaluations[-1]))
         low, high = report.ci95
         score = f"{self.metrics.names[0]} {report.overall:.3f} [{low:.3f}, {high:.3f}]"
         self._progress.say(f"iteration {self.iteration}: held-out {score}")
@@ -301,5 +342,16 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         self._progress.stage("saving")
         counters = {"iteration": self.iteration, "seconds": self.seconds}
-        save_checkpoint(self._checkpoint, self.policy, self.updater, counters)
-        self.save_model(self.folder / ("model" if self.recipe.lora is None else "lora"))
+        score = self._scores.get(self.iteration)
+        self._checkpoints.save(self.policy, self.updater, counters, score)
+
+    @property
+    def _scores(self) -> dict[int, float]:
+        """The held-out score after each iteration at which there was an evaluation."""
+        return {row["iteration"]: row["overall"] for row in self._tracker.evaluations}
+
+    @property
+    def _is_best(self) -> bool:
+        scores = self._scores
+        mine = scores.pop(self.iteration, None)
+        return mine is not None and mine > max(scores.values(), default=float("-inf"))

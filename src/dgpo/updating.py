@@ -32,8 +32,18 @@ class Means:
             self.totals[name] = self.totals.get(name, 0.0) + weight * float(value)
             self.weights[name] = self.weights.get(name, 0.0) + weight
 
+    def join(self, other: Means) -> None:
+        """Add what another has added up."""
+        for name, total in other.totals.items():
+            self.totals[name] = self.totals.get(name, 0.0) + total
+            self.weights[name] = self.weights.get(name, 0.0) + other.weights[name]
+
     def result(self) -> dict[str, float]:
         return {name: total / self.weights[name] for name, total in self.totals.items()}
+
+
+class NonFinite(UserError):
+    """Too many losses or gradients in a row were not finite."""
 
 
 class Updater:
@@ -59,32 +69,59 @@ class Updater:
         )
         self.step = 0
         """Optimiser steps taken so far."""
+        self.nonfinite = 0
+        """Steps left out in a row because a loss or a gradient was not finite."""
         self._all_steps = train.iterations * recipe.updates_per_iteration
         self._rounds = rounds_of(policy, algorithm, recipe)
 
     def update(self, batch: Batch, iteration: int) -> dict[str, float]:
         """Train on a batch; returns the means of the loss's figures over the iteration.
 
+        A step whose loss or gradient is not finite is left out and counted in
+        ``nonfinite_steps``.
+
         Raises:
-            UserError: a loss or a gradient is not finite, or the policy of a policy gradient is
-                not the one that its rollouts came from.
+            NonFinite: ``guards.nonfinite`` steps in a row were left out.
+            UserError: the policy of a policy gradient is not the one that its rollouts came from.
         """
-        means = Means()
+        means, skipped = Means(), 0
         self.optimizer.zero_grad()
         for terms in self._rounds(batch, iteration):
-            for term in terms:
-                self._refuse_nonfinite("loss", term.loss, iteration)
-                (term.loss * term.weight).backward()
-                means.add({"loss": term.loss.detach(), **term.figures}, term.share)
-            means.add({"grad_norm": self._optimize(iteration)}, 1.0)
+            figures = Means()
+            problem = self._backward(terms, figures) or self._optimize(figures)
+            if problem is None:
+                self.nonfinite = 0
+                means.join(figures)
+                continue
+            skipped += 1
+            self.nonfinite += 1
+            self.optimizer.zero_grad()
+            if self.nonfinite >= self.recipe.guards.nonfinite:
+                raise NonFinite(
+                    f"iteration {iteration + 1}: the {problem}, and no step was taken with it, "
+                    f"{self.nonfinite} times in a row (guards.nonfinite): lower train.lr and go on "
+                    "from the last checkpoint"
+                )
         self._move_old("iteration", iteration)
-        return means.result()
+        found = means.result() or {"loss": math.nan}
+        return {**found, "nonfinite_steps": float(skipped)} if skipped else found
 
-    def _optimize(self, iteration: int) -> Tensor:
-        """One optimiser step; both averages are moved once for it.  Returns the gradient norm."""
+    def _backward(self, terms: Round, figures: Means) -> str | None:
+        """Gradients of all terms of a step; what is not finite, if something is not."""
+        for term in terms:
+            if not math.isfinite(loss := term.loss.item()):
+                return f"loss is {loss}"
+            (term.loss * term.weight).backward()
+            figures.add({"loss": term.loss.detach(), **term.figures}, term.share)
+        return None
+
+    def _optimize(self, figures: Means) -> str | None:
+        """One optimiser step; both averages are moved once for it.  None is taken, and what is not
+        finite is returned, if the gradient is not."""
         train = self.recipe.train
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm)
-        self._refuse_nonfinite("gradient norm", norm, iteration)
+        if not math.isfinite(number := norm.item()):
+            return f"gradient norm is {number}"
         for group in self.optimizer.param_groups:
             group["lr"] = train.lr * self._factor(self.step)
         self.optimizer.step()
@@ -93,7 +130,8 @@ class Updater:
         self.step += 1
         if self.step % self.recipe.ema.every == 0:
             self.policy.slow.update(self.recipe.ema.decay)
-        return norm
+        figures.add({"grad_norm": norm}, 1.0)
+        return None
 
     def _move_old(self, when: Literal["step", "iteration"], count: int) -> None:
         """Move the old policy if the algorithm has one that moves now."""
@@ -111,13 +149,6 @@ class Updater:
         if train.lr_schedule == "cosine":
             return warm * 0.5 * (1 + math.cos(math.pi * part))
         return warm
-
-    def _refuse_nonfinite(self, what: str, value: Tensor, iteration: int) -> None:
-        if not math.isfinite(number := value.item()):
-            raise UserError(
-                f"iteration {iteration + 1}: the {what} is {number}, and no step was taken with "
-                "it: lower train.lr and go on from the last checkpoint"
-            )
 
 
 def rounds_of(

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dgpo.errors import UserError
+from dgpo.interrupts import all_or_nothing
 
 ADAPTER = "default"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -136,8 +137,9 @@ def disabled(layers: Sequence[LoraLayer]) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
+        with all_or_nothing():
+            for layer in layers:
+                layer.enable_adapters(True)
 
 
 def can_merge(layers: Sequence[LoraLayer]) -> bool:
@@ -177,8 +179,9 @@ def blended(layers: Sequence[LoraLayer]) -> Iterator[None]:
                 holder._parameters["weight"] = value  # pyright: ignore[reportArgumentType]
             yield
         finally:
-            for holder, weight in zip(holders, kept, strict=True):
-                holder._parameters["weight"] = weight
+            with all_or_nothing():
+                for holder, weight in zip(holders, kept, strict=True):
+                    holder._parameters["weight"] = weight
 
 
 def _base(layer: LoraLayer) -> nn.Parameter:

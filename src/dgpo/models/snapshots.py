@@ -6,7 +6,8 @@ bit for bit, and a graph built before the exchange still finds its own tensors a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dgpo.errors import UserError
+from dgpo.interrupts import all_or_nothing
 
 
 @contextmanager
@@ -28,8 +30,9 @@ def exchanged(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> I
             parameter.data = value.to(device=parameter.device, dtype=parameter.dtype)
         yield
     finally:
-        for parameter, data in zip(parameters, own, strict=True):
-            parameter.data = data
+        with all_or_nothing():  # a stop halfway would save weights of two models as one
+            for parameter, data in zip(parameters, own, strict=True):
+                parameter.data = data
 
 
 class Snapshot:
@@ -87,6 +90,24 @@ def fingerprints(modules: Iterable[Any], left_out: Sequence[Tensor]) -> dict[str
         for name, tensor in (*module.named_parameters(), *module.named_buffers())
         if id(tensor) not in known
     }
+
+
+def base_fingerprints(components: Mapping[str, Any]) -> dict[str, str]:
+    """A short text for every component's weights, by its name: the same on any device, another
+    after training, with a LoRA inside, or in another precision.
+
+    Buffers are left out: some are computed where the module lies. So are weights that lie nowhere
+    (``meta``, as offloading leaves them).
+    """
+    found = {}
+    for name, module in components.items():
+        if isinstance(module, nn.Module):
+            digest = hashlib.sha256()
+            for weight in module.parameters():
+                bits = None if weight.is_meta else _bits(weight)
+                digest.update(f"{tuple(weight.shape)} {weight.dtype} {bits}\n".encode())
+            found[name] = digest.hexdigest()[:16]
+    return found
 
 
 def _bits(tensor: Tensor) -> int:

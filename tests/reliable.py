@@ -1,0 +1,124 @@
+"""Runs that are stopped and go on: in this process, and as processes that are killed."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from dgpo import registry
+from dgpo.rewards.stand_in import brightness
+from dgpo.trainer import Trainer
+from families.tiny import sd3_small, sd15
+from tiny_runs import PROMPTS, settings, without_times
+
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "ddpo": {"updates": 2},
+    "flow_grpo": {"updates": 2},
+    "grpo_guard": {"updates": 2},
+    "flow_dppo": {"updates": 2},
+}
+"""Settings beside the name; an algorithm on noised samples trains two levels."""
+
+
+def reliable(
+    folder: Path, name: str = "dgpo", reward: Any = brightness, resume: bool = False, **changes: Any
+) -> Trainer:
+    """A trainer of the tiny SD3 by a registered algorithm, with everything that has a state."""
+    kind = registry.resolve("algorithm", name)
+    own = dict(ALGORITHMS.get(name, {}))
+    if "timesteps" in kind.model_fields:
+        own["timesteps"] = {"count": 2, "indices": (0, 2)}
+    recipe = settings(
+        **{
+            "train": {"iterations": 4, "lr": 1e-2, "lr_schedule": "cosine", "warmup": 2},
+            "ema": {"decay": 0.5, "every": 3},
+            **changes,
+        }
+    )
+    recipe |= {"algorithm": {"name": name, **own}, "run": {"dir": str(folder)}}
+    pipe = sd3_small()
+    if name == "ddpo":  # it needs a denoiser that predicts epsilon
+        pipe = sd15()
+        recipe["lora"] = recipe["lora"] and {"rank": 4, "targets": ["to_q", "to_k"]}
+    return Trainer(
+        model=pipe,
+        reward_funcs=reward,
+        train_dataset=PROMPTS,
+        recipe=recipe,
+        resume=resume,
+    )
+
+
+def stopping(after: int, how: Callable[[], Any]) -> Callable[..., list[float]]:
+    """A reward that stops the run while it scores the iteration after ``after`` iterations."""
+    calls = itertools.count()
+
+    def score(images: Any, prompts: Any) -> list[float]:
+        if next(calls) == after + 1:  # the first is the trial
+            how()
+        return brightness(images, prompts)
+
+    score.__name__ = "brightness"
+    return score
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """What the last checkpoint holds."""
+    last = max((folder / "checkpoints").glob("[0-9]" * 8))
+    return load_file(last / "tensors.safetensors")
+
+
+def assert_same(one: Path, two: Path, files: tuple[str, ...] = ("metrics.jsonl",)) -> None:
+    """Byte for byte but for times; bit for bit in weights, averages and moments."""
+    for file in files:
+        assert without_times(one, file) == without_times(two, file)
+    here, there = tensors(one), tensors(two)
+    assert here.keys() == there.keys() and any(n.endswith("exp_avg_sq") for n in here)
+    for name, tensor in here.items():
+        assert torch.equal(tensor, there[name]), name
+
+
+def child(folder: str, resume: bool, operation: int | None, changes: dict[str, Any]) -> None:
+    """Train in a process of its own; at its ``operation``-th call of the functions that bring a
+    checkpoint to the disk it kills itself, as a power cut would."""
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    if operation is not None:
+        calls = itertools.count()
+        for name in ("fsync", "rename", "rmdir", "unlink"):
+            setattr(os, name, _deadly(getattr(os, name), calls, operation))
+    import dgpo.tracking
+
+    dgpo.tracking.curve = lambda *args: None  # pyright: ignore
+    dgpo.tracking._event_writer = lambda *args: _NoEvents()
+    reliable(Path(folder), resume=resume, **changes).train()
+
+
+def _deadly(function: Any, calls: Any, operation: int) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == operation:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    return call
+
+
+class _NoEvents:
+    def add_scalar(self, *args: Any) -> None: ...
+    def close(self) -> None: ...
+
+
+def processes() -> Any:
+    """Processes that are forked from one that has imported everything and computed nothing."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["reliable"])
+    return context
