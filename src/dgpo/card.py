@@ -58,7 +58,7 @@ def _lead(
     recipe: Recipe, rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
 ) -> str:
     kind = "Full fine-tuning" if recipe.lora is None else f"A LoRA of rank {recipe.lora.rank}"
-    rewards = ", ".join(f"{name} (weight {w:g})" for name, w in recipe.rewards.items())
+    rewards = ", ".join(f"{name} (weight {w:g})" for name, w in recipe.reward_weights.items())
     text = f"{kind} for `{recipe.model}`, trained to raise: {rewards or 'a custom reward'}."
     if len(evaluations) > 1 and evaluations[0]["iteration"] == 0:
         first, last = evaluations[0], evaluations[-1]

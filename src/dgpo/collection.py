@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
@@ -22,7 +24,9 @@ from dgpo.models.sde_schedulers import with_noise
 from dgpo.models.text import Conditioning
 from dgpo.prompts import Prompt
 from dgpo.recipe import Recipe
-from dgpo.rewards import RewardSet
+from dgpo.rewards import RewardSet, Scored
+from dgpo.rewards.mixing import Combine, mix
+from dgpo.rewards.overlap import Scoring
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class Batch:
         advantages: [B].
         groups: group of each row.
         places: [B], the position of each row among all pictures of the iteration.
-        total: number of pictures of the iteration that would be trained if every group had spread.
+        total: number of pictures of the iteration that would be trained if every group had spread;
+            groups that a reward has failed do not count.
         steps: the rollout's steps that a policy gradient trains on, rows as in ``x0``.
     """
 
@@ -93,38 +98,67 @@ def collect(
     groups = Groups.contiguous(len(prompts), recipe.group_size)
     guided = recipe.rollout.guidance_scale != 1 or algorithm.kl_guidance is not None
     cond = policy.model.encode([prompt.text for prompt in prompts], guidance=guided)
-    made = _roll(policy, algorithm, cond, recipe, iteration, scheduler)
-    sampled = monotonic()
-    assert made.images is not None
-    scores = rewards(made.images, [prompts[group] for group in groups.index.tolist()])
+    overlap = recipe.overlaps_rewards
+    with Scoring(rewards, prompts, recipe.group_size, overlap) as scoring:
+        made = _roll(policy, algorithm, cond, recipe, iteration, scheduler, scoring)
+        sampled = monotonic()
+        scored = scoring.finish()
     rewarded = monotonic()
-    spread = groups.spread(scores.total)
-    figures = {
-        "reward_mean": float(scores.total.mean()),
-        "reward_std": float(scores.total.std(unbiased=False)),
-        "spread": float(groups.std(scores.total).mean()),
-        "groups_dropped": float((~spread).sum()),
-        **{f"reward/{name}": float(value.mean()) for name, value in scores.by_name.items()},
-    }
-    batch = None
-    if bool(spread.any()):
-        advantages = algorithm.advantages(scores.total, groups)
-        size, trained = algorithm.trained_per_group or groups.size, groups.each(spread)
-        if size != groups.size:
-            trained = trained & (advantages != 0)
-        kept = trained.nonzero()[:, 0]
-        batch = Batch(
-            x0=made.x0[kept],
-            prompts=cond.rows(spread.nonzero()[:, 0]),
-            levels=made.levels,
-            advantages=advantages[kept],
-            groups=replace(groups.subset(kept), size=size),
-            places=kept,
-            total=groups.count * size,
-            steps=[_rows(step, kept) for step in made.steps],
-        )
-    seconds = {"rollout": sampled - began, "reward": rewarded - sampled}
+    waited = rewarded - sampled
+    seconds = {"rollout": sampled - began, "reward": waited}
+    batch, figures = _learnable(scored, made, cond, groups, algorithm, recipe.combine)
+    if overlap:
+        figures["seconds_reward_hidden"] = max(0.0, scoring.seconds - waited)
     return Collected(batch, figures, seconds)
+
+
+def _learnable(
+    scored: Scored,
+    made: Rollout,
+    cond: Conditioning,
+    every: Groups,
+    algorithm: BaseAlgorithm,
+    combine: Combine,
+) -> tuple[Batch | None, dict[str, float]]:
+    """The groups that were scored and have spread, and the figures of all that were scored."""
+    for why in dict.fromkeys(scored.lost.values()):
+        warnings.warn(f"a group is left out: {why}", stacklevel=3)
+    found = torch.tensor([group not in scored.lost for group in range(every.count)])
+    rows = every.each(found).nonzero()[:, 0]
+    figures = {"groups_dropped": 0.0, "groups_skipped": float(len(scored.lost))}
+    if not len(rows):
+        return None, {"reward_mean": math.nan, "reward_std": math.nan, "spread": 0.0, **figures}
+    groups = every.subset(rows)
+    by_name = {name: value[rows] for name, value in scored.by_name.items()}
+    mixed = mix(by_name, scored.weights[rows], groups, combine)
+    spread = groups.spread(mixed.merit)
+    figures = {
+        "reward_mean": float(mixed.total.mean()),
+        "reward_std": float(mixed.total.std(unbiased=False)),
+        "spread": float(groups.std(mixed.total).mean()),
+        "groups_dropped": float((~spread).sum()),
+        "groups_skipped": float(len(scored.lost)),
+        **mixed.figures,
+    }
+    if not bool(spread.any()):
+        return None, figures
+    advantages = algorithm.advantages(mixed.merit, groups)
+    size, trained = algorithm.trained_per_group or groups.size, groups.each(spread)
+    if size != groups.size:
+        trained = trained & (advantages != 0)
+    kept = trained.nonzero()[:, 0]
+    places = rows[kept]
+    batch = Batch(
+        x0=made.x0[places],
+        prompts=cond.rows(found.nonzero()[:, 0][spread]),
+        levels=made.levels,
+        advantages=advantages[kept],
+        groups=replace(groups.subset(kept), size=size),
+        places=places,
+        total=groups.count * size,
+        steps=[_rows(step, places) for step in made.steps],
+    )
+    return batch, figures
 
 
 def _roll(
@@ -134,6 +168,7 @@ def _roll(
     recipe: Recipe,
     iteration: int,
     scheduler: Any,
+    scoring: Scoring,
 ) -> Rollout:
     """Pictures of all groups; the noise of a row depends on its place alone, not on the batch."""
     rollout, seed = recipe.rollout, recipe.seed
@@ -159,6 +194,7 @@ def _roll(
                 record=noisy,
             )
             parts.append(part)
+            scoring.add(part.images or ())
     made = _joined(parts)
     if not bool(torch.isfinite(made.x0).all()):
         raise UserError(

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
     SerializeAsAny,
@@ -37,6 +36,7 @@ from dgpo.recipe_sections import (
     TrainSettings,
 )
 from dgpo.registry import ALGORITHMS, known, resolve, unknown
+from dgpo.rewards.terms import AnyReward, RewardTerm, used, weight_of
 
 _OWNED_CALL_KEYS = {
     "true_cfg_scale": "rollout.guidance_scale",
@@ -88,12 +88,6 @@ def _algorithm_name(kind: type[BaseAlgorithm]) -> str:
     return f"{module}:{kind.__qualname__}"
 
 
-def _weight(value: float) -> float:
-    if value == 0:
-        raise ValueError("a weight of 0 rewards nothing: leave the line out, or list it in eval")
-    return value
-
-
 class Recipe(Section):
     """Every setting of a run, immutable.
 
@@ -106,7 +100,10 @@ class Recipe(Section):
     algorithm: Annotated[SerializeAsAny[BaseAlgorithm], BeforeValidator(_algorithm)] = Field(
         default_factory=lambda: _algorithm("dgpo")
     )
-    rewards: dict[str, Annotated[float, AfterValidator(_weight)]] = Field(default_factory=dict)
+    rewards: dict[str, AnyReward] = Field(default_factory=dict)
+    """Names with a weight each, or with the settings of a RewardTerm."""
+    combine: Literal["sum", "gdpo"] = "sum"
+    """Several rewards: add them up, or (gdpo) the deviations of each from its group's mean."""
     prompts: PromptSettings = PromptSettings()
     group_size: int = 16
     """Images of one prompt that are compared with each other."""
@@ -143,7 +140,8 @@ class Recipe(Section):
         return self
 
     def _unknown_rewards(self) -> list[str]:
-        named = [("rewards", n) for n in self.rewards]
+        named = [("rewards", n) for n, r in self.rewards.items() if not used(r)]
+        named += [(f"rewards.{n}.use", used(r)) for n, r in self.rewards.items() if used(r)]
         named += [("eval.metrics", n) for n in self.eval.metrics]
         return [f"{key}: {unknown('reward', n)}" for key, n in named if not known("reward", n)]
 
@@ -202,6 +200,11 @@ class Recipe(Section):
             for key in self.rollout.call
             if key in _OWNED_CALL_KEYS
         ]
+        if self.combine == "gdpo" and getattr(self.algorithm, "advantage_std", "") == "group":
+            lines.append(
+                "combine = 'gdpo': it ends with one deviation for the whole batch, and that of "
+                "each group would undo it; set algorithm.advantage_std to batch"
+            )
         trained = self.algorithm.trained_per_group
         if trained is not None and trained > self.group_size:
             lines.append(
@@ -256,7 +259,10 @@ class Recipe(Section):
         try:
             return cls.model_validate(dict(data))
         except ValidationError as error:
-            raise_problems(problems(error, key_tree(cls)), where)
+            rewards = data.get("rewards")
+            names = rewards if isinstance(rewards, Mapping) else ()
+            own = [key for name in names for key in key_tree(RewardTerm, f"rewards.{name}.")]
+            raise_problems(problems(error, [*key_tree(cls), *own]), where)
             raise
 
     def to_dict(self) -> dict[str, Any]:
@@ -277,6 +283,17 @@ class Recipe(Section):
         if self.train.optimizer_step == "timestep" and isinstance(self.algorithm, Algorithm):
             return self.algorithm.timesteps.count
         return 1
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """The weight of each reward."""
+        return {name: weight_of(reward) for name, reward in self.rewards.items()}
+
+    @property
+    def overlaps_rewards(self) -> bool:
+        """Whether rewards are asked while the next pictures are sampled."""
+        asked, batch = self.rollout.overlap_rewards, self.rollout.batch
+        return asked is not False and batch is not None and batch < self.images_per_iteration
 
     @property
     def images_per_iteration(self) -> int:

@@ -95,11 +95,14 @@ def problems(error: ValidationError, valid: Iterable[str], prefix: str = "") -> 
 
 
 def _key(prefix: str, place: Sequence[int | str], valid: Sequence[str]) -> str:
-    """The dotted key of a place; below a section with a ``kind`` pydantic names the kind too."""
+    """The dotted key of a place; below a section with a ``kind`` pydantic names the kind too, and
+    below a choice of types ours, as ``<type>``."""
     parts: list[str] = []
     chosen = ""
     for part in place:
         above = prefix + ".".join(parts)
+        if str(part).startswith("<"):
+            continue
         if above != chosen and f"{above}.kind" in valid:
             chosen = above
         else:

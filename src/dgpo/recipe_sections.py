@@ -43,6 +43,9 @@ class RolloutSettings(Section):
     """Classifier-free guidance of the rollouts; 1 is none."""
     batch: int | None = Field(default=None, ge=1)
     """Images per call of the pipeline; null: all of an iteration."""
+    overlap_rewards: bool | None = None
+    """Ask the rewards about one batch while the next is sampled; null: where batch makes several.
+    It changes no result."""
     switch_to_old_after: int | None = Field(default=None, ge=0)
     """Iteration from which the old policy (the fast EMA) makes the rollouts; null: never."""
     call: dict[str, Any] = Field(default_factory=dict)

@@ -24,7 +24,7 @@ from dgpo.models.sde_schedulers import make_sde_scheduler
 from dgpo.progress import Progress, clock
 from dgpo.prompts import Prompt, PromptSampler, load_prompts
 from dgpo.recipe import Recipe
-from dgpo.rewards import load_rewards
+from dgpo.rewards import RewardFailure, load_rewards
 from dgpo.run_checkpoints import RunCheckpoints
 from dgpo.run_manifest import record_start
 from dgpo.tracking import Tracker, refuse_existing_run
@@ -175,7 +175,7 @@ class Trainer:
     def _try_rewards(self) -> None:
         """Score two pictures: a reward that answers nonsense must not cost the first rollouts."""
         for score, prompts in (
-            (self.rewards, self.prompts),
+            (self.rewards.trial, self.prompts),
             (self.metrics.of_each, self.eval_prompts),
         ):
             if rows := [*prompts[:1], *prompts[-1:]]:
@@ -307,7 +307,13 @@ class Trainer:
         if not self.eval_prompts or self.iteration in done:
             return
         self._progress.stage("evaluating")
-        report = self.last_report = self.evaluate()
+        try:
+            report = self.last_report = self.evaluate()
+        except RewardFailure as failure:
+            if not failure.skips:
+                raise
+            self._progress.say(f"iteration {self.iteration}: held-out not scored: {failure}")
+            return
         self._tracker.evaluation(self.iteration, self.seconds, report)
         self._warn(self._guards.evaluation(self._tracker.evaluations[-1]))
         low, high = report.ci95

@@ -141,10 +141,12 @@ def stratified_mean(values: Tensor, tags: Sequence[str]) -> Interval:
     category of one picture has none to estimate and adds nothing.
 
     Args:
-        values: [N], one number a picture.
+        values: [N], one number a picture; NaN is left out.
         tags: the category of each, N of them.
     """
     parts = _parts(values, tags).values()
+    if not parts:
+        return Interval(math.nan, math.nan, math.nan)
     variance = sum(float(part.var()) / len(part) for part in parts if len(part) > 1)
     mean = sum(float(part.mean()) for part in parts) / len(parts)
     half = 1.96 * math.sqrt(variance) / len(parts)
@@ -156,10 +158,12 @@ def _by_category(values: Tensor, tags: Sequence[str]) -> dict[str, float]:
 
 
 def _parts(values: Tensor, tags: Sequence[str]) -> dict[str, Tensor]:
-    """The numbers of each category, in float64, categories in order of appearance."""
+    """The numbers of each category, in float64, categories in order of appearance; rows without a
+    number (NaN: the prompt names other rewards) are left out."""
     rows: dict[str, list[int]] = {}
-    for row, tag in enumerate(tags):
-        rows.setdefault(tag, []).append(row)
+    for row, (tag, absent) in enumerate(zip(tags, values.isnan().tolist(), strict=True)):
+        if not absent:
+            rows.setdefault(tag, []).append(row)
     return {tag: values.double()[torch.tensor(index)] for tag, index in rows.items()}
 
 

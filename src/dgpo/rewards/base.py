@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,6 +15,10 @@ from torch import Tensor
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
 from dgpo.registry import resolve
+from dgpo.rewards.group_wise import Ranked
+from dgpo.rewards.guard import Guard, RewardFailure
+from dgpo.rewards.mixing import COLUMN, routed
+from dgpo.rewards.terms import RewardTerm, term_of
 
 RewardFunction = Callable[..., Sequence[float]]
 """``(images: list[PIL.Image], prompts: list[str], **columns: list) -> list[float]``, or less:
@@ -25,9 +29,21 @@ class Scores(NamedTuple):
     """What a :class:`RewardSet` returns; unpacks as ``by_name, total = rewards(...)``."""
 
     by_name: dict[str, Tensor]
-    """Each reward's own numbers, float32 [B], unweighted."""
+    """Each reward's own numbers, float32 [B], unweighted; NaN where a row does not ask it."""
     total: Tensor
     """Their weighted sum, float32 [B]."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What rewards said of pictures in groups."""
+
+    by_name: dict[str, Tensor]
+    """Each reward's own numbers, float32 [B]; NaN where it was not asked or has failed."""
+    weights: Tensor
+    """Of each row and reward, float64 [B, K]; 0 where it was not asked."""
+    lost: dict[int, str] = field(default_factory=dict)
+    """Groups that a reward has failed, and why."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +53,18 @@ class _Entry:
     weight: float
     columns: frozenset[str] | None
     """Names that the function accepts; None: any."""
+    term: RewardTerm
+    guard: Guard
 
 
 def load_rewards(
-    spec: Mapping[str, float] | Sequence[str | RewardFunction] | str | RewardFunction,
+    spec: Mapping[str, Any] | Sequence[str | RewardFunction] | str | RewardFunction,
 ) -> RewardSet:
     """Look rewards up and import them.
 
     Args:
-        spec: ``{name: weight}`` as in a recipe, or one or several names or functions (weight 1).
+        spec: ``{name: weight}`` or ``{name: settings of a RewardTerm}`` as in a recipe, or one or
+            several names or functions (weight 1).
 
     Raises:
         UserError: no reward, an unknown name, a weight of 0, the same name twice, or something
@@ -62,19 +81,31 @@ def load_rewards(
     return RewardSet([_entry(reward, weight) for reward, weight in pairs])
 
 
-def _entry(reward: Any, weight: float) -> _Entry:
+def _entry(reward: Any, given: Any) -> _Entry:
     if isinstance(reward, str):
-        name, function = reward, resolve("reward", reward)
+        name, term = reward, term_of(reward, given)
+        function = resolve("reward", term.use or reward)
     else:
         name, function = getattr(reward, "__name__", type(reward).__name__), reward
+        term = term_of(name, given)
     if inspect.isclass(function):
-        function = function()
+        function = _made(name, function, term.options)
+    elif term.options:
+        raise UserError(f"rewards.{name}.options: {name!r} takes none, as it is no class")
     if not callable(function):
         raise UserError(f"reward {name!r} is {function!r}, not a function (images, prompts, ...)")
-    if not math.isfinite(weight) or weight == 0:
-        raise UserError(f"rewards.{name} = {weight}: a weight is a finite number other than 0")
+    if term.rank:
+        function = Ranked(cast(RewardFunction, function))
     called = cast(RewardFunction, function)
-    return _Entry(name, called, float(weight), _columns(name, called))
+    return _Entry(name, called, term.weight, _columns(name, called), term, Guard(name, term))
+
+
+def _made(name: str, kind: type, options: Mapping[str, Any]) -> Any:
+    try:
+        inspect.signature(kind).bind(**options)
+    except TypeError as error:
+        raise UserError(f"rewards.{name}.options: {error}; {kind.__name__} takes them") from error
+    return kind(**options)
 
 
 def _columns(name: str, function: RewardFunction) -> frozenset[str] | None:
@@ -111,15 +142,17 @@ class RewardSet:
         """Let every reward refuse prompts that it cannot score, before the run starts.
 
         Raises:
-            UserError: as the reward says.
+            UserError: as the reward says, or a row names rewards that are not there.
         """
-        for entry in self._entries:
+        asked = routed(prompts, self.weights) != 0
+        for place, entry in enumerate(self._entries):
             check = getattr(entry.function, "check", None)
-            if check is not None:
-                check(list(prompts))
+            mine = [prompt for prompt, ask in zip(prompts, asked[:, place], strict=True) if ask]
+            if check is not None and mine:
+                check(mine)
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
-        """Score images.
+        """Score images that are in no group; no failure is passed over.
 
         Args:
             images: B of them.
@@ -128,18 +161,108 @@ class RewardSet:
         Raises:
             UserError: a reward's answer is not B finite numbers (it names the reward and row).
         """
+        scored = self.score(images, prompts)
+        numbers = torch.stack([value.double() for value in scored.by_name.values()])
+        weighted = torch.where(scored.weights.T != 0, scored.weights.T * numbers, 0.0)
+        return Scores(scored.by_name, weighted.sum(0).float())
+
+    def trial(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> None:
+        """Score a few images as if they were a group; no failure is passed over.
+
+        Raises:
+            RewardFailure: a reward's answer is unusable.
+        """
+        lost = self.score(images, prompts, [0] * len(images)).lost
+        if lost:
+            raise RewardFailure(lost[0])
+
+    def score(
+        self,
+        images: Sequence[Image.Image],
+        prompts: Sequence[Prompt],
+        groups: Sequence[int] | None = None,
+    ) -> Scored:
+        """Score images.
+
+        Args:
+            images: B of them.
+            prompts: the prompt row of each, B.
+            groups: the group of each, B, whole groups; None: they are in none.
+
+        Raises:
+            RewardFailure: a reward that may not skip groups has failed, or there are none.
+        """
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images for {len(prompts)} prompts")
         texts = [prompt.text for prompt in prompts]
         keys = dict.fromkeys(key for prompt in prompts for key in prompt.metadata)
         columns = {key: [prompt.column(key) for prompt in prompts] for key in keys}
-        by_name = {e.name: _call(e, list(images), texts, columns) for e in self._entries}
-        total = torch.stack([e.weight * by_name[e.name].double() for e in self._entries]).sum(0)
-        return Scores(by_name, total.float())
+        columns.pop(COLUMN, None)
+        scored = Scored({}, routed(prompts, self.weights))
+        for place, entry in enumerate(self._entries):
+            values = torch.full((len(images),), math.nan)
+            asked = scored.weights[:, place].nonzero()[:, 0].tolist()
+            whole = entry.function
+            if groups is None:
+                whole = getattr(whole, "alone", None if _group_wise(whole) else whole)
+            if whole is None:
+                raise RewardFailure(
+                    f"reward {entry.name!r} compares the pictures of a group, and these are in "
+                    "none: name others in eval.metrics"
+                )
+
+            def ask(rows: list[int], entry: _Entry = entry, function: Any = whole) -> Tensor:
+                mine = {key: [column[row] for row in rows] for key, column in columns.items()}
+                few, said = [images[row] for row in rows], [texts[row] for row in rows]
+                return entry.guard(lambda: _call(entry, function, few, said, mine))
+
+            if groups is None:
+                if asked:
+                    values[asked] = ask(asked)
+            else:
+                asked = [row for row in asked if groups[row] not in scored.lost]
+                _ask_groups(entry, ask, asked, groups, values, scored.lost)
+            scored.by_name[entry.name] = values
+        return scored
+
+
+def _group_wise(function: Any) -> bool:
+    return bool(getattr(function, "group_wise", False))
+
+
+def _ask_groups(
+    entry: _Entry,
+    ask: Callable[[list[int]], Tensor],
+    rows: list[int],
+    groups: Sequence[int],
+    values: Tensor,
+    lost: dict[int, str],
+) -> None:
+    """Ask about all rows at once, or group by group if that is how it works or it has failed."""
+    by_group: dict[int, list[int]] = {}
+    for row in rows:
+        by_group.setdefault(groups[row], []).append(row)
+    parts = list(by_group.values()) if _group_wise(entry.function) else [rows] * bool(rows)
+    while parts:
+        part = parts.pop(0)
+        try:
+            values[part] = ask(part)
+        except RewardFailure as failure:
+            if not failure.skips:
+                raise
+            inside = list(dict.fromkeys(groups[row] for row in part))
+            if len(inside) == 1 or failure.gone:
+                lost.update(dict.fromkeys(inside, str(failure)))
+            else:
+                parts += [by_group[group] for group in inside]
 
 
 def _call(
-    entry: _Entry, images: list[Image.Image], texts: list[str], columns: dict[str, list[Any]]
+    entry: _Entry,
+    function: RewardFunction,
+    images: list[Image.Image],
+    texts: list[str],
+    columns: dict[str, list[Any]],
 ) -> Tensor:
     if entry.columns is not None:
         columns = {key: column for key, column in columns.items() if key in entry.columns}
@@ -149,7 +272,7 @@ def _call(
         raise UserError(
             f"prompt rows have a column {min(clash)!r}; rename it: rewards use the name"
         )
-    answer = entry.function(images, texts, **columns)
+    answer = function(images, texts, **columns)
     return torch.tensor(_numbers(entry.name, answer, texts), dtype=torch.float32)
 
 
@@ -157,12 +280,12 @@ def _numbers(name: str, answer: Any, texts: list[str]) -> list[float]:
     if isinstance(answer, Tensor) or hasattr(answer, "tolist"):
         answer = answer.tolist()
     if not isinstance(answer, (list, tuple)):
-        raise UserError(
+        raise RewardFailure(
             f"reward {name!r} returned {answer!r:.80}; it must return a list of one number for "
             f"each of the {len(texts)} images"
         )
     if len(answer) != len(texts):
-        raise UserError(
+        raise RewardFailure(
             f"reward {name!r} returned {len(answer)} numbers for {len(texts)} images; "
             "it must return one for each, in order"
         )
@@ -174,7 +297,7 @@ def _number(name: str, value: Any, row: int, text: str) -> float:
     if hasattr(value, "item"):
         value = value.item()  # numpy and torch scalars
     if not isinstance(value, (int, float)):
-        raise UserError(f"{where}: got {value!r:.80}, which is not a number")
+        raise RewardFailure(f"{where}: got {value!r:.80}, which is not a number")
     if not math.isfinite(value):
-        raise UserError(f"{where}: got {value}; a reward must be finite")
+        raise RewardFailure(f"{where}: got {value}; a reward must be finite")
     return float(value)

@@ -1,0 +1,124 @@
+"""Several rewards as one: which prompt asks which, and what their numbers amount to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dgpo.core.groups import Groups
+from dgpo.errors import UserError
+from dgpo.prompts import Prompt
+from dgpo.registry import nearest
+
+COLUMN = "rewards"
+"""Key of a prompt row that names its rewards: a list of names, or names and weights."""
+Combine = Literal["sum", "gdpo"]
+
+
+def routed(prompts: Sequence[Prompt], weights: Mapping[str, float]) -> Tensor:
+    """The weight of each reward for each row, float64 [B, K]; 0: it is not asked.
+
+    Args:
+        prompts: rows; one without the column ``rewards`` asks all.
+        weights: of all rewards, as in the recipe.
+
+    Raises:
+        UserError: a row names a reward that the run has not, or a weight that is none.
+    """
+    table = torch.zeros(len(prompts), len(weights), dtype=torch.float64)
+    for row, prompt in enumerate(prompts):
+        own = _of_row(prompt, weights)
+        table[row] = torch.tensor([own.get(name, 0.0) for name in weights], dtype=torch.float64)
+    return table
+
+
+def _of_row(prompt: Prompt, weights: Mapping[str, float]) -> Mapping[str, float]:
+    given: Any = prompt.metadata.get(COLUMN)
+    if given is None:
+        return weights
+    where = f"prompt {prompt.text!r:.80}: {COLUMN} = {given!r:.80}"
+    if isinstance(given, (list, tuple)):
+        given = dict.fromkeys(given)
+        for name in given:
+            given[name] = weights.get(name)
+    elif isinstance(given, Mapping):
+        # a table of rows fills the names that a row has not with None
+        given = {name: value for name, value in given.items() if value is not None}
+    else:
+        raise UserError(f"{where}: should be a list of names, or names and weights")
+    for name in given:
+        if name not in weights:
+            valid = ", ".join(weights)
+            raise UserError(
+                f"{where}: the run has no reward {name!r}{nearest(name, weights)}; it has {valid}"
+            )
+    if not given or not all(_is_weight(value) for value in given.values()):
+        raise UserError(f"{where}: needs at least one name, and finite weights other than 0")
+    return given
+
+
+def _is_weight(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value != 0
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """What an algorithm learns from, and its figures."""
+
+    total: Tensor
+    """Weighted sum of the rewards, float32 [B]."""
+    merit: Tensor
+    """What the algorithm ranks by, float32 [B]: ``total``, or the combined advantage of GDPO."""
+    figures: dict[str, float]
+    """``reward/NAME``, the mean; of several also ``reward_spread/NAME``, the mean deviation within
+    a group, and ``advantage_share/NAME``, ``sum A_k A / sum A^2`` with A the sum of the parts
+    A_k: the shares add up to 1, and one below 0 was outvoted."""
+
+
+def mix(
+    by_name: Mapping[str, Tensor], weights: Tensor, groups: Groups, combine: Combine = "sum"
+) -> Mixed:
+    """Combine the rewards of whole groups.
+
+    ``sum``: the weighted sum. ``gdpo`` (Liu et al., 2026, GDPO): ``A_k`` is reward k standardized
+    within its group, ``A = sum_k w_k A_k`` is standardized over the batch. Both leave the sum
+    over each group of what is above its mean at 0.
+
+    Args:
+        by_name: each reward's numbers, [B]; NaN where it was not asked.
+        weights: [B, K] of :func:`routed`.
+        groups: of the rows.
+        combine: how.
+    """
+    asked = weights != 0
+    numbers = torch.stack([value.double() for value in by_name.values()], dim=1)
+    numbers = torch.where(asked, numbers, 0.0)
+    # one by one and stacked: the order of the sum is that of the rewards
+    total = (weights * numbers).T.contiguous().sum(0).float()
+    columns = range(len(by_name))
+    if combine == "gdpo":
+        own = torch.stack([groups.normalize(numbers[:, k]) for k in columns], dim=1)
+    else:
+        own = torch.stack([_centred(numbers[:, k], groups) for k in columns], dim=1)
+    parts = weights * own
+    whole = parts.sum(1)
+    merit = groups.normalize(whole, "batch").float() if combine == "gdpo" else total
+    figures = {}
+    shares = (parts * whole[:, None]).sum(0) / whole.square().sum()
+    for k, (name, value) in enumerate(by_name.items()):
+        figures[f"reward/{name}"] = float(value[asked[:, k]].mean())
+        if len(by_name) > 1:
+            with_it = groups.sum(asked[:, k].double()) > 0
+            figures[f"reward_spread/{name}"] = float(groups.std(numbers[:, k])[with_it].mean())
+            figures[f"advantage_share/{name}"] = float(shares[k])
+    return Mixed(total, merit, figures)
+
+
+def _centred(x: Tensor, groups: Groups) -> Tensor:
+    return x - groups.each(groups.mean(x))
