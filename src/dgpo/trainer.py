@@ -16,6 +16,7 @@ from dgpo.errors import UserError
 from dgpo.evaluation import Metrics, Report, Sampling, evaluate, sample_images
 from dgpo.guards import Guards, save_batch
 from dgpo.interrupts import Terminated, all_or_nothing, terminable
+from dgpo.models.counting import COUNTED, Counter
 from dgpo.models.load import load_pipeline
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.policy import Policy, RollingWeights
@@ -103,6 +104,7 @@ class Trainer:
         self.model.self_check(self.model.encode([p.text for p in self.prompts[:2]], guidance=True))
         self.policy = Policy(self.model, self.recipe.lora, self.recipe.seed)
         self.updater = Updater(self.policy, self.algorithm, self.recipe)
+        self.counter = Counter(self.model.denoisers.values())
 
         self.iteration = 0
         """Iterations done."""
@@ -114,6 +116,7 @@ class Trainer:
         self._between_updates = True
         if counters := self._checkpoints.restore(self.policy, self.updater):
             self.iteration, self.seconds = counters["iteration"], counters["seconds"]
+            self.counter.totals = {name: counters.get(name, 0) for name in COUNTED}
 
     def train(self) -> Report | None:
         """Run to the recipe's end; returns the last evaluation's report, if there was one.
@@ -143,7 +146,7 @@ class Trainer:
             tracker.rows,
             tracker.evaluations,
         )
-        with tracker, progress:
+        with tracker, progress, self.counter:
             try:
                 self._start()
                 while not self._finished:
@@ -185,6 +188,7 @@ class Trainer:
         """One iteration: collect, update, log."""
         recipe, began = self.recipe, monotonic()
         self._progress.stage("rollout")
+        self.counter.begin()
         collected = collect(
             self.policy,
             self.rewards,
@@ -208,6 +212,7 @@ class Trainer:
                 "iteration": self.iteration,
                 **collected.figures,
                 **figures,
+                **self.counter.end(images=recipe.images_per_iteration),
                 "seconds": self.seconds,
                 "seconds_iteration": ended - began,
                 "seconds_rollout": collected.seconds["rollout"],
@@ -347,7 +352,7 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         self._progress.stage("saving")
-        counters = {"iteration": self.iteration, "seconds": self.seconds}
+        counters = {"iteration": self.iteration, "seconds": self.seconds, **self.counter.totals}
         score = self._scores.get(self.iteration)
         self._checkpoints.save(self.policy, self.updater, counters, score)
 

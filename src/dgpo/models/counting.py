@@ -1,0 +1,69 @@
+"""How much work the denoisers do, counted where they are run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+COUNTED = ("images", "forwards", "backwards")
+"""The totals, as ``metrics.jsonl`` calls them."""
+
+
+class Counter:
+    """Totals of a training run, in samples: pictures made, denoiser evaluations, backward passes.
+
+    ``forwards`` adds up the batch sizes of all calls of the denoisers while training: rollouts and
+    training passes, snapshots, and both halves of guidance. ``backwards`` adds up those through
+    which a gradient came back. What runs between two iterations, such as an evaluation, is left
+    out; so is the second forward pass of gradient checkpointing, which runs inside the denoiser.
+
+    A context manager: it listens to the denoisers inside the block.
+
+    Args:
+        denoisers: those of the pipeline.
+    """
+
+    def __init__(self, denoisers: Iterable[nn.Module]) -> None:
+        self.totals = dict.fromkeys(COUNTED, 0)
+        """Of the iterations that are done."""
+        self._denoisers = list(denoisers)
+        self._hooks: list[Any] = []
+        self._now = dict.fromkeys(COUNTED, 0)
+
+    def __enter__(self) -> Counter:
+        self._hooks = [d.register_forward_hook(self._note) for d in self._denoisers]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def begin(self) -> None:
+        """An iteration begins: forget what ran since the last one, or in one that was cut off."""
+        self._now = dict.fromkeys(COUNTED, 0)
+
+    def end(self, images: int) -> dict[str, int]:
+        """An iteration that made so many pictures is done; returns the totals."""
+        self._now["images"] = images
+        self.totals = {name: self.totals[name] + self._now[name] for name in COUNTED}
+        return self.totals
+
+    def _note(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        made = output[0]  # of a tuple, or of an output class of diffusers
+        self._now["forwards"] += len(made)
+        for part, rows in (
+            [(made, len(made))] if isinstance(made, Tensor) else [(m, 1) for m in made]
+        ):
+            if part.requires_grad:
+                part.register_hook(lambda gradient, rows=rows: self._came_back(rows))
+
+    def _came_back(self, rows: int) -> None:
+        self._now["backwards"] += rows
