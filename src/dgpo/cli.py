@@ -5,19 +5,24 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from dgpo import cli_list, cli_score, registry
+from dgpo import cli_compare, cli_list, cli_score, registry
+from dgpo.cli_common import (
+    INTERRUPTED,
+    Device,
+    Lora,
+    Model,
+    Precision,
+    load,
+    prompt_rows,
+    quiet,
+    table,
+)
 from dgpo.errors import UserError
-
-if TYPE_CHECKING:
-    from dgpo.prompts import Prompt
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells expect it."""
 
 
 class _Commands(TyperGroup):
@@ -45,20 +50,9 @@ app = typer.Typer(
 )
 pocket = typer.Typer(no_args_is_help=True, help="The small model that ships with dgpo.")
 app.add_typer(pocket, name="pocket")
+app.command("compare")(cli_compare.compare)
 app.command("score")(cli_score.score)
 app.command("list")(cli_list.names)
-
-Model = Annotated[
-    str, typer.Option("--model", metavar="M", help="pocket, a hub id, or a pipeline's folder.")
-]
-Lora = Annotated[
-    Path | None,
-    typer.Option("--lora", metavar="DIR", help="A trained LoRA: a run folder, or its lora/."),
-]
-Precision = Annotated[str, typer.Option(metavar="P", help="float32, bfloat16 or float16.")]
-Device = Annotated[
-    str | None, typer.Option(metavar="D", help="Default: cuda if there is one, else cpu.")
-]
 
 
 @app.command()
@@ -85,7 +79,7 @@ def train(
         refuse_existing_run(settings.run.dir)  # before the seconds that importing torch takes
     from dgpo.trainer import Trainer
 
-    _quiet()
+    quiet()
     folder = Path(settings.run.dir)
     try:
         Trainer(recipe=settings, resume=resume).train()
@@ -135,12 +129,12 @@ def evaluate(
     rows = [row for row in rows for _ in range(protocol.each)]
     metrics = Metrics(protocol.metrics)
     metrics.check(rows)  # before the pictures are made
-    pipe = _load(model, lora, precision, device)
+    pipe = load(model, lora, precision, device)
     scheduler = protocol.scheduler and make_scheduler(protocol.scheduler, pipe.scheduler)
     sampling = Sampling(protocol.steps, protocol.guidance_scale, scheduler, batch)
     policy = PipelineModel(pipe, call=protocol.call)
     report, _ = run(policy, rows, metrics, sampling, protocol.name)
-    typer.echo(_table(report))
+    typer.echo(table(report))
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         report.write(json_file)
@@ -174,8 +168,8 @@ def sample(
     device: Device = None,
 ) -> None:
     """Draw one picture for each prompt: DIR/00000.png, 00001.png, ... in order."""
-    rows = _rows(prompt or [], more or [], prompts)
-    pipe = _load(model, lora, precision, device)
+    rows = prompt_rows(prompt or [], more or [], prompts)
+    pipe = load(model, lora, precision, device)
     chosen = {
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale,
@@ -231,7 +225,7 @@ def check(
     from dgpo.models.pipeline import PipelineModel
 
     found = examine(
-        lambda: _load(model, None, precision, device),
+        lambda: load(model, None, precision, device),
         lambda pipe: PipelineModel(pipe, call=arguments),
         picture,
     )
@@ -256,64 +250,6 @@ def pretrain(context: typer.Context) -> None:
     inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     inner.command()(run)
     inner(args=context.args, prog_name="dgpo pocket pretrain", standalone_mode=False)
-
-
-def _rows(prompt: list[str], more: list[str], source: str | None) -> list[Prompt]:
-    from dgpo.prompts import load_prompts
-
-    if len(prompt) > 1 and more:
-        raise UserError(f"{more[0]!r}: write --prompt before each text, or once before all of them")
-    texts = [*prompt, *more]
-    if more and not prompt:
-        raise UserError(f"{more[0]!r}: write --prompt before the text")
-    if bool(texts) == (source is not None):
-        raise UserError("give either --prompt TEXT (once or more) or --prompts FILE")
-    return load_prompts(source if source is not None else texts)
-
-
-def _load(model: str, lora: Path | None, precision: str, device: str | None) -> Any:
-    """A pipeline, with a LoRA if one is named, on its device."""
-    folder = None if lora is None else _lora_folder(lora)
-    import torch
-
-    from dgpo.models.load import load_pipeline
-    from dgpo.models.lora import load as load_lora
-
-    _quiet()
-    pipe = load_pipeline(model, precision)  # pyright: ignore[reportArgumentType]
-    if folder is not None:
-        load_lora(pipe, folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _lora_folder(given: Path) -> Path:
-    for folder in (given, given / "lora"):
-        if folder.is_dir() and any(folder.glob("*.safetensors")):
-            return folder
-    what = "holds no LoRA (*.safetensors)" if given.is_dir() else "is no folder"
-    raise UserError(f"--lora {given}: it {what}; give a run folder or its lora/")
-
-
-def _table(report: Any) -> str:
-    low, high = report.ci95
-    lines = [
-        f"{report.benchmark}: {report.overall:.4f}  "
-        f"(95% interval {low:.4f} to {high:.4f}, {report.n} pictures)"
-    ]
-    width = max(map(len, [*report.categories, *report.rewards]), default=0)
-    lines += [f"  {name:<{width}}  {value:.4f}" for name, value in report.categories.items()]
-    lines += [f"  {name:<{width}}  {value:.4f}" for name, value in report.rewards.items()]
-    return "\n".join(lines)
-
-
-def _quiet() -> None:
-    """Keep the libraries' own progress bars out of ours."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def main() -> None:

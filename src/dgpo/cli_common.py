@@ -1,0 +1,88 @@
+"""What several commands share: their options, loading of a pipeline, and how results are shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dgpo.errors import UserError
+
+if TYPE_CHECKING:
+    from dgpo.prompts import Prompt
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells expect it."""
+
+Model = Annotated[
+    str, typer.Option("--model", metavar="M", help="pocket, a hub id, or a pipeline's folder.")
+]
+Lora = Annotated[
+    Path | None,
+    typer.Option("--lora", metavar="DIR", help="A trained LoRA: a run folder, or its lora/."),
+]
+Precision = Annotated[str, typer.Option(metavar="P", help="float32, bfloat16 or float16.")]
+Device = Annotated[
+    str | None, typer.Option(metavar="D", help="Default: cuda if there is one, else cpu.")
+]
+
+
+def prompt_rows(prompt: list[str], more: list[str], source: str | None) -> list[Prompt]:
+    """The rows of --prompt or of --prompts, whichever was given."""
+    from dgpo.prompts import load_prompts
+
+    if len(prompt) > 1 and more:
+        raise UserError(f"{more[0]!r}: write --prompt before each text, or once before all of them")
+    texts = [*prompt, *more]
+    if more and not prompt:
+        raise UserError(f"{more[0]!r}: write --prompt before the text")
+    if bool(texts) == (source is not None):
+        raise UserError("give either --prompt TEXT (once or more) or --prompts FILE")
+    return load_prompts(source if source is not None else texts)
+
+
+def load(model: str, lora: Path | None, precision: str, device: str | None) -> Any:
+    """A pipeline, with a LoRA if one is named, on its device."""
+    folder = None if lora is None else _lora_folder(lora)
+    import torch
+
+    from dgpo.models.load import load_pipeline
+    from dgpo.models.lora import load as load_lora
+
+    quiet()
+    pipe = load_pipeline(model, precision)  # pyright: ignore[reportArgumentType]
+    if folder is not None:
+        load_lora(pipe, folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _lora_folder(given: Path) -> Path:
+    for folder in (given, given / "lora"):
+        if folder.is_dir() and any(folder.glob("*.safetensors")):
+            return folder
+    what = "holds no LoRA (*.safetensors)" if given.is_dir() else "is no folder"
+    raise UserError(f"--lora {given}: it {what}; give a run folder or its lora/")
+
+
+def table(report: Any) -> str:
+    """An evaluation's report as it is printed."""
+    low, high = report.ci95
+    lines = [
+        f"{report.benchmark}: {report.overall:.4f}  "
+        f"(95% interval {low:.4f} to {high:.4f}, {report.n} pictures)"
+    ]
+    width = max(map(len, [*report.categories, *report.rewards]), default=0)
+    lines += [f"  {name:<{width}}  {value:.4f}" for name, value in report.categories.items()]
+    lines += [f"  {name:<{width}}  {value:.4f}" for name, value in report.rewards.items()]
+    return "\n".join(lines)
+
+
+def quiet() -> None:
+    """Keep the libraries' own progress bars out of ours."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,110 @@
+"""compare.png: held-out score against time, against pictures, against denoiser evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dgpo.comparison.figures import Record, Summary
+from dgpo.comparison.table import TITLES
+
+PANELS = ("minutes", "images", "forwards")
+WIDE = 8
+"""Ratio of the recipes' costs from which on the axis is logarithmic."""
+
+
+def draw(summaries: Sequence[Summary], targets: Sequence[float], metric: str, file: Path) -> None:
+    """Draw the three panels.
+
+    A recipe's line is the mean over its seeds as far as all of them go, with a band from the lowest
+    to the highest; thin lines are single seeds.
+    """
+    # the object interface needs no display and leaves pyplot's global state alone
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(PANELS), sharey=True)
+    for panel, cost in zip(panels, PANELS, strict=True):
+        _panel(panel, summaries, targets, cost)
+    panels[0].set_ylabel(f"held-out {metric}")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(5, len(labels) or 1), frameon=False
+    )
+    figure.savefig(file, dpi=120)
+
+
+def _panel(panel: Any, summaries: Sequence[Summary], targets: Sequence[float], cost: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    panel.set(xlabel=TITLES[cost])
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+    lines = [[_line(run, cost) for run in summary.records] for summary in summaries]
+    ends = [x[-1] for recipe in lines for x, _ in recipe if len(x) and x[-1] > 0]
+    if not ends:
+        panel.text(0.5, 0.5, "not counted", ha="center", transform=panel.transAxes)
+        return
+    logarithmic = max(ends) >= WIDE * min(ends)
+    if logarithmic:
+        panel.set_xscale("log")
+        panel.set_xlabel(f"{TITLES[cost]} (logarithmic)")
+    elif cost != "minutes":
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+    _levels(panel, summaries, targets)
+    for place, (summary, recipe) in enumerate(zip(summaries, lines, strict=True)):
+        color = f"C{place % 10}"
+        dashes = ("-", "--", ":")[place // 10 % 3]
+        shown = [(x[first:], y[first:]) for x, y in recipe for first in [int(logarithmic)]]
+        _recipe(panel, summary.name, [line for line in shown if len(line[0])], color, dashes)
+
+
+def _recipe(panel: Any, name: str, lines: Sequence[Any], color: str, dashes: str) -> None:
+    if not lines:
+        return
+    if len(lines) == 1:
+        x, y = lines[0]
+        panel.plot(x, y, dashes, color=color, linewidth=2, marker=".", label=name)
+        return
+    for x, y in lines:
+        panel.plot(x, y, dashes, color=color, linewidth=0.8, alpha=0.5)
+    first, last = max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines)
+    grid = np.unique(np.concatenate([x for x, _ in lines]))
+    grid = grid[(grid >= first) & (grid <= last)]
+    if not len(grid):
+        panel.plot([], [], dashes, color=color, linewidth=2, label=name)
+        return
+    scores = np.stack([np.interp(grid, x, y) for x, y in lines])
+    panel.fill_between(grid, scores.min(0), scores.max(0), color=color, alpha=0.18, linewidth=0)
+    panel.plot(grid, scores.mean(0), dashes, color=color, linewidth=2, marker=".", label=name)
+
+
+def _levels(panel: Any, summaries: Sequence[Summary], targets: Sequence[float]) -> None:
+    """Lines at the targets, and at the base model's score."""
+    for target in targets:
+        panel.axhline(target, color="0.4", linewidth=0.8, linestyle=(0, (4, 3)))
+        panel.annotate(
+            f"{target:g}",
+            (1, target),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            xytext=(-2, 2),
+            ha="right",
+            fontsize="small",
+            color="0.4",
+        )
+    runs = [run for summary in summaries for run in summary.records]
+    base = [run.points[0].score for run in runs if run.points and run.points[0].iteration == 0]
+    if base:
+        panel.axhline(float(np.mean(base)), color="0.6", linewidth=0.8, linestyle=":")
+
+
+def _line(run: Record, cost: str) -> tuple[np.ndarray, np.ndarray]:
+    pairs = [(p.cost[cost], p.score) for p in run.points if p.cost[cost] is not None]
+    both = np.asarray(pairs, float).reshape(-1, 2)
+    return both[:, 0], both[:, 1]

@@ -1,0 +1,134 @@
+"""Which runs a comparison is made of, and whether it would be fair."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dgpo.errors import UserError
+from dgpo.recipe import Recipe
+from dgpo.recipe_files import find_recipe, parse_yaml
+
+OWNED = {
+    "seed": "use --seeds N",
+    "run.dir": "use --out DIR",
+}
+"""Settings that a comparison sets itself."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: a recipe with a seed, in a folder of its own."""
+
+    name: str
+    """Of the recipe."""
+    seed: int
+    recipe: Recipe
+    command: str
+    """What trains the same on its own."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.recipe.run.dir)
+
+
+def protocol(recipe: Recipe) -> dict[str, Any]:
+    """What has to be equal for two held-out scores to be comparable, by the recipe's keys."""
+    own, rollout = recipe.eval, recipe.rollout
+    guidance = rollout.guidance_scale if own.guidance_scale is None else own.guidance_scale
+    return {
+        "model": recipe.model,
+        "precision": recipe.precision,
+        "prompts.train": recipe.prompts.train,
+        "prompts.eval": recipe.prompts.eval,
+        "eval.metrics": list(own.metrics or recipe.rewards),
+        "eval.steps": own.steps or rollout.steps,
+        "eval.guidance_scale": guidance,
+        "eval.limit": own.limit,
+        "rollout.scheduler": rollout.scheduler,
+        "rollout.call": rollout.call,
+    }
+
+
+def plan(
+    sources: Sequence[str],
+    seeds: int,
+    out: Path,
+    budget: float | None = None,
+    overrides: Sequence[str] = (),
+) -> list[Run]:
+    """All runs, in the order in which they are made: every recipe with seed 0, then with seed 1.
+
+    Args:
+        sources: files or names of recipes.
+        seeds: how many; they count from 0.
+        out: folder of the comparison; a run's is ``NAME-seedK`` in it.
+        budget: minutes of training for each run, instead of ``train.max_minutes``.
+        overrides: ``a.b=c``, for all recipes.
+
+    Raises:
+        UserError: a recipe is wrong or named twice, an override is the comparison's own, or the
+            recipes differ in what has to be equal.
+    """
+    for item in overrides:
+        key = item.partition("=")[0].strip()
+        if key in OWNED:
+            raise UserError(f"override {item!r}: dgpo compare sets {key} itself; {OWNED[key]}")
+        if key == "train.max_minutes" and budget is not None:
+            raise UserError(f"override {item!r}: --budget sets it; give one of the two")
+    names = [find_recipe(source).stem for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"recipe {name!r} is named twice: give the files different names")
+    runs = [
+        _run(source, name, seed, out, budget, overrides)
+        for seed in range(seeds)
+        for source, name in zip(sources, names, strict=True)
+    ]
+    _refuse_unfair([run for run in runs if run.seed == 0])
+    return runs
+
+
+def _run(
+    source: str,
+    name: str,
+    seed: int,
+    out: Path,
+    budget: float | None,
+    overrides: Sequence[str],
+) -> Run:
+    own = {"seed": seed, "run.dir": str(out / f"{name}-seed{seed}")}
+    if budget is not None:
+        own["train.max_minutes"] = budget
+    items = [*overrides, *(_override(key, value) for key, value in own.items())]
+    command = shlex.join(["dgpo", "train", source, *items])
+    return Run(name, seed, Recipe.load(source, items), command)
+
+
+def _override(key: str, value: Any) -> str:
+    """``key=value``, quoted where YAML would take a text for something else."""
+    plain = isinstance(value, str) and parse_yaml(value, key) == value
+    return f"{key}={value if plain else json.dumps(value)}"
+
+
+def _refuse_unfair(runs: Sequence[Run]) -> None:
+    first, *others = runs
+    wanted = protocol(first.recipe)
+    if wanted["prompts.eval"] is None:
+        raise UserError(f"recipe {first.name!r}: prompts.eval is missing: what shall be compared?")
+    lines = [
+        f"  {key}: {first.name} has {wanted[key]!r}, {other.name} has {value!r}"
+        for other in others
+        for key, value in protocol(other.recipe).items()
+        if value != wanted[key]
+    ]
+    if lines:
+        raise UserError(
+            "these recipes cannot be compared, since their prompts or evaluations differ:\n"
+            + "\n".join(lines)
+            + "\nmake them equal in the files, or for all by an override such as eval.steps=10"
+        )

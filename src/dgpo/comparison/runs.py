@@ -1,0 +1,143 @@
+"""Making the runs of a comparison, or finding them made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from dgpo.comparison.machine import machine
+from dgpo.comparison.plan import Run
+from dgpo.errors import UserError
+from dgpo.recipe import Recipe
+from dgpo.recipe_files import read_recipe
+from dgpo.tracking import read_jsonl
+from dgpo.trainer import Trainer
+
+State = Literal["new", "interrupted", "finished"]
+MACHINES = "machines.json"
+"""In a run's folder: the machines that it was made on, one after the other."""
+ENDED = "ended"
+"""In a run's folder: the iteration at which the trainer ended it for a reason of its own."""
+
+
+class Race(Trainer):
+    """The trainer, which may stop as soon as a score is reached.
+
+    Args:
+        recipe: of the run.
+        resume: go on from the last checkpoint.
+        stop_at: the held-out score that ends the run once two evaluations in a row reach it; None
+            for the recipe's end.
+    """
+
+    def __init__(self, recipe: Recipe, resume: bool, stop_at: float | None) -> None:
+        super().__init__(recipe=recipe, resume=resume)
+        self._stop_at = stop_at
+
+    @property
+    def _finished(self) -> bool:
+        return super()._finished or arrived(self._tracker.evaluations, self._stop_at)
+
+
+def arrived(evaluations: Sequence[Mapping[str, Any]], stop_at: float | None) -> bool:
+    """Whether the last two evaluations both reach the score."""
+    if stop_at is None or len(evaluations) < 2:
+        return False
+    return all(row["overall"] >= stop_at for row in evaluations[-2:])
+
+
+def state(run: Run, stop_at: float | None) -> State:
+    """What the run's folder holds.
+
+    Raises:
+        UserError: a run by another recipe, or one that has been trained beyond the budget.
+    """
+    if not (run.folder / "recipe.yaml").exists():
+        return "new"
+    _refuse_other_recipe(run)
+    rows = read_jsonl(run.folder / "metrics.jsonl")
+    evaluations = read_jsonl(run.folder / "evaluations.jsonl")
+    limit = run.recipe.train.max_minutes
+    # the last iteration may begin within the budget and end beyond it
+    if limit is not None and len(rows) > 1 and rows[-2]["seconds"] >= 60 * limit:
+        raise UserError(
+            f"{run.folder} holds a run of {rows[-1]['seconds'] / 60:.1f} minutes, more than the "
+            f"{limit:g} of the budget: use a larger --budget, or another --out"
+        )
+    if not rows or not evaluations or evaluations[-1]["iteration"] != rows[-1]["iteration"]:
+        return "interrupted"
+    last = rows[-1]["iteration"]
+    late = limit is not None and rows[-1]["seconds"] >= 60 * limit
+    mark = run.folder / ENDED
+    ended = mark.exists() and mark.read_text(encoding="utf-8").strip() == str(last)
+    done = late or ended or last >= run.recipe.train.iterations
+    return "finished" if done or arrived(evaluations, stop_at) else "interrupted"
+
+
+def make(run: Run, stop_at: float | None) -> State:
+    """Train a run, go on with it, or leave it if it is finished; returns what was found.
+
+    A run that was cut off before its first checkpoint is begun again.
+
+    Raises:
+        UserError: see :func:`state` and :class:`Trainer`.
+        KeyboardInterrupt: after a checkpoint was saved.
+    """
+    found = state(run, stop_at)
+    if found == "finished":
+        return found
+    saved = run.folder / "checkpoints"
+    resume = found == "interrupted" and saved.is_dir() and any(saved.iterdir())
+    if found == "interrupted" and not resume:
+        shutil.rmtree(run.folder)
+    race = Race(run.recipe, resume, stop_at)
+    _note_machine(run.folder)
+    race.train()
+    if state(run, stop_at) == "interrupted":
+        (run.folder / ENDED).write_text(f"{race.iteration}\n", encoding="utf-8")
+    return found
+
+
+def _note_machine(folder: Path) -> None:
+    here, file = machine(), folder / MACHINES
+    known = read_machines(folder)
+    if here not in known:
+        # the trainer, which refuses a folder that holds a run, does not mind this file
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps([*known, here], indent=2) + "\n", encoding="utf-8")
+
+
+def read_machines(folder: Path) -> list[dict[str, Any]]:
+    """The machines that a run was made on; none if that was not noted."""
+    file = folder / MACHINES
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+
+
+def _refuse_other_recipe(run: Run) -> None:
+    file = run.folder / "recipe.yaml"
+    there, wanted = _flat(Recipe.from_dict(read_recipe(file), str(file))), _flat(run.recipe)
+    differ = [key for key in {**wanted, **there} if wanted.get(key) != there.get(key)]
+    if differ:
+        lines = [f"  {key}: there {there.get(key)!r}, now {wanted.get(key)!r}" for key in differ]
+        raise UserError(
+            f"{run.folder} holds a run by another recipe:\n"
+            + "\n".join(lines)
+            + "\nuse another --out, or the recipe and overrides that it was made with"
+        )
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    """Settings by dotted key; without the run's folder and the budget, which may grow."""
+    flat = dict(_walk(recipe.to_dict(), ""))
+    return {k: v for k, v in flat.items() if k not in ("run.dir", "train.max_minutes")}
+
+
+def _walk(value: Mapping[str, Any], prefix: str) -> Any:
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            yield from _walk(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", item

@@ -1,0 +1,162 @@
+"""The figures of a comparison in words: Markdown, HTML's cells, and JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dgpo.comparison.figures import COSTS, Figure, Record, Summary
+
+TITLES = {
+    "minutes": "training minutes",
+    "images": "images",
+    "forwards": "denoiser forwards",
+    "backwards": "denoiser backwards",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        ruler = ["---", *["---:"] * (len(self.header) - 1)]
+        lines = [" | ".join(row) for row in (self.header, ruler, *self.rows)]
+        return "\n".join([f"## {self.title}", "", *(f"| {line} |" for line in lines), ""])
+
+
+def tables(summaries: Sequence[Summary], metric: str) -> list[Table]:
+    """One table for each target, and one of the best scores.
+
+    Args:
+        summaries: of all recipes; ratios are over the first one's.
+        metric: the name of the held-out score.
+    """
+    made = [_target(summaries, metric, target) for target in summaries[0].to_target]
+    return [*made, _scores(summaries, metric)]
+
+
+def notes(summaries: Sequence[Summary]) -> list[str]:
+    """How to read the tables."""
+    lines = [
+        "Means over seeds, with Student's 95% interval over seeds in brackets where there are two "
+        "seeds or more. Training time, images and denoiser evaluations are those of rollouts, "
+        "rewards and updates; evaluations do not count. A denoiser evaluation is one sample: "
+        "guidance costs two, and snapshots and training passes count; backward passes are apart.",
+        "A run arrives at a target with its first evaluation at or above it; nothing is "
+        f"interpolated. Ratios are over the costs of {summaries[0].name}: geometric means over "
+        "seeds. Where a run has not arrived by its end, what it had cost by then is a lower bound "
+        'and is written ">=" (a ratio over a run that has not arrived is an upper bound, "<=").',
+        "Changes of the other metrics are from the base model to the evaluation with the best "
+        "score.",
+    ]
+    partial = [
+        f"{summary.name} seed {run.seed}"
+        for summary in summaries
+        for run in summary.records
+        if not run.finished
+    ]
+    if partial:
+        lines.append(f"Not finished: {', '.join(partial)}.")
+    return lines
+
+
+def cell(figure: Figure, digits: int | None = None, sign: bool = False) -> str:
+    """A figure as text; bounds are rounded away from what is not known.
+
+    Args:
+        figure: what to write.
+        digits: after the point; None for three significant ones.
+        sign: whether to write a plus.
+    """
+    if figure.value is None:
+        return "not known"
+    if figure.bound != "exact":
+        shown = _number(figure.value, digits, sign, -1 if figure.bound == "at least" else 1)
+        text = f"{'>=' if figure.bound == 'at least' else '<='} {shown}"
+        if figure.arrived is not None:
+            text += f" ({figure.arrived} of {figure.seeds} arrived)"
+        return text
+    text = _number(figure.value, digits, sign)
+    if figure.low is None or figure.high is None:
+        return text
+    return f"{text} [{_number(figure.low, digits, sign)}, {_number(figure.high, digits, sign)}]"
+
+
+def as_json(summary: Summary) -> dict[str, Any]:
+    """Everything that is known of a recipe."""
+    return {
+        "name": summary.name,
+        "algorithm": summary.algorithm,
+        "best_score": asdict(summary.best),
+        "change_at_best": {name: asdict(figure) for name, figure in summary.change.items()},
+        "to_target": _by_target(summary.to_target),
+        "ratio_to_first": _by_target(summary.ratios),
+        "runs": [_run(record) for record in summary.records],
+    }
+
+
+def _target(summaries: Sequence[Summary], metric: str, target: float) -> Table:
+    costs = [cost for cost in COSTS if cost != "backwards"]
+    header = ["recipe"]
+    for cost in costs:
+        header += [TITLES[cost], "ratio"]
+    header.append(TITLES["backwards"])
+    rows = []
+    for summary in summaries:
+        row = [summary.name]
+        for cost in costs:
+            row += [cell(summary.to_target[target][cost]), cell(summary.ratios[target][cost])]
+        rows.append([*row, cell(summary.to_target[target]["backwards"])])
+    return Table(f"Cost to {metric} {target:g}", header, rows)
+
+
+def _scores(summaries: Sequence[Summary], metric: str) -> Table:
+    others = list(dict.fromkeys(name for summary in summaries for name in summary.change))
+    header = ["recipe", "seeds", "training minutes", f"best {metric}"]
+    header += [f"change of {name}" for name in others]
+    rows = []
+    for summary in summaries:
+        spent = [_minutes(run) for run in summary.records]
+        most = f"{min(spent):.1f} to {max(spent):.1f}" if len(spent) > 1 else f"{spent[0]:.1f}"
+        changes = [cell(summary.change.get(name, Figure(None)), 3, sign=True) for name in others]
+        row = [summary.name, str(len(spent)), most, cell(summary.best, 3), *changes]
+        rows.append(row)
+    return Table("Best scores", header, rows)
+
+
+def _minutes(run: Record) -> float:
+    return run.points[-1].cost["minutes"] or 0.0 if run.points else 0.0
+
+
+def _number(value: float, digits: int | None, sign: bool, towards: int = 0) -> str:
+    """Rounded to the nearest, or down (``towards`` -1), or up (1)."""
+    if digits is None:
+        size = math.floor(math.log10(abs(value))) if value else 0
+        digits = 2 - size
+    scale = 10.0**digits
+    # 0.1 + 0.2 = 0.30000000000000004 is no reason to round up to 0.301
+    scaled = round(value * scale, 6)
+    rounded = {-1: math.floor, 0: round, 1: math.ceil}[towards](scaled) / scale
+    return f"{rounded:{'+' if sign else ''},.{max(0, digits)}f}"
+
+
+def _by_target(found: dict[float, dict[str, Figure]]) -> dict[str, Any]:
+    return {
+        f"{target:g}": {cost: asdict(figure) for cost, figure in costs.items()}
+        for target, costs in found.items()
+    }
+
+
+def _run(record: Record) -> dict[str, Any]:
+    best = record.best
+    return {
+        "seed": record.seed,
+        "finished": record.finished,
+        "best": None if best is None else asdict(best),
+        "evaluations": [asdict(point) for point in record.points],
+    }
