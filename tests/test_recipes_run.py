@@ -1,14 +1,27 @@
-"""Every recipe of the package loads, and those of real models run on a tiny pipeline."""
+"""Every recipe of the package loads, and they run on a tiny pipeline."""
 
 import pytest
 
 from dgpo import Recipe, Trainer
+from dgpo.comparison.plan import protocol
 from dgpo.recipe_files import recipe_names
 from dgpo.registry import REWARDS
 from families.tiny import build
 
 NAMES = sorted(recipe_names())
 REAL = [name for name in NAMES if name.startswith("sd35m")]
+COMPARED = [name for name in NAMES if name.startswith("pocket-geneval-")]
+METHODS = {
+    "flow_grpo",
+    "flow_grpo_fast",
+    "grpo_guard",
+    "diffusion_nft",
+    "awm",
+    "diffusion_dpo",
+    "crd",
+    "rwr",
+    "best_of_n",
+}
 
 
 def test_there_are_the_recipes_that_the_readme_speaks_of():
@@ -29,8 +42,19 @@ def test_their_rewards_are_built_in():
     assert Recipe.load("sd35m-geneval").rewards == {"geneval": 1.0}
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_a_real_models_recipe_trains_a_tiny_sd3_for_two_iterations(name, tmp_path):
+def test_the_methods_share_all_that_a_fair_comparison_needs():
+    assert {name.removeprefix("pocket-geneval-") for name in COMPARED} >= METHODS
+    ours = Recipe.load("pocket-geneval")
+    for name in COMPARED:
+        other = Recipe.load(name)
+        assert protocol(other) == protocol(ours), name
+        for key in ("rewards", "group_size", "groups_per_iteration", "lora"):
+            assert getattr(other, key) == getattr(ours, key), (name, key)
+        assert other.rollout.steps == ours.rollout.steps, name
+
+
+@pytest.mark.parametrize("name", [*REAL, *COMPARED])
+def test_a_recipe_trains_a_tiny_sd3_for_two_iterations(name, tmp_path):
     recipe = Recipe.load(
         name,
         [
