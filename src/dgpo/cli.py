@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from dgpo import cli_compare, cli_list, cli_score, registry
+from dgpo import cli_compare, cli_list, cli_score, cli_serve, registry
 from dgpo.cli_common import (
     INTERRUPTED,
     Device,
@@ -52,6 +52,7 @@ pocket = typer.Typer(no_args_is_help=True, help="The small model that ships with
 app.add_typer(pocket, name="pocket")
 app.command("compare")(cli_compare.compare)
 app.command("score")(cli_score.score)
+app.command("serve")(cli_serve.serve)
 app.command("list")(cli_list.names)
 
 

@@ -57,6 +57,7 @@ REWARDS: dict[str, str] = {
     "video_pickscore": "dgpo.rewards.video:video_pickscore",
     "video_aesthetic": "dgpo.rewards.video:video_aesthetic",
     "clap": "dgpo.rewards.clap:clap",
+    "http": "dgpo.rewards.http:HttpReward",
     "redness": "dgpo.rewards.stand_in:redness",
     "brightness": "dgpo.rewards.stand_in:brightness",
 }

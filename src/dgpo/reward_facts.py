@@ -111,6 +111,15 @@ FACTS: dict[str, Facts] = {
     "pocket_kid": Facts("pocket: distance to drawn scenes (lower is better)", "0 up"),
     "pocket_ocr": Facts("pocket signs: wanted digits are read", "0 to 1", "Apache-2.0", **_READER),
     "pocket_ocr_exact": Facts("pocket signs: read and no more", "0 or 1", "Apache-2.0", **_READER),
+    "http": Facts(
+        "what `dgpo serve` computes elsewhere",
+        "as there",
+        "as there",
+        "",
+        "httpx",
+        "pip install httpx",
+        "DGPO_REWARD_URL=URL",
+    ),
     "redness": Facts("for trying things out", "-1 to 1"),
     "brightness": Facts("for trying things out", "0 to 1"),
 }

@@ -1,0 +1,76 @@
+"""`dgpo serve`: rewards for other programs."""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dgpo.errors import UserError
+
+
+def serve(
+    reward: Annotated[
+        list[str],
+        typer.Option("--reward", metavar="R", help="As in `dgpo list rewards`; may be repeated."),
+    ],
+    host: Annotated[
+        str, typer.Option("--host", metavar="H", help="0.0.0.0 for all networks; wants a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, metavar="N")] = 8765,
+    token_file: Annotated[
+        Path | None,
+        typer.Option("--token-file", metavar="F", help="A file with what clients must know."),
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Pictures of several requests scored at once.")
+    ] = 64,
+    max_images: Annotated[int, typer.Option(min=1, metavar="N", help="Of one request.")] = 64,
+    max_mb: Annotated[int, typer.Option(min=1, metavar="N", help="Body of one request.")] = 64,
+    max_megapixels: Annotated[
+        int, typer.Option(min=1, metavar="N", help="All pictures of one request together.")
+    ] = 64,
+) -> None:
+    """Serve rewards over HTTP; the reward `http` is the client."""
+    for module in ("fastapi", "uvicorn", "python_multipart"):
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"dgpo serve needs {module}: pip install 'dgpo[serve]'")
+    token = None if token_file is None else read_token(token_file)
+    if token is None and not _loopback(host):
+        raise UserError(f"--host {host}: anyone who reaches it could ask; give --token-file too")
+    import uvicorn
+
+    from dgpo.rewards import load_rewards
+    from dgpo.serve.app import make_app
+    from dgpo.serve.limits import Limits
+
+    sets = [load_rewards([name]) for name in dict.fromkeys(reward)]
+    limits = Limits(body=max_mb * 2**20, images=max_images, pixels=max_megapixels * 10**6)
+    app = make_app(sets, token, limits, batch=batch)
+    typer.echo(f"serving {', '.join(reward)}; the interface is described at /docs")
+    uvicorn.run(app, host=host, port=port, log_level="info", access_log=False)
+
+
+def read_token(file: Path) -> str:
+    """The token in a file.
+
+    Raises:
+        UserError: there is no file, or nothing fit in it.
+    """
+    try:
+        token = file.expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"token file {file}: {error}") from error
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise UserError(f"token file {file}: should hold one word of ASCII letters and digits")
+    return token
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

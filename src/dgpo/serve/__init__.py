@@ -1,0 +1,1 @@
+"""Rewards for other programs, over HTTP: :func:`dgpo.serve.app.make_app`."""

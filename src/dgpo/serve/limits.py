@@ -1,0 +1,87 @@
+"""Who may ask, and how much: checked before a request is read."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+OPEN = ("/health",)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one request."""
+
+    body: int = 64 * 2**20
+    """Bytes."""
+    images: int = 64
+    pixels: int = 2**26
+    """Of all pictures together."""
+    seconds: float = 300.0
+    """Until the answer."""
+
+
+class TooLarge(Exception):
+    """The body goes on beyond its bound."""
+
+
+class Gate:
+    """ASGI middleware: the bearer token in constant time, and the size of the body."""
+
+    def __init__(self, app: Any, token: str | None, body: int) -> None:
+        self._app, self._body = app, body
+        self._token = None if token is None else f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        if self._token is not None and scope["path"] not in OPEN:
+            given = headers.get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._token):
+                await _refuse(401, "a valid token is needed: Authorization: Bearer TOKEN", True)(
+                    scope, receive, send
+                )
+                return
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length[:20]) > self._body:
+            await self._too_large(scope, receive, send)
+            return
+        read, over, started = 0, False, False
+
+        async def bounded() -> Any:
+            nonlocal read, over
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._body:
+                over = True
+                raise TooLarge
+            return message
+
+        async def answer(message: Any) -> None:
+            nonlocal started
+            if over and not started:
+                return  # what the framework makes of a body that it could not read
+            started = True
+            await send(message)
+
+        with contextlib.suppress(TooLarge):
+            await self._app(scope, bounded, answer)
+        if over and not started:
+            await self._too_large(scope, receive, send)
+
+    async def _too_large(self, scope: Any, receive: Any, send: Any) -> None:
+        await _refuse(413, f"the body is over {self._body} bytes: send fewer pictures at once")(
+            scope, receive, send
+        )
+
+
+def _refuse(status: int, detail: str, challenge: bool = False) -> JSONResponse:
+    # close: the rest of the body is not read
+    headers = {"Connection": "close", **({"WWW-Authenticate": "Bearer"} if challenge else {})}
+    return JSONResponse({"detail": detail}, status, headers)

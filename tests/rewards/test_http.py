@@ -1,0 +1,334 @@
+"""`dgpo serve` and its client, over a real socket; what strangers may send; a server that dies."""
+
+import io
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import dgpo.cli_serve
+from dgpo.errors import UserError
+from dgpo.prompts import Prompt
+from dgpo.rewards import load_rewards
+from dgpo.rewards.http import HttpReward
+from dgpo.rewards.stand_in import redness
+
+pytest.importorskip("fastapi")
+import uvicorn
+
+from dgpo.serve.app import make_app
+from dgpo.serve.limits import Limits
+
+TOKEN = "correct-horse"
+REDS = [Image.new("RGB", (8, 8), (red, 10, 0)) for red in range(0, 250, 10)]
+SIZES: list[int] = []
+
+
+def counted(images, prompts, k=None):
+    SIZES.append(len(images))
+    if "slow" in prompts:
+        time.sleep(1.5)
+    if "broken" in prompts:
+        raise RuntimeError("out of memory")
+    return [float(value) if value is not None else 0.5 for value in k or [None] * len(images)]
+
+
+class Picky:
+    __name__ = "picky"
+
+    def check(self, prompts):
+        if any("text" not in prompt.metadata for prompt in prompts):
+            raise UserError("a row has no text")
+
+    def __call__(self, images, prompts, text):
+        return [float(len(one)) for one in text]
+
+
+@pytest.fixture(scope="module")
+def url():
+    sets = [load_rewards([one]) for one in (redness, counted, Picky())]
+    limits = Limits(body=200_000, images=8, pixels=10_000, seconds=0.7)
+    app = make_app(sets, TOKEN, limits, batch=16, linger=0.05, waiting=20)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture
+def client(url):
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def token(monkeypatch):
+    monkeypatch.setenv("DGPO_REWARD_TOKEN", TOKEN)
+
+
+def picture(kind="PNG", size=(8, 8), **options):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, "red").save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def ask(client, pictures, **question):
+    question = {"prompts": ["a"] * len(pictures), "rewards": ["redness"], **question}
+    files = [("images", ("x", one)) for one in pictures]
+    return client.post("/v1/score", data={"request": json.dumps(question)}, files=files)
+
+
+def test_scores_are_the_very_numbers_of_the_reward(url, client):
+    far = load_rewards({"http": {"options": {"url": url, "reward": "redness", "batch": 3}}})
+    rows = [Prompt("a", {"k": 1})] * len(REDS)
+    far.check(rows)
+    near = load_rewards(["redness"])(REDS, rows).total
+    assert far(REDS, rows).total.tolist() == near.tolist()
+    webp = ask(client, [picture("WEBP", lossless=True), picture("WEBP"), picture()]).json()
+    assert webp["scores"]["redness"] == pytest.approx([1.0, 1.0, 1.0], abs=0.02)
+    both = ask(client, [picture()], rewards=["redness", "counted"], metadata=[{"k": 7}]).json()
+    assert both == {"scores": {"redness": [1.0], "counted": [7.0]}}
+
+
+def test_health_and_the_description(url, client):
+    assert httpx.get(f"{url}/health").json()["status"] == "ok"
+    assert client.get("/v1/rewards").json()["rewards"] == ["redness", "counted", "picky"]
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {"/health", "/v1/score", "/v1/rewards"} <= set(paths)
+    assert "413" in paths["/v1/score"]["post"]["responses"]
+
+
+@pytest.mark.parametrize("header", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "é"}])
+@pytest.mark.parametrize("path", ["/v1/score", "/v1/rewards", "/docs", "/openapi.json"])
+def test_the_token(url, header, path):
+    header = {key: value.encode() for key, value in header.items()}
+    method = "POST" if path.endswith("score") else "GET"
+    assert httpx.request(method, url + path, headers=header).status_code == 401
+
+
+def bomb():
+    """A PNG of 30 000 x 30 000 pixels in a few bytes."""
+
+    def chunk(kind, body):
+        sum_ = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + sum_
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+
+
+def webp_bomb():
+    body = b"VP8X" + struct.pack("<I", 10) + bytes(4) + b"\xff\x3f\x00" * 2
+    return b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body
+
+
+MALFORMED = [
+    (b"", 400),
+    (b"not a picture", 400),
+    (picture()[:40], 400),
+    (picture()[:20], 400),
+    (picture()[:-20].replace(b"IDAT", b"IDOT"), 400),
+    (picture("WEBP")[:40], 400),
+    (picture("WEBP")[:18], 400),
+    (picture("JPEG"), 400),
+    (picture("GIF"), 400),
+    (picture("TIFF"), 400),
+    (bomb(), 413),
+    (webp_bomb(), 413),
+    (picture(size=(101, 100)), 413),
+    (picture("WEBP", save_all=True, append_images=[Image.new("RGB", (8, 8))]), 400),
+]
+
+
+@pytest.mark.parametrize(("data", "status"), MALFORMED)
+def test_pictures_that_are_none(client, data, status):
+    answer = ask(client, [picture(), data])
+    assert answer.status_code == status and "Traceback" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("question", "status"),
+    [
+        ("", 422),
+        ("{", 400),
+        ("[]", 400),
+        ('{"prompts": []}', 400),
+        ('{"prompts": ["a", "b"]}', 400),
+        ('{"prompts": ["a"], "metadata": [1]}', 400),
+        ('{"prompts": ["a"], "metadata": []}', 400),
+        ('{"prompts": ["a"], "else": 1}', 400),
+        ('{"prompts": ["a"], "rewards": ["nothing"]}', 404),
+        ('{"prompts": ["a"], "rewards": ["picky"]}', 422),
+        ('{"prompts": ["a"], "metadata": [{"text": 5}], "rewards": ["picky"]}', 503),
+        ('{"prompts": ["broken"], "rewards": ["counted"]}', 503),
+        ('{"prompts": ["slow"], "rewards": ["counted"]}', 504),
+        ('{"prompts": ["a"], "metadata": ' + "[" * 10000, 400),
+        ("x" * 2_000_000, 413),
+    ],
+)
+def test_requests_that_are_none(client, question, status):
+    answer = client.post(
+        "/v1/score", data={"request": question}, files=[("images", ("x", picture()))]
+    )
+    assert answer.status_code == status, answer.text
+
+
+def test_bodies_that_are_none(client):
+    assert client.post("/v1/score").status_code == 422
+    assert client.post("/v1/score", json={"prompts": ["a"]}).status_code == 422
+    broken = {"Content-Type": "multipart/form-data; boundary=x"}
+    assert client.post("/v1/score", content=b"--x\r\nno", headers=broken).status_code in (400, 422)
+    assert ask(client, [picture()] * 9).status_code == 413
+
+    def endless():
+        yield b'--x\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n'
+        for _ in range(1000):
+            yield b"x" * 1000
+
+    assert client.post("/v1/score", content=endless(), headers=broken).status_code == 413
+    assert ask(client, [picture()]).status_code == 200
+
+
+def test_many_at_once_are_scored_together(url):
+    time.sleep(1)  # what was too slow has ended
+    SIZES.clear()
+    rewards = [HttpReward(url, "counted", batch=2) for _ in range(8)]
+
+    def one(number):
+        return rewards[number % 8](REDS[:2], ["a"] * 2, k=[number, -number])
+
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(one, range(40)))
+    assert found == [[float(number), float(-number)] for number in range(40)]
+    assert sum(SIZES) == 80 and max(SIZES) > 2 and len(SIZES) < 40
+
+
+def test_one_bad_request_does_not_spoil_those_beside_it(url):
+    def one(text):
+        reward = HttpReward(url, "counted", retries=0)
+        try:
+            return reward(REDS[:1], [text])
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(one, ["a", "broken", "a", "a", "broken", "a"]))
+    assert [answer for answer in found if answer != [0.5]] == [found[1], found[4]]
+    assert "out of memory" in found[1]
+
+
+def test_what_the_client_says(url, monkeypatch, tmp_path):
+    rows = [Prompt("a")]
+    with pytest.raises(UserError, match="serves redness, counted, picky, not 'rednes'"):
+        HttpReward(url, "rednes").check(rows)
+    with pytest.raises(UserError, match="set the option reward"):
+        HttpReward(url).check(rows)
+    with pytest.raises(UserError, match="DGPO_REWARD_URL"):
+        HttpReward().check(rows)
+    with pytest.raises(UserError, match=r"after 2 tries.*Connect"):
+        HttpReward("http://127.0.0.1:9", retries=1, pause=0).check(rows)
+    with pytest.raises(UserError, match="JSON cannot"):
+        HttpReward(url, "counted")(REDS[:1], ["a"], k=[object()])
+    (tmp_path / "wrong").write_text("wrong\n")
+    with pytest.raises(UserError, match=r"401.*TOKEN_FILE"):
+        HttpReward(url, token_file=str(tmp_path / "wrong")).check(rows)
+    with pytest.raises(UserError, match=r"options.*unexpected"):
+        load_rewards({"http": {"options": {"adress": url}}})
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.fixture
+def process(tmp_path):
+    """`dgpo serve` in a process of its own."""
+    port, file = free_port(), tmp_path / "token"
+    file.write_text(TOKEN + "\n")
+    command = [sys.executable, "-c", "from dgpo.cli import main; main()", "serve"]
+    command += ["--reward", "redness"]
+    with subprocess.Popen(
+        [*command, "--port", str(port), "--token-file", str(file)], stderr=subprocess.DEVNULL
+    ) as running:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(1200):
+            try:
+                httpx.get(f"{url}/health")
+                break
+            except httpx.TransportError:
+                assert running.poll() is None
+                time.sleep(0.1)
+        yield url, running
+        running.kill()
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip_group"])
+def test_a_server_that_is_killed_in_the_middle_of_a_run(process, on_error, tmp_path, monkeypatch):
+    from tiny_runs import light, rows, trainer
+
+    light(monkeypatch)
+    url, running = process
+    options = {"url": url, "retries": 1, "pause": 0.01}
+    term = {"options": options, "on_error": on_error}
+    run = trainer(
+        tmp_path / "run",
+        {"http": term},
+        train={"iterations": 3},
+        eval_dataset=["a red cat"],
+        rollout={"batch": 4},
+    )
+    iterate = run._iterate
+
+    def killing():
+        if run.iteration == 1:
+            os.kill(running.pid, signal.SIGKILL)
+            running.wait()
+        iterate()
+
+    monkeypatch.setattr(run, "_iterate", killing)
+    if on_error == "stop":
+        with pytest.raises(UserError, match=r"no answer from http.* after 2 tries"):
+            run.train()
+        assert len(rows(tmp_path / "run")) == 1
+        return
+    with pytest.warns(UserWarning, match="a group is left out"):
+        run.train()
+    found = rows(tmp_path / "run")
+    assert [row["groups_skipped"] for row in found] == [0, 2, 2]
+    assert found[0]["reward_mean"] is not None and found[1]["reward_mean"] is None
+    assert found[1]["loss"] == 0 and (tmp_path / "run" / "lora").exists()
+
+
+def test_what_the_command_refuses(tmp_path, monkeypatch):
+    import typer
+
+    app = typer.Typer()
+    app.command()(dgpo.cli_serve.serve)
+
+    def refused(*arguments):
+        return str(CliRunner().invoke(app, ["--reward", "redness", *arguments]).exception)
+
+    assert "give --token-file" in refused("--host", "0.0.0.0")
+    (tmp_path / "empty").write_text("\n")
+    assert "one word" in refused("--token-file", str(tmp_path / "empty"))
+    assert "token file" in refused("--token-file", str(tmp_path / "none"))
+    monkeypatch.setattr(dgpo.cli_serve.importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'dgpo[serve]'" in refused()
