@@ -273,7 +273,11 @@ def test_from_end_to_end(write_recipe, monkeypatch):
         assert recipe["to_target"]["0.99"]["minutes"]["bound"] == "at least"
         assert run["evaluations"][-1]["cost"]["images"] == 16
         assert run["evaluations"][-1]["cost"]["forwards"] > 16 * 3
-    assert len(body["machines"]) == 1 and body["machines"][0]["threads"] >= 1
+    assert len(body["machines"]) == 1 and body["machines"][0]["torch_threads"] >= 1
+
+    compare(sources[0], "--target", "0.01", "--stop-at-target", "--out", "early")
+    (recipe,) = json.loads(Path("early/table.json").read_text())["recipes"]
+    assert [e["iteration"] for e in recipe["runs"][0]["evaluations"]] == [0, 1]
 
     monkeypatch.setattr(comparison_runs, "Race", None)  # nothing is left to train
     assert compare(*command).output.count("found finished") == 2

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from dgpo.comparison.figures import Record, Summary, read_record, summarize
-from dgpo.comparison.machine import machine, versions
 from dgpo.comparison.picture import draw
 from dgpo.comparison.plan import Run
 from dgpo.comparison.runs import read_machines, state
 from dgpo.comparison.table import Table, as_json, notes, tables
+from dgpo.run_manifest import facts
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem;
@@ -66,22 +66,27 @@ def write(comparison: Comparison) -> list[Summary]:
     machines = _machines(comparison)
     if len(machines) > 1:
         remarks.append("The runs were made on different machines: their times do not compare.")
-    facts = _facts(machines)
+    versions = facts()["versions"]
+    made_on = _made_on(machines, versions)
     draw(summaries, comparison.targets, metric, out / "compare.png")
     text = [f"# {metric} on held-out prompts", "", *(table.markdown() for table in made)]
     text += [f"{remark}\n" for remark in remarks]
-    text += [f"![curves](compare.png)\n\nMade with:\n\n```\n{comparison.command}\n```\n", facts, ""]
+    text += [
+        f"![curves](compare.png)\n\nMade with:\n\n```\n{comparison.command}\n```\n",
+        made_on,
+        "",
+    ]
     (out / "table.md").write_text("\n".join(text), encoding="utf-8")
     body = {
         "metric": metric,
         "targets": list(comparison.targets),
         "recipes": [as_json(summary) for summary in summaries],
         "machines": machines,
-        "versions": versions(),
+        "versions": versions,
         "command": comparison.command,
     }
     (out / "table.json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-    page = _page(metric, made, remarks, out / "compare.png", commands, facts)
+    page = _page(metric, made, remarks, out / "compare.png", commands, made_on)
     (out / "compare.html").write_text(page, encoding="utf-8")
     return summaries
 
@@ -113,15 +118,16 @@ def _commands(comparison: Comparison) -> str:
 
 def _machines(comparison: Comparison) -> list[dict[str, Any]]:
     """All that the runs were made on; this one if that was not noted."""
-    found: list[dict[str, Any]] = []
-    for run in comparison.runs:
-        found += [each for each in read_machines(run.folder) if each not in found]
-    return found or [{**machine(), "note": "the machine of this report; the runs' was not noted"}]
+    every = [each for run in comparison.runs for each in read_machines(run.folder)]
+    found = [each for place, each in enumerate(every) if each not in every[:place]]
+    return found or [
+        {**facts()["machine"], "note": "the machine of this report; the runs' was not noted"}
+    ]
 
 
-def _facts(machines: Sequence[dict[str, Any]]) -> str:
+def _made_on(machines: Sequence[dict[str, Any]], versions: dict[str, str | None]) -> str:
     lines = ["; ".join(f"{key}: {value}" for key, value in each.items()) for each in machines]
-    packages = ", ".join(f"{name} {number}" for name, number in versions().items())
+    packages = ", ".join(f"{name} {number}" for name, number in versions.items())
     return "\n".join([*(f"Machine: {line}." for line in lines), "", f"Versions: {packages}."])
 
 
@@ -131,7 +137,7 @@ def _page(
     remarks: Sequence[str],
     picture: Path,
     commands: str,
-    facts: str,
+    made_on: str,
 ) -> str:
     """A page that needs no other file."""
     data = base64.b64encode(picture.read_bytes()).decode()
@@ -147,7 +153,7 @@ def _page(
         *(f"<p>{escape(remark)}</p>" for remark in remarks),
         f"<h2>Commands</h2><pre>{escape(commands)}</pre>",
         "<h2>Machine and versions</h2>",
-        *(f"<p>{escape(line)}</p>" for line in facts.splitlines() if line),
+        *(f"<p>{escape(line)}</p>" for line in made_on.splitlines() if line),
         "</body></html>",
     ]
     return "\n".join(parts) + "\n"

@@ -8,17 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from dgpo.comparison.machine import machine
 from dgpo.comparison.plan import Run
 from dgpo.errors import UserError
 from dgpo.recipe import Recipe
 from dgpo.recipe_files import read_recipe
+from dgpo.run_manifest import FILE
 from dgpo.tracking import read_jsonl
 from dgpo.trainer import Trainer
 
 State = Literal["new", "interrupted", "finished"]
-MACHINES = "machines.json"
-"""In a run's folder: the machines that it was made on, one after the other."""
 ENDED = "ended"
 """In a run's folder: the iteration at which the trainer ended it for a reason of its own."""
 
@@ -89,31 +87,22 @@ def make(run: Run, stop_at: float | None) -> State:
     found = state(run, stop_at)
     if found == "finished":
         return found
-    saved = run.folder / "checkpoints"
-    resume = found == "interrupted" and saved.is_dir() and any(saved.iterdir())
+    saved = (run.folder / "checkpoints").glob("*")
+    resume = found == "interrupted" and any(not place.name.endswith(".new") for place in saved)
     if found == "interrupted" and not resume:
         shutil.rmtree(run.folder)
     race = Race(run.recipe, resume, stop_at)
-    _note_machine(run.folder)
     race.train()
     if state(run, stop_at) == "interrupted":
         (run.folder / ENDED).write_text(f"{race.iteration}\n", encoding="utf-8")
     return found
 
 
-def _note_machine(folder: Path) -> None:
-    here, file = machine(), folder / MACHINES
-    known = read_machines(folder)
-    if here not in known:
-        # the trainer, which refuses a folder that holds a run, does not mind this file
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps([*known, here], indent=2) + "\n", encoding="utf-8")
-
-
 def read_machines(folder: Path) -> list[dict[str, Any]]:
-    """The machines that a run was made on; none if that was not noted."""
-    file = folder / MACHINES
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    """The machines that a run was made on, one a start, by its ``run.json``."""
+    file = folder / FILE
+    starts = json.loads(file.read_text(encoding="utf-8"))["starts"] if file.exists() else []
+    return [start["machine"] for start in starts]
 
 
 def _refuse_other_recipe(run: Run) -> None:
