@@ -170,6 +170,7 @@ def test_a_checkpoint_is_whole_or_not_there(
     assert find_checkpoint(folder, best=True).iteration == 3  # of equal ones the earlier
     prune(folder, keep_last=2, keep_best=1)
     assert names() == ["00000003", "00000005", "00000006"]
+    (folder / "00000005.old" / "left").mkdir(parents=True)  # as a kill while it is deleted
     prune(folder, keep_last=1, keep_best=0)
     assert names() == ["00000006"]
 
@@ -251,10 +252,16 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(
     assert any((tmp_path / "lora").glob("*.safetensors"))
 
 
+PICKLES = (
+    r"\bpickle\.(loads?|dumps?|Pickler|Unpickler)\b|\bfrom pickle import|\btorch\.save\("
+    r"|allow_pickle=True"
+)
+
+
 def test_nothing_is_read_or_written_as_a_pickle() -> None:
     for file in (Path(__file__).parents[1] / "src").rglob("*.py"):
         text = file.read_text(encoding="utf-8")
-        assert not re.search(r"\bimport pickle|\btorch\.save\(|allow_pickle=True", text), file
+        assert not re.search(PICKLES, text), file
         for call in re.findall(r"\btorch\.load\([^)]*\)", text):
             assert "weights_only=True" in call, (file, call)
 

@@ -96,12 +96,17 @@ def save_checkpoint(
 
 
 def prune(folder: Path, keep_last: int, keep_best: int) -> None:
-    """Delete all checkpoints but the last and the best: of equal scores the earlier is better."""
+    """Delete all checkpoints but the last and the best: of equal scores the earlier is better.
+
+    To be called once a checkpoint was saved: what is left of replaced ones is deleted as well.
+    """
+    for left in folder.glob("*.old"):
+        shutil.rmtree(left, ignore_errors=True)
     iterations = {place: int(place.name) for place in folder.iterdir() if place.name.isdigit()}
     latest = sorted(iterations, key=iterations.__getitem__, reverse=True)
     scores = {place: _score(place) for place in latest}
-    scored = [place for place, score in scores.items() if score is not None]
-    best = sorted(scored, key=lambda place: (-(scores[place] or 0.0), iterations[place]))
+    scored = {place: score for place, score in scores.items() if score is not None}
+    best = sorted(scored, key=lambda place: (-scored[place], iterations[place]))
     kept = {*latest[:keep_last], *best[:keep_best]}
     for place in latest:
         if place not in kept:
@@ -123,10 +128,11 @@ def find_checkpoint(folder: Path, best: bool = False) -> Found:
 
     def order(place: Path) -> tuple[float, int, bool]:
         score = _score(place) if best else None
-        value = 0.0 if score is None else score
-        ranked = value if best and score is not None else float("-inf")
         iteration = int(place.name[:8])
-        return ranked, (-iteration if best else iteration), not place.name.endswith(".old")
+        kept = not place.name.endswith(".old")
+        if best:  # of equal scores the earlier
+            return float("-inf") if score is None else score, -iteration, kept
+        return 0.0, iteration, kept
 
     damaged: list[str] = []
     for place in sorted(places, key=order, reverse=True):

@@ -27,7 +27,7 @@ class Counter:
     """
 
     def __init__(self, denoisers: Iterable[nn.Module]) -> None:
-        self.totals = dict.fromkeys(COUNTED, 0)
+        self.totals: dict[str, int] = dict.fromkeys(COUNTED, 0)
         """Of the iterations that are done."""
         self._denoisers = list(denoisers)
         self._hooks: list[Any] = []
