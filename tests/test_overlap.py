@@ -40,28 +40,26 @@ class Watched:
 
 
 @pytest.fixture(scope="module")
-def model() -> PipelineModel:
-    return PipelineModel(sd3_small(), call={"height": 16, "width": 16})
+def policy() -> Policy:
+    model = PipelineModel(sd3_small(), call={"height": 16, "width": 16})
+    return Policy(model, Recipe.from_dict(settings()).lora, seed=0)
 
 
 def run(
-    model: PipelineModel, reward: Any, batch: int | None, overlap: bool | None, **term: Any
+    policy: Policy, reward: Any, batch: int | None, overlap: bool | None, **term: Any
 ) -> Collected:
     rollout = {"batch": batch, "overlap_rewards": overlap}
     data = settings(group_size=4, groups_per_iteration=3, rollout=rollout)
     recipe = Recipe.from_dict({**data, "algorithm": DGPO(timesteps=LEVELS)})
-    policy = Policy(model, recipe.lora, seed=0)
     rows = [Prompt(text) for text in PROMPTS[:3]]
-    with policy.rolling("policy"):
-        pass
     return collect(
         policy, load_rewards({reward: term or 1.0}), recipe.algorithm, rows, recipe, 0, None
     )
 
 
-def test_overlapped_is_the_same_as_synchronous(model: PipelineModel) -> None:
+def test_overlapped_is_the_same_as_synchronous(policy: Policy) -> None:
     one, two = Watched(), Watched()
-    apart, together = run(model, one, 6, False), run(model, two, 6, None)
+    apart, together = run(policy, one, 6, False), run(policy, two, 6, None)
     assert apart.batch is not None and together.batch is not None
     assert torch.equal(apart.batch.advantages, together.batch.advantages)
     assert torch.equal(apart.batch.x0, together.batch.x0)
@@ -73,19 +71,19 @@ def test_overlapped_is_the_same_as_synchronous(model: PipelineModel) -> None:
     assert {name for name, _ in two.calls} == {"reward"}
 
 
-def test_one_batch_is_one_call_in_place(model: PipelineModel) -> None:
+def test_one_batch_is_one_call_in_place(policy: Policy) -> None:
     reward = Watched()
-    found = run(model, reward, None, None)
+    found = run(policy, reward, None, None)
     assert [len(prompts) for _, prompts in reward.calls] == [12]
     assert "seconds_reward_hidden" not in found.figures
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_lost_group_is_left_out_and_counted(model: PipelineModel, overlap: bool) -> None:
+def test_a_lost_group_is_left_out_and_counted(policy: Policy, overlap: bool) -> None:
     reward = Watched()
     reward.breaks = {PROMPTS[1]}
     with pytest.warns(UserWarning, match="no answer"):
-        found = run(model, reward, 4, overlap, on_error="skip_group")
+        found = run(policy, reward, 4, overlap, on_error="skip_group")
     assert found.figures["groups_skipped"] == 1 and found.figures["groups_dropped"] == 0
     batch = found.batch
     assert batch is not None and batch.groups.count == 2 and batch.share == 1
@@ -93,10 +91,10 @@ def test_a_lost_group_is_left_out_and_counted(model: PipelineModel, overlap: boo
     assert batch.prompts.size == 2
     reward.breaks = set(PROMPTS)
     with pytest.warns(UserWarning, match="no answer"):
-        found = run(model, reward, 4, overlap, on_error="skip_group")
+        found = run(policy, reward, 4, overlap, on_error="skip_group")
     assert found.batch is None and found.figures["groups_skipped"] == 3
     with pytest.raises(UserError, match="no answer"):
-        run(model, reward, 4, overlap)
+        run(policy, reward, 4, overlap)
 
 
 def test_recipes_of_several_rewards() -> None:
