@@ -11,6 +11,9 @@ import typer
 
 from dgpo.errors import UserError
 
+CONNECTIONS = 64
+"""Open at once; a client keeps up to four."""
+
 
 def serve(
     reward: Annotated[
@@ -51,7 +54,8 @@ def serve(
     limits = Limits(body=max_mb * 2**20, images=max_images, pixels=max_megapixels * 10**6)
     app = make_app(sets, token, limits, batch=batch)
     typer.echo(f"serving {', '.join(reward)}; the interface is described at /docs")
-    uvicorn.run(app, host=host, port=port, log_level="info", access_log=False)
+    # more at once are told to come again: their pictures would all be unpacked in memory
+    uvicorn.run(app, host=host, port=port, access_log=False, limit_concurrency=CONNECTIONS)
 
 
 def read_token(file: Path) -> str:
