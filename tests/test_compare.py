@@ -116,7 +116,7 @@ def test_costs_ratios_and_bounds(races):
     assert ratio(fast, fast, 0.2, "minutes").value is None  # nor of no cost at all
     exact = ratio(slow, fast, 0.4, "minutes")
     assert exact.value == pytest.approx(math.sqrt(20 * 20 / 1.5)) and exact.bound == "exact"
-    assert exact.low is not None and exact.low < exact.value
+    assert exact.value and exact.low and exact.low < exact.value
 
 
 def test_scores_and_changes_of_the_other_metrics(races):

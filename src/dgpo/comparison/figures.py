@@ -80,11 +80,12 @@ class Summary:
 def read_record(folder: Path, seed: int, finished: bool = True) -> Record:
     """The evaluations of a run folder, with the costs of its ``metrics.jsonl``."""
     rows = {row["iteration"]: row for row in read_jsonl(folder / "metrics.jsonl")}
-    nothing = dict.fromkeys(("images", "forwards", "backwards"), 0)
+    nothing: dict[str, Any] = dict.fromkeys(COSTS, 0)
     points = []
     for row in read_jsonl(folder / "evaluations.jsonl"):
         spent = rows.get(row["iteration"], {}) if row["iteration"] else nothing
-        cost = {name: spent.get(name) for name in COSTS} | {"minutes": row["seconds"] / 60}
+        cost: dict[str, float | None] = {name: spent.get(name) for name in COSTS}
+        cost["minutes"] = row["seconds"] / 60
         points.append(Point(row["iteration"], row["overall"], row["rewards"], cost))
     return Record(seed, points, finished)
 
