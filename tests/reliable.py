@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,8 @@ class _NoEvents:
 def processes() -> Any:
     """Processes that are forked from one that has imported everything and computed nothing."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # the first process of Python 3.11 does not take over sys.path, and would preload nothing
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["reliable"])
     return context

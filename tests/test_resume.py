@@ -70,8 +70,8 @@ def test_sigterm_saves_and_ends_with_0(tmp_path: Path) -> None:
 class Killing:
     """A run that is killed over and over, against the one that was not."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.context = folder, processes()
+    def __init__(self, folder: Path, context: Any = None) -> None:
+        self.folder, self.context = folder, context or processes()
         began = time.monotonic()
         assert self._start(folder / "through", False, None).exitcode == 0
         self.seconds = time.monotonic() - began
