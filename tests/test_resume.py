@@ -110,6 +110,7 @@ class Killing:
         return process
 
 
+@pytest.mark.slow
 def test_killed_at_some_moments(tmp_path: Path) -> None:
     killing = Killing(tmp_path)
     # of the about 20 operations for every iteration and its checkpoint

@@ -93,15 +93,15 @@ def test_wrong_captions_stay_captions_and_are_wrong_about_as_often_as_stated():
         caption = wrong_caption(scene.metadata, rng)
         assert parse_caption(caption)["tag"] == scene.metadata["tag"]
         right[scene.metadata["tag"]].append(caption == scene.caption)
-    # of 12 ordered pairs of shapes 4 are partners, where one mistake makes both nouns equal
-    twice = (8 * 0.65**2 + 4 * (1 - 0.35**2)) / 12
+    # a caption that would name a shape or a colour twice stays right: one of the three (five) other
+    # values after one mistake, two of nine (four of twenty-five) pairs of values after two
     expected = {
-        "single_object": 0.60,
-        "two_object": twice,
-        "counting": 0.60,
-        "colors": 0.60,
-        "position": 0.68,
-        "color_attr": 0.70,
+        "single_object": 0.65,
+        "two_object": 0.9**2 + 2 * 0.9 * 0.1 / 3 + 0.1**2 * 2 / 9,
+        "counting": 0.75,
+        "colors": 0.65,
+        "position": 0.75,
+        "color_attr": 0.97**2 + 2 * 0.97 * 0.03 / 5 + 0.03**2 * 4 / 25,
     }
     for category, share in expected.items():
         error = (share * (1 - share) / len(right[category])) ** 0.5
