@@ -179,15 +179,15 @@ def test_the_saved_lora_draws_the_same_pictures(tmp_path: Path) -> None:
     run = trainer(tmp_path, eval_dataset=PROMPTS[:2], lora={"rank": 4, "alpha": 12})
     run.train()
     with run.policy.rolling("slow"):
-        wanted = sample_images(run.model, run.eval_prompts, run._sampling)
+        wanted = sample_images(run.model, run.eval_prompts, run._held_out.sampling)
     with run.policy.rolling("policy"):
-        policy = sample_images(run.model, run.eval_prompts, run._sampling)
+        policy = sample_images(run.model, run.eval_prompts, run._held_out.sampling)
     pipe = sd3_small()
     pipe.load_lora_weights(tmp_path / "lora")
     model = PipelineModel(pipe, call=run.recipe.rollout.call)
-    found = sample_images(model, run.eval_prompts, run._sampling)
+    found = sample_images(model, run.eval_prompts, run._held_out.sampling)
     base = sample_images(
-        PipelineModel(sd3_small(), call=model.call), run.eval_prompts, run._sampling
+        PipelineModel(sd3_small(), call=model.call), run.eval_prompts, run._held_out.sampling
     )
 
     def distance(a: Any, b: Any) -> int:

@@ -13,8 +13,9 @@ from dgpo.algorithms.base import BaseAlgorithm, TrajectoryAlgorithm
 from dgpo.collection import Batch, collect
 from dgpo.disk import says_disk_full
 from dgpo.errors import UserError
-from dgpo.evaluation import Metrics, Report, Sampling, evaluate, sample_images
+from dgpo.evaluation import Metrics, Report
 from dgpo.guards import Guards, save_batch
+from dgpo.held_out import HeldOut
 from dgpo.interrupts import Terminated, all_or_nothing, terminable
 from dgpo.models.counting import COUNTED, Counter
 from dgpo.models.load import load_pipeline
@@ -23,7 +24,7 @@ from dgpo.models.policy import Policy, RollingWeights
 from dgpo.models.schedulers import make_scheduler
 from dgpo.models.sde_schedulers import make_sde_scheduler
 from dgpo.progress import Progress, clock
-from dgpo.prompts import Prompt, PromptSampler, load_prompts
+from dgpo.prompts import PromptSampler, load_prompts
 from dgpo.recipe import Recipe
 from dgpo.rewards import RewardFailure, load_rewards
 from dgpo.run_checkpoints import RunCheckpoints
@@ -105,6 +106,9 @@ class Trainer:
         self.policy = Policy(self.model, self.recipe.lora, self.recipe.seed)
         self.updater = Updater(self.policy, self.algorithm, self.recipe)
         self.counter = Counter(self.model.denoisers.values())
+        self._held_out = HeldOut(
+            self.recipe, self.policy, self.scheduler, self.metrics, self.eval_prompts, self.prompts
+        )
 
         self.iteration = 0
         """Iterations done."""
@@ -164,12 +168,7 @@ class Trainer:
         Raises:
             UserError: there are no held-out prompts.
         """
-        if not self.eval_prompts:
-            raise UserError("no held-out prompts: set prompts.eval, or give eval_dataset")
-        name = self.recipe.prompts.eval or "eval_dataset"
-        with self.policy.rolling(weights):
-            found = evaluate(self.model, self.eval_prompts, self.metrics, self._sampling, name)
-        return found[0]
+        return self._held_out.score(weights)
 
     def save_model(self, directory: str | Path) -> None:
         """Write the slow average of the trained weights as diffusers reads them."""
@@ -182,7 +181,7 @@ class Trainer:
             (self.metrics.of_each, self.eval_prompts),
         ):
             if rows := [*prompts[:1], *prompts[-1:]]:
-                score(sample_images(self.model, rows, self._sampling), rows)
+                score(self._held_out.sample(rows), rows)
 
     def _iterate(self) -> None:
         """One iteration: collect, update, log."""
@@ -280,8 +279,8 @@ class Trainer:
         self._evaluate()
         after = self._draw("after")
         if after is not None:
-            before = self._before or self._pictures(base=True)
-            self._tracker.compare(before, after, [p.text for p in self._shown])
+            before = self._before or self._held_out.pictures(base=True)
+            self._tracker.compare(before, after, self._held_out.captions)
         self._save_checkpoint()
         if reason := self._guards.reason_to_stop:
             self._stop_early(reason)
@@ -325,30 +324,12 @@ class Trainer:
         score = f"{self.metrics.names[0]} {report.overall:.3f} [{low:.3f}, {high:.3f}]"
         self._progress.say(f"iteration {self.iteration}: held-out {score}")
 
-    @property
-    def _shown(self) -> list[Prompt]:
-        """The prompts of the grids: evenly from the held-out rows, or from the training rows."""
-        rows = self.eval_prompts or self.prompts
-        count = min(self.recipe.samples.count, len(rows))
-        return [rows[i * len(rows) // count] for i in range(count)]
-
     def _draw(self, name: str) -> list | None:
         if not self.recipe.samples.count:
             return None
-        images = self._pictures()
-        self._tracker.grid(name, images, [p.text for p in self._shown])
+        images = self._held_out.pictures()
+        self._tracker.grid(name, images, self._held_out.captions)
         return images
-
-    def _pictures(self, base: bool = False) -> list:
-        place = self.policy.reference() if base else self.policy.rolling("slow")
-        with place:
-            return sample_images(self.model, self._shown, self._sampling, self.recipe.seed)
-
-    @property
-    def _sampling(self) -> Sampling:
-        rollout, own = self.recipe.rollout, self.recipe.eval
-        guidance = rollout.guidance_scale if own.guidance_scale is None else own.guidance_scale
-        return Sampling(own.steps or rollout.steps, guidance, self.scheduler, own.batch)
 
     def _save_checkpoint(self) -> None:
         self._progress.stage("saving")

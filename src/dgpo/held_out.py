@@ -1,0 +1,73 @@
+"""What a run shows of itself: scores and pictures of prompts that it does not train on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dgpo.errors import UserError
+from dgpo.evaluation import Metrics, Report, Sampling, evaluate, sample_images
+from dgpo.models.policy import Policy, RollingWeights
+from dgpo.prompts import Prompt
+from dgpo.recipe import Recipe
+
+
+class HeldOut:
+    """Scores and pictures of the policy, sampled as the recipe's evaluation says.
+
+    Args:
+        recipe: ``eval``, ``samples`` and ``rollout`` are read.
+        policy: whose weights are looked at.
+        scheduler: the deterministic sampler.
+        metrics: what is measured.
+        prompts: the held-out rows; may be empty.
+        others: the training rows, of which grids are drawn where nothing is held out.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        policy: Policy,
+        scheduler: Any,
+        metrics: Metrics,
+        prompts: Sequence[Prompt],
+        others: Sequence[Prompt],
+    ) -> None:
+        self._recipe, self._policy, self._metrics = recipe, policy, metrics
+        self._prompts = list(prompts)
+        rollout, own = recipe.rollout, recipe.eval
+        guidance = rollout.guidance_scale if own.guidance_scale is None else own.guidance_scale
+        self.sampling = Sampling(own.steps or rollout.steps, guidance, scheduler, own.batch)
+        """How all pictures are sampled."""
+        rows = self._prompts or list(others)
+        count = min(recipe.samples.count, len(rows))
+        self.shown = [rows[i * len(rows) // count] for i in range(count)]
+        """The prompts of the grids: evenly from the held-out rows, or from the training rows."""
+
+    @property
+    def captions(self) -> list[str]:
+        """The texts of :attr:`shown`."""
+        return [prompt.text for prompt in self.shown]
+
+    def sample(self, prompts: Sequence[Prompt]) -> list:
+        """One picture of each prompt by the weights that are in place."""
+        return sample_images(self._policy.model, prompts, self.sampling)
+
+    def score(self, weights: RollingWeights = "slow") -> Report:
+        """Score the held-out prompts.
+
+        Raises:
+            UserError: there are none.
+        """
+        if not self._prompts:
+            raise UserError("no held-out prompts: set prompts.eval, or give eval_dataset")
+        name = self._recipe.prompts.eval or "eval_dataset"
+        model = self._policy.model
+        with self._policy.rolling(weights):
+            return evaluate(model, self._prompts, self._metrics, self.sampling, name)[0]
+
+    def pictures(self, base: bool = False) -> list:
+        """The pictures of a grid by the slow average of the weights, or by the base model."""
+        place = self._policy.reference() if base else self._policy.rolling("slow")
+        with place:
+            return sample_images(self._policy.model, self.shown, self.sampling, self._recipe.seed)
