@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import ipaddress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dgpo.errors import UserError
+from dgpo.serve.access import token_for
 
 CONNECTIONS = 64
 """Open at once; a client keeps up to four."""
@@ -41,9 +41,7 @@ def serve(
     for module in ("fastapi", "uvicorn", "python_multipart"):
         if importlib.util.find_spec(module) is None:
             raise UserError(f"dgpo serve needs {module}: pip install 'dgpo[serve]'")
-    token = None if token_file is None else read_token(token_file)
-    if token is None and not _loopback(host):
-        raise UserError(f"--host {host}: anyone who reaches it could ask; give --token-file too")
+    token = token_for(host, token_file)
     import uvicorn
 
     from dgpo.rewards import load_rewards
@@ -56,25 +54,3 @@ def serve(
     typer.echo(f"serving {', '.join(reward)}; the interface is described at /docs")
     # more at once are told to come again: their pictures would all be unpacked in memory
     uvicorn.run(app, host=host, port=port, access_log=False, limit_concurrency=CONNECTIONS)
-
-
-def read_token(file: Path) -> str:
-    """The token in a file.
-
-    Raises:
-        UserError: there is no file, or nothing fit in it.
-    """
-    try:
-        token = file.expanduser().read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"token file {file}: {error}") from error
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise UserError(f"token file {file}: should hold one word of ASCII letters and digits")
-    return token
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any
@@ -65,6 +66,16 @@ class Batch:
         return self.prompts.rows(self.groups.index[rows])
 
 
+@dataclass
+class Sampled:
+    """The pictures of an iteration, which rewards are asked about as soon as they can be."""
+
+    rollout: Rollout
+    cond: Conditioning
+    scoring: Scoring
+    seconds: float
+
+
 @dataclass(frozen=True)
 class Collected:
     """A batch (None if no group had any spread) and the figures of its collection."""
@@ -94,22 +105,50 @@ def collect(
     Raises:
         UserError: the samples are not finite, or a reward's answer is unusable.
     """
+    made = sample(policy, rewards, algorithm, prompts, recipe, iteration, scheduler)
+    return score(made, algorithm, recipe)
+
+
+def sample(
+    policy: Policy,
+    rewards: RewardSet,
+    algorithm: BaseAlgorithm,
+    prompts: Sequence[Prompt],
+    recipe: Recipe,
+    iteration: int,
+    scheduler: Any,
+) -> Sampled:
+    """The first half of :func:`collect`: the pictures, shown to those rewards that take time.
+
+    Raises:
+        UserError: the samples are not finite, or a reward has failed already.
+    """
     began = monotonic()
-    groups = Groups.contiguous(len(prompts), recipe.group_size)
     guided = recipe.rollout.guidance_scale != 1 or algorithm.kl_guidance is not None
     cond = policy.model.encode([prompt.text for prompt in prompts], guidance=guided)
-    overlap = recipe.overlaps_rewards
-    with Scoring(rewards, prompts, recipe.group_size, overlap) as scoring:
+    with ExitStack() as on_error:
+        scoring = Scoring(rewards, prompts, recipe.group_size, recipe.overlaps_rewards)
+        on_error.enter_context(scoring)
         made = _roll(policy, algorithm, cond, recipe, iteration, scheduler, scoring)
-        sampled = monotonic()
+        on_error.pop_all()
+    return Sampled(made, cond, scoring, monotonic() - began)
+
+
+def score(made: Sampled, algorithm: BaseAlgorithm, recipe: Recipe) -> Collected:
+    """The second half of :func:`collect`: the rewards, and what can teach.
+
+    Raises:
+        UserError: a reward's answer is unusable.
+    """
+    began = monotonic()
+    with made.scoring as scoring:
         scored = scoring.finish()
-    rewarded = monotonic()
-    waited = rewarded - sampled
-    seconds = {"rollout": sampled - began, "reward": waited}
-    batch, figures = _learnable(scored, made, cond, groups, algorithm, recipe.combine)
-    if overlap:
+    waited = monotonic() - began
+    groups = Groups.contiguous(made.cond.size, recipe.group_size)
+    batch, figures = _learnable(scored, made.rollout, made.cond, groups, algorithm, recipe.combine)
+    if recipe.overlaps_rewards:
         figures["seconds_reward_hidden"] = max(0.0, scoring.seconds - waited)
-    return Collected(batch, figures, seconds)
+    return Collected(batch, figures, {"rollout": made.seconds, "reward": waited})
 
 
 def _learnable(

@@ -178,6 +178,10 @@ class Recipe(Section):
                 f"rollout.switch_to_old_after = {rollout.switch_to_old_after}: {name} learns from "
                 "the policy's own steps; use null"
             )
+        if rollout.ahead:
+            lines.append(
+                f"rollout.ahead = {rollout.ahead}: {name} learns from the policy's own steps; use 0"
+            )
         if self.train.optimizer_step != "iteration":
             lines.append(
                 f"train.optimizer_step = {self.train.optimizer_step!r}: {name} trains all steps of "
@@ -200,6 +204,11 @@ class Recipe(Section):
             for key in self.rollout.call
             if key in _OWNED_CALL_KEYS
         ]
+        if self.rollout.ahead and self.rollout.overlap_rewards:
+            lines.append(
+                f"rollout.ahead = {self.rollout.ahead}: rewards are asked when their iteration is "
+                "due; set rollout.overlap_rewards to null or false"
+            )
         if self.combine == "gdpo" and getattr(self.algorithm, "advantage_std", "") == "group":
             lines.append(
                 "combine = 'gdpo': it ends with one deviation for the whole batch, and that of "
@@ -293,6 +302,8 @@ class Recipe(Section):
     def overlaps_rewards(self) -> bool:
         """Whether rewards are asked while the next pictures are sampled."""
         asked, batch = self.rollout.overlap_rewards, self.rollout.batch
+        if self.rollout.ahead:
+            return False
         return asked is not False and batch is not None and batch < self.images_per_iteration
 
     @property

@@ -46,6 +46,9 @@ class RolloutSettings(Section):
     overlap_rewards: bool | None = None
     """Ask the rewards about one batch while the next is sampled; null: where batch makes several.
     It changes no result."""
+    ahead: int = Field(default=0, ge=0)
+    """Iterations whose pictures are sampled before those of the one that is trained next have their
+    rewards, by weights that are so many updates old: so that people who rank never wait."""
     switch_to_old_after: int | None = Field(default=None, ge=0)
     """Iteration from which the old policy (the fast EMA) makes the rollouts; null: never."""
     call: dict[str, Any] = Field(default_factory=dict)

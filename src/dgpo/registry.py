@@ -58,6 +58,7 @@ REWARDS: dict[str, str] = {
     "video_aesthetic": "dgpo.rewards.video:video_aesthetic",
     "clap": "dgpo.rewards.clap:clap",
     "http": "dgpo.rewards.http:HttpReward",
+    "human": "dgpo.rewards.human:HumanReward",
     "redness": "dgpo.rewards.stand_in:redness",
     "brightness": "dgpo.rewards.stand_in:brightness",
 }

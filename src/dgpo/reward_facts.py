@@ -120,6 +120,12 @@ FACTS: dict[str, Facts] = {
         "pip install httpx",
         "DGPO_REWARD_URL=URL",
     ),
+    "human": Facts(
+        "what people prefer, on a page in the browser",
+        "0 to 1",
+        package="fastapi",
+        install="pip install 'dgpo[serve]'",
+    ),
     "redness": Facts("for trying things out", "-1 to 1"),
     "brightness": Facts("for trying things out", "0 to 1"),
 }

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from dgpo.ahead import Collector
 from dgpo.algorithms.base import BaseAlgorithm, TrajectoryAlgorithm
-from dgpo.collection import Batch, collect
+from dgpo.collection import Batch
 from dgpo.disk import says_disk_full
 from dgpo.errors import UserError
 from dgpo.evaluation import Metrics, Report
@@ -79,6 +80,7 @@ class Trainer:
         if not resume:
             refuse_existing_run(self.folder)
         self.rewards = load_rewards(self.recipe.rewards if reward_funcs is None else reward_funcs)
+        self.rewards.run_in(self.folder)
         self.metrics = Metrics(self.recipe.eval.metrics or self.rewards)
         source, held_out = self.recipe.prompts.train, self.recipe.prompts.eval
         self.prompts = load_prompts(source if train_dataset is None else train_dataset)
@@ -99,12 +101,20 @@ class Trainer:
         self.scheduler = make_scheduler(self.recipe.rollout.scheduler, pipe.scheduler)
         """The deterministic sampler: of evaluations, and of the rollouts unless the algorithm has a
         stochastic one of its own."""
-        self._rollout_scheduler: Any = self.scheduler
+        rollout_scheduler: Any = self.scheduler
         if isinstance(self.algorithm, TrajectoryAlgorithm):
-            self._rollout_scheduler = make_sde_scheduler(self.algorithm.sde, pipe.scheduler)
+            rollout_scheduler = make_sde_scheduler(self.algorithm.sde, pipe.scheduler)
         self.model.self_check(self.model.encode([p.text for p in self.prompts[:2]], guidance=True))
         self.policy = Policy(self.model, self.recipe.lora, self.recipe.seed)
         self.updater = Updater(self.policy, self.algorithm, self.recipe)
+        self._collect = Collector(
+            self.policy,
+            self.rewards,
+            self.algorithm,
+            self.sampler,
+            self.recipe,
+            rollout_scheduler,
+        )
         self.counter = Counter(self.model.denoisers.values())
         self._held_out = HeldOut(
             self.recipe, self.policy, self.scheduler, self.metrics, self.eval_prompts, self.prompts
@@ -160,6 +170,8 @@ class Trainer:
             except (KeyboardInterrupt, Terminated):
                 self._stop()
                 raise
+            finally:
+                self.rewards.close()
         return self.last_report
 
     def evaluate(self, weights: RollingWeights = "slow") -> Report:
@@ -188,15 +200,7 @@ class Trainer:
         recipe, began = self.recipe, monotonic()
         self._progress.stage("rollout")
         self.counter.begin()
-        collected = collect(
-            self.policy,
-            self.rewards,
-            self.algorithm,
-            self.sampler.at(self.iteration),
-            recipe,
-            self.iteration,
-            self._rollout_scheduler,
-        )
+        collected = self._collect(self.iteration)
         self._progress.stage("training")
         collected_at = monotonic()
         with all_or_nothing():

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
 from dgpo.registry import resolve
+from dgpo.rewards.checking import numbers
 from dgpo.rewards.group_wise import Ranked
 from dgpo.rewards.guard import Guard, RewardFailure
 from dgpo.rewards.mixing import COLUMN, routed
@@ -94,6 +96,8 @@ def _entry(reward: Any, given: Any) -> _Entry:
         raise UserError(f"rewards.{name}.options: {name!r} takes none, as it is no class")
     if not callable(function):
         raise UserError(f"reward {name!r} is {function!r}, not a function (images, prompts, ...)")
+    if term.rank and _group_wise(function):
+        raise UserError(f"rewards.{name}.rank: {name!r} compares the group already; leave it out")
     if term.rank:
         function = Ranked(cast(RewardFunction, function))
     called = cast(RewardFunction, function)
@@ -162,19 +166,62 @@ class RewardSet:
             UserError: a reward's answer is not B finite numbers (it names the reward and row).
         """
         scored = self.score(images, prompts)
-        numbers = torch.stack([value.double() for value in scored.by_name.values()])
-        weighted = torch.where(scored.weights.T != 0, scored.weights.T * numbers, 0.0)
+        values = torch.stack([value.double() for value in scored.by_name.values()])
+        weighted = torch.where(scored.weights.T != 0, scored.weights.T * values, 0.0)
         return Scores(scored.by_name, weighted.sum(0).float())
 
     def trial(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> None:
         """Score a few images as if they were a group; no failure is passed over.
 
+        People, whose time is dear, are not asked.
+
         Raises:
             RewardFailure: a reward's answer is unusable.
         """
-        lost = self.score(images, prompts, [0] * len(images)).lost
+        lost = self._score(self._others(), images, prompts, [0] * len(images)).lost
         if lost:
             raise RewardFailure(lost[0])
+
+    def run_in(self, folder: Path) -> None:
+        """Tell rewards that keep something where the run's folder is."""
+        for entry in self._entries:
+            _tell(entry.function, "run_in", folder)
+
+    def announce(
+        self,
+        images: Sequence[Image.Image],
+        prompts: Sequence[Prompt],
+        groups: Sequence[int],
+    ) -> None:
+        """Let rewards that take their time see whole groups before they are asked about them.
+
+        Args:
+            as of :meth:`score`.
+
+        Raises:
+            UserError: as the reward says.
+        """
+        asked = routed(prompts, self.weights) != 0
+        columns = _columns_of(prompts)
+        for place, entry in enumerate(self._entries):
+            announce = getattr(entry.function, "announce", None)
+            if announce is None:
+                continue
+            for group in dict.fromkeys(groups):
+                rows = [r for r, own in enumerate(groups) if own == group and asked[r, place]]
+                mine = {key: [column[row] for row in rows] for key, column in columns.items()}
+                if rows:
+                    announce([images[r] for r in rows], [prompts[r].text for r in rows], **mine)
+
+    def close(self) -> None:
+        """Let rewards that keep something open put it in order; they open it again when asked."""
+        for entry in self._entries:
+            _tell(entry.function, "close")
+
+    def _others(self) -> list[tuple[int, _Entry]]:
+        """The rewards that are no people, with their places."""
+        every = enumerate(self._entries)
+        return [pair for pair in every if not getattr(pair[1].function, "asks_people", False)]
 
     def score(
         self,
@@ -192,14 +239,21 @@ class RewardSet:
         Raises:
             RewardFailure: a reward that may not skip groups has failed, or there are none.
         """
+        return self._score(list(enumerate(self._entries)), images, prompts, groups)
+
+    def _score(
+        self,
+        entries: Sequence[tuple[int, _Entry]],
+        images: Sequence[Image.Image],
+        prompts: Sequence[Prompt],
+        groups: Sequence[int] | None,
+    ) -> Scored:
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images for {len(prompts)} prompts")
         texts = [prompt.text for prompt in prompts]
-        keys = dict.fromkeys(key for prompt in prompts for key in prompt.metadata)
-        columns = {key: [prompt.column(key) for prompt in prompts] for key in keys}
-        columns.pop(COLUMN, None)
+        columns = _columns_of(prompts)
         scored = Scored({}, routed(prompts, self.weights))
-        for place, entry in enumerate(self._entries):
+        for place, entry in entries:
             values = torch.full((len(images),), math.nan)
             asked = scored.weights[:, place].nonzero()[:, 0].tolist()
             whole = entry.function
@@ -224,6 +278,19 @@ class RewardSet:
                 _ask_groups(entry, ask, asked, groups, values, scored.lost)
             scored.by_name[entry.name] = values
         return scored
+
+
+def _columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    keys = dict.fromkeys(key for prompt in prompts for key in prompt.metadata)
+    keys.pop(COLUMN, None)
+    return {key: [prompt.column(key) for prompt in prompts] for key in keys}
+
+
+def _tell(function: Any, what: str, *arguments: Any) -> None:
+    """Call a method that a reward may have."""
+    method = getattr(function, what, None)
+    if method is not None:
+        method(*arguments)
 
 
 def _group_wise(function: Any) -> bool:
@@ -273,31 +340,4 @@ def _call(
             f"prompt rows have a column {min(clash)!r}; rename it: rewards use the name"
         )
     answer = function(images, texts, **columns)
-    return torch.tensor(_numbers(entry.name, answer, texts), dtype=torch.float32)
-
-
-def _numbers(name: str, answer: Any, texts: list[str]) -> list[float]:
-    if isinstance(answer, Tensor) or hasattr(answer, "tolist"):
-        answer = answer.tolist()
-    if not isinstance(answer, (list, tuple)):
-        raise RewardFailure(
-            f"reward {name!r} returned {answer!r:.80}; it must return a list of one number for "
-            f"each of the {len(texts)} images"
-        )
-    if len(answer) != len(texts):
-        raise RewardFailure(
-            f"reward {name!r} returned {len(answer)} numbers for {len(texts)} images; "
-            "it must return one for each, in order"
-        )
-    return [_number(name, value, row, texts[row]) for row, value in enumerate(answer)]
-
-
-def _number(name: str, value: Any, row: int, text: str) -> float:
-    where = f"reward {name!r}, row {row} (prompt {text!r:.80})"
-    if hasattr(value, "item"):
-        value = value.item()  # numpy and torch scalars
-    if not isinstance(value, (int, float)):
-        raise RewardFailure(f"{where}: got {value!r:.80}, which is not a number")
-    if not math.isfinite(value):
-        raise RewardFailure(f"{where}: got {value}; a reward must be finite")
-    return float(value)
+    return torch.tensor(numbers(entry.name, answer, texts), dtype=torch.float32)

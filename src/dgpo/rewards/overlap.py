@@ -66,6 +66,9 @@ class Scoring:
         whole = len(self._waiting) // self._size
         if whole:
             count = whole * self._size
+            groups = [self._given + place // self._size for place in range(count)]
+            rows = [self._prompts[group] for group in groups]
+            self._rewards.announce(self._waiting[:count], rows, groups)
             self._tasks.put((self._given, self._waiting[:count]))
             self._waiting = self._waiting[count:]
             self._given += whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +31,19 @@ class TooLarge(Exception):
 
 
 class Gate:
-    """ASGI middleware: the bearer token in constant time, and the size of the body."""
+    """ASGI middleware: the bearer token in constant time, and the size of the body.
 
-    def __init__(self, app: Any, token: str | None, body: int) -> None:
-        self._app, self._body = app, body
+    Args:
+        app: what is guarded.
+        token: None: none is wanted.
+        body: the most bytes of a request.
+        open_paths: what needs no token.
+    """
+
+    def __init__(
+        self, app: Any, token: str | None, body: int, open_paths: Container[str] = OPEN
+    ) -> None:
+        self._app, self._body, self._open = app, body, open_paths
         self._token = None if token is None else f"Bearer {token}".encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -41,7 +51,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        if self._token is not None and scope["path"] not in OPEN:
+        if self._token is not None and scope["path"] not in self._open:
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, self._token):
                 await _refuse(401, "a valid token is needed: Authorization: Bearer TOKEN", True)(
