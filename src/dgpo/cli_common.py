@@ -44,7 +44,7 @@ def prompt_rows(prompt: list[str], more: list[str], source: str | None) -> list[
 
 def load(model: str, lora: Path | None, precision: str, device: str | None) -> Any:
     """A pipeline, with a LoRA if one is named, on its device."""
-    folder = None if lora is None else _lora_folder(lora)
+    folder = None if lora is None else lora_folder(lora)
     import torch
 
     from dgpo.models.load import load_pipeline
@@ -58,7 +58,12 @@ def load(model: str, lora: Path | None, precision: str, device: str | None) -> A
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _lora_folder(given: Path) -> Path:
+def lora_folder(given: Path) -> Path:
+    """A folder with a LoRA: the one given, or `lora` in it.
+
+    Raises:
+        UserError: neither holds one.
+    """
     for folder in (given, given / "lora"):
         if folder.is_dir() and any(folder.glob("*.safetensors")):
             return folder

@@ -5,6 +5,7 @@ Licence: own. Range 0 to 1, higher is better; docs/ranking.md.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -69,8 +70,12 @@ class HumanReward:
         """Take the port, so that it is not found taken when the first pictures are there.
 
         Raises:
-            UserError: as :class:`PageServer`.
+            UserError: as :class:`PageServer`, or the run has several processes.
         """
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                "reward 'human': each process would have a page of its own; train in one process"
+            )
         if self._page is None:
             self._page = PageServer(*self._listens, names=_NAMES)  # pyright: ignore
 

@@ -1,0 +1,62 @@
+"""Groups of pictures to be ranked, drawn one after the other as a recipe says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from dgpo.core.seeds import stream
+from dgpo.models.load import load_pipeline
+from dgpo.models.lora import load as load_lora
+from dgpo.models.pipeline import PipelineModel
+from dgpo.models.schedulers import make_scheduler
+from dgpo.prompts import Prompt, PromptSampler, load_prompts
+from dgpo.recipe import Recipe
+
+
+class Artist:
+    """Draws groups with a recipe's model, prompts and rollout settings.
+
+    A group depends on the seed and its place alone, so that drawing goes on where it was stopped.
+
+    Args:
+        recipe: ``model``, ``precision``, ``prompts.train``, ``group_size``, ``rollout``, ``seed``.
+        lora: a folder with trained weights, to rank what was trained already.
+
+    Raises:
+        UserError: there are no prompts, or the model cannot be loaded.
+    """
+
+    def __init__(self, recipe: Recipe, lora: Path | None = None) -> None:
+        self._recipe = recipe
+        self._prompts = PromptSampler(load_prompts(recipe.prompts.train), 1, recipe.seed)
+        pipe = load_pipeline(recipe.model, recipe.precision)
+        if lora is not None:
+            load_lora(pipe, lora)
+        pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = PipelineModel(pipe, call=recipe.rollout.call)
+        self._scheduler = make_scheduler(recipe.rollout.scheduler, pipe.scheduler)
+
+    @torch.no_grad()
+    def draw(self, place: int) -> tuple[Prompt, list[Image.Image]]:
+        """A prompt and ``group_size`` pictures of it.
+
+        Args:
+            place: the group's, counted from 0.
+        """
+        recipe, rollout = self._recipe, self._recipe.rollout
+        (prompt,) = self._prompts.at(place)
+        cond = self._model.encode([prompt.text], guidance=rollout.guidance_scale != 1)
+        images: list[Image.Image] = []
+        for rows in torch.arange(recipe.group_size).split(rollout.batch or recipe.group_size):
+            made = self._model.rollout(
+                cond.rows(torch.zeros_like(rows)),
+                steps=rollout.steps,
+                guidance_scale=rollout.guidance_scale,
+                scheduler=self._scheduler,
+                generators=[stream(recipe.seed, "rank", place, row) for row in rows.tolist()],
+            )
+            images += made.images or []
+        return prompt, images
