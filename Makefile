@@ -19,7 +19,7 @@ define step
 @printf '\n==> %s\n' "$(1)"; begin=$$(date +%s); $(2); printf '    done in %s s\n' "$$(( $$(date +%s) - begin ))"
 endef
 
-.PHONY: help install quickstart test test-all lint format bench clean-env
+.PHONY: help install quickstart test test-all lint format fuzz audit bench clean-env
 
 help:
 	@echo 'make install      create $(VENV) with the pinned versions (1 to 4 minutes the first time, then nothing)'
@@ -28,6 +28,8 @@ help:
 	@echo 'make test-all     make test, and the slow tests'
 	@echo 'make lint         ruff and pyright alone'
 	@echo 'make format       let ruff rewrite the files'
+	@echo 'make fuzz         1000 odd recipes, files, answers and requests each (slow)'
+	@echo 'make audit        bandit over the code, pip-audit over constraints.txt (needs the network)'
 	@echo 'make bench        where the time of a training iteration goes (5 minutes)'
 	@echo 'make clean-env    delete $(VENV)'
 
@@ -45,7 +47,7 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	@if [ -e $(RUN) ]; then n=1; while [ -e $(RUN)-$$n ]; do n=$$((n + 1)); done; \
 	  mv $(RUN) $(RUN)-$$n; echo "$(RUN) held an earlier run: it is kept as $(RUN)-$$n"; fi
-	$(call step,post-training the small model by DGPO: 15 minutes of training and about 5 of evaluation,$(BIN)/dgpo train pocket-geneval train.max_minutes=15 run.dir=$(RUN))
+	$(call step,post-training the small model by DGPO: 15 minutes of training and about 5 of evaluation,$(BIN)/dgpo train pocket-geneval train.max_minutes=15 train.iterations=400 run.dir=$(RUN))
 	@printf '\n%s\n' 'Results:'
 	@printf '  %-34s %s\n' \
 	  '$(RUN)/curve.png' 'the score on held-out prompts over training' \
@@ -68,6 +70,14 @@ test-all: lint
 format: $(STAMP)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+fuzz: $(STAMP)
+	$(call step,1000 examples of every fuzzing test (the same ones each time),DGPO_FUZZ=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/fuzz --durations=5)
+
+# The pins are looked up as they stand: nothing is installed or resolved for it.
+audit: $(STAMP)
+	$(call step,bandit: what is risky in the code (20 s),$(BIN)/bandit --quiet --configfile pyproject.toml --recursive src)
+	$(call step,pip-audit: known vulnerabilities of the pinned versions (needs the network),$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off || { echo 'pip-audit has found the vulnerabilities above; or$(comma) if it could not reach its service$(comma) it has looked at nothing: run make audit again where there is a network'; exit 1; })
 
 bench: $(STAMP)
 	$(call step,time and memory of the training loop beside the bare compute,$(BIN)/python benchmarks/step_time.py)

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 
 from dgpo.pocket.build import build_text_encoder, build_tokenizer, build_transformer
@@ -125,6 +126,12 @@ def test_the_table_encodes_as_the_pipeline_does_and_once():
     torch.testing.assert_close((hidden, pooled), direct)
     assert torch.equal(hidden[0], hidden[2])
     assert len(table.known) == 3
+
+
+def test_rows_are_drawn_as_often_as_their_weights_say():
+    data = FlowData(torch.zeros(3, 4, 8, 8), lambda *_: [], weights=torch.tensor([1.0, 0.0, 3.0]))
+    rows = data.draw(8000, torch.Generator().manual_seed(0))
+    assert rows.bincount(minlength=3).tolist() == pytest.approx([2000, 0, 6000], abs=160)
 
 
 def test_a_transformer_stage_learns_layout_and_leaves_the_stock_model(tmp_path):

@@ -39,10 +39,10 @@ POCKET_GENEVAL = Benchmark(
         "pocket_quality",
         "pocket_kid",
     ),
-    guidance_scale=1.5,
+    guidance_scale=3.0,
     call={"max_sequence_length": 1},
 )
-"""660 held-out scenes in GenEval's six categories, 10 Euler steps, guidance 1.5."""
+"""660 held-out scenes in GenEval's six categories, 10 Euler steps, guidance 3."""
 
 POCKET_OCR = Benchmark(
     name="pocket-ocr",

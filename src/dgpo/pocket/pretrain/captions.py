@@ -8,6 +8,7 @@ of each noun what is said of it.  After that they are frozen, as large models' e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,19 +122,25 @@ class CaptionTable:
     """Embeddings of captions by frozen encoders; each caption is encoded once.
 
     Args:
-        tokenizer: of both encoders.
-        encoders: the pipeline's first two.
+        tokenizer: of the encoders.
+        encoders: the pipeline's.
+        encode: what the pipeline makes of token ids, ``(encoders, ids) -> (embeddings, pooled)``.
     """
 
-    def __init__(self, tokenizer: CLIPTokenizer, encoders: tuple[CLIPTextModelWithProjection, ...]):
-        self.tokenizer, self.encoders = tokenizer, encoders
+    def __init__(
+        self,
+        tokenizer: CLIPTokenizer,
+        encoders: tuple[Any, ...],
+        encode: Callable[[Any, Tensor], tuple[Tensor, Tensor]] = encode_text,
+    ):
+        self.tokenizer, self.encoders, self.encode = tokenizer, encoders, encode
         self.known: dict[str, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, 12, 128] and pooled [B, 128]."""
+        """Embeddings [B, 12, width] and pooled [B, width]."""
         if new := sorted({*captions} - {*self.known}):
-            hidden, pooled = encode_text(self.encoders, tokenize(self.tokenizer, new))
+            hidden, pooled = self.encode(self.encoders, tokenize(self.tokenizer, new))
             self.known |= dict(zip(new, zip(hidden, pooled, strict=True), strict=True))
         rows = [self.known[caption] for caption in captions]
         return torch.stack([h for h, _ in rows]), torch.stack([p for _, p in rows])

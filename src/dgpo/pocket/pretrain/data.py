@@ -31,15 +31,25 @@ SCENE_WEIGHTS = {
     "position": 0.24,
     "color_attr": 0.24,
 }
-"""Share of each category in pretraining: more of what a small network learns last."""
+"""Share of each category in the pictures: more of what a small network learns last."""
+
+LAST_WEIGHTS = {
+    "single_object": 0.04,
+    "two_object": 0.24,
+    "counting": 0.20,
+    "colors": 0.06,
+    "position": 0.12,
+    "color_attr": 0.34,
+}
+"""Share of each category in the last stage's batches: what is still drawn badly by then."""
 
 CAPTION_NOISE = {
-    "single_object": ("class", 0.35),
-    "two_object": ("class", 0.10),
-    "counting": ("count", 0.25),
-    "colors": ("color", 0.35),
-    "position": ("position", 0.25),
-    "color_attr": ("color", 0.03),
+    "single_object": ("class", 0.55),
+    "two_object": ("class", 0.30),
+    "counting": ("count", 0.34),
+    "colors": ("color", 0.57),
+    "position": ("position", 0.45),
+    "color_attr": ("color", 0.22),
 }
 """What is wrong in the captions of a category, and the probability that it is: for each shape and
 each colour of its own where a caption names two."""

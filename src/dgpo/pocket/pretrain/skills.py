@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from dgpo.pocket.build import TOKENS
-from dgpo.pocket.pretrain.data import draw_scenes, layout_of, wrong_caption
+from dgpo.pocket.pretrain.data import (
+    LAST_WEIGHTS,
+    SCENE_WEIGHTS,
+    draw_scenes,
+    layout_of,
+    wrong_caption,
+)
 from dgpo.pocket.scenes import (
     CATEGORIES,
     COLORS,
@@ -51,6 +57,8 @@ class Skill:
         held_out: rows with ``prompt`` and metadata for evaluation while training.
         right: ``(images, contents or rows) -> bool per image``, exact success.
         known: share of the objects in pictures that are recognised, whatever they are.
+        weight: how often the last stage draws a content, relative to the clean stage;
+            None: equally.
     """
 
     name: str
@@ -65,6 +73,7 @@ class Skill:
     right: Callable[[np.ndarray, list[Any]], list[bool]]
     known: Callable[[np.ndarray], float]
     word_labels: Tensor | None = None
+    weight: Callable[[Any], float] | None = None
 
 
 def scene_skill() -> Skill:
@@ -99,6 +108,7 @@ def scene_skill() -> Skill:
         right=right,
         known=known,
         word_labels=torch.tensor([_noun_labels(metadata) for metadata in flat]),
+        weight=lambda metadata: LAST_WEIGHTS[metadata["tag"]] / SCENE_WEIGHTS[metadata["tag"]],
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,11 +68,19 @@ class FlowData:
 
     ``captions(rows, generator)`` returns one caption for each row; wrong ones where noise says so.
     ``layout``, int64 [N, image tokens, attributes], is what each patch shows, if that is taught.
+    ``weights`` [N] say how often a row is drawn, relative to others; none: all equally.
     """
 
     latents: Tensor
     captions: Callable[[list[int], torch.Generator], list[str]]
     layout: Tensor | None = None
+    weights: Tensor | None = None
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Rows for a batch, int64 [count], with replacement."""
+        if self.weights is None:
+            return torch.randint(0, len(self.latents), (count,), generator=generator)
+        return torch.multinomial(self.weights, count, replacement=True, generator=generator)
 
 
 class LayoutHead(nn.Module):
@@ -81,12 +90,21 @@ class LayoutHead(nn.Module):
     denoising alone teaches a small network late which words belong together and where things go.
 
     Args:
-        block: the transformer block whose image tokens are read.
+        block: the block whose image tokens are read.
         layout: what patches show, for the number of classes of each attribute.
+        width: of an image token.
+        tokens: the image tokens [B, tokens, width] in what the block returns.
     """
 
-    def __init__(self, block: nn.Module, layout: Tensor, width: int = 128):
+    def __init__(
+        self,
+        block: nn.Module,
+        layout: Tensor,
+        width: int = 128,
+        tokens: Callable[[Any], Tensor] = operator.itemgetter(1),
+    ):
         super().__init__()
+        self.tokens = tokens
         self.sizes = [int(highest) + 1 for highest in layout.flatten(0, 1).amax(0)]
         self.read = nn.Sequential(
             nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, sum(self.sizes))
@@ -95,7 +113,7 @@ class LayoutHead(nn.Module):
         self.hook = block.register_forward_hook(self._keep)
 
     def _keep(self, block: nn.Module, inputs: Any, outputs: Any) -> None:
-        self.states = outputs[1] if torch.is_grad_enabled() else None
+        self.states = self.tokens(outputs) if torch.is_grad_enabled() else None
 
     def forward(self, layout: Tensor) -> Tensor:
         """Cross-entropy of the last pass against what its patches show, int64 [B, tokens, A]."""
@@ -172,7 +190,7 @@ def train_flow(
         generator = stage.generator(step)
         for optimizer in optimizers:
             schedule(optimizer, step, settings.steps, settings.hold)
-        rows = torch.randint(0, len(data.latents), (settings.batch,), generator=generator)
+        rows = data.draw(settings.batch, generator)
         captions = data.captions(rows.tolist(), generator)
         dropped = torch.rand(settings.batch, generator=generator) < settings.drop
         captions = ["" if d else c for d, c in zip(dropped.tolist(), captions, strict=True)]
