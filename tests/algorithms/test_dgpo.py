@@ -196,3 +196,19 @@ def test_settings_are_the_published_ones_and_frozen():
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         DGPO(**wrong)
+
+
+def test_uniform_weights_sum_to_zero_and_forget_the_size_of_the_advantage() -> None:
+    groups = Groups.contiguous(3, 4)
+    rewards = torch.tensor([0.0, 0.1, 0.2, 9.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0]).double()
+    made = DGPO(sample_weights="uniform").advantages(rewards, groups)
+    # one of four is above the mean: 4 / (2 * 1) for it, -4 / (2 * 3) for each of the others
+    wanted = [-2 / 3, -2 / 3, -2 / 3, 2, 0, 0, 0, 0, -1, -1, 1, 1]
+    torch.testing.assert_close(made, torch.tensor(wanted).double())
+    assert groups.sum(made).abs().max() < 1e-12  # so that log Z cancels
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    mixed = Groups(groups.index[order], 4, 3)
+    other = DGPO(sample_weights="uniform", advantage_std="batch").advantages(rewards[order], mixed)
+    torch.testing.assert_close(other, made[order])
+    pairs = DGPO(sample_weights="uniform").advantages(rewards[:4], Groups.contiguous(2, 2))
+    assert pairs.tolist() == [-1, 1, -1, 1]  # those of Diffusion-DPO

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dgpo.algorithms.base import Algorithm
+from dgpo.algorithms.shared import NormalizedRewards
 from dgpo.algorithms.surrogate import clipped_surrogate
 from dgpo.core.groups import Groups
 from dgpo.core.points import Forward
@@ -29,7 +30,7 @@ def matching_logp(error: Tensor, noise_level: float, power: float) -> Tensor:
     return -(noise_level / power) * ((error + FLOOR) ** power - FLOOR**power)
 
 
-class AWM(Algorithm):
+class AWM(NormalizedRewards, Algorithm):
     """AWM. Differs from the published runs: there is no second KL term, with an EMA of the policy
     (weight 1, decay up to 0.3); the KL term here is the one with the frozen model."""
 
@@ -42,10 +43,6 @@ class AWM(Algorithm):
     kl: float = Field(default=3e-3, ge=0)
     """Weight of mean (v - v_ref)^2 with the frozen reference. Published: 3e-3 (GenEval, OCR) and
     1e-4 (PickScore)."""
-    advantage_std: Literal["group", "batch"] = "batch"
-    """Rewards are divided by their deviation in the group or in the whole batch."""
-    advantage_max: float = Field(default=5.0, gt=0)
-    """Advantages are clamped to this absolute value."""
     advantage_scale: float = Field(default=0.2, gt=0)
     """Advantages are multiplied by this after the clamp; the published runs map 5 to 1."""
 
@@ -54,8 +51,7 @@ class AWM(Algorithm):
         return frozenset(("old", "ref") if self.kl > 0 else ("old",))
 
     def advantages(self, rewards: Tensor, groups: Groups) -> Tensor:
-        normal = groups.normalize(rewards, self.advantage_std, eps=1e-4)
-        return normal.clamp(-self.advantage_max, self.advantage_max) * self.advantage_scale
+        return super().advantages(rewards, groups) * self.advantage_scale
 
     def loss(self, points: Forward) -> tuple[Tensor, dict[str, Tensor]]:
         error = points.error(points.pred)

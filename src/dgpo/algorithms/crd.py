@@ -19,9 +19,9 @@ from pydantic import Field
 from torch import Tensor
 
 from dgpo.algorithms.base import Algorithm
+from dgpo.algorithms.shared import GuidedKl, NormalizedRewards
 from dgpo.core.groups import Groups
 from dgpo.core.points import Forward
-from dgpo.core.precision import mean_square
 
 
 def centred_residual(reward: Tensor, wanted: Tensor, groups: Groups) -> Tensor:
@@ -37,7 +37,7 @@ def crd_loss(reward: Tensor, residual: Tensor) -> Tensor:
     return (residual.square() + moved).mean()
 
 
-class CRD(Algorithm):
+class CRD(GuidedKl, NormalizedRewards, Algorithm):
     """CRD. Differs from the paper: the weight of the KL term is constant, not adapted to the
     reward, and the pictures are the policy's own; the paper's come from a second EMA, which is the
     policy itself for the first 75 iterations."""
@@ -48,8 +48,6 @@ class CRD(Algorithm):
     """Weight of mean (v - v_ref)^2 with the frozen reference."""
     kl_cfg: float = Field(default=4.5, ge=1)
     """Guidance scale of v_ref in the KL term; 1 is no guidance."""
-    advantage_std: Literal["group", "batch"] = "batch"
-    """Rewards are divided by their deviation in the group or in the whole batch."""
     advantage_max: float = Field(default=5.0, gt=0)
     """The m of (2): advantages are clamped to this absolute value."""
     old_decay_start: float = Field(default=0.25, ge=0, lt=1)
@@ -61,16 +59,7 @@ class CRD(Algorithm):
 
     @property
     def snapshots(self) -> frozenset[Literal["ref", "old"]]:
-        unguided = self.kl > 0 and self.kl_guidance is None
-        return frozenset(("old", "ref") if unguided else ("old",))
-
-    @property
-    def kl_guidance(self) -> float | None:
-        return self.kl_cfg if self.kl > 0 and self.kl_cfg != 1 else None
-
-    def advantages(self, rewards: Tensor, groups: Groups) -> Tensor:
-        normal = groups.normalize(rewards, self.advantage_std, eps=1e-4)
-        return normal.clamp(-self.advantage_max, self.advantage_max)
+        return frozenset(("old", "ref") if self.kl_reads_ref else ("old",))
 
     def weights(self, points: Forward) -> Tensor:
         reward = self._reward(points)
@@ -86,10 +75,9 @@ class CRD(Algorithm):
             "implicit_reward": reward,
             "residual": residual.abs(),
         }
-        if self.kl > 0:
-            reference = points.snapshot("ref" if self.kl_guidance is None else "kl_ref")
-            metrics["kl"] = mean_square(points.pred, reference.detach())
-            loss = loss + self.kl * metrics["kl"].mean()
+        if (kl := self.kl_term(points)) is not None:
+            metrics["kl"] = kl
+            loss = loss + self.kl * kl.mean()
         return loss, {name: value.detach().mean() for name, value in metrics.items()}
 
     def old_decay(self, step: int) -> float:

@@ -17,9 +17,9 @@ from pydantic import Field
 from torch import Tensor
 
 from dgpo.algorithms.base import Algorithm
+from dgpo.algorithms.shared import GuidedKl, NormalizedRewards, uniform_advantages
 from dgpo.core.groups import Groups
 from dgpo.core.points import Forward
-from dgpo.core.precision import mean_square
 
 
 def group_margin(
@@ -49,7 +49,7 @@ def dgpo_loss(error: Tensor, advantages: Tensor, weights: Tensor, beta: float | 
     return published if beta is None else value + beta * (published - published.detach())
 
 
-class DGPO(Algorithm):
+class DGPO(GuidedKl, NormalizedRewards, Algorithm):
     """DGPO; with ``reference="ema"`` the EMA-reference mode of TDM-R1 (arXiv 2603.07700).
     Differs from the paper: the default loss drops the factor beta, as the published runs do."""
 
@@ -58,18 +58,15 @@ class DGPO(Algorithm):
     """Sharpness of the group preference."""
     clip: float | None = Field(default=1e-2, gt=0)
     """Trust region around the old policy; null turns it off."""
-    kl: float = Field(default=0.02, ge=0)
-    """Weight of mean (v - v_ref)^2 with the frozen reference."""
-    kl_cfg: float = Field(default=1.0, ge=1)
-    """Guidance scale of v_ref in the KL term; 1 is no guidance."""
     loss_scale: Literal["reference", "paper"] = "reference"
     """reference: beta shapes the group weight only; paper: the gradient is beta times that."""
     reference: Literal["frozen", "ema"] = "frozen"
     """The baseline of the group margin: the frozen model or the old policy."""
     advantage_std: Literal["group", "batch"] = "group"
     """Rewards are divided by their deviation in the group or in the whole batch."""
-    advantage_max: float = Field(default=5.0, gt=0)
-    """Advantages are clamped to this absolute value."""
+    sample_weights: Literal["advantage", "uniform"] = "advantage"
+    """The w of a group's reward: |A|, or the same for all of the better and for all of the worse
+    samples, so that both halves still weigh the same."""
     old_decay_max: float = Field(default=0.3, ge=0, lt=1)
     """Largest decay of the old policy's EMA."""
     old_decay_rate: float = Field(default=0.001, ge=0)
@@ -78,18 +75,14 @@ class DGPO(Algorithm):
     @property
     def snapshots(self) -> frozenset[Literal["ref", "old"]]:
         used: dict[Literal["ref", "old"], bool] = {
-            "ref": self.reference == "frozen" or (self.kl > 0 and self.kl_guidance is None),
+            "ref": self.reference == "frozen" or self.kl_reads_ref,
             "old": self.reference == "ema" or self.clip is not None,
         }
         return frozenset(name for name, needed in used.items() if needed)
 
-    @property
-    def kl_guidance(self) -> float | None:
-        return self.kl_cfg if self.kl > 0 and self.kl_cfg != 1 else None
-
     def advantages(self, rewards: Tensor, groups: Groups) -> Tensor:
-        normal = groups.normalize(rewards, self.advantage_std, eps=1e-4)
-        return normal.clamp(-self.advantage_max, self.advantage_max)
+        normal = super().advantages(rewards, groups)
+        return uniform_advantages(normal, groups) if self.sample_weights == "uniform" else normal
 
     def weights(self, points: Forward) -> Tensor:
         error = points.error(points.pred).detach()
@@ -99,20 +92,19 @@ class DGPO(Algorithm):
 
     def loss(self, points: Forward) -> tuple[Tensor, dict[str, Tensor]]:
         error = points.error(points.pred)
-        advantages, kl = points.advantages.to(error), error.new_zeros(())
+        advantages = points.advantages.to(error)
         weights = self.weights(points) if points.weights is None else points.weights.to(error)
         metrics = {"error": error, "weight": weights, "margin": weights.logit(1e-7)}
         if self.clip is not None:
             old_error = points.error(points.snapshot("old"))
             error, done = clip_where_done(error, old_error, advantages, self.clip)
             metrics["clipped"] = done.to(error)
-        if self.kl > 0:
-            reference = points.snapshot("ref" if self.kl_guidance is None else "kl_ref")
-            metrics["kl"] = mean_square(points.pred, reference.detach())
-            kl = self.kl * metrics["kl"].mean()
         beta = self.beta if self.loss_scale == "paper" else None
-        metrics = {name: value.detach().mean() for name, value in metrics.items()}
-        return dgpo_loss(error, advantages, weights, beta) + kl, metrics
+        loss = dgpo_loss(error, advantages, weights, beta)
+        if (kl := self.kl_term(points)) is not None:
+            metrics["kl"] = kl
+            loss = loss + self.kl * kl.mean()
+        return loss, {name: value.detach().mean() for name, value in metrics.items()}
 
     def old_decay(self, step: int) -> float:
         return min(self.old_decay_max, self.old_decay_rate * step)

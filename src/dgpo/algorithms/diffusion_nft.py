@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dgpo.algorithms.base import Algorithm
-from dgpo.core.groups import Groups
+from dgpo.algorithms.shared import NormalizedRewards
 from dgpo.core.points import Forward
 from dgpo.core.precision import mean_square, widen_pair
 
@@ -37,7 +37,7 @@ def scaled_error(clean: Tensor, x0: Tensor) -> Tensor:
     return mean_square(clean, x0) / scale
 
 
-class DiffusionNFT(Algorithm):
+class DiffusionNFT(NormalizedRewards, Algorithm):
     """DiffusionNFT, with the pictures of the old policy, which moves once an iteration.
 
     Differs from the paper: the noise levels are those of ``timesteps`` and one noise serves a
@@ -52,8 +52,6 @@ class DiffusionNFT(Algorithm):
     Published: 1 (GenEval, PickScore) and 0.1 (OCR, several rewards)."""
     kl: float = Field(default=1e-4, ge=0)
     """Weight of mean (v - v_ref)^2 with the frozen reference."""
-    advantage_std: Literal["group", "batch"] = "batch"
-    """Rewards are divided by their deviation in the group or in the whole batch."""
     advantage_max: float = Field(default=5.0, gt=0)
     """The m of (3): advantages are clamped to this absolute value, which means certainly good."""
     old_schedule: Literal["early", "late"] = "early"
@@ -63,10 +61,6 @@ class DiffusionNFT(Algorithm):
     @property
     def snapshots(self) -> frozenset[Literal["ref", "old"]]:
         return frozenset(("old", "ref") if self.kl > 0 else ("old",))
-
-    def advantages(self, rewards: Tensor, groups: Groups) -> Tensor:
-        normal = groups.normalize(rewards, self.advantage_std, eps=1e-4)
-        return normal.clamp(-self.advantage_max, self.advantage_max)
 
     def loss(self, points: Forward) -> tuple[Tensor, dict[str, Tensor]]:
         good, bad = implicit_predictions(points.pred, points.snapshot("old"), self.beta)

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from dgpo.algorithms.base import TrajectoryAlgorithm
+from dgpo.algorithms.shared import NormalizedRewards
 from dgpo.algorithms.surrogate import clipped_surrogate
-from dgpo.core.groups import Groups
 from dgpo.core.points import Trajectory
 from dgpo.core.precision import mean_square
 from dgpo.core.sde import Moments
@@ -26,7 +26,7 @@ def ppo(log_ratio: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, dic
     return clipped_surrogate(ratio, advantages, clip), figures
 
 
-class PolicyGradient(TrajectoryAlgorithm):
+class PolicyGradient(NormalizedRewards, TrajectoryAlgorithm):
     """Advantages of groups, a surrogate for each step, and a KL term."""
 
     kl: float = Field(default=0.04, ge=0)
@@ -34,16 +34,10 @@ class PolicyGradient(TrajectoryAlgorithm):
     per unit of time."""
     advantage_std: Literal["group", "batch"] = "group"
     """Rewards are divided by their deviation in the group or in the whole batch."""
-    advantage_max: float = Field(default=5.0, gt=0)
-    """Advantages are clamped to this absolute value."""
 
     @property
     def snapshots(self) -> frozenset[Literal["ref"]]:
         return frozenset(("ref",) if self.kl > 0 else ())
-
-    def advantages(self, rewards: Tensor, groups: Groups) -> Tensor:
-        normal = groups.normalize(rewards, self.advantage_std, eps=1e-4)
-        return normal.clamp(-self.advantage_max, self.advantage_max)
 
     @abstractmethod
     def surrogate(
