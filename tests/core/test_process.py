@@ -106,6 +106,14 @@ def test_a_timestep_outside_the_table_is_refused(timestep):
         Epsilon(ALPHAS).level(torch.tensor(timestep))
 
 
+def test_between_two_timesteps_the_level_says_how_noisy_it_is():
+    """Samplers such as Euler over the whole schedule stop between two entries of the table."""
+    x0, noise = samples(torch.float64)
+    level = Level(torch.tensor(888.8), 0.6)
+    for process in (Epsilon(ALPHAS), VPrediction(ALPHAS)):
+        torch.testing.assert_close(process.corrupt(x0, noise, level), 0.8 * x0 + 0.6 * noise)
+
+
 @pytest.mark.parametrize("process", PROCESSES, ids=str)
 def test_shapes_are_not_broadcast(process):
     level = Level(torch.tensor(300), 0.3)

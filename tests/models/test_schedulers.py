@@ -89,9 +89,10 @@ def test_second_order_samplers_beat_euler() -> None:
         assert integrate(make_scheduler(name, flow_base()), 32)[0] < 0.35 * euler, name
 
 
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("name", NOISE)
-def test_noise_samplers_converge_to_the_exact_solution(name: str) -> None:
-    scheduler = make_scheduler(name, noise_base())
+def test_noise_samplers_converge_to_the_exact_solution(name: str, spacing: str) -> None:
+    scheduler = make_scheduler(name, noise_base(timestep_spacing=spacing))
     coarse, fine = (integrate(scheduler, steps)[0] for steps in (8, 100))
     assert fine < 0.5 * coarse
     assert fine < 0.05

@@ -22,8 +22,9 @@ class Level:
     Args:
         timestep: 0-dim, as the scheduler hands it to the denoiser.
         sigma: the same level in [0, 1]. Flow matching: the scheduler's own sigma (1 is pure noise,
-            unless the schedule is inverted). Noise- and v-prediction: ``sqrt(1 - alphas_cumprod)``,
-            which is what :meth:`Epsilon.level` and :meth:`VPrediction.level` fill in.
+            unless the schedule is inverted). Noise- and v-prediction: ``sqrt(1 - alphas_cumprod)``
+            of the scheduler's own table, or between two of its entries where a sampler's timesteps
+            are no whole numbers.
     """
 
     timestep: Tensor
@@ -85,7 +86,7 @@ class FlowMatching:
 @dataclass(frozen=True, eq=False)
 class _VariancePreserving:
     """``xt = sqrt(a) x0 + sqrt(1 - a) e`` with ``a = alphas_cumprod[timestep]`` (DDPM,
-    arXiv 2006.11239, eq. 4).
+    arXiv 2006.11239, eq. 4), which a level holds as ``sigma = sqrt(1 - a)``.
 
     Args:
         alphas_cumprod: the scheduler's table ``[T]``, decreasing.
@@ -94,31 +95,30 @@ class _VariancePreserving:
     alphas_cumprod: Tensor
 
     def level(self, timestep: Tensor) -> Level:
-        """The level of a scheduler's timestep, with ``sigma = sqrt(1 - a)``.
+        """The level of a whole timestep, with ``sigma = sqrt(1 - a)``.
 
         Raises:
             UserError: the timestep is no index of ``alphas_cumprod``.
         """
-        return Level(timestep, self._scales(timestep)[1])
-
-    def noise_level(self, level: Level) -> float:
-        return self._scales(level.timestep)[1]
-
-    def corrupt(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor:
-        x0, noise = widen_pair(x0, noise, "x0 and noise")
-        signal, sigma = self._scales(level.timestep)
-        return signal * x0 + sigma * noise
-
-    def _scales(self, timestep: Tensor) -> tuple[float, float]:
-        """``sqrt(a), sqrt(1 - a)``; raises UserError for a timestep that is not in the table."""
         t, last = float(timestep), len(self.alphas_cumprod) - 1
         if not t.is_integer() or not 0 <= t <= last:
             raise UserError(
                 f"timestep {t} is no index of alphas_cumprod (0..{last}): choose a rollout "
                 "scheduler whose timesteps are whole numbers, e.g. rollout.scheduler=ddim"
             )
-        a = float(self.alphas_cumprod[int(t)])
-        return math.sqrt(a), math.sqrt(1 - a)
+        return Level(timestep, math.sqrt(1 - float(self.alphas_cumprod[int(t)])))
+
+    def noise_level(self, level: Level) -> float:
+        return level.sigma
+
+    def corrupt(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor:
+        x0, noise = widen_pair(x0, noise, "x0 and noise")
+        signal, sigma = self._scales(level)
+        return signal * x0 + sigma * noise
+
+    def _scales(self, level: Level) -> tuple[float, float]:
+        """``sqrt(a), sqrt(1 - a)``."""
+        return math.sqrt(1 - level.sigma**2), level.sigma
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +131,7 @@ class Epsilon(_VariancePreserving):
 
     def x0(self, xt: Tensor, output: Tensor, level: Level) -> Tensor:
         xt, output = widen_pair(xt, output, "xt and output")
-        signal, sigma = self._scales(level.timestep)
+        signal, sigma = self._scales(level)
         return (xt - sigma * output) / signal
 
 
@@ -142,10 +142,10 @@ class VPrediction(_VariancePreserving):
 
     def target(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor:
         x0, noise = widen_pair(x0, noise, "x0 and noise")
-        signal, sigma = self._scales(level.timestep)
+        signal, sigma = self._scales(level)
         return signal * noise - sigma * x0
 
     def x0(self, xt: Tensor, output: Tensor, level: Level) -> Tensor:
         xt, output = widen_pair(xt, output, "xt and output")
-        signal, sigma = self._scales(level.timestep)
+        signal, sigma = self._scales(level)
         return signal * xt - sigma * output

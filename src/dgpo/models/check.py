@@ -6,8 +6,9 @@ and is found days later, so every run starts with this check.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from dgpo.core.process import Level, Process
 from dgpo.errors import UserError
 from dgpo.models.loop import Step
-from dgpo.models.schedulers import first_order_sampler
+from dgpo.models.schedulers import first_order_sampler, is_continuous, make_scheduler
 from dgpo.models.text import Conditioning
 
 if TYPE_CHECKING:
@@ -68,7 +69,9 @@ class CheckReport:
         return "\n".join(lines)
 
 
-def self_check(model: PipelineModel, cond: Conditioning | None = None) -> CheckReport:
+def self_check(
+    model: PipelineModel, cond: Conditioning | None = None, scheduler: Any = None
+) -> CheckReport:
     """Run short rollouts, evaluate the denoiser again at their points, and compare.
 
     Guidance is checked off and, where the pipeline has it, on. The values must be equal bit by
@@ -78,12 +81,16 @@ def self_check(model: PipelineModel, cond: Conditioning | None = None) -> CheckR
     Args:
         model: what will be trained.
         cond: conditioning to check with (with a negative prompt); None to encode two prompts.
+        scheduler: the sampler of the short rollouts; None for the pipeline's own, or for the
+            first-order one where that cannot be used.
 
     Raises:
         UserError: training would not train what samples; the message holds the report.
     """
     if cond is None:
         cond = model.encode(list(CHECK_PROMPTS), guidance=True)
+    if scheduler is None:
+        scheduler = _own_or_first_order(model.pipe.scheduler)
     scales = [1.0, _GUIDANCE] if model.has_guidance(cond) else [1.0]
     points: list[CheckedPoint] = []
     for scale in scales:
@@ -91,6 +98,7 @@ def self_check(model: PipelineModel, cond: Conditioning | None = None) -> CheckR
             cond,
             steps=_STEPS,
             guidance_scale=scale,
+            scheduler=scheduler,
             generators=_generators(cond),
             decode=False,
             record=True,
@@ -113,6 +121,13 @@ def self_check(model: PipelineModel, cond: Conditioning | None = None) -> CheckR
             f"or direction of the output)\n{report}"
         )
     return report
+
+
+def _own_or_first_order(base: Any) -> Any:
+    try:
+        return make_scheduler(None, base)
+    except UserError:
+        return first_order_sampler(base)
 
 
 def _generators(cond: Conditioning) -> list[torch.Generator]:
@@ -163,9 +178,22 @@ def _step_error(model: PipelineModel, cond: Conditioning) -> float:
         record=True,
     )
     first, second = rollout.steps[0], rollout.steps[1]
+    if is_continuous(model.pipe.scheduler):
+        return _x0_error(model, first)
     expected = _first_order(model.process, first, second.level)
     difference = (expected - second.sample.float()).abs().max()
     return float(difference / second.sample.float().abs().max().clamp_min(1e-6))
+
+
+def _x0_error(model: PipelineModel, step: Step) -> float:
+    """The relative distance between the clean sample that the process sees in an output and the
+    one that the scheduler sees: for samplers that add noise at every step, so that none can be
+    foretold."""
+    ours = model.process.x0(step.sample, step.output, step.level)
+    sigma = step.level.sigma / math.sqrt(1 - step.level.sigma**2)
+    wide = step.sample.float() * math.sqrt(1 + sigma**2)
+    own = model.pipe.scheduler.precondition_outputs(wide, step.output.float(), sigma)
+    return float((ours - own).abs().max() / own.abs().max().clamp_min(1e-6))
 
 
 def _first_order(process: Process, step: Step, to: Level) -> Tensor:

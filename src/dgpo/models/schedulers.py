@@ -34,6 +34,12 @@ _NOISE_SAMPLERS: dict[str, str] = {
     "euler": "EulerDiscreteScheduler",
     "heun": "HeunDiscreteScheduler",
 }
+_UNFIT: dict[str, str] = {
+    "ddim": "its step is written for noise and v prediction",
+    "pndm": "its step is written for noise and v prediction",
+    "deis": "diffusers ends its flow schedule one step early and leaves noise in the picture",
+}
+"""Why a sampler does not fit flow matching."""
 # Settings that name a noise schedule or a solver of the OLD scheduler; a new solver has its own.
 _SOLVER_SETTINGS = frozenset(
     {"algorithm_type", "solver_type", "solver_order", "solver_p", "disable_corrector", "predict_x0"}
@@ -50,6 +56,12 @@ def is_flow_matching(scheduler: Any) -> bool:
     )
 
 
+def is_continuous(scheduler: Any) -> bool:
+    """Whether the scheduler holds ``x = x0 + sigma e`` and gives the denoiser ``x / sqrt(1 +
+    sigma^2)``, at any sigma: EDM's preconditioning (arXiv 2206.00364) with ``sigma_data = 1``."""
+    return hasattr(scheduler, "precondition_outputs") and scheduler.config.sigma_data == 1.0
+
+
 def process_of(scheduler: Any) -> Process:
     """The noising process whose denoiser this scheduler integrates.
 
@@ -59,6 +71,8 @@ def process_of(scheduler: Any) -> Process:
     if is_flow_matching(scheduler):
         return FlowMatching(inverted=bool(scheduler.config.get("invert_sigmas")))
     kind = scheduler.config.get("prediction_type")
+    if is_continuous(scheduler) and kind == "v_prediction":
+        return VPrediction(torch.empty(0))
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
     if isinstance(alphas_cumprod, torch.Tensor):
         if kind == "epsilon":
@@ -104,26 +118,40 @@ def make_scheduler(name: str | None, base: Any) -> Any:
 
     Args:
         name: ``euler``, ``heun``, ``dpmsolver++`` or ``unipc`` for flow matching; ``ddim``,
-            ``pndm``, ``dpmsolver++``, ``unipc``, ``deis``, ``euler`` or ``heun`` for noise and v
-            prediction; None for a fresh copy of ``base``.
+            ``pndm`` (PLMS), ``dpmsolver++``, ``unipc``, ``deis``, ``euler`` or ``heun`` for noise
+            and v prediction; None for a fresh copy of ``base``.
         base: the scheduler of the pipeline. Its training schedule, prediction type and shift are
             kept.
 
     Raises:
-        UserError: the name is unknown, or does not fit the pipeline's prediction type.
+        UserError: the name is unknown, does not fit the pipeline's prediction type, or the sampler
+            cannot carry a setting of the pipeline's.
     """
     if name is None:
+        if "old_pred_original_sample" in inspect.signature(base.step).parameters:
+            raise UserError(
+                f"rollout.scheduler: the pipeline's own {type(base).__name__} adds noise at every "
+                "step and is no deterministic sampler; use 'ddim'"
+            )
         return fresh(base)
+    if is_continuous(base):
+        raise UserError(
+            f"rollout.scheduler: {name!r} does not know the noise levels of "
+            f"{type(base).__name__}; use null for the pipeline's own sampler"
+        )
     flow = is_flow_matching(base)
     fitting = _FLOW_SAMPLERS if flow else _NOISE_SAMPLERS
     if name not in fitting:
         _refuse(name, flow, list(fitting))
-    target = getattr(diffusers, fitting[name])
+    target = _noise_sampler(name, base) if not flow else getattr(diffusers, fitting[name])
     settings = _flow_settings(name, base) if flow else _noise_settings(name, base)
     accepted = inspect.signature(target.__init__).parameters
     if flow:
         _refuse_lost_settings(name, base.config, settings, accepted)
-    return target(**{key: value for key, value in settings.items() if key in accepted})
+    made = target(**{key: value for key, value in settings.items() if key in accepted})
+    if not flow:
+        _refuse_another_process(name, base, made)
+    return made
 
 
 def first_order_sampler(base: Any) -> Any:
@@ -131,8 +159,10 @@ def first_order_sampler(base: Any) -> Any:
     Euler for flow matching, DDIM for noise and v prediction."""
     if is_flow_matching(base):
         return make_scheduler("euler", base)
+    if is_continuous(base):
+        return type(base).from_config(base.config, solver_order=1)
     if _shifts_snr(base):
-        return fresh(base)  # CogVideoX: a DDIM of its own
+        return make_scheduler("ddim", base)  # CogVideoX's own, which keeps to its schedule
     # with other spacings DDIM steps to a level that is not the next one of its schedule
     ddim = make_scheduler("ddim", base)
     return type(ddim).from_config(ddim.config, timestep_spacing="leading")
@@ -140,7 +170,8 @@ def first_order_sampler(base: Any) -> Any:
 
 def _refuse(name: str, flow: bool, fitting: list[str]) -> None:
     kind = "flow matching" if flow else "noise or v prediction"
-    message = f"rollout.scheduler: {name!r} does not fit a pipeline trained with {kind}"
+    reason = f" ({_UNFIT[name]})" if flow and name in _UNFIT else ""
+    message = f"rollout.scheduler: {name!r} does not fit a pipeline trained with {kind}{reason}"
     if name not in {**_FLOW_SAMPLERS, **_NOISE_SAMPLERS}:
         message = f"rollout.scheduler: there is no sampler {name!r}"
         nearest = difflib.get_close_matches(name.lower(), fitting, n=1, cutoff=0.4)
@@ -167,12 +198,39 @@ def _flow_settings(name: str, base: Any) -> dict[str, Any]:
     return settings
 
 
-def _noise_settings(name: str, base: Any) -> dict[str, Any]:
-    if _shifts_snr(base):
+def _noise_sampler(name: str, base: Any) -> Any:
+    """The class behind a name; CogVideoX, which shifts its signal-to-noise ratio, has a DDIM."""
+    if not _shifts_snr(base):
+        return getattr(diffusers, _NOISE_SAMPLERS[name])
+    if name != "ddim":
         raise UserError(
             f"rollout.scheduler: {name!r} cannot carry snr_shift_scale of "
-            f"{type(base).__name__}; use null for the pipeline's own sampler"
+            f"{type(base).__name__}; use 'ddim'"
         )
+    return diffusers.CogVideoXDDIMScheduler
+
+
+def _refuse_another_process(name: str, base: Any, made: Any) -> None:
+    """A sampler of other noise levels, or one that no longer clips, must not take over in silence.
+
+    Raises:
+        UserError: with the setting of the pipeline's scheduler that is lost.
+    """
+    lost = [
+        key
+        for key in ("clip_sample", "thresholding")
+        if base.config.get(key) and key not in made.config
+    ]
+    if not torch.allclose(made.alphas_cumprod, base.alphas_cumprod, rtol=1e-5, atol=1e-6):
+        lost.append("rescale_betas_zero_snr")
+    if lost:
+        raise UserError(
+            f"rollout.scheduler: {name!r} cannot carry {lost[0]}={base.config.get(lost[0])} of the "
+            "pipeline's scheduler; use 'ddim', or null for the pipeline's own sampler"
+        )
+
+
+def _noise_settings(name: str, base: Any) -> dict[str, Any]:
     settings = {k: v for k, v in _own_settings(base).items() if k not in _SOLVER_SETTINGS}
     # clipping x0 is made for pixels; in latent space it would cut the picture
     settings.setdefault("clip_sample", False)
