@@ -1,0 +1,144 @@
+"""The noise-prediction pocket: its parts, its teacher, and how it is taught."""
+
+import json
+import math
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from dgpo.errors import UserError
+from dgpo.pocket import load_pocket
+from dgpo.pocket.build import build_text_encoder, build_tokenizer, build_vae
+from dgpo.pocket.build_sd import assemble_sd, build_unet, noise_schedule, reading_encoder
+from dgpo.pocket.pretrain import unet as lessons
+from dgpo.pocket.pretrain.captions import CaptionTable, tokenize
+from dgpo.pocket.pretrain.cli_sd import pretrain_sd
+from dgpo.pocket.pretrain.sign_skill import sign_skill
+
+CAPTIONS = ["a photo of a circle", "a photo of a red cross and a blue square"]
+ALPHAS = noise_schedule().alphas_cumprod
+
+
+@pytest.fixture(scope="module")
+def parts():
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    return tokenizer, reading_encoder(build_text_encoder(tokenizer))
+
+
+def test_the_text_is_read_as_the_other_pocket_reads_it():
+    tokenizer = build_tokenizer()
+    theirs = build_text_encoder(tokenizer)
+    ids = tokenize(tokenizer, CAPTIONS)
+    with torch.no_grad():
+        read = theirs(ids, output_hidden_states=True).hidden_states[-2]
+        ours, _ = lessons.encode_last((reading_encoder(theirs),), ids)
+    torch.testing.assert_close(ours, torch.nn.functional.layer_norm(read, read.shape[-1:]))
+
+
+def test_training_and_the_pipeline_read_captions_alike(parts):
+    tokenizer, reader = parts
+    pipe = assemble_sd(tokenizer, reader, build_unet(8, 8, (16, 32)), build_vae())
+    known, _ = pipe.encode_prompt(CAPTIONS, "cpu", 1, False)
+    assert torch.equal(known, CaptionTable(tokenizer, (reader,), lessons.encode_last)(CAPTIONS)[0])
+
+
+def test_stock_diffusers_saves_and_loads_it(parts, tmp_path):
+    pipe = assemble_sd(*parts, build_unet(8, 8, (16, 32)), build_vae())
+    pipe.save_pretrained(tmp_path)
+    again = StableDiffusionPipeline.from_pretrained(tmp_path)
+
+    def draw(pipe):
+        generator = torch.Generator().manual_seed(0)
+        return pipe(CAPTIONS[0], num_inference_steps=3, generator=generator).images[0]
+
+    assert draw(pipe).size == (32, 32)
+    assert draw(again).tobytes() == draw(pipe).tobytes()
+
+
+def test_the_unet_has_the_size_that_is_said():
+    assert sum(p.numel() for p in build_unet(8, 8).parameters()) == pytest.approx(2.0e6, rel=0.02)
+
+
+class Velocity(torch.nn.Module):
+    """Answers the true velocity of one clean sample; with an empty caption, another's."""
+
+    def __init__(self, clean, without):
+        super().__init__()
+        self.clean, self.without, self.asked = clean, without, []
+
+    def forward(self, hidden_states, timestep, **_):
+        s = (timestep / 1000).view(-1, 1, 1, 1)
+        self.asked.append(timestep)
+        both = torch.cat([self.clean, self.without])
+        return ((hidden_states - (1 - s) * both) / s - both,)
+
+
+def teacher(shift=0.0, guidance=1.0):
+    generator = torch.Generator().manual_seed(1)
+    clean, without, noise = torch.randn(3, 2, 4, 8, 8, generator=generator)
+    pipe = load_pocket()
+    pipe.vae.register_to_config(shift_factor=shift / pipe.vae.config["scaling_factor"])
+    pipe.transformer = Velocity(clean, without)
+    return lessons.Teacher(pipe, guidance), clean, without, noise
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+def test_the_teacher_sees_the_noise_that_was_added(shift):
+    asked, clean, _, noise = teacher(shift)
+    a = ALPHAS[torch.tensor([150, 950])]
+    part = a.view(-1, 1, 1, 1)
+    xt = part.sqrt() * (clean + shift) + (1 - part).sqrt() * noise
+    torch.testing.assert_close(asked.noise(xt, a, CAPTIONS), noise, rtol=1e-3, atol=1e-3)
+    s = math.sqrt(1 - a[0]) / (math.sqrt(1 - a[0]) + math.sqrt(a[0]))
+    assert asked.transformer.asked[0][0] == pytest.approx(1000 * s)
+
+
+def test_the_teachers_guidance_is_that_of_the_pipeline():
+    """In the noise as in the velocity: guidance is linear, and so is the way between the two."""
+    a = ALPHAS[torch.tensor([500, 500])]
+    part = a.view(-1, 1, 1, 1)
+
+    def noise(guidance):
+        asked, clean, _, noise = teacher(guidance=guidance)
+        return asked.noise(part.sqrt() * clean + (1 - part).sqrt() * noise, a, CAPTIONS)
+
+    none, one, three = noise(0.0), noise(1.0), noise(3.0)
+    torch.testing.assert_close(three, none + 3 * (one - none), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(none, one, atol=0.1)
+
+
+def test_an_error_of_noise_counts_as_one_of_the_velocity_up_to_a_bound():
+    weights = lessons.level_weights(ALPHAS)
+    assert weights[0] == pytest.approx(1 / ALPHAS[0])
+    assert weights[500] == pytest.approx(1 / ALPHAS[500])
+    assert weights[-1] == lessons.HEAVIEST < 1 / ALPHAS[-1]
+
+
+def train(folder, parts, steps, stop=None):
+    tokenizer, reader = parts
+    generator = torch.Generator().manual_seed(2)
+    latents = torch.randn(32, 4, 8, 8, generator=generator)
+    layout = torch.randint(0, 3, (32, 16, 2), generator=generator)
+    data = lessons.Lessons(latents, [CAPTIONS[i % 2] for i in range(32)], layout)
+    torch.manual_seed(3)
+    unet = build_unet(8, 8, (16, 32))
+    settings = lessons.LessonSettings(steps=steps, batch=8, report=stop or steps)
+    known = CaptionTable(tokenizer, (reader,), lessons.encode_last)
+    lessons.train_unet(
+        folder, unet, known, lessons.Teacher(load_pocket(), 1.5), data, settings, dict
+    )
+    return unet
+
+
+def test_the_unet_learns_what_the_teacher_says(parts, tmp_path):
+    train(tmp_path, parts, 60, stop=20)
+    first, *_, last = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert last["loss"] < 0.7 * first["loss"]
+    assert last["layout"] < first["layout"]
+
+
+def test_only_what_has_a_layout_is_taught(tmp_path):
+    with pytest.raises(UserError, match="no layout of signs"):
+        pretrain_sd(sign_skill(), tmp_path, 0)
