@@ -9,6 +9,8 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from dgpo.errors import UserError
+
 PICTURES = {"image": "RGB", "mask": "L"}
 """Keys of a prompt row that name a picture, and the mode in which it is read."""
 
@@ -39,6 +41,14 @@ class Caption(str):
             for key, given in self.files.items()
         }
 
+    def size_of(self, key: str) -> tuple[int, int]:
+        """Width and height of a picture in pixels, as its file says without being read."""
+        given = self.files[key]
+        if not isinstance(given, (str, Path)):
+            return given.size
+        with Image.open(given) as opened:
+            return opened.size
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Caption, (str(self), dict(self.files))
 
@@ -50,5 +60,8 @@ def pictures_of(text: str) -> dict[str, Image.Image]:
 
 @functools.lru_cache(maxsize=512)
 def _read(file: str, mode: str) -> Image.Image:
-    with Image.open(file) as opened:
-        return ImageOps.exif_transpose(opened).convert(mode)
+    try:
+        with Image.open(file) as opened:
+            return ImageOps.exif_transpose(opened).convert(mode)
+    except Exception as error:  # broken files raise many things; all mean that it is none
+        raise UserError(f"picture {file}: it cannot be read ({error})") from error

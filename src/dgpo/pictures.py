@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dgpo.media import Sound, Video
+
 _PAD = 8
 _INK = (40, 40, 40)
 _PAPER = (255, 255, 255)
@@ -17,13 +19,12 @@ _FONT_SIZE = 12
 
 
 def thumbnail(image: Any, side: int = 160) -> Image.Image:
-    """A picture (or the middle frame of a video) whose longer edge is fitted to ``side`` pixels.
+    """A picture whose longer edge is fitted to ``side`` pixels; of a video its key frames in a row,
+    of a sound its waveform.
 
     Small pictures are enlarged by a whole factor without smoothing, so that their pixels are seen.
     """
-    if isinstance(image, (list, tuple)):
-        image = image[len(image) // 2]
-    picture = image.convert("RGB")
+    picture = _still(image, side).convert("RGB")
     longest = max(picture.size)
     if longest > side:
         scale, method = side / longest, Image.Resampling.LANCZOS
@@ -31,6 +32,19 @@ def thumbnail(image: Any, side: int = 160) -> Image.Image:
         scale, method = side // longest, Image.Resampling.NEAREST
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return picture.resize(size, method)
+
+
+def _still(made: Any, side: int) -> Image.Image:
+    if isinstance(made, Sound):
+        return made.picture((side, side // 2))
+    if not isinstance(made, Video):
+        return made
+    frames = made.key_frames()
+    width, height = frames[0].size
+    strip = Image.new("RGB", (len(frames) * (width + 1) - 1, height), _PAPER)
+    for place, frame in enumerate(frames):
+        strip.paste(frame, (place * (width + 1), 0))
+    return strip
 
 
 def grid(images: Sequence[Any], captions: Sequence[str], side: int = 160) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Tiny pipelines that make sound, those among them that dgpo refuses included."""
+"""Tiny pipelines that make sound."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from diffusers import (
     AudioLDM2Pipeline,
     AudioLDM2UNet2DConditionModel,
     AutoencoderKL,
+    AutoencoderOobleck,
+    CosineDPMSolverMultistepScheduler,
     DDIMScheduler,
-    EDMDPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     StableAudioDiTModel,
     StableAudioPipeline,
 )
+from diffusers.pipelines.ace_step.modeling_ace_step import AceStepConditionEncoder
+from diffusers.pipelines.stable_audio.modeling_stable_audio import StableAudioProjectionModel
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
 from families.image import BETAS, UNET
@@ -88,10 +91,31 @@ def stable_audio() -> StableAudioPipeline:
     return assemble(
         StableAudioPipeline,
         transformer=transformer,
-        # its own, CosineDPMSolverMultistep, is this one with other sigmas and wants torchsde
-        scheduler=EDMDPMSolverMultistepScheduler(prediction_type="v_prediction"),
+        scheduler=CosineDPMSolverMultistepScheduler(sigma_min=0.3, sigma_max=50),
         text_encoder=t5(),
         tokenizer=tokenizer(),
+        projection_model=network(
+            StableAudioProjectionModel,
+            text_encoder_dim=32,
+            conditioning_dim=4,
+            min_value=0,
+            max_value=8,
+        ),
+        vae=oobleck(3),
+    )
+
+
+def oobleck(latents: int, rate: int = 16000) -> AutoencoderOobleck:
+    """A stereo autoencoder of 4 samples a latent."""
+    return decoder(
+        AutoencoderOobleck,
+        encoder_hidden_size=latents,
+        downsampling_ratios=[2, 2],
+        channel_multiples=[1, 2],
+        decoder_channels=4,
+        decoder_input_channels=latents,
+        audio_channels=2,
+        sampling_rate=rate,
     )
 
 
@@ -110,7 +134,22 @@ def ace_step() -> AceStepPipeline:
     return assemble(
         AceStepPipeline,
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(),
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0),
+        vae=oobleck(4, rate=40),  # it listens to thirty seconds of silence
+        text_encoder=language_model("Qwen3"),
+        tokenizer=tokenizer(64),
+        condition_encoder=network(
+            AceStepConditionEncoder,
+            hidden_size=16,
+            intermediate_size=16,
+            text_hidden_dim=32,
+            timbre_hidden_dim=4,
+            num_lyric_encoder_hidden_layers=1,
+            num_timbre_encoder_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+        ),
     )
 
 
@@ -118,6 +157,6 @@ AUDIO: dict[str, Tiny] = {
     "audioldm2": Tiny(
         audioldm2, {"audio_length_in_s": 0.004}, _audioldm2_embeddings, without=("prompts",)
     ),
-    "stable_audio": Tiny(stable_audio, {}, refused="EDMDPMSolverMultistepScheduler"),
-    "ace_step": Tiny(ace_step, {}, refused="no prompt_embeds"),
+    "stable_audio": Tiny(stable_audio, {"audio_end_in_s": 0.001}),
+    "ace_step": Tiny(ace_step, {"audio_duration": 0.4}, without=("guidance",)),
 }

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers import (
+    FluxInpaintPipeline,
     FluxKontextPipeline,
     QwenImageEditPipeline,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     WanImageToVideoPipeline,
 )
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from PIL import Image
+from transformers import BatchFeature, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from families.image import flux, qwen, sd3, sd15
-from families.parts import SIZE, TEXT, TOKENS, Tiny, normal
+from families.parts import SIZE, TEXT, TOKENS, VOCABULARY, Tiny, normal, tokenizer
 from families.video import wan
 
 
@@ -22,6 +27,13 @@ def picture() -> Image.Image:
     """Neither grey nor its own mirror image."""
     ramp = Image.linear_gradient("L").rotate(90).resize((32, 32))
     return Image.merge("RGB", (ramp, ramp.rotate(90), Image.new("L", (32, 32), 90)))
+
+
+def mask() -> Image.Image:
+    """White, where it is painted, in one corner."""
+    made = Image.new("L", (32, 32))
+    made.paste(255, (12, 4, 28, 20))
+    return made
 
 
 def sd15_img2img() -> Any:
@@ -51,8 +63,77 @@ def _wan_embeddings(size: int, seed: int) -> dict[str, Any]:
     }
 
 
+def sd15_inpaint() -> Any:
+    # four channels of noise, one of the mask, four of the picture around it
+    return sd15(StableDiffusionInpaintPipeline, in_channels=9)
+
+
+def flux_inpaint() -> Any:
+    return flux(FluxInpaintPipeline)
+
+
+class PatchProcessor:
+    """Makes of a text and a picture what Qwen2.5-VL reads: four patches and a token for them. The
+    library's own processor wants torchvision."""
+
+    def __init__(self) -> None:
+        self._words = tokenizer(1024)
+
+    def __call__(self, text: list[str], images: Any, **_: Any) -> BatchFeature:
+        words = self._words(text, return_tensors="pt")
+        marks = torch.full((len(text), 1), IMAGE_TOKEN)
+        small = images.resize((28, 28)).convert("RGB")
+        pixels = (
+            torch.as_tensor(list(small.tobytes()), dtype=torch.float32).reshape(28, 28, 3) / 255
+        )
+        # [row of patches, row, column of patches, column, colour] to [patch, colour, frame, ...]
+        patches = pixels.reshape(2, 14, 2, 14, 3).permute(0, 2, 4, 1, 3).reshape(4, 3, 1, 196)
+        return BatchFeature(
+            {
+                "input_ids": torch.cat([marks, words.input_ids], 1),
+                "attention_mask": torch.cat([torch.ones_like(marks), words.attention_mask], 1),
+                "pixel_values": patches.expand(-1, -1, 2, -1).reshape(4, -1),
+                "image_grid_thw": torch.tensor([[1, 2, 2]]),
+            }
+        )
+
+
+def qwen_vl() -> Any:
+    torch.manual_seed(11)
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 37,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+    }
+    sight = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "fullatt_block_indexes": [0],
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=sight, image_token_id=IMAGE_TOKEN, vision_start_token_id=30
+    )
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
 def qwen_edit() -> Any:
-    return qwen(QwenImageEditPipeline)
+    # the picture would be brought to a million pixels
+    vars(pipeline_qwenimage_edit)["calculate_dimensions"] = lambda area, ratio: (32, 32, None)
+    pipe = qwen(QwenImageEditPipeline)
+    vars(pipe)["processor"] = PatchProcessor()
+    pipe.register_modules(text_encoder=qwen_vl())
+    pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = "{}", 0
+    return pipe
+
+
+IMAGE_TOKEN = 31
 
 
 # the picture would be brought to about a million pixels
@@ -68,5 +149,7 @@ EDIT: dict[str, Tiny] = {
         picture=picture,
         without=("prompts",),
     ),
-    "qwen_edit": Tiny(qwen_edit, SIZE, picture=picture, refused="looks at the picture"),
+    "sd15_inpaint": Tiny(sd15_inpaint, SIZE, picture=picture, mask=mask),
+    "flux_inpaint": Tiny(flux_inpaint, TEXT, picture=picture, mask=mask),
+    "qwen_edit": Tiny(qwen_edit, SIZE, picture=picture),
 }

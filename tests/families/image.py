@@ -106,10 +106,10 @@ BETAS: dict[str, Any] = {
 }
 
 
-def sd15(kind: Any = StableDiffusionPipeline) -> Any:
+def sd15(kind: Any = StableDiffusionPipeline, **config: Any) -> Any:
     return assemble(
         kind,
-        unet=network(UNet2DConditionModel, **UNET, attention_head_dim=4),
+        unet=network(UNet2DConditionModel, **{**UNET, **config}, attention_head_dim=4),
         scheduler=DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False),
         vae=kl_vae(),
         text_encoder=clip(),

@@ -36,6 +36,7 @@ class Tiny:
         refused: part of the message with which dgpo refuses the pipeline; None for the others.
         without: questions whose answer is that the pipeline has no such thing.
         picture: what it starts from, if it does.
+        mask: where it paints, if it paints in a mask.
         fast: whether the family is in the quick tests.
     """
 
@@ -45,6 +46,7 @@ class Tiny:
     refused: str | None = None
     without: tuple[str, ...] = ()
     picture: Callable[[], Image.Image] | None = None
+    mask: Callable[[], Image.Image] | None = None
     fast: bool = False
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from dgpo.compatibility import QUESTIONS, Answer, Examination, examine
+from dgpo.models.families import FAMILIES
 from families.tiny import TINY, build, tiny_model
 
 COMMAND = "PYTHONPATH=src:tests .venv/bin/python -m families.table docs/models.md"
@@ -49,8 +50,8 @@ and a test compares it with what it measures.
 def examined(name: str) -> Examination:
     """The answers about one family."""
     make, wrap = functools.partial(build, name), functools.partial(tiny_model, name)
-    picture = TINY[name].picture
-    return examine(make, wrap, picture and picture())
+    tiny = TINY[name]
+    return examine(make, wrap, tiny.picture and tiny.picture(), tiny.mask and tiny.mask())
 
 
 def row(name: str) -> str:
@@ -75,12 +76,14 @@ def _cell(answer: Answer) -> str:
 def page() -> str:
     """All of docs/models.md."""
     refused = [name for name in TINY if TINY[name].refused is not None]
+    others = [f"- {name}: {f.refusal}" for name, f in FAMILIES.items() if f.refusal is not None]
+    listed = "\n".join([*map(row, refused), *others])
     return _ABOUT.format(
         questions="\n".join(f"- **{q}**: {meaning}." for q, meaning in QUESTIONS.items()),
         titles=" | ".join(QUESTIONS),
         lines="|".join("---" for _ in QUESTIONS),
         rows="\n".join(row(name) for name in TINY if name not in refused),
-        refused="\n".join(row(name) for name in refused),
+        refused=listed,
         command=COMMAND,
     )
 

@@ -12,13 +12,14 @@ from PIL import Image, ImageOps
 
 from dgpo.caption import Caption
 from dgpo.errors import UserError
-from dgpo.models.by_picture import in_order, parts
+from dgpo.models.arguments import parameters_of
+from dgpo.models.by_picture import in_order, parts, steady_encoding
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.text import Conditioning
 from dgpo.prompts import load_prompts
 from dgpo.rewards import load_rewards
 from dgpo.trainer import Trainer
-from families.edit import picture
+from families.edit import mask, picture
 from families.tiny import build, tiny_model
 from tiny_runs import settings
 
@@ -37,7 +38,7 @@ def encoded(model: PipelineModel, prompts: list[str]) -> Conditioning:
 
 
 def pictures(cond: Conditioning) -> dict[str, Any]:
-    return {name: value for name, value in cond.kwargs.items() if name == "image"}
+    return {name: v for name, v in cond.kwargs.items() if name in ("image", "mask_image")}
 
 
 def samples(model: PipelineModel, prompts: list[str], **how: Any) -> Any:
@@ -83,6 +84,72 @@ def test_rows_without_a_picture_are_refused() -> None:
         model.encode([*texts(ONE), "red dog"], guidance=False)
     optional = samples(tiny_model("flux_kontext"), ["red dog"])
     assert torch.isfinite(optional.x0).all()
+
+
+def painted(*masks: Image.Image) -> list[str]:
+    return [Caption("red dog", {"image": ONE, "mask": one}) for one in masks]
+
+
+@pytest.mark.parametrize("name", ["sd15_inpaint", "flux_inpaint"])
+def test_each_row_is_painted_in_its_own_mask(name: str) -> None:
+    model, mirrored = tiny_model(name), ImageOps.mirror(mask())
+    assert mirrored.tobytes() != mask().tobytes()
+    mixed = samples(model, painted(mask(), mirrored, mask()), record=True)
+    alone = samples(model, painted(mirrored))
+    torch.testing.assert_close(mixed.x0[1:2], alone.x0, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mixed.x0[0], mixed.x0[2], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(mixed.x0[0], mixed.x0[1], atol=1e-3)
+    step, cond = mixed.steps[1], encoded(model, painted(mask(), mirrored, mask()))
+    with torch.no_grad():
+        assert torch.equal(model.predict(step.sample, step.level, cond), step.output)
+
+
+def test_a_picture_around_a_mask_is_the_same_at_every_call() -> None:
+    pipe = build("sd15_inpaint")
+    own = pipe.vae.encode
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    one, other = (torch.Generator().manual_seed(1) for _ in range(2))
+    with steady_encoding(pipe, parameters_of(pipe)):
+        seen = pipe.vae.encode(pixels).latent_dist.sample(one)
+    assert torch.equal(seen, own(pixels).latent_dist.mode())
+    assert not torch.equal(seen, own(pixels).latent_dist.sample(other))
+    # the random numbers that follow are those that would have followed
+    assert torch.equal(torch.randn(3, generator=one), torch.randn(3, generator=other))
+    assert pipe.vae.encode == own
+
+
+def test_masks_reach_the_reward() -> None:
+    seen: list[Any] = []
+
+    def reward(images: Any, prompts: Any, mask: Any, image: Any) -> list[float]:
+        seen.extend(zip(mask, image, strict=True))
+        return [0.0] * len(images)
+
+    row = {"prompt": "red dog", "image": OTHER, "mask": mask().convert("RGB")}
+    load_rewards(reward)([ONE], load_prompts([row]))
+    ((area, around),) = seen
+    assert area.mode == "L" and area.tobytes() == mask().tobytes()
+    assert around.tobytes() == OTHER.tobytes()
+
+
+def test_a_text_encoder_that_looks_at_the_picture() -> None:
+    model = tiny_model("qwen_edit")
+    both = model.encode([*texts(ONE), *texts(OTHER)], guidance=True)
+    alone = model.encode(texts(OTHER), guidance=True)
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        assert torch.equal(both.kwargs[name][1], alone.kwargs[name][0])
+        assert not torch.allclose(both.kwargs[name][0], both.kwargs[name][1], atol=1e-5), name
+    with pytest.raises(UserError, match="QwenImageEditPipeline starts from a picture"):
+        model.encode(["red dog"], guidance=False)
+
+
+def test_pictures_of_different_size_are_refused_before_the_run() -> None:
+    wide = ONE.resize((48, 32))
+    free = tiny_model("sd15_img2img")
+    free.check_pictures(texts(ONE, OTHER))
+    with pytest.raises(UserError, match=r"32 x 32 .* 48 x 32 .*rollout\.call\.height"):
+        free.check_pictures(texts(ONE, wide))
+    tiny_model("sd3_img2img").check_pictures(texts(ONE, wide))  # its call says height and width
 
 
 def test_a_pipeline_that_takes_no_picture_leaves_it_to_the_reward() -> None:

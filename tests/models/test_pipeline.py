@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
 from dgpo.core.process import FlowMatching, Level
@@ -57,7 +58,7 @@ def test_guidance_is_off_where_asked(name: str, off: dict[str, float]) -> None:
     for denoiser in model.denoisers.values():
         denoiser.register_forward_hook(lambda m, i, o: rows.append(len(o[0])))
     x0 = model.rollout(plain, steps=3, generators=generators(2), decode=False).x0
-    assert model._guidance_off == off
+    assert model.guidance._off == off
     assert rows[-3:] == [2, 2, 2]
     same = model.rollout(cond, steps=3, generators=generators(2), decode=False).x0
     assert torch.equal(x0, same)
@@ -65,6 +66,38 @@ def test_guidance_is_off_where_asked(name: str, off: dict[str, float]) -> None:
         cond, steps=3, guidance_scale=3.0, generators=generators(2), decode=False
     ).x0
     assert not torch.allclose(guided, x0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "message"),
+    [
+        ("sd3", {"height": 50, "width": 48}, r"StableDiffusion3Pipeline.*height=50.*divisible"),
+        ("sd15", {"height": 34, "width": 32}, r"StableDiffusionPipeline.*height=34"),
+    ],
+)
+def test_a_size_that_the_pipeline_refuses(name: str, call: dict[str, Any], message: str) -> None:
+    model = PipelineModel(build(name), call=call)
+    with pytest.raises(UserError, match=message):
+        model.rollout(model.encode(["red dog"], guidance=False), steps=2)
+
+
+def test_a_size_that_the_pipeline_would_round() -> None:
+    model = PipelineModel(build("flux"), call={**TINY["flux"].call, "height": 37})
+    cond = model.encode(["red dog"], guidance=False)
+    with pytest.raises(UserError, match=r"rollout\.call\.height = 37: FluxPipeline makes 3\d"):
+        model.rollout(cond, steps=2)
+
+
+def test_a_pipeline_without_prompts_is_refused() -> None:
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    with pytest.raises(UserError, match="DDPMPipeline: it has no encode_prompt"):
+        PipelineModel(DDPMPipeline(unet, DDPMScheduler()))
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -103,7 +136,7 @@ def test_pictures_are_those_of_the_pipeline(sd3_model: PipelineModel) -> None:
     assert [image.size for image in rollout.images] == [(32, 32)] * 2
     assert all(isinstance(image, Image.Image) for image in rollout.images)
     own = sd3_model.pipe(
-        **sd3_model._arguments(cond, 1.0), num_inference_steps=3, generator=generators(2)
+        **sd3_model.arguments(cond, 1.0), num_inference_steps=3, generator=generators(2)
     ).images
     assert [i.tobytes() for i in own] == [i.tobytes() for i in rollout.images]
     assert rollout.x0.shape == (2, 4, 16, 16)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from dgpo.errors import UserError
+from dgpo.media import Video
 from dgpo.models.families import family_of
 
 DENOISERS = ("transformer", "transformer_2", "unet")
@@ -31,12 +32,14 @@ _RESERVED = {
     "sigmas": "use rollout.scheduler and rollout.steps",
     "num_images_per_prompt": "use group_size",
     "num_videos_per_prompt": "use group_size",
+    "num_waveforms_per_prompt": "use group_size",
     "output_type": "dgpo sets it",
     "return_dict": "dgpo sets it",
     "callback": "dgpo listens to the scheduler instead",
     "callback_steps": "dgpo listens to the scheduler instead",
     "callback_on_step_end": "dgpo listens to the scheduler instead",
 }
+_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 _NOT_FOR_USERS = {"kwargs", "device", "dtype", "do_classifier_free_guidance"}
 
 
@@ -54,10 +57,8 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
         refusal = f"it has none of {', '.join(DENOISERS)}"
     elif missing:
         refusal = f"it has no {' and no '.join(missing)}"
-    elif "image" in inspect.signature(type(pipe).encode_prompt).parameters:
-        refusal = "its text encoder looks at the picture, which dgpo cannot prepare for it"
-    elif not {"prompt_embeds", "output_type"} <= set(parameters_of(pipe)):
-        refusal = "its call takes no prompt_embeds or no output_type"
+    elif not {"prompt", "output_type"} <= set(parameters_of(pipe)):
+        refusal = "its call takes no prompt or no output_type"
     if refusal is not None:
         raise UserError(f"model: cannot train {type(pipe).__name__}: {refusal}")
     return denoisers
@@ -97,6 +98,23 @@ def check_call(pipe: Any, call: Mapping[str, Any]) -> None:
         raise UserError(f"rollout.call.{name}: {type(pipe).__name__} takes no such argument{hint}")
 
 
+def check_size(made: Any, call: Mapping[str, Any], pipeline: str) -> None:
+    """See that a picture or video has the size that was asked for: some pipelines round it.
+
+    Raises:
+        UserError: it has another one.
+    """
+    size = (
+        made.frames.shape[-2:] if isinstance(made, Video) else getattr(made, "size", (0, 0))[::-1]
+    )
+    for name, got in zip(("height", "width"), size, strict=True):
+        if got and call.get(name) not in (None, got):
+            raise UserError(
+                f"rollout.call.{name} = {call[name]}: {pipeline} makes {got} of it; use {got}, or "
+                "another number that it can make"
+            )
+
+
 def fixed_arguments(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
     """What every call of the pipeline gets, whatever the prompts and the guidance."""
     parameters = parameters_of(pipe)
@@ -106,7 +124,7 @@ def fixed_arguments(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
         # a negative prompt reaches the call as an embedding
         if name in parameters and not name.startswith("negative_prompt")
     }
-    for name in ("num_images_per_prompt", "num_videos_per_prompt"):
+    for name in _PER_PROMPT:
         if name in parameters:
             # rows are expanded by us: with given embeddings many pipelines expand them wrongly
             fixed[name] = 1

@@ -7,15 +7,18 @@ repeat all of them for every row.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dgpo.caption import pictures_of
+from dgpo.caption import Caption, pictures_of
 from dgpo.errors import UserError
+from dgpo.models.loop import replaced
 from dgpo.models.text import Conditioning
 
 if TYPE_CHECKING:
@@ -46,6 +49,13 @@ def with_pictures(
     return Conditioning(added, cond.size)
 
 
+def pictures_for(pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
+    """Arguments of a call of the pipeline for the pictures of texts that share them."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    given = with_pictures(Conditioning({}, len(texts)), texts, parameters)
+    return {name: value[0] for name, value in given.kwargs.items()}
+
+
 def parts(cond: Conditioning) -> list[Tensor]:
     """The rows that share their pictures: [n] for each part, together every row once."""
     lists = [cond.kwargs[name] for name in _ARGUMENTS.values() if name in cond.kwargs]
@@ -62,6 +72,62 @@ def one_picture(arguments: dict[str, Any], parameters: Mapping[str, Any]) -> dic
         return arguments
     shared = {n: arguments[n][0] for n in _ARGUMENTS.values() if isinstance(arguments.get(n), list)}
     return {**arguments, **shared}
+
+
+def check_sizes(texts: Sequence[str], shape_of: Callable[[str], tuple[int, ...]]) -> None:
+    """See that pictures of different size lead to samples of one size, as a batch needs it; at most
+    four sizes are tried.
+
+    Args:
+        texts: of all prompt rows.
+        shape_of: the shape of the sample that one of them leads to.
+
+    Raises:
+        UserError: they do not.
+    """
+    first: dict[tuple[int, int], str] = {}
+    for text in texts:
+        if isinstance(text, Caption) and "image" in text.files:
+            first.setdefault(text.size_of("image"), text)
+    if len(first) < 2:
+        return
+    found: dict[tuple[int, ...], tuple[int, int]] = {}
+    for size, text in list(first.items())[:4]:
+        found.setdefault(shape_of(text), size)
+    if len(found) > 1:
+        one, other = list(found.values())[:2]
+        raise UserError(
+            f"prompts: a picture of {one[0]} x {one[1]} pixels and one of {other[0]} x {other[1]} "
+            "lead to samples of different size: set rollout.call.height and width, or give "
+            "pictures of one size"
+        )
+
+
+@contextmanager
+def steady_encoding(pipe: Any, parameters: Mapping[str, Any]) -> Iterator[None]:
+    """Inside the block a pipeline that paints in a mask sees the picture around it the same at
+    every call: as the mode of the VAE's distribution, of which it would draw. Random numbers are
+    drawn as ever."""
+    if "mask_image" not in parameters:
+        yield
+        return
+    own = pipe.vae.encode
+
+    def encode(*given: Any, **named: Any) -> Any:
+        made = own(*given, **named)
+        spread = getattr(made, "latent_dist", None)
+        if spread is not None:
+            draw = spread.sample
+
+            def mode(generator: Any = None) -> Tensor:
+                draw(generator)
+                return spread.mode()
+
+            spread.sample = mode
+        return made
+
+    with replaced(pipe.vae, encode=encode):
+        yield
 
 
 def for_rows(scheduler: Any, rows: Tensor) -> Any:

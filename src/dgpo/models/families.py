@@ -13,13 +13,22 @@ class Family:
     Args:
         encode_names: what ``encode_prompt`` returns, where its source does not say it.
         refusal: why this pipeline cannot be trained; None for those that can.
+        guidance: False where guidance remembers earlier steps, so that it cannot be trained with.
+        encodes_itself: every call is given the text, and encodes it: what ``encode_prompt`` makes
+            cannot be handed back to the call.
     """
 
     encode_names: tuple[str, ...] | None = None
     refusal: str | None = None
+    guidance: bool = True
+    encodes_itself: bool = False
 
 
 FAMILIES: dict[str, Family] = {
+    # guidance with momentum, from step to step
+    "AceStepPipeline": Family(guidance=False),
+    # embeddings that are given are projected once more
+    "StableAudioPipeline": Family(encodes_itself=True),
     "LTX2Pipeline": Family(refusal="it steps two schedulers (video and audio) in each iteration"),
     "Cosmos2TextToImagePipeline": Family(refusal="its sigmas are those of EDM, not of a flow"),
 }

@@ -9,40 +9,42 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from dgpo.errors import UserError
+from dgpo.models.quantization import Quantization, quantized
 from dgpo.registry import MODELS, resolve
 
 Precision = Literal["float32", "bfloat16", "float16"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_pipeline(name: str, precision: Precision = "float32") -> Any:
+def load_pipeline(
+    name: str, precision: Precision = "float32", quantization: Quantization | None = None
+) -> Any:
     """The pipeline that a recipe calls ``model``.
 
     Args:
         name: a registered name (``pocket``), ``package.module:function``, a folder written by
             ``save_pretrained``, or the id of a model on the Hugging Face hub.
         precision: of all weights.
+        quantization: of the denoiser's weights, for a folder or a hub id; None: none.
 
     Raises:
         UserError: the folder holds no pipeline, or the hub has none of this name.
     """
-    if precision not in _DTYPES:
-        raise UserError(f"precision: {precision!r} is not one of {', '.join(_DTYPES)}")
-    dtype = _DTYPES[precision]
+    dtype = dtype_of(precision)
     if name in MODELS or ":" in name:
+        if quantization is not None:
+            raise UserError(
+                f"memory.quantization = {quantization!r}: {name!r} is made by a function; only a "
+                "folder or a hub id can be quantised while it is loaded. Use null"
+            )
         make: Any = resolve("model", name)
         pipe = make()
         return pipe if dtype == torch.float32 else pipe.to(dtype)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return _load_folder(folder, dtype)
-    if not _may_be_hub_id(name):
-        raise UserError(
-            f"model: there is no folder {name!r}, and no model of that name "
-            f"({', '.join(MODELS)}); a model of the Hugging Face hub is written owner/name"
-        )
+    place = place_of(name)
+    if isinstance(place, Path):
+        return _read(place, dtype, quantization)
     try:
-        return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
+        return _read(place, dtype, quantization)
     except OSError as error:
         raise UserError(
             f"model: cannot load {name!r} from the Hugging Face hub ({_first_line(error)}). Is "
@@ -51,14 +53,49 @@ def load_pipeline(name: str, precision: Precision = "float32") -> Any:
         ) from error
 
 
-def _load_folder(folder: Path, dtype: torch.dtype) -> Any:
+def dtype_of(precision: Precision) -> torch.dtype:
+    """The type of all weights.
+
+    Raises:
+        UserError: there is no such precision.
+    """
+    if precision not in _DTYPES:
+        raise UserError(f"precision: {precision!r} is not one of {', '.join(_DTYPES)}")
+    return _DTYPES[precision]
+
+
+def place_of(name: str) -> Path | str:
+    """The folder of a pipeline, or its id on the Hugging Face hub.
+
+    Raises:
+        UserError: the folder holds no pipeline, or ``name`` is neither.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        _refuse_other_folder(folder)
+        return folder
+    if not _may_be_hub_id(name):
+        raise UserError(
+            f"model: there is no folder {name!r}, and no model of that name "
+            f"({', '.join(MODELS)}); a model of the Hugging Face hub is written owner/name"
+        )
+    return name
+
+
+def _refuse_other_folder(folder: Path) -> None:
     if not (folder / "model_index.json").is_file():
         found = sorted(path.name for path in folder.iterdir())[:5]
         raise UserError(
             f"model: the folder {str(folder)!r} holds no pipeline (no model_index.json; it has "
             f"{', '.join(found) or 'nothing'}); give the folder that pipe.save_pretrained wrote"
         )
-    return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
+
+
+def _read(place: str | Path, dtype: torch.dtype, quantization: Quantization | None) -> Any:
+    how: dict[str, Any] = {"torch_dtype": dtype}
+    if quantization is not None:
+        how["quantization_config"] = quantized(place, quantization, dtype)
+    return DiffusionPipeline.from_pretrained(place, **how)
 
 
 def _may_be_hub_id(name: str) -> bool:

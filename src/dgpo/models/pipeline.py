@@ -9,8 +9,9 @@ output, guidance and the choice between experts all stay diffusers' own code.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,25 +19,29 @@ from torch import Tensor, nn
 
 from dgpo.core.process import Level, Process
 from dgpo.errors import UserError
+from dgpo.media import media_of
 from dgpo.models import by_picture
 from dgpo.models.arguments import (
     check_call,
+    check_size,
     denoisers_of,
     fixed_arguments,
-    guidance_off_candidates,
-    needs_picture,
     parameters_of,
 )
+from dgpo.models.guidance import Guidance
 from dgpo.models.loop import (
     Evaluated,
     Recording,
-    Step,
     given_latents,
     replaced,
     stand_in_for,
 )
+from dgpo.models.memory import free_text_encoders
+from dgpo.models.prompt_cache import PromptCache
+from dgpo.models.rollout import Rollout
 from dgpo.models.schedulers import fresh, process_of
-from dgpo.models.text import Conditioning, PromptEncoder
+from dgpo.models.text import Conditioning
+from dgpo.models.text_by_call import encoder_of
 
 if TYPE_CHECKING:
     from dgpo.models.check import CheckReport
@@ -47,23 +52,6 @@ _SILENT = {"disable": True}
 _NOMINAL_STEPS = 100
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """Pictures and what training needs to know about how they came to be.
-
-    Args:
-        x0: [B, ...], the last sample that the scheduler returned, in the denoiser's input space.
-        images: B pictures (for video pipelines B lists of frames); None if not decoded.
-        levels: the noise levels of the schedule, from noise to data, each once.
-        steps: the scheduler steps that were asked for, with their tensors.
-    """
-
-    x0: Tensor
-    images: list[Any] | None
-    levels: list[Level]
-    steps: list[Step] = field(default_factory=list)
-
-
 class PipelineModel:
     """A text-to-image or text-to-video pipeline of diffusers, for sampling and for training.
 
@@ -71,12 +59,19 @@ class PipelineModel:
         pipe: the pipeline. Its modules stay in place; nothing is wrapped or re-implemented.
         call: extra keyword arguments of the pipeline's call (``height``, ``width``,
             ``max_sequence_length``, ...). What ``encode_prompt`` takes reaches it too.
+        prompt_cache: a folder in which prompt embeddings are kept; None: in memory alone.
 
     Raises:
         UserError: the pipeline cannot be trained, or ``call`` holds an argument it does not take.
     """
 
-    def __init__(self, pipe: Any, *, call: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        call: Mapping[str, Any] | None = None,
+        prompt_cache: str | Path | None = None,
+    ) -> None:
         self.pipe = pipe
         self.denoisers: dict[str, nn.Module] = denoisers_of(pipe)
         self.process: Process = process_of(pipe.scheduler)
@@ -85,12 +80,19 @@ class PipelineModel:
         self.parameters = parameters_of(pipe)
         """The parameters of the pipeline's call."""
         self._fixed = fixed_arguments(pipe, self.call)
-        self._encoder = PromptEncoder(pipe, self.call)
-        self._guidance_off: dict[str, Any] | None = None
+        disk = None if prompt_cache is None else PromptCache(prompt_cache, pipe)
+        self._encoder = encoder_of(pipe, self.call, disk)
+        self.guidance = Guidance(
+            pipe,
+            self.denoisers,
+            self._fixed,
+            lambda t, arguments: self.evaluate(None, t, arguments),
+        )
         self._stand_in = stand_in_for(pipe.scheduler)
         # ``__wrapped__`` is the pipeline's call without its torch.no_grad
         self._call_with_grad: Callable[..., Any] = inspect.unwrap(type(pipe).__call__)
-        self._scratch = torch.Generator(device=self.device)
+        # a pipeline without weights (dgpo plan) draws its numbers on the CPU
+        self._scratch = torch.Generator("cpu" if self.device.type == "meta" else self.device)
 
     @property
     def encodes_negative(self) -> bool:
@@ -110,6 +112,38 @@ class PipelineModel:
         """
         cond = self._encoder.encode(prompts, guidance)
         return by_picture.with_pictures(cond, prompts, self.parameters)
+
+    def check_pictures(self, prompts: Sequence[str]) -> None:
+        """See that the pictures of prompts can be sampled side by side.
+
+        Raises:
+            UserError: they lead to samples of different size.
+        """
+        if "image" in self.parameters:
+            by_picture.check_sizes(prompts, self._shape_of)
+
+    @torch.no_grad()
+    def _shape_of(self, prompt: str) -> tuple[int, ...]:
+        cond = self.encode([prompt], guidance=False)
+        schedule = self.pipe.scheduler.timesteps
+        arguments = self.arguments(cond, 1.0)
+        return tuple(self.evaluate(None, schedule[len(schedule) // 2], arguments).shape)
+
+    def encode_and_free(self, prompts: Iterable[str]) -> None:
+        """Encode all prompts, and let go of the text encoders: from then on embeddings come from
+        the prompt cache.
+
+        Raises:
+            UserError: there is no prompt cache, or the pipeline encodes at every call.
+        """
+        if self._encoder.disk is None:
+            raise UserError(
+                f"memory.free_text_encoders: {type(self.pipe).__name__} is given the text at every "
+                "call and needs its text encoders; use false"
+            )
+        for prompt in prompts:
+            self.encode([prompt], guidance=True)
+        free_text_encoders(self.pipe)
 
     @torch.no_grad()
     def rollout(
@@ -168,11 +202,11 @@ class PipelineModel:
         record: bool | Container[int],
     ) -> Rollout:
         """One call of the pipeline, for rows that share their pictures."""
-        arguments = self._arguments(cond, guidance_scale)
+        arguments = self.arguments(cond, guidance_scale)
         own = fresh(self.pipe.scheduler if scheduler is None else scheduler)
         recording = Recording(keep=record)
         recording.listen(own)
-        with replaced(self.pipe, scheduler=own, _progress_bar_config=_SILENT):
+        with self._with(scheduler=own):
             result = self.pipe(
                 **arguments,
                 num_inference_steps=steps,
@@ -182,7 +216,9 @@ class PipelineModel:
             )
         if recording.last is None:
             raise UserError(f"{type(self.pipe).__name__} made no scheduler step")
-        images = list(result[0]) if decode else None
+        images = media_of(result[0], self.pipe) if decode else None
+        if images is not None:
+            check_size(images[0], self.call, type(self.pipe).__name__)
         return Rollout(recording.last, images, recording.levels, recording.steps)
 
     def predict(
@@ -206,19 +242,16 @@ class PipelineModel:
             raise ValueError(f"got {xt.shape[0]} samples and conditioning for {cond.size}")
         rows = by_picture.parts(cond)
         if len(rows) == 1:
-            return self._evaluate(xt, level.timestep, self._arguments(cond, guidance_scale))
+            return self.evaluate(xt, level.timestep, self.arguments(cond, guidance_scale))
         made = [
-            self._evaluate(
-                xt[part], level.timestep, self._arguments(cond.rows(part), guidance_scale)
-            )
+            self.evaluate(xt[part], level.timestep, self.arguments(cond.rows(part), guidance_scale))
             for part in rows
         ]
         return by_picture.in_order(made, rows)
 
     def has_guidance(self, cond: Conditioning) -> bool:
         """Whether classifier-free guidance can be switched on for this conditioning."""
-        possible = cond.guided or "negative_prompt_embeds" not in self.parameters
-        return possible and bool(self._off(cond))
+        return self.guidance.exists(cond)
 
     def self_check(self, cond: Conditioning | None = None) -> CheckReport:
         """Compare :meth:`predict` with the pipeline bit by bit; see
@@ -227,15 +260,15 @@ class PipelineModel:
 
         return self_check(self, cond)
 
-    def _evaluate(self, xt: Tensor | None, timestep: Tensor, arguments: dict[str, Any]) -> Tensor:
+    def evaluate(self, xt: Tensor | None, timestep: Tensor, arguments: dict[str, Any]) -> Tensor:
         """One pass of the pipeline's loop body; ``xt`` None for latents of the pipeline's own."""
         stand_in = self._stand_in
         stand_in.point = timestep.detach().reshape(1)
-        patches: dict[str, Any] = {"scheduler": stand_in, "_progress_bar_config": _SILENT}
+        patches: dict[str, Any] = {"scheduler": stand_in}
         if xt is not None:
             patches["prepare_latents"] = given_latents(self.pipe.prepare_latents, xt)
         try:
-            with replaced(self.pipe, **patches):
+            with self._with(**patches):
                 self._call_with_grad(
                     self.pipe,
                     **arguments,
@@ -248,61 +281,19 @@ class PipelineModel:
             return answer
         raise UserError(f"{type(self.pipe).__name__} made no scheduler step")
 
-    def _arguments(self, cond: Conditioning, guidance_scale: float) -> dict[str, Any]:
-        guidance = self._guidance(guidance_scale, cond)
-        on = guidance is not self._guidance_off
+    @contextmanager
+    def _with(self, **patches: Any) -> Iterator[None]:
+        """The pipeline for one call: silent, with some of its parts replaced."""
+        steady = by_picture.steady_encoding(self.pipe, self.parameters)
+        with steady, replaced(self.pipe, _progress_bar_config=_SILENT, **patches):
+            yield
+
+    def arguments(self, cond: Conditioning, guidance_scale: float) -> dict[str, Any]:
+        """The arguments of one call of the pipeline, for rows that share their pictures."""
+        guidance = self.guidance.arguments(guidance_scale, cond)
+        on = guidance is not self.guidance.off(cond)
         arguments = {**self._fixed, **cond.call_kwargs(on), **guidance}
         return by_picture.one_picture(arguments, self.parameters)
 
-    def _guidance(self, scale: float, cond: Conditioning) -> dict[str, Any]:
-        off = self._off(cond)
-        if scale == 1.0 or scale in off.values():
-            return off
-        if not off:
-            raise UserError(
-                f"guidance_scale={scale}: {type(self.pipe).__name__} has no classifier-free "
-                "guidance; use 1.0 (an embedded guidance is rollout.call.guidance_scale)"
-            )
-        if "negative_prompt_embeds" in self.parameters and not cond.guided:
-            raise UserError(f"guidance_scale={scale} needs prompts encoded with guidance=True")
-        return dict.fromkeys(off, scale)
 
-    def _off(self, cond: Conditioning) -> dict[str, Any]:
-        if self._guidance_off is None:
-            self._guidance_off = self._find_guidance_off(cond.rows(torch.tensor([0])))
-        return self._guidance_off
-
-    def _find_guidance_off(self, one_row: Conditioning) -> dict[str, Any]:
-        """The first candidate with which one step is one denoiser call of one row a sample."""
-        embeddings = dict(one_row.kwargs)
-        for name, value in one_row.kwargs.items():
-            if f"negative_{name}" in self.parameters:
-                # a candidate that leaves guidance on must get as far as the denoiser
-                embeddings.setdefault(f"negative_{name}", value)
-        if needs_picture(self.pipe) and "image" not in embeddings:
-            raise UserError(
-                f"model: {type(self.pipe).__name__} starts from a picture: give every prompt row "
-                "'image', a file (for dgpo check: --image FILE)"
-            )
-        for candidate in guidance_off_candidates(self.pipe):
-            arguments = {**self._fixed, **embeddings, **candidate}
-            if self._denoiser_rows(by_picture.one_picture(arguments, self.parameters)) == [1]:
-                return candidate
-        raise UserError(f"model: cannot switch guidance off in {type(self.pipe).__name__}")
-
-    @torch.no_grad()
-    def _denoiser_rows(self, arguments: dict[str, Any]) -> list[int]:
-        """The batch size of each denoiser call in one step."""
-        rows: list[int] = []
-
-        def count(module: nn.Module, inputs: Any, output: Any) -> None:
-            rows.append(len(output[0]))
-
-        hooks = [m.register_forward_hook(count) for m in self.denoisers.values()]
-        schedule = self.pipe.scheduler.timesteps
-        try:
-            self._evaluate(None, schedule[len(schedule) // 2], arguments)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return rows
+__all__ = ["PipelineModel", "Rollout"]

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from dgpo.errors import UserError
 from dgpo.models.families import family_of
+from dgpo.models.prompt_cache import Embedding, PromptCache
 
 _NEGATIVE = "negative_"
 _WHICH = "text_encoder_index"
-Embedding = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,19 @@ class PromptEncoder:
         pipe: a diffusers pipeline.
         call: the user's extra arguments of the pipeline's call. Those that ``encode_prompt`` takes
             too reach it (``max_sequence_length``, ``clip_skip``, ``negative_prompt`` ...).
-        cache_bytes: what the cache may hold; the prompts unused for longest are dropped first.
+        cache_bytes: what may be held in memory; the prompts unused for longest are dropped first.
+        disk: where embeddings are kept beside that; None: nowhere.
     """
 
-    def __init__(self, pipe: Any, call: Mapping[str, Any], cache_bytes: int = 4 * 2**30) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        call: Mapping[str, Any],
+        cache_bytes: int = 4 * 2**30,
+        disk: PromptCache | None = None,
+    ) -> None:
         self._pipe = pipe
+        self.disk = disk
         self._call = dict(call)
         self._cache: OrderedDict[str, Embedding] = OrderedDict()
         self._cache_bytes = cache_bytes
@@ -96,21 +104,28 @@ class PromptEncoder:
         """
         if not prompts:
             raise UserError("no prompts to encode")
-        distinct = list(dict.fromkeys(prompts))
-        rows = [self._positive(prompt) for prompt in distinct]
-        if guidance:
-            negative = self._negative_embedding()
-            rows = [{**row, **negative} for row in rows]
-        position = {prompt: row for row, prompt in enumerate(distinct)}
-        index = torch.tensor([position[prompt] for prompt in prompts])
+        keys = [self._key(prompt) for prompt in prompts]
+        distinct = dict(zip(keys, prompts, strict=True))
+        rows = [self._row(prompt, guidance) for prompt in distinct.values()]
+        position = {key: row for row, key in enumerate(distinct)}
+        index = torch.tensor([position[key] for key in keys])
         return Conditioning(_join(rows, self._call_parameters), len(rows)).rows(index)
 
+    def _key(self, prompt: str) -> str:
+        """The same for prompts that have the same embedding."""
+        return str(prompt)
+
+    def _row(self, prompt: str, guidance: bool) -> Embedding:
+        """The embedding of one prompt; with ``guidance`` that of the negative prompt, too."""
+        return {**self._positive(prompt), **(self._negative_embedding() if guidance else {})}
+
     def _positive(self, prompt: str) -> Embedding:
-        if prompt in self._cache:
-            self._cache.move_to_end(prompt)
-            return self._cache[prompt]
-        embedding = self._run(prompt, guidance=False)
-        self._cache[prompt] = embedding
+        key = self._key(prompt)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        embedding = self._made(prompt, guidance=False)
+        self._cache[key] = embedding
         self._used += _bytes(embedding)
         while self._used > self._cache_bytes and len(self._cache) > 1:
             self._used -= _bytes(self._cache.popitem(last=False)[1])
@@ -121,16 +136,27 @@ class PromptEncoder:
         if self._negative is None:
             found: Embedding = {}
             if "do_classifier_free_guidance" in self.parameters:
-                both = self._run("", guidance=True)
+                both = self._made("", guidance=True)
                 found = {k: v for k, v in both.items() if k.startswith(_NEGATIVE)}
             if not found:
-                plain = self._run(self._call.get("negative_prompt") or "", guidance=False)
+                plain = self._made(self._call.get("negative_prompt") or "", guidance=False)
                 found = {_NEGATIVE + k: v for k, v in plain.items()}
             self._negative = {k: v for k, v in found.items() if k in self._call_parameters}
         return self._negative
 
-    @torch.no_grad()
-    def _run(self, prompt: str, guidance: bool) -> Embedding:
+    def _made(self, prompt: str, guidance: bool) -> Embedding:
+        """An embedding from the disk, or made and written there."""
+        if self.disk is None:
+            return self._run(prompt, guidance)
+        file = self.disk.file(self._key(prompt), self._arguments(prompt, guidance))
+        found = self.disk.load(file, self._pipe.device)
+        if found is None:
+            found = self._run(prompt, guidance)
+            self.disk.save(file, found)
+        return found
+
+    def _arguments(self, prompt: str, guidance: bool) -> dict[str, Any]:
+        """The keyword arguments of ``encode_prompt``."""
         arguments: dict[str, Any] = {}
         for name in self.parameters:
             if name in ("self", "kwargs", "dtype", "prompt_embeds") or name.endswith("_embeds"):
@@ -139,7 +165,7 @@ class PromptEncoder:
                 arguments[name] = prompt
             elif name == "device":
                 arguments[name] = self._pipe.device
-            elif name in ("num_images_per_prompt", "num_videos_per_prompt"):
+            elif name.startswith("num_") and name.endswith("_per_prompt"):
                 arguments[name] = 1
             elif name == "do_classifier_free_guidance":
                 arguments[name] = guidance
@@ -148,6 +174,11 @@ class PromptEncoder:
             elif name in self._call_parameters:
                 # the default of the call, not of encode_prompt: they differ in some pipelines
                 arguments[name] = self._call_parameters[name].default
+        return arguments
+
+    @torch.no_grad()
+    def _run(self, prompt: str, guidance: bool) -> Embedding:
+        arguments = self._arguments(prompt, guidance)
         named = self._named(self._pipe.encode_prompt(**arguments))
         if _WHICH in self.parameters:
             # encoders that are asked one by one; the call's names for the second end in _2

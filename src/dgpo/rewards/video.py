@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
@@ -35,8 +36,9 @@ class PerFrame:
 
     @property
     def _reward(self) -> Any:
-        given = self._given
-        return resolve("reward", given) if isinstance(given, str) else given
+        if isinstance(self._given, str):
+            self._given = resolve("reward", self._given)
+        return self._given
 
     def check(self, prompts: Sequence[Any]) -> None:
         """Let the reward inside refuse prompts and load its model."""
@@ -48,7 +50,8 @@ class PerFrame:
         """One score for each video.
 
         Args:
-            images: B videos: lists of pictures, or arrays uint8 [T, H, W, 3].
+            images: B videos: tensors uint8 [T, 3, H, W], lists of pictures, or arrays uint8
+                [T, H, W, 3].
             prompts: the caption of each.
             columns: metadata, repeated for the frames; they go to a reward that takes ``**``.
 
@@ -78,13 +81,15 @@ class PerFrame:
 
 
 def _pictures(video: Any, row: int) -> list[Image.Image]:
+    if isinstance(video, Tensor) and video.ndim == 4 and video.shape[1] == 3:
+        video = video.permute(0, 2, 3, 1).cpu().numpy()
     if isinstance(video, np.ndarray) and video.ndim == 4 and video.dtype == np.uint8:
         video = [Image.fromarray(frame) for frame in video]
     frames = video if isinstance(video, (list, tuple)) else []
     if not frames or not all(isinstance(frame, Image.Image) for frame in frames):
         raise UserError(
-            f"row {row} is {type(video).__name__}, not a video: a list of pictures, or an array "
-            "uint8 [frames, height, width, 3]"
+            f"row {row} is {type(video).__name__}, not a video: a tensor uint8 [frames, 3, "
+            "height, width], a list of pictures, or an array uint8 [frames, height, width, 3]"
         )
     return list(frames)
 

@@ -40,6 +40,8 @@ class VLMJudge:
             variable ``<variable>_URL``.
         model: its name there; default: ``<variable>_MODEL``.
         template: the question; ``{prompt}`` in it becomes the caption.
+        sources: columns of the prompt rows with pictures that are shown before the one that is
+            judged, such as ``image``, the picture that was to be edited.
         pattern: regular expression; group 1 of its last match in the answer is the score.
         limits: least and greatest score; another number counts as no answer.
         fallback: score where no answer can be read after all tries; None: the run stops.
@@ -58,6 +60,7 @@ class VLMJudge:
         model: str | None = None,
         *,
         template: str = TEMPLATE,
+        sources: Sequence[str] = (),
         pattern: str = PATTERN,
         limits: tuple[float, float] = NUMBERS,
         fallback: float | None = None,
@@ -79,6 +82,7 @@ class VLMJudge:
         self._variable = variable
         self._given = (url, model, key)
         self._template, self._pattern, self._limits = template, re.compile(pattern), limits
+        self._sources = tuple(sources)
         self._fallback, self._retries, self._pause = fallback, retries, pause
         self._timeout, self._workers = timeout, workers
         self._options = {"temperature": temperature, "max_tokens": max_tokens}
@@ -100,11 +104,19 @@ class VLMJudge:
         return httpx.Client(base_url=url, headers=headers, timeout=self._timeout)
 
     def check(self, prompts: Sequence[Any]) -> None:
-        """See that the endpoint is set and that something answers there.
+        """See that the endpoint is set, that something answers there, and that every row has the
+        pictures that are shown.
 
         Raises:
-            UserError: it is not set, or nothing does.
+            UserError: something of this is missing.
         """
+        for row, prompt in enumerate(prompts):
+            for name in self._sources:
+                if not isinstance(prompt.column(name), Image.Image):
+                    raise UserError(
+                        f"reward {self.__name__!r} shows the column {name!r}, and row {row} "
+                        f"({prompt.text!r:.80}) has no picture there"
+                    )
         self._setting(1, "MODEL")
         with self._client() as client:
             import httpx
@@ -126,16 +138,22 @@ class VLMJudge:
             UserError: no readable answer after all tries, and no ``fallback``.
         """
         model = self._setting(1, "MODEL")
+        shown = [
+            [*(columns[name][row] for name in self._sources), image]
+            for row, image in enumerate(images)
+        ]
         with self._client() as client, ThreadPoolExecutor(self._workers) as pool:
             jobs = [
-                pool.submit(self._score, client, model, row, image, text)
-                for row, (image, text) in enumerate(zip(images, prompts, strict=True))
+                pool.submit(self._score, client, model, row, pictures, text)
+                for row, (pictures, text) in enumerate(zip(shown, prompts, strict=True))
             ]
             return [job.result() for job in jobs]
 
-    def _score(self, client: Any, model: str, row: int, image: Image.Image, text: str) -> float:
+    def _score(
+        self, client: Any, model: str, row: int, pictures: Sequence[Image.Image], text: str
+    ) -> float:
         content = [
-            {"type": "image_url", "image_url": {"url": _data_url(image)}},
+            *({"type": "image_url", "image_url": {"url": _data_url(one)}} for one in pictures),
             {"type": "text", "text": self._template.replace("{prompt}", text)},
         ]
         messages = [{"role": "user", "content": content}]

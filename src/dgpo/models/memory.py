@@ -1,0 +1,88 @@
+"""What a pipeline can do to need less memory; none of it changes what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from dgpo.errors import UserError
+
+
+class MemorySettings(Protocol):
+    """What a recipe says about memory, as far as the pipeline is concerned."""
+
+    @property
+    def gradient_checkpointing(self) -> bool: ...
+    @property
+    def vae_slicing(self) -> bool: ...
+    @property
+    def vae_tiling(self) -> bool: ...
+
+
+def save_memory(pipe: Any, denoisers: Mapping[str, nn.Module], settings: MemorySettings) -> None:
+    """Switch on what the recipe's ``memory`` asks of the denoisers and the autoencoder.
+
+    Raises:
+        UserError: the denoiser or the autoencoder has no such thing.
+    """
+    if settings.gradient_checkpointing:
+        for name, denoiser in denoisers.items():
+            if not getattr(denoiser, "_supports_gradient_checkpointing", False):
+                raise UserError(
+                    f"memory.gradient_checkpointing: {name} ({type(denoiser).__name__}) has none; "
+                    "use false, and a smaller train.micro_batch"
+                )
+            denoiser.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
+    vae = getattr(pipe, "vae", None)
+    for key in ("slicing", "tiling"):
+        if not getattr(settings, f"vae_{key}"):
+            continue
+        try:
+            getattr(vae, f"enable_{key}")()
+        except (AttributeError, NotImplementedError) as error:
+            raise UserError(
+                f"memory.vae_{key}: {type(vae).__name__} of {type(pipe).__name__} has none; "
+                "use false, and a smaller rollout.batch"
+            ) from error
+
+
+class FreedEncoder:
+    """Stands where a text encoder was, for pipelines that ask for its precision or settings."""
+
+    def __init__(self, name: str, module: Any) -> None:
+        self._name = name
+        self.dtype: torch.dtype = module.dtype
+        self.device: torch.device = module.device
+        self.config: Any = module.config
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        """There is nothing left to call.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            f"memory.free_text_encoders: {self._name} is gone, and a prompt that was not encoded "
+            "before is asked for; use false to keep it"
+        )
+
+
+def text_encoders(pipe: Any) -> dict[str, nn.Module]:
+    """The networks of a pipeline that read text, by the name of their component."""
+    return {
+        name: module
+        for name, module in pipe.components.items()
+        if isinstance(module, nn.Module) and name.startswith(("text_encoder", "language_model"))
+    }
+
+
+def free_text_encoders(pipe: Any) -> None:
+    """Let go of the text encoders: their memory is free once nobody else holds them."""
+    for name, module in text_encoders(pipe).items():
+        # past __setattr__: the pipeline's config goes on to say which encoders it was made with
+        vars(pipe)[name] = FreedEncoder(name, module)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

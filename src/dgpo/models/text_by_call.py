@@ -1,0 +1,121 @@
+"""Prompts of pipelines whose ``encode_prompt`` cannot be asked on its own.
+
+Two kinds: its text encoder looks at the picture as the call has prepared it (Qwen-Image-Edit), or
+the call takes no embeddings and encodes at every call (ACE-Step, Stable Audio).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dgpo.caption import pictures_of
+from dgpo.errors import UserError
+from dgpo.models.arguments import fixed_arguments, parameters_of
+from dgpo.models.families import family_of
+from dgpo.models.loop import Evaluated, replaced
+from dgpo.models.prompt_cache import Embedding, PromptCache
+from dgpo.models.text import Conditioning, PromptEncoder
+
+
+def encoder_of(pipe: Any, call: Mapping[str, Any], disk: PromptCache | None) -> Any:
+    """How the prompts of this pipeline become conditioning."""
+    if encodes_itself(pipe):
+        return PromptGiver(pipe, call)
+    if "image" in inspect.signature(type(pipe).encode_prompt).parameters:
+        return PicturePromptEncoder(pipe, call, disk=disk)
+    return PromptEncoder(pipe, call, disk=disk)
+
+
+def encodes_itself(pipe: Any) -> bool:
+    """Whether every call of the pipeline is given the text."""
+    return family_of(pipe).encodes_itself or "prompt_embeds" not in parameters_of(pipe)
+
+
+class PromptGiver:
+    """Hands the texts themselves to the pipeline, which encodes them at every call."""
+
+    disk = None
+
+    def __init__(self, pipe: Any, call: Mapping[str, Any]) -> None:
+        self._call = dict(call)
+        self._parameters = parameters_of(pipe)
+        self.parameters = inspect.signature(type(pipe).encode_prompt).parameters
+        # further texts, such as lyrics: ACE-Step wants one for each row
+        self._texts = [
+            name
+            for name, parameter in self._parameters.items()
+            if name in self.parameters
+            and not name.endswith("prompt")
+            and "list[str]" in str(parameter.annotation).lower()
+        ]
+
+    def encode(self, prompts: Sequence[str], guidance: bool) -> Conditioning:
+        """The texts of ``prompts``, one row each, and the negative prompt beside each.
+
+        Raises:
+            UserError: no prompts.
+        """
+        if not prompts:
+            raise UserError("no prompts to encode")
+        given: dict[str, Any] = {"prompt": [str(prompt) for prompt in prompts]}
+        for name in self._texts:
+            text = self._call.get(name, self._parameters[name].default)
+            if isinstance(text, str):
+                given[name] = [text] * len(prompts)
+        if guidance and "negative_prompt" in self._parameters:
+            given["negative_prompt"] = [self._call.get("negative_prompt") or ""] * len(prompts)
+        return Conditioning(given, len(prompts))
+
+
+class PicturePromptEncoder(PromptEncoder):
+    """Encodes a prompt together with its picture, by calling the pipeline as far as that."""
+
+    def _key(self, prompt: str) -> str:
+        digest = hashlib.sha256(str(prompt).encode())
+        for name, picture in pictures_of(prompt).items():
+            digest.update(f"{name} {picture.mode} {picture.size} ".encode() + picture.tobytes())
+        return digest.hexdigest()
+
+    def _row(self, prompt: str, guidance: bool) -> Embedding:
+        both = self._positive(prompt)
+        return {k: v for k, v in both.items() if guidance or not k.startswith("negative_")}
+
+    def _arguments(self, prompt: str, guidance: bool) -> dict[str, Any]:
+        return {"negative_prompt": "", **self._call}
+
+    @torch.no_grad()
+    def _run(self, prompt: str, guidance: bool) -> Embedding:
+        pictures = pictures_of(prompt)
+        if "image" not in pictures:
+            raise UserError(
+                f"model: {type(self._pipe).__name__} starts from a picture: give every prompt row "
+                "'image', a file (for dgpo check: --image FILE)"
+            )
+        own, returned = self._pipe.encode_prompt, []
+
+        def listening(*given: Any, **named: Any) -> Any:
+            returned.append(own(*given, **named))
+            return returned[-1]
+
+        def leave(*given: Any, **named: Any) -> Any:
+            raise Evaluated
+
+        arguments = {
+            **fixed_arguments(self._pipe, self._call),
+            "image": pictures["image"],
+            "prompt": str(prompt),
+            "negative_prompt": self._call.get("negative_prompt") or "",
+        }
+        try:
+            with replaced(self._pipe, encode_prompt=listening, prepare_latents=leave):
+                self._pipe(**arguments, output_type="latent")
+        except Evaluated:
+            pass
+        positive, *others = map(self._named, returned)
+        negative = {f"negative_{k}": v for k, v in (others[0] if others else {}).items()}
+        return {k: v for k, v in {**positive, **negative}.items() if k in self._call_parameters}
