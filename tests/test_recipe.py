@@ -199,7 +199,7 @@ def test_an_algorithm_of_a_file_is_found_again(tmp_path):
         ("seed: 1\nmodel: [\n", ["line 3", "not YAML"]),
         ("seed: 1\nmodel: pocket\nseed: 2\n", ["line 3", "'seed'", "twice"]),
         ("model: pocket\n", ["rewards is missing", "prompts.train is missing"]),
-        ("a: !!python/object/apply:os.system ['true']\n", ["not YAML"]),
+        ("a: !!python/object/apply:os.system ['true']\n", ["line 1", "no plain value"]),
     ],
 )
 def test_broken_files(tmp_path, text, words):

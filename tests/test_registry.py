@@ -57,5 +57,5 @@ def test_a_file_that_fails_is_not_kept_half_loaded(tmp_path):
     file = tmp_path / "broken.py"
     file.write_text("raise RuntimeError('in the file')\n")
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="in the file"):
+        with pytest.raises(UserError, match=r"RuntimeError: in the file \(broken.py, line 1\)"):
             registry.resolve("reward", f"{file}:score")

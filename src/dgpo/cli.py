@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from dgpo import cli_compare, cli_list, cli_rank, cli_score, cli_serve, registry
+from dgpo import cli_compare, cli_list, cli_prompts, cli_rank, cli_score, cli_serve, registry
 from dgpo.cli_common import (
     INTERRUPTED,
     Device,
@@ -51,6 +51,7 @@ app = typer.Typer(
 pocket = typer.Typer(no_args_is_help=True, help="The small model that ships with dgpo.")
 app.add_typer(pocket, name="pocket")
 app.command("compare")(cli_compare.compare)
+app.command("prompts")(cli_prompts.prompts)
 app.command("rank")(cli_rank.rank)
 app.command("score")(cli_score.score)
 app.command("serve")(cli_serve.serve)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from dgpo.caption import PICTURES, Caption, pictures_of
 from dgpo.errors import UserError
-from dgpo.registry import PROMPTS, nearest, resolve
+from dgpo.prompt_datasets import PREFIX, dataset_rows, without_gaps
+from dgpo.prompt_files import read_rows
+from dgpo.registry import PROMPTS, resolve
 
 if TYPE_CHECKING:
     import datasets
@@ -42,11 +43,11 @@ def load_prompts(
     Args:
         source: a registered name (``pocket-geneval/train``), ``package.module:function`` that
             returns rows, a ``.txt`` file (one prompt a line), a ``.jsonl`` file (an object a line
-            with ``"prompt"``; what else it has is metadata), or the rows themselves: strings,
-            dicts with ``"prompt"``, :class:`Prompt`, or a ``datasets.Dataset``. ``"image"`` and
-            ``"mask"`` are pictures, or their files, relative to the prompt file (or to the folder
-            one stands in, for rows that come from no file). Blank lines are skipped; a byte order
-            mark and Windows line ends are understood.
+            with ``"prompt"``; what else it has is metadata), ``datasets:...`` (see
+            :mod:`dgpo.prompt_datasets`), or the rows themselves: strings, dicts with ``"prompt"``,
+            :class:`Prompt`, or a ``datasets.Dataset``. ``"image"`` and ``"mask"`` are pictures, or
+            their files, relative to the prompt file (or to the folder one stands in, for rows that
+            come from no file). Blank lines are skipped; a row that comes twice counts twice.
 
     Raises:
         UserError: nothing there, no prompt in it, or a broken row (its line is named).
@@ -56,60 +57,48 @@ def load_prompts(
             "no prompts: set prompts.train in the recipe or give train_dataset; "
             f"built-in sets: {', '.join(sorted(PROMPTS))}"
         )
-    if isinstance(source, Path) or (isinstance(source, str) and _is_file(source)):
+    if isinstance(source, Path) or (isinstance(source, str) and _names_file(source)):
         return _from_file(Path(source))
+    if isinstance(source, str) and source.startswith(PREFIX):
+        return _from_dataset(source)
     if isinstance(source, str):
-        rows: Iterable[Any] = resolve("prompts", source)()
-        return _from_rows(rows, source)
+        return _from_rows(_made_by(source), source)
+    if hasattr(source, "column_names"):  # a datasets.Dataset
+        return _from_rows(map(without_gaps, source), "prompts")
     return _from_rows(source, "prompts")
 
 
-def _is_file(source: str) -> bool:
-    return source not in PROMPTS and (Path(source).is_file() or ":" not in source)
+def _made_by(name: str) -> Any:
+    function = resolve("prompts", name)
+    if not callable(function):
+        raise UserError(f"prompts {name!r} is {function!r:.80}, not a function that returns rows")
+    try:
+        return function()
+    except Exception as error:  # the user's own code may raise anything
+        raise UserError(f"prompts {name!r} raised {type(error).__name__}: {error}") from error
+
+
+def _names_file(source: str) -> bool:
+    if source in PROMPTS:
+        return False
+    try:
+        return Path(source).is_file() or ":" not in source
+    except (OSError, ValueError):  # a name that no file can have
+        return ":" not in source
 
 
 def _from_file(path: Path) -> list[Prompt]:
-    if not path.is_file():
-        hint = nearest(str(path), PROMPTS)
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(
-            f"prompts {str(path)!r}: the file {what}{hint}; "
-            f"built-in sets: {', '.join(sorted(PROMPTS))}"
-        )
-    readers = {".txt": _text_row, ".jsonl": _json_row}
-    if path.suffix.lower() not in readers:
-        raise UserError(
-            f"prompts {path}: {path.suffix or 'no suffix'} is not a known kind; "
-            "give a .txt (one prompt a line) or a .jsonl (an object with 'prompt' a line)"
-        )
-    read = readers[path.suffix.lower()]
-    prompts = []
-    # split on newline bytes alone: str.splitlines would also cut at U+2028 inside a prompt
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
-        where = f"{path}, line {number}"
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 ({error.reason}); save it as UTF-8") from error
-        if line:
-            prompts.append(read(line, where, path.parent))
+    prompts = [_row(row, where, path.parent) for where, row in read_rows(path)]
     if not prompts:
         raise UserError(f"prompts {path}: the file is empty; it needs at least one prompt")
     return prompts
 
 
-def _text_row(line: str, where: str, folder: Path) -> Prompt:
-    return Prompt(line)
-
-
-def _json_row(line: str, where: str, folder: Path) -> Prompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(row, dict):
-        raise UserError(f'{where}: a row is an object such as {{"prompt": "a cat"}}, got {line}')
-    return _row(row, where, folder)
+def _from_dataset(source: str) -> list[Prompt]:
+    prompts = [_row(row, where) for where, row in dataset_rows(source)]
+    if not prompts:
+        raise UserError(f"prompts {source}: no row in it; at least one is needed")
+    return prompts
 
 
 def _row(row: dict[str, Any], where: str, folder: Path = Path()) -> Prompt:
@@ -118,7 +107,11 @@ def _row(row: dict[str, Any], where: str, folder: Path = Path()) -> Prompt:
         raise UserError(f"{where}: no 'prompt' in the row, only {keys}")
     text = row["prompt"]
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where}: 'prompt' must be a text that is not empty, got {text!r}")
+        raise UserError(f"{where}: 'prompt' must be a text that is not empty, got {text!r:.80}")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(
+            f"{where}: 'prompt' holds half a character, which no file can: {text!r:.80}"
+        )
     files = {
         key: _picture(key, row[key], where, folder) for key in PICTURES if row.get(key) is not None
     }
@@ -132,17 +125,23 @@ def _picture(key: str, given: Any, where: str, folder: Path) -> Any:
         return given.convert(PICTURES[key])
     if not isinstance(given, (str, Path)):
         raise UserError(f"{where}: {key!r} must be a file or a picture, got {given!r:.80}")
-    file = (folder / Path(given).expanduser()).absolute()
-    if not file.is_file():
+    try:
+        file = (folder / Path(given).expanduser()).absolute()
+        there = file.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # a name or a home that cannot be
+        raise UserError(f"{where}: {key!r} is {str(given)!r:.200}: {error}") from error
+    if not there:
         raise UserError(f"{where}: {key!r} is {str(given)!r}, but there is no file {file}")
     try:
         with Image.open(file):
             return str(file)
-    except UnidentifiedImageError as error:
+    except Exception as error:  # broken files raise many things; all mean that it is none
         raise UserError(f"{where}: {key!r}: {file} is no picture that can be read") from error
 
 
-def _from_rows(rows: Iterable[Any], name: str) -> list[Prompt]:
+def _from_rows(rows: Any, name: str) -> list[Prompt]:
+    if not isinstance(rows, Iterable):
+        raise UserError(f"{name}: {rows!r:.80} holds no rows; give texts, or dicts with 'prompt'")
     prompts = []
     for index, row in enumerate(rows):
         where = f"{name}, row {index}"

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dgpo.errors import UserError
+from dgpo.plain_yaml import parse_yaml
 from dgpo.registry import nearest
 
 PACKAGED = Path(__file__).parent / "recipes"
 """The recipes that are installed with the package."""
 _SUFFIXES = (".yaml", ".yml")
+DEEPEST = 16
+"""Parts that the dotted key of an override may have."""
 
 
 def recipe_names() -> dict[str, Path]:
@@ -39,8 +39,11 @@ def find_recipe(path_or_name: str | Path) -> Path:
         UserError: neither a file nor a known name.
     """
     path = Path(path_or_name)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise UserError(f"recipe {str(path_or_name)!r:.200}: {error}") from error
     names = recipe_names()
     stem = path.stem if path.suffix in _SUFFIXES else path.name
     if stem in names and path.parent in (Path("."), Path("recipes")):
@@ -73,46 +76,6 @@ def resumed(recipe: str, words: Sequence[str]) -> tuple[str, list[str]]:
     return recipe, overrides
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice and reads ``3e-4`` as the number it is."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable):
-                if key in seen:
-                    line = key_node.start_mark.line + 1
-                    raise UserError(f"line {line}: key {key!r} is given twice; keep one of them")
-                seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1, which PyYAML reads, wants a dot and a signed exponent; people write 3e-4 and 1e3
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """YAML as plain data.
-
-    Raises:
-        UserError: not YAML, or a key twice; ``where`` and the line are named.
-    """
-    try:
-        return yaml.load(text, _Loader)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise UserError(f"{where}{line}: not YAML: {problem}") from error
-
-
 def read_recipe(path: Path) -> dict[str, Any]:
     """A recipe file as plain nested dicts, not yet validated.
 
@@ -140,7 +103,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
     for item in overrides:
         key, equals, value = item.partition("=")
         path = key.strip().split(".")
-        if not equals or not all(path):
+        if not equals or not all(path) or len(path) > DEEPEST:
             raise UserError(f"override {item!r} is not KEY=VALUE, for example train.lr=1e-4")
         data = _set(data, path, parse_yaml(value, f"override {item!r}"), key.strip())
     return data

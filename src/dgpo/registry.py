@@ -10,6 +10,7 @@ import difflib
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -133,9 +134,18 @@ def resolve(kind: str, name: str) -> Any:
 def _from_name(kind: str, name: str, where: str) -> ModuleType:
     try:
         return importlib.import_module(where)
-    except ImportError as error:
+    except Exception as error:  # the user's module may raise anything while it is imported
         # one line tells a misspelt module from a dependency that is not installed
-        raise UserError(f"{kind} {name!r}: importing {where} failed: {error}") from error
+        raise UserError(f"{kind} {name!r}: importing {where} failed: {_told(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    """An error and, unless something is just not there, where in the user's code it was raised."""
+    if isinstance(error, ImportError):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
 
 
 def _from_file(kind: str, where: str) -> ModuleType:
@@ -152,7 +162,9 @@ def _from_file(kind: str, where: str) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[name]
+        if isinstance(error, Exception):
+            raise UserError(f"{kind}: {where} failed: {_told(error)}") from error
         raise
     return module

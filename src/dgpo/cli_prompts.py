@@ -1,0 +1,31 @@
+"""`dgpo prompts`: prompt sets from templates and word lists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def prompts(
+    kind: Annotated[str, typer.Argument(metavar="geneval|ocr|pocket", help="What they ask for.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help=".jsonl, or .txt for the prompts alone.")
+    ],
+    n: Annotated[int, typer.Option("--n", min=1, metavar="N", help="How many.")] = 1000,
+    seed: Annotated[int, typer.Option("--seed", min=0, metavar="S", help="Of the choice.")] = 0,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--without", metavar="FILE", help="Prompts to leave out, such as the benchmark's."
+        ),
+    ] = None,
+) -> None:
+    """Write different prompts, with what a reward needs to know of each."""
+    from dgpo.generators import make_rows, write_rows
+    from dgpo.prompts import load_prompts
+
+    left_out = [prompt.text for source in without or [] for prompt in load_prompts(source)]
+    write_rows(out, make_rows(kind, n, seed, left_out))
+    typer.echo(f"{n} prompts in {out}")

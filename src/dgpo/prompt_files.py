@@ -1,0 +1,104 @@
+"""Rows of prompt files: ``.txt`` and ``.jsonl``, each with the place that an error names."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dgpo.errors import UserError
+from dgpo.registry import PROMPTS, nearest
+
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+Row = tuple[str, dict[str, Any]]
+"""Where it stands (the file and the line), and what it says."""
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a file that are not blank, as ``{"prompt": ..., ...}``.
+
+    UTF-8 with or without a byte order mark, UTF-16 with one, Unix and Windows line ends.
+
+    Raises:
+        UserError: no such file, a kind that is not known, or a line that cannot be read.
+    """
+    kind = _kind(path)
+    if kind != "file":
+        hint = nearest(str(path), PROMPTS)
+        what = "is a folder" if kind == "folder" else "does not exist"
+        raise UserError(
+            f"prompts {str(path)!r:.200}: the file {what}{hint}; "
+            f"built-in sets: {', '.join(sorted(PROMPTS))}"
+        )
+    readers = {".txt": _text_row, ".jsonl": _json_row}
+    read = readers.get(path.suffix.lower())
+    if read is None:
+        raise UserError(
+            f"prompts {path}: {path.suffix or 'no suffix'} is not a known kind; "
+            "give a .txt (one prompt a line) or a .jsonl (an object with 'prompt' a line), or "
+            f"datasets:{path} for what the library datasets reads"
+        )
+    for where, line in _lines(path):
+        yield where, read(line, where)
+
+
+def _kind(path: Path) -> str:
+    try:
+        return "file" if path.is_file() else "folder" if path.is_dir() else "nothing"
+    except (OSError, ValueError):  # a name that no file can have
+        return "nothing"
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"prompts {path}: cannot be read: {error.strerror}") from error
+    if data.startswith(_UTF16):
+        try:
+            data = data.decode("utf-16").encode("utf-8")
+        except UnicodeError as error:
+            raise UserError(f"prompts {path}: its mark says UTF-16, and it is not") from error
+    # split on newline bytes alone: str.splitlines would also cut at U+2028 inside a prompt
+    for number, raw in enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
+        where = f"{path}, line {number}"
+        try:
+            line = raw.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 ({error.reason}); save it as UTF-8") from error
+        if line:
+            yield where, line
+
+
+def _text_row(line: str, where: str) -> dict[str, Any]:
+    return {"prompt": line}
+
+
+def _json_row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line, object_pairs_hook=_once, parse_constant=_no_number)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: nested too deeply") from error
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+    if not isinstance(row, dict):
+        example = '{"prompt": "a cat"}'
+        raise UserError(f"{where}: a row is an object such as {example}, got {line:.80}")
+    return row
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {twice!r:.80} is given twice; keep one of them")
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON; leave the key out, or write null")
