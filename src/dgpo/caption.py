@@ -11,8 +11,6 @@ from PIL import Image, ImageOps
 
 from dgpo.errors import UserError
 
-from dgpo.errors import UserError
-
 PICTURES = {"image": "RGB", "mask": "L"}
 """Keys of a prompt row that name a picture, and the mode in which it is read."""
 
