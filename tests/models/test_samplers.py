@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -130,6 +131,18 @@ def test_it_is_refused_with_the_reason_and_what_fits(name: str, kind: str) -> No
     assert message.startswith(f"rollout.scheduler: {name!r}")
     assert REFUSED[kind][name] in message
     assert "'ddim'" in message or "these fit: euler, heun" in message
+
+
+def test_the_page_says_so() -> None:
+    page = Path(__file__).parents[2] / "docs" / "samplers.md"
+    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line[:2] == "| "]
+    titles, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert titles == ["sampler", *(kind for kind in SETTINGS if "fractional" not in kind)]
+    said = {
+        (row[0], kind): verdict for row in rows for kind, verdict in zip(titles, row, strict=True)
+    }
+    for name, kind in itertools.product(SAMPLERS, titles[1:]):
+        assert said[name, kind] == ("refused" if name in REFUSED.get(kind, {}) else "yes")
 
 
 def test_deis_does_end_a_flow_with_noise_left() -> None:
