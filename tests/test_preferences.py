@@ -144,7 +144,8 @@ def test_what_could_not_be_read_back_is_not_written(folder: Path) -> None:
         (pictures(1), [0.0], None),
         (pictures(2), [0.0, float("nan")], None),
         (pictures(2), [0.0, 1.0], {"a": object()}),
+        ([pictures(2), pictures(2)], [0.0, 1.0], None),  # videos
     ):
         with pytest.raises(UserError, match="group 'a cat'"):
-            writer.add("a cat", images, rewards, metadata=metadata)
+            writer.add("a cat", images, rewards, metadata=metadata)  # pyright: ignore
     assert sorted(folder.rglob("*")) == before and (folder / "groups.jsonl").read_text() == text

@@ -59,7 +59,10 @@ def _lead(
 ) -> str:
     kind = "Full fine-tuning" if recipe.lora is None else f"A LoRA of rank {recipe.lora.rank}"
     rewards = ", ".join(f"{name} (weight {w:g})" for name, w in recipe.reward_weights.items())
-    text = f"{kind} for `{recipe.model}`, trained to raise: {rewards or 'a custom reward'}."
+    goal = f"to raise: {rewards or 'a custom reward'}"
+    if recipe.data.preferences is not None:
+        goal = f"on the ranked groups of pictures in `{recipe.data.preferences}`"
+    text = f"{kind} for `{recipe.model}`, trained {goal}."
     if len(evaluations) > 1 and evaluations[0]["iteration"] == 0:
         first, last = evaluations[0], evaluations[-1]
         text += (

@@ -10,7 +10,16 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from dgpo import cli_compare, cli_list, cli_prompts, cli_rank, cli_score, cli_serve, registry
+from dgpo import (
+    cli_collect,
+    cli_compare,
+    cli_list,
+    cli_prompts,
+    cli_rank,
+    cli_score,
+    cli_serve,
+    registry,
+)
 from dgpo.cli_common import (
     INTERRUPTED,
     Device,
@@ -50,6 +59,7 @@ app = typer.Typer(
 )
 pocket = typer.Typer(no_args_is_help=True, help="The small model that ships with dgpo.")
 app.add_typer(pocket, name="pocket")
+app.command("collect")(cli_collect.collect)
 app.command("compare")(cli_compare.compare)
 app.command("prompts")(cli_prompts.prompts)
 app.command("rank")(cli_rank.rank)

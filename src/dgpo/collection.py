@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,15 +19,26 @@ from dgpo.core.process import Level
 from dgpo.core.seeds import seed_for, stream
 from dgpo.errors import UserError
 from dgpo.models.loop import Step
-from dgpo.models.pipeline import Rollout
+from dgpo.models.pipeline import PipelineModel, Rollout
 from dgpo.models.policy import Policy, RollingWeights
-from dgpo.models.sde_schedulers import with_noise
+from dgpo.models.schedulers import make_scheduler
+from dgpo.models.sde_schedulers import make_sde_scheduler, with_noise
 from dgpo.models.text import Conditioning
 from dgpo.prompts import Prompt
 from dgpo.recipe import Recipe
 from dgpo.rewards import RewardSet, Scored
 from dgpo.rewards.mixing import Combine, mix
 from dgpo.rewards.overlap import Scoring
+
+
+class Sampler(Protocol):
+    """What makes pictures: the policy, or a model that is not trained."""
+
+    model: PipelineModel
+
+    def rolling(self, weights: RollingWeights = "policy") -> AbstractContextManager[None]:
+        """Put weights in place for rollouts."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -109,8 +120,26 @@ def collect(
     return score(made, algorithm, recipe)
 
 
+def rollout_scheduler(recipe: Recipe, base: Any) -> Any:
+    """The sampler of the rollouts: that of the algorithm or of ``rollout.sde`` if one of them is
+    stochastic, else ``rollout.scheduler``.
+
+    Args:
+        recipe: of the run.
+        base: the scheduler of the pipeline.
+
+    Raises:
+        UserError: it does not fit the pipeline.
+    """
+    if isinstance(recipe.algorithm, TrajectoryAlgorithm):
+        return make_sde_scheduler(recipe.algorithm.sde, base)
+    if recipe.rollout.sde is not None:
+        return make_sde_scheduler(recipe.rollout.sde, base, "rollout.sde")
+    return make_scheduler(recipe.rollout.scheduler, base)
+
+
 def sample(
-    policy: Policy,
+    policy: Sampler,
     rewards: RewardSet,
     algorithm: BaseAlgorithm,
     prompts: Sequence[Prompt],
@@ -145,13 +174,13 @@ def score(made: Sampled, algorithm: BaseAlgorithm, recipe: Recipe) -> Collected:
         scored = scoring.finish()
     waited = monotonic() - began
     groups = Groups.contiguous(made.cond.size, recipe.group_size)
-    batch, figures = _learnable(scored, made.rollout, made.cond, groups, algorithm, recipe.combine)
+    batch, figures = learnable(scored, made.rollout, made.cond, groups, algorithm, recipe.combine)
     if recipe.overlaps_rewards:
         figures["seconds_reward_hidden"] = max(0.0, scoring.seconds - waited)
     return Collected(batch, figures, {"rollout": made.seconds, "reward": waited})
 
 
-def _learnable(
+def learnable(
     scored: Scored,
     made: Rollout,
     cond: Conditioning,
@@ -201,7 +230,7 @@ def _learnable(
 
 
 def _roll(
-    policy: Policy,
+    policy: Sampler,
     algorithm: BaseAlgorithm,
     cond: Conditioning,
     recipe: Recipe,
@@ -214,9 +243,11 @@ def _roll(
     switch = rollout.switch_to_old_after
     old = switch is not None and iteration >= switch
     weights: RollingWeights = "old" if old else algorithm.samples_from
-    noisy = range(0)
+    noisy = trained = range(0)
     if isinstance(algorithm, TrajectoryAlgorithm):
-        noisy = algorithm.noisy_steps(rollout.steps, iteration, seed)
+        noisy = trained = algorithm.noisy_steps(rollout.steps, iteration, seed)
+    elif rollout.sde is not None:
+        noisy = range(rollout.steps - 1)
     places = torch.arange(cond.size * recipe.group_size)
     parts: list[Rollout] = []
     with policy.rolling(weights):
@@ -230,7 +261,7 @@ def _roll(
                 guidance_scale=rollout.guidance_scale,
                 scheduler=scheduler,
                 generators=[stream(seed, "rollout", iteration, row) for row in rows.tolist()],
-                record=noisy,
+                record=trained,
             )
             parts.append(part)
             scoring.add(part.images or ())

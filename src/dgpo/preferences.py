@@ -165,6 +165,9 @@ class GroupWriter:
         except (TypeError, ValueError) as error:
             raise UserError(f"group {prompt!r:.80}: its metadata is no JSON ({error})") from error
         _parsed(line, f"group {prompt!r:.80}")
+        if not all(isinstance(image, Image.Image) for image in images):
+            kind = type(images[0]).__name__
+            raise UserError(f"group {prompt!r:.80}: groups hold pictures, got {kind}")
         self._next += 1
         for name, image in zip(names, images, strict=True):
             image.convert("RGB").save(self.folder / name)

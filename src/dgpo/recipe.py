@@ -24,6 +24,7 @@ from dgpo.recipe_errors import key_tree, problems, raise_problems
 from dgpo.recipe_files import apply_overrides, find_recipe, read_recipe
 from dgpo.recipe_sections import (
     CheckpointSettings,
+    DataSettings,
     EmaSettings,
     EvalSettings,
     GuardSettings,
@@ -105,6 +106,7 @@ class Recipe(Section):
     combine: Literal["sum", "gdpo"] = "sum"
     """Several rewards: add them up, or (gdpo) the deviations of each from its group's mean."""
     prompts: PromptSettings = PromptSettings()
+    data: DataSettings = DataSettings()
     group_size: int = 16
     """Images of one prompt that are compared with each other."""
     groups_per_iteration: int = Field(default=8, ge=1)
@@ -133,6 +135,8 @@ class Recipe(Section):
             *self._unknown_rewards(),
             *self._timesteps(),
             *self._trajectory(),
+            *self._stochastic(),
+            *self._offline(),
             *self._conflicts(),
         ]
         if lines:
@@ -167,6 +171,8 @@ class Recipe(Section):
         if not isinstance(algorithm, TrajectoryAlgorithm):
             return []
         lines, name = [], algorithm.name
+        if rollout.sde is not None:
+            lines.append(f"rollout.sde: the sampler of {name} is algorithm.sde; use null")
         plain = "ddim" if algorithm.sde.kind == "ddim" else "euler"
         if rollout.scheduler not in (None, plain):
             lines.append(
@@ -196,6 +202,38 @@ class Recipe(Section):
             lines.append("rollout.steps = 1: the last step is never trained; use 2 or more")
         elif algorithm.window is not None and (problem := algorithm.window.problem(rollout.steps)):
             lines.append(problem)
+        return lines
+
+    def _stochastic(self) -> list[str]:
+        """What rollouts with noise need, beside an algorithm on noised samples."""
+        rollout = self.rollout
+        if rollout.sde is None or not isinstance(self.algorithm, Algorithm):
+            return []
+        if rollout.scheduler is not None:
+            return [
+                f"rollout.sde: it samples instead of rollout.scheduler = {rollout.scheduler!r}; "
+                "use null for one of them"
+            ]
+        return ["rollout.sde: the last step adds no noise; rollout.steps = 1 leaves none"] * (
+            rollout.steps < 2
+        )
+
+    def _offline(self) -> list[str]:
+        """What training on a folder of groups leaves without a meaning."""
+        data, rollout, name = self.data, self.rollout, self.algorithm.name
+        if data.preferences is None:
+            wrong = data.pick != "all"
+            return [f"data.pick = {data.pick!r}: there is no data.preferences"] * wrong
+        where = f"data.preferences = {data.preferences!r}: "
+        lines = []
+        if not isinstance(self.algorithm, Algorithm):
+            lines.append(f"{where}{name} learns from the steps of its own rollouts; use dgpo")
+        unused = {"switch_to_old_after": None, "sde": None, "ahead": 0}
+        lines += [
+            f"{where}nothing is sampled, so rollout.{key} means nothing; leave it out"
+            for key, default in unused.items()
+            if getattr(rollout, key) != default
+        ]
         return lines
 
     def _conflicts(self) -> list[str]:
@@ -247,9 +285,10 @@ class Recipe(Section):
             data = {**data, "run": {**(run or {}), "dir": f"runs/{file.stem}"}}
         recipe = cls.from_dict(data, f"recipe {file}")
         missing = []
-        if not recipe.rewards:
+        offline = recipe.data.preferences is not None
+        if not recipe.rewards and not offline:
             missing.append("rewards is missing: what shall be learned? e.g. {pocket_geneval: 1.0}")
-        if recipe.prompts.train is None:
+        if recipe.prompts.train is None and not offline:
             missing.append("prompts.train is missing: a file or a set such as pocket-geneval/train")
         raise_problems(missing, f"recipe {file}")
         return recipe
@@ -309,3 +348,8 @@ class Recipe(Section):
     @property
     def images_per_iteration(self) -> int:
         return self.group_size * self.groups_per_iteration
+
+    @property
+    def images_sampled(self) -> int:
+        """Pictures that the model makes in an iteration; none where they were ranked before."""
+        return 0 if self.data.preferences is not None else self.images_per_iteration

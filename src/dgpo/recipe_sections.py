@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dgpo.core.sde import AnySde
+
 SD3_ATTENTION = [
     "attn.to_q",
     "attn.to_k",
@@ -34,6 +36,16 @@ class PromptSettings(Section):
     """Held-out prompts, likewise."""
 
 
+class DataSettings(Section):
+    preferences: str | None = None
+    """Folder of groups that were ranked before (docs/offline.md): they are trained on, nothing is
+    sampled, and prompts.train and the rewards are not asked in training; null: train on the
+    model's own pictures."""
+    pick: Literal["all", "random", "extremes"] = "all"
+    """Of a group with more than group_size pictures: refuse it (all), draw group_size of them anew
+    each time (random), or take the best, the worst, the second best, ... (extremes)."""
+
+
 class RolloutSettings(Section):
     scheduler: str | None = None
     """Sampler by name (euler, heun, dpmsolver++, unipc, ddim, pndm, deis); null: the pipeline's."""
@@ -49,6 +61,10 @@ class RolloutSettings(Section):
     ahead: int = Field(default=0, ge=0)
     """Iterations whose pictures are sampled before those of the one that is trained next have their
     rewards, by weights that are so many updates old: so that people who rank never wait."""
+    sde: AnySde | None = None
+    """Add noise at every step but the last, as the samplers of the policy gradients do, e.g. {kind:
+    flow, noise_level: 0.7}; for a comparison, since no loss on noised samples needs it. null:
+    rollout.scheduler makes them."""
     switch_to_old_after: int | None = Field(default=None, ge=0)
     """Iteration from which the old policy (the fast EMA) makes the rollouts; null: never."""
     call: dict[str, Any] = Field(default_factory=dict)

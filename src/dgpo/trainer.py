@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from dgpo.ahead import Collector
-from dgpo.algorithms.base import BaseAlgorithm, TrajectoryAlgorithm
-from dgpo.collection import Batch
+from dgpo.algorithms.base import BaseAlgorithm
+from dgpo.collection import Batch, rollout_scheduler
 from dgpo.disk import says_disk_full
 from dgpo.errors import UserError
 from dgpo.evaluation import Metrics, Report
@@ -23,11 +23,11 @@ from dgpo.models.load import load_pipeline
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.policy import Policy, RollingWeights
 from dgpo.models.schedulers import make_scheduler
-from dgpo.models.sde_schedulers import make_sde_scheduler
+from dgpo.offline import RankedCollector, ranked_prompts
 from dgpo.progress import Progress, clock
-from dgpo.prompts import PromptSampler, load_prompts
+from dgpo.prompts import Prompt, PromptSampler, load_prompts
 from dgpo.recipe import Recipe
-from dgpo.rewards import RewardFailure, load_rewards
+from dgpo.rewards import RewardFailure, RewardSet, load_rewards
 from dgpo.run_checkpoints import RunCheckpoints
 from dgpo.run_manifest import record_start
 from dgpo.tracking import Tracker, refuse_existing_run
@@ -79,15 +79,26 @@ class Trainer:
         self._checkpoints = RunCheckpoints(self.recipe, resume)
         if not resume:
             refuse_existing_run(self.folder)
-        self.rewards = load_rewards(self.recipe.rewards if reward_funcs is None else reward_funcs)
+        self._offline = self.recipe.data.preferences is not None
+        if self._offline and train_dataset is not None:
+            raise UserError("train_dataset: data.preferences brings its own prompts; give one")
+        asked = self.recipe.rewards if reward_funcs is None else reward_funcs
+        self.rewards = load_rewards(asked) if asked or not self._offline else RewardSet([])
         self.rewards.run_in(self.folder)
         self.metrics = Metrics(self.recipe.eval.metrics or self.rewards)
         source, held_out = self.recipe.prompts.train, self.recipe.prompts.eval
-        self.prompts = load_prompts(source if train_dataset is None else train_dataset)
+        self.prompts: Sequence[Prompt] = (
+            ranked_prompts(self.recipe)
+            if self._offline
+            else load_prompts(source if train_dataset is None else train_dataset)
+        )
         held_out = held_out if eval_dataset is None else eval_dataset
         rows = [] if held_out is None else load_prompts(held_out)
         self.eval_prompts = rows[: self.recipe.eval.limit]
-        self.rewards.check(self.prompts)
+        if self.eval_prompts and not self.metrics.names:
+            raise UserError("eval.metrics is missing: what shall be measured on prompts.eval?")
+        if not self._offline:
+            self.rewards.check(self.prompts)
         self.metrics.check(self.eval_prompts)
         per_iteration = self.recipe.groups_per_iteration
         self.sampler = PromptSampler(self.prompts, per_iteration, self.recipe.seed)
@@ -99,21 +110,21 @@ class Trainer:
         self._checkpoints.look_at(pipe.components)
         self.model = PipelineModel(pipe, call=self.recipe.rollout.call)
         self.scheduler = make_scheduler(self.recipe.rollout.scheduler, pipe.scheduler)
-        """The deterministic sampler: of evaluations, and of the rollouts unless the algorithm has a
-        stochastic one of its own."""
-        rollout_scheduler: Any = self.scheduler
-        if isinstance(self.algorithm, TrajectoryAlgorithm):
-            rollout_scheduler = make_sde_scheduler(self.algorithm.sde, pipe.scheduler)
+        """The deterministic sampler: of evaluations, and of rollouts without noise."""
         self.model.self_check(self.model.encode([p.text for p in self.prompts[:2]], guidance=True))
         self.policy = Policy(self.model, self.recipe.lora, self.recipe.seed)
         self.updater = Updater(self.policy, self.algorithm, self.recipe)
-        self._collect = Collector(
-            self.policy,
-            self.rewards,
-            self.algorithm,
-            self.sampler,
-            self.recipe,
-            rollout_scheduler,
+        self._collect = (
+            RankedCollector(self.model, self.algorithm, self.sampler, self.recipe, self.scheduler)
+            if self._offline
+            else Collector(
+                self.policy,
+                self.rewards,
+                self.algorithm,
+                self.sampler,
+                self.recipe,
+                rollout_scheduler(self.recipe, pipe.scheduler),
+            )
         )
         self.counter = Counter(self.model.denoisers.values())
         self._held_out = HeldOut(
@@ -189,7 +200,7 @@ class Trainer:
     def _try_rewards(self) -> None:
         """Score two pictures: a reward that answers nonsense must not cost the first rollouts."""
         for score, prompts in (
-            (self.rewards.trial, self.prompts),
+            (self.rewards.trial, [] if self._offline else self.prompts),
             (self.metrics.of_each, self.eval_prompts),
         ):
             if rows := [*prompts[:1], *prompts[-1:]]:
@@ -215,7 +226,7 @@ class Trainer:
                 "iteration": self.iteration,
                 **collected.figures,
                 **figures,
-                **self.counter.end(images=recipe.images_per_iteration),
+                **self.counter.end(images=recipe.images_sampled),
                 "seconds": self.seconds,
                 "seconds_iteration": ended - began,
                 "seconds_rollout": collected.seconds["rollout"],

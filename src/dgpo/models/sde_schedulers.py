@@ -101,7 +101,7 @@ class DdimSdeScheduler(_Noisy, DDIMScheduler):
 SdeScheduler = FlowMatchSdeScheduler | DdimSdeScheduler
 
 
-def make_sde_scheduler(sde: Sde, base: Any) -> SdeScheduler:
+def make_sde_scheduler(sde: Sde, base: Any, key: str = "algorithm.sde") -> SdeScheduler:
     """The stochastic sampler with the schedule of a pipeline's scheduler (above all its shift).
 
     It adds no noise until :func:`with_noise` says at which steps.
@@ -109,6 +109,7 @@ def make_sde_scheduler(sde: Sde, base: Any) -> SdeScheduler:
     Args:
         sde: the sampler's settings.
         base: the scheduler of the pipeline.
+        key: the recipe's, for errors.
 
     Raises:
         UserError: the sampler does not fit the pipeline's prediction type, or the scheduler has
@@ -117,19 +118,19 @@ def make_sde_scheduler(sde: Sde, base: Any) -> SdeScheduler:
     kind, process = getattr(sde, "kind", type(sde).__name__), process_of(base)
     if base.config.get("invert_sigmas"):
         raise UserError(
-            f"algorithm.sde: {type(base).__name__} has inverted sigmas (Mochi), for which no "
+            f"{key}: {type(base).__name__} has inverted sigmas (Mochi), for which no "
             "stochastic sampler is defined here; use an algorithm on noised samples, such as dgpo"
         )
     if not sde.fits(process):
         fitting = "flow, dance or cps" if is_flow_matching(base) else "ddim (algorithm ddpo)"
         raise UserError(
-            f"algorithm.sde.kind = {kind!r} does not fit a pipeline whose denoiser answers "
+            f"{key}.kind = {kind!r} does not fit a pipeline whose denoiser answers "
             f"{type(process).__name__}: use {fitting}"
         )
     if not isinstance(sde, DDIM):
         made = FlowMatchSdeScheduler.from_config(make_scheduler("euler", base).config)
     else:
-        made = DdimSdeScheduler.from_config(_ddim_config(base))
+        made = DdimSdeScheduler.from_config(_ddim_config(base, key))
     assert isinstance(made, SdeScheduler)
     made.sde, made.process = sde, process
     return made
@@ -148,16 +149,16 @@ def with_noise(scheduler: SdeScheduler, steps: Container[int], seeds: Sequence[i
     return made
 
 
-def _ddim_config(base: Any) -> dict[str, Any]:
+def _ddim_config(base: Any, key: str) -> dict[str, Any]:
     config = base.config
     if config.get("snr_shift_scale", 1.0) != 1.0:
         raise UserError(
-            f"algorithm.sde: DDIM with noise cannot carry snr_shift_scale of {type(base).__name__}"
+            f"{key}: DDIM with noise cannot carry snr_shift_scale of {type(base).__name__}"
         )
-    for key in ("clip_sample", "thresholding"):
-        if config.get(key):
+    for clips in ("clip_sample", "thresholding"):
+        if config.get(clips):
             raise UserError(
-                f"algorithm.sde: {type(base).__name__} clips x0 ({key}), and a clipped step has no "
+                f"{key}: {type(base).__name__} clips x0 ({clips}), and a clipped step has no "
                 "Gaussian density: the sampler of the trained model must not clip"
             )
     return dict(make_scheduler("ddim", base).config)
