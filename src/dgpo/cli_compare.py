@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dgpo.cli_common import INTERRUPTED, quiet
 from dgpo.errors import UserError
+
+if TYPE_CHECKING:
+    from dgpo.comparison.figures import Summary
+    from dgpo.comparison.report import Comparison
 
 
 def compare(
@@ -58,8 +62,7 @@ def compare(
     if stop_at_target and not targets:
         raise UserError("--stop-at-target: give the score by --target X")
     from dgpo.comparison.plan import plan
-    from dgpo.comparison.report import Comparison, write
-    from dgpo.comparison.runs import make, state
+    from dgpo.comparison.report import Comparison
 
     runs = plan(sources, seeds, out, budget, overrides)
     stop_at = targets[-1] if stop_at_target else None
@@ -67,7 +70,22 @@ def compare(
     typed += [word for each in targets for word in ("--target", f"{each:g}")]
     typed += [] if budget is None else ["--budget", f"{budget:g}"]
     typed += ["--out", str(out), *(["--stop-at-target"] if stop_at_target else []), *overrides]
-    comparison = Comparison(runs, targets, stop_at, shlex.join(typed), out)
+    carry_out(Comparison(runs, targets, stop_at, shlex.join(typed), out))
+    typer.echo((out / "table.md").read_text(encoding="utf-8"))
+    typer.echo(f"written to {out}: table.md, table.json, compare.png, compare.html, commands.txt")
+
+
+def carry_out(comparison: Comparison) -> list[Summary]:
+    """Make all runs of a comparison that are not made yet, and write its files after each.
+
+    Raises:
+        UserError: a run's folder holds another run.
+        typer.Exit: after Ctrl-C; the run is saved.
+    """
+    from dgpo.comparison.report import write
+    from dgpo.comparison.runs import make, state
+
+    runs, stop_at = comparison.runs, comparison.stop_at
     for run in runs:
         state(run, stop_at)  # what would be refused is refused before hours are spent
     quiet()
@@ -83,5 +101,4 @@ def compare(
         if found == "finished":
             typer.echo(f"{where}: found finished")
         write(comparison)
-    typer.echo((out / "table.md").read_text(encoding="utf-8"))
-    typer.echo(f"written to {out}: table.md, table.json, compare.png, compare.html, commands.txt")
+    return write(comparison)

@@ -1,0 +1,63 @@
+"""docs/papers.md: every recipe has a paper, and settings and figures are read, not copied."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from dgpo.recipe import Recipe
+from dgpo.recipe_files import PACKAGED
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def papers() -> ModuleType:
+    place = importlib.util.spec_from_file_location("papers", ROOT / "benchmarks" / "papers.py")
+    assert place is not None and place.loader is not None
+    module = importlib.util.module_from_spec(place)
+    place.loader.exec_module(module)
+    return module
+
+
+def without_figures(page: str) -> str:
+    return re.sub(r"\| [^|]* \|$", "|", page, flags=re.MULTILINE).strip()
+
+
+def test_the_page_is_what_the_recipes_say(papers: ModuleType) -> None:
+    written = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    made = papers.page(ROOT / "benchmarks" / "results")
+    assert without_figures(written) == without_figures(made), "run: make papers"
+
+
+def test_settings_are_quoted_from_the_lines_that_are_marked(papers: ModuleType) -> None:
+    found = papers.quoted(PACKAGED / "sd35m-ocr.yaml")
+    recipe = Recipe.load("sd35m-ocr").to_dict()
+    assert {"algorithm.beta = 100", "group_size = 16", "rollout.steps = 10"} <= set(found)
+    for setting in found:
+        path, _, value = setting.partition(" = ")
+        at = recipe
+        for key in path.split("."):
+            at = at[key]
+        if re.fullmatch(r"[\d.e-]+", value):
+            assert at == float(value), setting
+    assert not any(setting.startswith(("train.iterations", "eval")) for setting in found)
+
+
+def test_figures_are_read_from_the_results(papers: ModuleType, tmp_path: Path) -> None:
+    assert papers.figure("pocket-ocr", tmp_path) == papers.NOT_MEASURED
+    rows = [
+        {"iteration": 0, "seconds": 0, "overall": 0.5, "ci95": [0.4, 0.6], "rewards": {"a": 0.5}},
+        {"iteration": 9, "seconds": 90, "overall": 0.9, "ci95": [0.8, 1.0], "rewards": {"a": 0.9}},
+    ]
+    text = "\n".join(json.dumps(row) for row in rows)
+    (tmp_path / "pocket-ocr-seed3-evaluations.jsonl").write_text(text)
+    (tmp_path / "pocket-ocr-extra-seed0-evaluations.jsonl").write_text(text)  # another recipe's
+    said = "a 0.500 to 0.900 [0.800, 1.000] after 1.5 minutes (seed 3)"
+    assert papers.figure("pocket-ocr", tmp_path) == said
+    assert said in papers.page(tmp_path)
