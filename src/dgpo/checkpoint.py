@@ -35,6 +35,8 @@ from dgpo.updating import Updater
 MANIFEST = "manifest.json"
 _STATE = "state.json"
 _TENSORS = "tensors.safetensors"
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a manifest raises that is not what was written."""
 _NAME = re.compile(r"(\d{8})(\.old)?")
 
 
@@ -217,7 +219,7 @@ def _score(place: Path) -> float | None:
     """What the manifest says, without a look at the files; None as well if it cannot be read."""
     try:
         return json.loads((place / MANIFEST).read_text(encoding="utf-8"))["score"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except DAMAGED:
         return None  # whoever loads it is told
 
 
@@ -229,7 +231,7 @@ def _read_manifest(place: Path, damaged: list[str]) -> dict[str, Any] | None:
         claimed = manifest.pop("sha256")
         if claimed != _hash_of(manifest):
             raise ValueError("its content is not what was written")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGED as error:
         why = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
         damaged.append(f"{file} {why}")
         return None

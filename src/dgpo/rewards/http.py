@@ -20,6 +20,7 @@ from PIL import Image
 from dgpo.errors import UserError
 from dgpo.rewards.guard import RewardFailure
 from dgpo.rewards.loading import need
+from dgpo.rewards.terms import PASSWORD
 
 
 class _Retry(Exception):
@@ -184,6 +185,11 @@ class HttpReward:
             raise UserError(
                 f"reward 'http' asks a server ({url or 'none'} is given): set DGPO_REWARD_URL, or "
                 "the option url, to its address such as http://127.0.0.1:8765"
+            )
+        if PASSWORD.match(url):
+            raise UserError(
+                f"reward 'http': the address {url.split('@')[-1]!r} comes with a password, and "
+                "recipes are written down: leave it out, and use token_file"
             )
         return url.rstrip("/")
 

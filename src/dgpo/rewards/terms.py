@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,11 @@ from pydantic import (
 )
 
 from dgpo.errors import UserError
+
+SECRET = re.compile(r"(?i)(.*_)?(token|secret|passw(or)?d|(api_?)?key|credentials?)")
+"""Names of options that hold what nobody else may know."""
+PASSWORD = re.compile(r"\w+://[^/?#]*@")
+"""The beginning of an address that comes with a password."""
 
 
 class RewardTerm(BaseModel):
@@ -41,6 +47,17 @@ class RewardTerm(BaseModel):
     """Seconds before the first further call; each next one waits twice as long."""
     on_error: Literal["stop", "skip_group"] = "stop"
     """What then: end the run, or leave the group out of the update and count it."""
+
+    @field_validator("options")
+    @classmethod
+    def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key, given in value.items():
+            if SECRET.fullmatch(key) or (isinstance(given, str) and PASSWORD.match(given)):
+                raise ValueError(
+                    f"options.{key} would be written into the run's folder: put it into a file "
+                    "(token_file) or into an environment variable"
+                )
+        return value
 
     @field_validator("weight")
     @classmethod
@@ -73,6 +90,8 @@ def term_of(name: str, given: Any) -> RewardTerm:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
+        if key == "options":  # what is wrong there may be a secret
+            raise UserError(f"rewards.{name}: {first['msg']}") from None
         raise UserError(
             f"rewards.{name}: {key} = {first['input']!r:.80}: {first['msg']}; a weight is a finite "
             f"number other than 0, and further keys are {', '.join(RewardTerm.model_fields)}"
