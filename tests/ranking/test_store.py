@@ -70,7 +70,8 @@ from dgpo.ranking.answers import Likes
 from dgpo.ranking.store import Store
 store = Store(sys.argv[1])
 for number in range(1000):
-    group = store.add(f"prompt {number}", [Image.new("RGB", (2, 2), (number % 256, i, 0)) for i in (0, 1)])
+    images = [Image.new("RGB", (2, 2), (number % 256, i, 0)) for i in (0, 1)]
+    group = store.add(f"prompt {number}", images)
     store.answer(group, "ann", Likes(liked=[number % 2]))
     print(number, flush=True)
 """

@@ -44,7 +44,8 @@ class PageServer:
         file = None if token_file is None else Path(token_file)
         self._token = token_for(host, file, (names[0], names[2]))
         self._socket = _taken(host, port, names)
-        self._host, self._port = host, self._socket.getsockname()[1]
+        self._host = host
+        self.port: int = self._socket.getsockname()[1]
         self._server: Any = None
         self._thread: threading.Thread | None = None
 
@@ -52,7 +53,7 @@ class PageServer:
     def url(self) -> str:
         """The address of the page."""
         name = f"[{self._host}]" if ":" in self._host else self._host
-        return f"http://{name}:{self._port}/"
+        return f"http://{name}:{self.port}/"
 
     @property
     def invitation(self) -> str:
