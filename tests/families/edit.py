@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    FluxFillPipeline,
     FluxInpaintPipeline,
     FluxKontextPipeline,
     QwenImageEditPipeline,
@@ -68,7 +69,13 @@ def sd15_inpaint() -> Any:
     return sd15(StableDiffusionInpaintPipeline, in_channels=9)
 
 
+def flux_fill() -> Any:
+    # sixteen channels of noise, sixteen of the picture around the mask, sixteen of the mask
+    return flux(FluxFillPipeline, in_channels=48, out_channels=16)
+
+
 def flux_inpaint() -> Any:
+    """Puts the picture back around the mask after every step."""
     return flux(FluxInpaintPipeline)
 
 
@@ -150,6 +157,6 @@ EDIT: dict[str, Tiny] = {
         without=("prompts",),
     ),
     "sd15_inpaint": Tiny(sd15_inpaint, SIZE, picture=picture, mask=mask),
-    "flux_inpaint": Tiny(flux_inpaint, TEXT, picture=picture, mask=mask),
+    "flux_fill": Tiny(flux_fill, TEXT, picture=picture, mask=mask, without=("guidance",)),
     "qwen_edit": Tiny(qwen_edit, SIZE, picture=picture),
 }

@@ -142,20 +142,20 @@ def sdxl() -> StableDiffusionXLPipeline:
     )
 
 
-def flux(kind: Any = FluxPipeline) -> Any:
-    transformer = network(
-        FluxTransformer2DModel,
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=(4, 4, 8),
-        guidance_embeds=True,
-    )
+def flux(kind: Any = FluxPipeline, **config: Any) -> Any:
+    sizes = {
+        "patch_size": 1,
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "pooled_projection_dim": 32,
+        "axes_dims_rope": (4, 4, 8),
+        "guidance_embeds": True,
+    }
+    transformer = network(FluxTransformer2DModel, **{**sizes, **config})
     pipe = assemble(
         kind,
         transformer=transformer,

@@ -19,8 +19,8 @@ from dgpo.models.text import Conditioning
 from dgpo.prompts import load_prompts
 from dgpo.rewards import load_rewards
 from dgpo.trainer import Trainer
-from families.edit import mask, picture
-from families.tiny import build, tiny_model
+from families.edit import flux_inpaint, mask, picture
+from families.tiny import TINY, build, tiny_model
 from tiny_runs import settings
 
 ONE, OTHER = picture(), ImageOps.mirror(picture())
@@ -90,7 +90,7 @@ def painted(*masks: Image.Image) -> list[str]:
     return [Caption("red dog", {"image": ONE, "mask": one}) for one in masks]
 
 
-@pytest.mark.parametrize("name", ["sd15_inpaint", "flux_inpaint"])
+@pytest.mark.parametrize("name", ["sd15_inpaint", "flux_fill"])
 def test_each_row_is_painted_in_its_own_mask(name: str) -> None:
     model, mirrored = tiny_model(name), ImageOps.mirror(mask())
     assert mirrored.tobytes() != mask().tobytes()
@@ -102,6 +102,12 @@ def test_each_row_is_painted_in_its_own_mask(name: str) -> None:
     step, cond = mixed.steps[1], encoded(model, painted(mask(), mirrored, mask()))
     with torch.no_grad():
         assert torch.equal(model.predict(step.sample, step.level, cond), step.output)
+
+
+def test_a_picture_that_is_put_back_after_every_step_is_refused() -> None:
+    model = PipelineModel(flux_inpaint(), call=TINY["flux_fill"].call)
+    with pytest.raises(UserError, match="the scheduler does not integrate"):
+        model.self_check(model.encode(painted(mask()), guidance=True))
 
 
 def test_a_picture_around_a_mask_is_the_same_at_every_call() -> None:

@@ -57,11 +57,14 @@ def pictures_for(pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
 
 
 def parts(cond: Conditioning) -> list[Tensor]:
-    """The rows that share their pictures: [n] for each part, together every row once."""
+    """The rows that share their pictures: [n] for each part, together every row once. Rows that are
+    given as text share that, too: beside a longer text they would be padded."""
     lists = [cond.kwargs[name] for name in _ARGUMENTS.values() if name in cond.kwargs]
-    found: dict[tuple[int, ...], list[int]] = {}
+    texts = cond.kwargs.get("prompt") or [""] * cond.size
+    found: dict[tuple[Any, ...], list[int]] = {}
     for row in range(cond.size):
-        found.setdefault(tuple(id(given[row]) for given in lists), []).append(row)
+        shared = (texts[row], *(id(given[row]) for given in lists))
+        found.setdefault(shared, []).append(row)
     return [torch.tensor(rows) for rows in found.values()]
 
 

@@ -51,6 +51,11 @@ class Guidance:
         Raises:
             UserError: the pipeline has no guidance, or the negative prompt is missing.
         """
+        if scale != 1.0 and not family_of(self._pipe).guidance:
+            raise UserError(
+                f"guidance_scale={scale}: the guidance of {type(self._pipe).__name__} remembers "
+                "earlier steps, so that no single step can be trained with it; use 1.0"
+            )
         off = self.off(cond)
         if scale == 1.0 or scale in off.values():
             return off
@@ -58,11 +63,6 @@ class Guidance:
             raise UserError(
                 f"guidance_scale={scale}: {type(self._pipe).__name__} has no classifier-free "
                 "guidance; use 1.0 (an embedded guidance is rollout.call.guidance_scale)"
-            )
-        if not family_of(self._pipe).guidance:
-            raise UserError(
-                f"guidance_scale={scale}: the guidance of {type(self._pipe).__name__} remembers "
-                "earlier steps, so that no single step can be trained with it; use 1.0"
             )
         if "negative_prompt_embeds" in self._parameters and not cond.guided:
             raise UserError(f"guidance_scale={scale} needs prompts encoded with guidance=True")

@@ -68,7 +68,9 @@ class PromptGiver:
             if isinstance(text, str):
                 given[name] = [text] * len(prompts)
         if guidance and "negative_prompt" in self._parameters:
-            given["negative_prompt"] = [self._call.get("negative_prompt") or ""] * len(prompts)
+            # without one, these pipelines have an unconditional embedding of their own
+            negative = self._call.get("negative_prompt")
+            given["negative_prompt"] = None if negative is None else [negative] * len(prompts)
         return Conditioning(given, len(prompts))
 
 
