@@ -5,7 +5,8 @@ import pytest
 from dgpo import Recipe, Trainer
 from dgpo.comparison.plan import protocol
 from dgpo.recipe_files import recipe_names
-from dgpo.registry import REWARDS
+from dgpo.registry import REWARDS, resolve
+from dgpo.rewards.terms import used
 from families.tiny import build
 
 NAMES = sorted(recipe_names())
@@ -38,7 +39,9 @@ def test_it_loads_and_round_trips(name):
 def test_their_rewards_are_built_in():
     for name in NAMES:
         recipe = Recipe.load(name)
-        assert {*recipe.rewards, *recipe.eval.metrics} <= set(REWARDS), name
+        named = {used(term) or own for own, term in recipe.rewards.items()}
+        for reward in (*named, *recipe.eval.metrics):
+            assert reward in REWARDS or callable(resolve("reward", reward)), name
     assert Recipe.load("sd35m-geneval").rewards == {"geneval": 1.0}
 
 

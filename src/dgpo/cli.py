@@ -14,8 +14,10 @@ from dgpo import (
     cli_collect,
     cli_compare,
     cli_list,
+    cli_plan,
     cli_prompts,
     cli_rank,
+    cli_sample,
     cli_score,
     cli_serve,
     registry,
@@ -27,7 +29,6 @@ from dgpo.cli_common import (
     Model,
     Precision,
     load,
-    prompt_rows,
     quiet,
     table,
 )
@@ -63,6 +64,8 @@ app.command("collect")(cli_collect.collect)
 app.command("compare")(cli_compare.compare)
 app.command("prompts")(cli_prompts.prompts)
 app.command("rank")(cli_rank.rank)
+app.command("plan")(cli_plan.plan)
+app.command("sample")(cli_sample.sample)
 app.command("score")(cli_score.score)
 app.command("serve")(cli_serve.serve)
 app.command("list")(cli_list.names)
@@ -155,56 +158,6 @@ def evaluate(
 
 
 @app.command()
-def sample(
-    model: Model,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where pictures go.")],
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", metavar="TEXT", help="May be repeated.")
-    ] = None,
-    more: Annotated[list[str] | None, typer.Argument(metavar="TEXT", hidden=True)] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option("--prompts", metavar="FILE", help=".txt, .jsonl, or a built-in set."),
-    ] = None,
-    lora: Lora = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Default: the pipeline's.")
-    ] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(metavar="G", help="Default: the pipeline's.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, metavar="S", help="Row i gets seed S + i.")] = 0,
-    height: Annotated[int | None, typer.Option(min=1, metavar="PX", help="In pixels.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, metavar="PX", help="In pixels.")] = None,
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures made at once.")] = 8,
-    precision: Precision = "float32",
-    device: Device = None,
-) -> None:
-    """Draw one picture for each prompt: DIR/00000.png, 00001.png, ... in order."""
-    rows = prompt_rows(prompt or [], more or [], prompts)
-    pipe = load(model, lora, precision, device)
-    chosen = {
-        "num_inference_steps": steps,
-        "guidance_scale": guidance_scale,
-        "height": height,
-        "width": width,
-    }
-    call = {key: value for key, value in chosen.items() if value is not None}
-    out.mkdir(parents=True, exist_ok=True)
-    import torch
-
-    for start in range(0, len(rows), batch):
-        texts = [row.text for row in rows[start : start + batch]]
-        seeds = range(seed + start, seed + start + len(texts))
-        # one generator a row: a picture does not depend on the batch it was made in
-        generators = [torch.Generator().manual_seed(s) for s in seeds]
-        images = pipe(prompt=texts, generator=generators, **call).images
-        for number, image in enumerate(images, start=start):
-            image.save(out / f"{number:05d}.png")
-    typer.echo(f"{len(rows)} pictures in {out}")
-
-
-@app.command()
 def check(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="pocket, a hub id, or a pipeline's folder.")
@@ -219,6 +172,10 @@ def check(
         Path | None,
         typer.Option("--image", metavar="FILE", help="For a pipeline that starts from a picture."),
     ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option("--mask", metavar="FILE", help="For a pipeline that paints in a mask."),
+    ] = None,
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
@@ -232,15 +189,17 @@ def check(
     from dgpo.caption import pictures_of
     from dgpo.prompts import load_prompts
 
-    row = {"prompt": "a picture", **({} if image is None else {"image": str(image)})}
-    picture = pictures_of(load_prompts([row])[0].text).get("image")
+    given = {"image": image, "mask": mask}
+    files = {name: str(file) for name, file in given.items() if file is not None}
+    pictures = pictures_of(load_prompts([{"prompt": "a picture", **files}])[0].text)
     from dgpo.compatibility import examine
     from dgpo.models.pipeline import PipelineModel
 
     found = examine(
         lambda: load(model, None, precision, device),
         lambda pipe: PipelineModel(pipe, call=arguments),
-        picture,
+        pictures.get("image"),
+        pictures.get("mask"),
     )
     if not found.ok:
         raise UserError(str(found))

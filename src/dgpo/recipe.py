@@ -29,6 +29,7 @@ from dgpo.recipe_sections import (
     EvalSettings,
     GuardSettings,
     LoraSettings,
+    MemorySettings,
     PromptSettings,
     RolloutSettings,
     RunSettings,
@@ -114,6 +115,7 @@ class Recipe(Section):
     train: TrainSettings = TrainSettings()
     lora: LoraSettings | None = LoraSettings()
     """null: full fine-tuning of the denoiser."""
+    memory: MemorySettings = MemorySettings()
     ema: EmaSettings = EmaSettings()
     eval: EvalSettings = EvalSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
@@ -258,6 +260,11 @@ class Recipe(Section):
                 f"group_size = {self.group_size}: the algorithm trains {trained} images of each "
                 "group; raise group_size or lower that setting of the algorithm"
             )
+        if self.memory.quantization is not None and self.lora is None:
+            lines.append(
+                f"memory.quantization = {self.memory.quantization!r}: lora: null trains all "
+                "weights, and rounded ones cannot be; use a LoRA, or null"
+            )
         steps = self.train.iterations * self.updates_per_iteration
         if self.train.warmup >= steps:
             lines.append(
@@ -331,6 +338,13 @@ class Recipe(Section):
         if self.train.optimizer_step == "timestep" and isinstance(self.algorithm, Algorithm):
             return self.algorithm.timesteps.count
         return 1
+
+    @property
+    def prompt_cache(self) -> str | None:
+        """The folder of prompt embeddings, if there is one."""
+        if self.memory.prompt_cache is None and self.memory.free_text_encoders:
+            return str(Path(self.run.dir) / "prompt_embeddings")
+        return self.memory.prompt_cache
 
     @property
     def reward_weights(self) -> dict[str, float]:

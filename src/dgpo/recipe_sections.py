@@ -99,6 +99,26 @@ class LoraSettings(Section):
     init: Literal["gaussian", "default"] = "gaussian"
 
 
+class MemorySettings(Section):
+    gradient_checkpointing: bool = False
+    """Compute the denoiser's activations again at backward: less memory, more time."""
+    vae_slicing: bool = False
+    """Decode one sample of a batch after the other."""
+    vae_tiling: bool = False
+    """Decode in overlapping tiles, for large pictures; the seams differ a little."""
+    prompt_cache: str | None = None
+    """Folder of prompt embeddings, which other runs may share; null: none, or, where text encoders
+    are freed, one in the run's folder."""
+    free_text_encoders: bool = False
+    """Encode all prompts first, then let go of the text encoders."""
+    offload_rewards: bool = False
+    """Move reward models off the device while nothing is scored."""
+    snapshot_device: Literal["cpu"] | None = None
+    """Where the averages of the trained weights live; null: beside them."""
+    quantization: Literal["bitsandbytes_4bit", "bitsandbytes_8bit", "torchao_int8"] | None = None
+    """Of the frozen denoiser, under a LoRA; null: none. The LoRA stays in float32."""
+
+
 class EmaSettings(Section):
     decay: float = Field(default=0.9, ge=0, lt=1)
     """Of the slow average of the weights, which is evaluated and saved."""
@@ -154,6 +174,10 @@ class SampleSettings(Section):
     """Pictures in the grids of fixed prompts and seeds; 0: no grids."""
     every: int | None = Field(default=None, ge=0)
     """Iterations between grids; null: as eval.every."""
+    video: Literal["mp4", "gif"] = "mp4"
+    """The format in which videos are written beside the grids; mp4 needs dgpo[media]."""
+    fps: int = Field(default=16, ge=1)
+    """Frames a second of these files."""
 
 
 class RunSettings(Section):

@@ -14,6 +14,7 @@ from typing import Any
 from dgpo.card import model_card
 from dgpo.disk import sync
 from dgpo.errors import UserError
+from dgpo.media import Sound, Video, save_media
 from dgpo.pictures import before_after, curve, grid
 from dgpo.recipe import Recipe
 
@@ -148,9 +149,13 @@ class Tracker:
         _append(self._warnings, {"iteration": iteration, "warning": text})
 
     def grid(self, name: str, images: Sequence[Any], captions: Sequence[str]) -> Path:
-        """Write ``samples/NAME.png``: ``before``, ``after`` or an iteration's number."""
+        """Write ``samples/NAME.png``: ``before``, ``after`` or an iteration's number; videos and
+        sounds lie beside it as files of their own, in ``samples/NAME/``."""
         file = self.folder / "samples" / f"{name}.png"
         grid(images, captions).save(file)
+        if isinstance(images[0], (Video, Sound)):
+            how = self.recipe.samples
+            save_media(images, file.with_suffix(""), how.video, how.fps)
         return file
 
     def compare(self, before: Sequence[Any], after: Sequence[Any], captions: Sequence[str]) -> Path:

@@ -18,8 +18,10 @@ from dgpo.evaluation import Metrics, Report
 from dgpo.guards import Guards, save_batch
 from dgpo.held_out import HeldOut
 from dgpo.interrupts import Terminated, all_or_nothing, terminable
+from dgpo.media import Video, check_format
 from dgpo.models.counting import COUNTED, Counter
 from dgpo.models.load import load_pipeline
+from dgpo.models.memory import save_memory
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.policy import Policy, RollingWeights
 from dgpo.models.schedulers import make_scheduler
@@ -97,6 +99,9 @@ class Trainer:
         self.eval_prompts = rows[: self.recipe.eval.limit]
         if self.eval_prompts and not self.metrics.names:
             raise UserError("eval.metrics is missing: what shall be measured on prompts.eval?")
+        if self.recipe.memory.offload_rewards:
+            self.rewards.offload()
+            self.metrics.offload()
         if not self._offline:
             self.rewards.check(self.prompts)
         self.metrics.check(self.eval_prompts)
@@ -105,14 +110,27 @@ class Trainer:
 
         pipe = model
         if not is_pipeline(model):
-            pipe = load_pipeline(self.recipe.model, self.recipe.precision)
+            quantization = self.recipe.memory.quantization
+            pipe = load_pipeline(self.recipe.model, self.recipe.precision, quantization)
             pipe.to("cuda" if torch.cuda.is_available() else "cpu")
         self._checkpoints.look_at(pipe.components)
-        self.model = PipelineModel(pipe, call=self.recipe.rollout.call)
+        self.model = PipelineModel(
+            pipe, call=self.recipe.rollout.call, prompt_cache=self.recipe.prompt_cache
+        )
+        save_memory(pipe, self.model.denoisers, self.recipe.memory)
         self.scheduler = make_scheduler(self.recipe.rollout.scheduler, pipe.scheduler)
         """The deterministic sampler: of evaluations, and of rollouts without noise."""
         self.model.self_check(self.model.encode([p.text for p in self.prompts[:2]], guidance=True))
-        self.policy = Policy(self.model, self.recipe.lora, self.recipe.seed)
+        texts = [p.text for p in (*self.prompts, *self.eval_prompts)]
+        self.model.check_pictures(texts)
+        self.policy = Policy(
+            self.model,
+            self.recipe.lora,
+            self.recipe.seed,
+            snapshot_device=self.recipe.memory.snapshot_device,
+        )
+        if self.recipe.memory.free_text_encoders:
+            self.model.encode_and_free(texts)
         self.updater = Updater(self.policy, self.algorithm, self.recipe)
         self._collect = (
             RankedCollector(self.model, self.algorithm, self.sampler, self.recipe, self.scheduler)
@@ -204,7 +222,10 @@ class Trainer:
             (self.metrics.of_each, self.eval_prompts),
         ):
             if rows := [*prompts[:1], *prompts[-1:]]:
-                score(self._held_out.sample(rows), rows)
+                made = self._held_out.sample(rows)
+                if self.recipe.samples.count and isinstance(made[0], Video):
+                    check_format(self.recipe.samples.video)
+                score(made, rows)
 
     def _iterate(self) -> None:
         """One iteration: collect, update, log."""

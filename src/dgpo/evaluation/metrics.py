@@ -58,6 +58,11 @@ class Metrics:
         if each or not self._of_set:
             self._each = load_rewards(each)
 
+    def offload(self) -> None:
+        """See :meth:`RewardSet.offload`; a metric of a whole set stays where it is."""
+        if self._each is not None:
+            self._each.offload()
+
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Let every metric refuse prompts that it cannot score.
 

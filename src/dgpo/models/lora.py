@@ -129,6 +129,12 @@ def _nearest(target: str, names: Sequence[str]) -> list[str]:
     return difflib.get_close_matches(target, sorted(endings), n=4, cutoff=0.4)
 
 
+def adapted_layers(denoisers: Mapping[str, nn.Module]) -> int:
+    """The number of layers that have a LoRA."""
+    modules = (m for denoiser in denoisers.values() for m in denoiser.modules())
+    return sum(isinstance(m, LoraLayer) for m in modules)
+
+
 @contextmanager
 def disabled(layers: Sequence[LoraLayer]) -> Iterator[None]:
     """The layers answer as if they had no LoRA, for the time of the block."""
@@ -144,8 +150,9 @@ def disabled(layers: Sequence[LoraLayer]) -> Iterator[None]:
 
 def can_merge(layers: Sequence[LoraLayer]) -> bool:
     """Whether ``W + scale B A`` can be written without loss worth speaking of: not in half
-    precision, where rounding the sum would lose small updates."""
-    return bool(layers) and all(_base(layer).dtype.itemsize >= 4 for layer in layers)
+    precision, where rounding the sum would lose small updates. Nor where ``W`` is quantised."""
+    bases = [_base(layer) for layer in layers]
+    return bool(bases) and all(b.dtype.itemsize >= 4 and type(b.data) is Tensor for b in bases)
 
 
 @torch.no_grad()

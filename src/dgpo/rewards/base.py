@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -14,12 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from dgpo.errors import UserError
+from dgpo.media import given_to_rewards
 from dgpo.prompts import Prompt
 from dgpo.registry import resolve
 from dgpo.rewards.checking import numbers
 from dgpo.rewards.group_wise import Ranked
 from dgpo.rewards.guard import Guard, RewardFailure
 from dgpo.rewards.mixing import COLUMN, routed
+from dgpo.rewards.residence import Residence
 from dgpo.rewards.terms import RewardTerm, term_of
 
 RewardFunction = Callable[..., Sequence[float]]
@@ -130,6 +133,7 @@ class RewardSet:
 
     def __init__(self, entries: Sequence[_Entry]) -> None:
         self._entries = tuple(entries)
+        self._residence: Residence | None = None
         names = self.names
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UserError(f"rewards: {', '.join(twice)} given twice; give each its own name")
@@ -213,6 +217,10 @@ class RewardSet:
                 if rows:
                     announce([images[r] for r in rows], [prompts[r].text for r in rows], **mine)
 
+    def offload(self) -> None:
+        """From now on, keep the networks of rewards on the CPU but while they are asked."""
+        self._residence = Residence(entry.function for entry in self._entries)
+
     def close(self) -> None:
         """Let rewards that keep something open put it in order; they open it again when asked."""
         for entry in self._entries:
@@ -242,6 +250,16 @@ class RewardSet:
         return self._score(list(enumerate(self._entries)), images, prompts, groups)
 
     def _score(
+        self,
+        entries: Sequence[tuple[int, _Entry]],
+        images: Sequence[Image.Image],
+        prompts: Sequence[Prompt],
+        groups: Sequence[int] | None,
+    ) -> Scored:
+        with nullcontext() if self._residence is None else self._residence.home():
+            return self._asked(entries, images, prompts, groups)
+
+    def _asked(
         self,
         entries: Sequence[tuple[int, _Entry]],
         images: Sequence[Image.Image],
@@ -331,6 +349,7 @@ def _call(
     texts: list[str],
     columns: dict[str, list[Any]],
 ) -> Tensor:
+    images, columns = given_to_rewards(images, columns)
     if entry.columns is not None:
         columns = {key: column for key, column in columns.items() if key in entry.columns}
     # given by position: a metadata column called "images" must not collide with the argument

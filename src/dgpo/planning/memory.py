@@ -1,0 +1,264 @@
+"""What a run holds in memory, by part, and what each phase needs on top at its worst moment."""
+
+from __future__ import annotations
+
+import copy
+import re
+import resource
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dgpo.core.process import Level
+from dgpo.errors import UserError
+from dgpo.models.arguments import DENOISERS
+from dgpo.models.loop import StandIn, replaced
+from dgpo.models.memory import save_memory, text_encoders
+from dgpo.models.pipeline import PipelineModel
+from dgpo.models.policy import Policy
+from dgpo.models.text import Conditioning
+from dgpo.planning.live import Numbers, peak_bytes
+from dgpo.planning.skeleton import bytes_of
+from dgpo.recipe import Recipe
+from dgpo.reward_facts import FACTS
+
+_STEPS = 4  # with fewer some pipelines have no step at all
+_QUANTISED = {"bitsandbytes_4bit": 0.52, "bitsandbytes_8bit": 1.0, "torchao_int8": 1.0}
+"""Bytes of a weight, its scales included."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes.
+
+    Args:
+        parts: what is there from the start of training to its end.
+        phases: what each phase needs on top; only one of them runs at a time.
+        notes: what could not be found out, and why.
+    """
+
+    parts: Mapping[str, int]
+    phases: Mapping[str, int]
+    notes: Sequence[str] = ()
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values()) + max(self.phases.values(), default=0)
+
+
+class Estimate:
+    """Estimates the memory of a run by making its policy of a pipeline without weights.
+
+    Args:
+        recipe: the run.
+        pipe: from :func:`dgpo.planning.skeleton.skeleton`.
+        texts: a prompt for each row that may be sampled; at least one.
+        held_out: how many prompts are evaluated.
+
+    Raises:
+        UserError: what the run itself would refuse before it starts.
+    """
+
+    def __init__(self, recipe: Recipe, pipe: Any, texts: Sequence[str], held_out: int) -> None:
+        self.recipe, self._pipe, self._held_out = recipe, pipe, held_out
+        self.model = PipelineModel(pipe, call=recipe.rollout.call)
+        save_memory(pipe, self.model.denoisers, recipe.memory)
+        self._weights = {n: _weights(n, m, recipe) for n, m in pipe.components.items() if _net(m)}
+        self.policy = Policy(self.model, recipe.lora, recipe.seed)
+        self.trained = sum(p.numel() * p.element_size() for p in self.policy.parameters())
+        self._notes: list[str] = []
+        self._cond = self._encoded(texts[0])
+
+    @property
+    def has_guidance(self) -> bool:
+        """Whether the pipeline has classifier-free guidance, as far as it can be seen."""
+        with Numbers():
+            return self._cond is None or self.model.has_guidance(self._cond)
+
+    def memory(self, libraries: int, prompts: int) -> Memory:
+        """The estimate.
+
+        Args:
+            libraries: what the process holds before anything is loaded.
+            prompts: number of distinct prompts, whose embeddings are kept.
+        """
+        recipe, trained = self.recipe, self.trained
+        freed = text_encoders(self._pipe) if recipe.memory.free_text_encoders else {}
+        copies = 2 if recipe.lora is not None else 3
+        parts = {
+            "libraries": libraries,
+            **{name: size for name, size in self._weights.items() if name not in freed},
+            "LoRA": 0 if recipe.lora is None else trained,  # else a part of the denoiser
+            "gradients": trained,
+            "AdamW": 2 * trained,
+            "averages": 0 if recipe.memory.snapshot_device else copies * trained,
+            "prompts": self._prompts(prompts),
+            "samples": self._samples(),
+            "rewards": 0 if recipe.memory.offload_rewards else self._rewards(),
+        }
+        phases = {
+            "rollout": self._phase("rollout", self._rollout),
+            "training": self._phase("training", self._training),
+            "evaluation": self._phase("evaluation", self._evaluation) if self._held_out else 0,
+            "encoding": sum(self._weights[name] for name in freed),
+            "scoring": self._rewards() if recipe.memory.offload_rewards else 0,
+        }
+        return Memory(
+            {name: size for name, size in parts.items() if size},
+            {name: size for name, size in phases.items() if size},
+            self._notes,
+        )
+
+    def _encoded(self, text: str) -> Conditioning | None:
+        try:
+            with Numbers():
+                return self.model.encode([text], guidance=True)
+        except UserError:
+            raise
+        except Exception as error:  # a tokenizer that is not there, or numbers that are wanted
+            self._notes.append(
+                "activations are not counted: the prompt cannot be encoded without weights "
+                f"({type(error).__name__}: {str(error).partition(chr(10))[0][:120]})"
+            )
+            return None
+
+    def _phase(self, name: str, run: Callable[[Conditioning], int]) -> int:
+        if self._cond is None:
+            return 0
+        try:
+            return run(self._cond)
+        except UserError:
+            raise
+        except Exception as error:  # a pipeline that looks at numbers cannot do without them
+            self._notes.append(
+                f"activations of {name} are not counted: {type(self._pipe).__name__} does not run "
+                f"without numbers ({str(error).partition(chr(10))[0][:120]})"
+            )
+            return 0
+
+    def _rollout(self, cond: Conditioning) -> int:
+        recipe = self.recipe
+        rows = min(recipe.rollout.batch or recipe.images_per_iteration, recipe.images_per_iteration)
+        return self._sampling(_rows(cond, rows), recipe.rollout.guidance_scale)
+
+    def _evaluation(self, cond: Conditioning) -> int:
+        own, rollout = self.recipe.eval, self.recipe.rollout
+        scale = rollout.guidance_scale if own.guidance_scale is None else own.guidance_scale
+        return self._sampling(_rows(cond, min(own.batch, self._held_out)), scale)
+
+    def _sampling(self, cond: Conditioning, guidance: float) -> int:
+        with Numbers():
+            arguments = self.model.arguments(cond, guidance)
+        scheduler = _passing(self._pipe.scheduler)
+
+        @torch.no_grad()
+        def call() -> Any:
+            with self.policy.rolling("policy"), replaced(self._pipe, **patches):
+                return self._pipe(
+                    **arguments,
+                    num_inference_steps=_STEPS,
+                    output_type="pt",
+                    return_dict=False,
+                )
+
+        patches = {"scheduler": scheduler, "_progress_bar_config": {"disable": True}}
+        return peak_bytes(call)
+
+    def _training(self, cond: Conditioning) -> int:
+        recipe = self.recipe
+        trained = recipe.algorithm.trained_per_group or recipe.group_size
+        whole = recipe.groups_per_iteration * trained
+        rows = _rows(cond, min(recipe.train.micro_batch or whole, whole))
+        level, xt = self._point(rows)
+
+        def call() -> None:
+            made = self.policy.predict(xt, level, rows)
+            made.float().square().mean().backward()
+
+        peak = peak_bytes(call)
+        for parameter in self.policy.parameters():
+            parameter.grad = None
+        return peak - self.trained  # gradients are a part of their own
+
+    def _point(self, cond: Conditioning) -> tuple[Level, Tensor]:
+        with torch.no_grad(), Numbers():
+            level = Level(torch.zeros((), device="meta"), 0.5)
+            one = self.model.evaluate(None, level.timestep, self.model.arguments(cond, 1.0))
+        return level, torch.empty_like(one)
+
+    def _prompts(self, prompts: int) -> int:
+        if self._cond is None:
+            return 0
+        return prompts * sum(_size(value) for value in self._cond.call_kwargs(False).values())
+
+    def _samples(self) -> int:
+        """Clean samples and pictures of an iteration."""
+        if self._cond is None:
+            return 0
+        try:
+            x0 = self._point(self._cond)[1]
+        except Exception:  # said by the phases
+            return 0
+        call = self.recipe.rollout.call
+        pixels = 3 * call.get("height", 0) * call.get("width", 0) * call.get("num_frames", 1)
+        return self.recipe.images_per_iteration * (_size(x0) + pixels)
+
+    def _rewards(self) -> int:
+        """The weights of rewards, by the size of their downloads."""
+        names = {*self.recipe.rewards, *self.recipe.eval.metrics}
+        sizes = (re.match(r"([\d.]+) GB$", FACTS[n].weights) for n in names if n in FACTS)
+        return sum(int(float(size.group(1)) * 1e9) for size in sizes if size)
+
+
+def _net(part: Any) -> bool:
+    return isinstance(part, nn.Module)
+
+
+def _weights(name: str, module: nn.Module, recipe: Recipe) -> int:
+    kind = recipe.memory.quantization
+    if kind is None or name not in DENOISERS:
+        return bytes_of(module)
+    layers = [m.weight for m in module.modules() if isinstance(m, nn.Linear)]
+    saved = sum(w.numel() * (w.element_size() - _QUANTISED[kind]) for w in layers)
+    return int(bytes_of(module) - saved)
+
+
+def _rows(cond: Conditioning, count: int) -> Conditioning:
+    return cond.rows(torch.zeros(count, dtype=torch.long))
+
+
+def _size(value: Any) -> int:
+    parts = value if isinstance(value, list) else [value]
+    return sum(p.numel() * p.element_size() for p in parts if isinstance(p, Tensor))
+
+
+class _Passing(StandIn):
+    """A scheduler whose steps change nothing: every step of a rollout costs the same memory."""
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *_: Any, **how: Any) -> Any:
+        made = torch.empty_like(sample)
+        if how.get("return_dict", True):
+            return type("Step", (), {"prev_sample": made, "pred_original_sample": made})()
+        return (made,)
+
+
+def _passing(scheduler: Any) -> Any:
+    made = copy.copy(scheduler)
+    made.__class__ = type("Passing", (_Passing, type(scheduler)), {})
+    made.point = torch.zeros(1)
+    made.num_inference_steps = _STEPS
+    made.sigmas = torch.zeros(_STEPS + 1)
+    return made
+
+
+def resident() -> int:
+    """Bytes that this process has in memory now; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * resource.getpagesize()

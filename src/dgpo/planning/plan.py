@@ -1,0 +1,169 @@
+"""A recipe's plan: everything that can be said before a weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dgpo.algorithms.base import TrajectoryAlgorithm
+from dgpo.errors import UserError
+from dgpo.evaluation import Metrics
+from dgpo.models.lora import adapted_layers
+from dgpo.models.schedulers import make_scheduler
+from dgpo.models.sde_schedulers import make_sde_scheduler
+from dgpo.planning.counts import Counts, count
+from dgpo.planning.memory import Estimate, Memory, resident
+from dgpo.planning.skeleton import parameters_in, skeleton
+from dgpo.prompts import load_prompts
+from dgpo.recipe import Recipe
+from dgpo.rewards import load_rewards
+
+_WAYS_OUT = {
+    "training": "train.micro_batch, memory.gradient_checkpointing",
+    "rollout": "rollout.batch, memory.vae_slicing",
+    "evaluation": "eval.batch, memory.vae_slicing",
+    "text_encoder": "memory.free_text_encoders",
+    "rewards": "memory.offload_rewards, or the reward http on another machine",
+    "AdamW": "lora.rank",
+}
+_MEGA = 1e6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will cost.
+
+    Args:
+        recipe: the run.
+        pipeline: the class of its pipeline.
+        parameters: of every network, by its name.
+        trained: parameters that are trained.
+        layers: layers that a LoRA adapts; 0 without one.
+        prompts: number of rows, trained and held out.
+        counts: pictures and passes.
+        memory: bytes by part and phase.
+    """
+
+    recipe: Recipe
+    pipeline: str
+    parameters: Mapping[str, int]
+    trained: int
+    layers: int
+    prompts: tuple[int, int]
+    counts: Counts
+    memory: Memory
+
+    def refuse_beyond(self, limit: int) -> None:
+        """Refuse a plan that needs more memory than there is.
+
+        Raises:
+            UserError: with the largest part, and the settings that make it smaller.
+        """
+        if self.memory.peak <= limit:
+            return
+        every = {**self.memory.parts, **self.memory.phases}
+        largest = max(every, key=lambda name: every[name])
+        keys = [way for name, way in _WAYS_OUT.items() if largest.startswith(name)]
+        way = keys[0] if keys else "precision, memory.quantization"
+        raise UserError(
+            f"the plan needs {self.memory.peak / 1e9:.1f} GB, and there are {limit / 1e9:.1f}: its "
+            f"largest part is {largest} ({every[largest] / 1e9:.1f} GB); see {way}"
+        )
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                f"{self.recipe.model}: {self.pipeline}, {self.recipe.precision}",
+                *self._about_parameters(),
+                *self._about_counts(),
+                *self._about_memory(),
+            ]
+        )
+
+    def _about_parameters(self) -> list[str]:
+        lora = self.recipe.lora
+        what = f"a LoRA of rank {lora.rank} on {self.layers} layers" if lora else "the denoiser"
+        rows = {**self.parameters, "trained": self.trained}
+        lines = _table(rows, lambda n: f"{n:,}")
+        return ["", "parameters", *lines[:-1], f"{lines[-1]}  {what}"]
+
+    def _about_counts(self) -> list[str]:
+        c, recipe = self.counts, self.recipe
+        groups, size = recipe.groups_per_iteration, recipe.group_size
+        run = c.iterations * c.forwards
+        rows = {
+            "images": f"{c.images:,}  {groups} groups of {size}",
+            "forward passes": f"{c.forwards:,}  {c.rollout:,} rollout, {c.training:,} training",
+            "backward passes": f"{c.backward:,}",
+            "an evaluation": f"{c.evaluation:,}  forward passes, {self.prompts[1]} prompts",
+            "the whole run": f"{run + c.evaluations * c.evaluation:,}  forward passes: "
+            f"{c.iterations} iterations, {c.evaluations} evaluations",
+        }
+        return ["", "samples in an iteration", *_table(rows, str)]
+
+    def _about_memory(self) -> list[str]:
+        memory = self.memory
+        rows = {
+            **memory.parts,
+            **{f"+ {name}": size for name, size in memory.phases.items()},
+            "peak": memory.peak,
+        }
+        lines = _table(rows, lambda size: f"{size / _MEGA:,.1f}")
+        notes = [f"  {note}" for note in memory.notes]
+        return ["", "memory in MB; of the lines with a + one at a time", *lines, *notes]
+
+
+def _table(rows: Mapping[str, Any], show: Any) -> list[str]:
+    wide = max(map(len, rows))
+    shown = {name: show(value).partition("  ") for name, value in rows.items()}
+    right = max(len(number) for number, _, _ in shown.values())
+    return [
+        f"  {name:<{wide}}  {number:>{right}}{gap}{rest}".rstrip()
+        for name, (number, gap, rest) in shown.items()
+    ]
+
+
+def make_plan(recipe: Recipe, libraries: int | None = None) -> Plan:
+    """Plan a run.
+
+    Args:
+        recipe: the run.
+        libraries: bytes of the process itself; None: what this process holds now, and 0 where the
+            run would take place on a GPU.
+
+    Raises:
+        UserError: whatever the run would refuse before it starts and that can be seen without
+            weights: files, names, LoRA targets, sizes, samplers, rewards.
+    """
+    if libraries is None:
+        libraries = 0 if torch.cuda.is_available() else resident()
+    rewards = load_rewards(recipe.rewards)
+    Metrics(recipe.eval.metrics or rewards)
+    rows = load_prompts(recipe.prompts.train)
+    held_out = [] if recipe.prompts.eval is None else load_prompts(recipe.prompts.eval)
+    held_out = held_out[: recipe.eval.limit]
+    pipe = skeleton(recipe.model, recipe.precision)
+    parameters = {
+        name: parameters_in(part)
+        for name, part in pipe.components.items()
+        if isinstance(part, nn.Module)
+    }
+    scheduler = make_scheduler(recipe.rollout.scheduler, pipe.scheduler)
+    if isinstance(recipe.algorithm, TrajectoryAlgorithm):
+        make_sde_scheduler(recipe.algorithm.sde, pipe.scheduler)
+    estimate = Estimate(recipe, pipe, [row.text for row in rows], len(held_out))
+    distinct = len({row.text for row in (*rows, *held_out)})
+    return Plan(
+        recipe,
+        type(pipe).__name__,
+        parameters,
+        sum(parameter.numel() for parameter in estimate.policy.parameters()),
+        adapted_layers(estimate.model.denoisers),
+        (len(rows), len(held_out)),
+        count(recipe, scheduler, estimate.has_guidance, len(held_out)),
+        estimate.memory(libraries, distinct),
+    )

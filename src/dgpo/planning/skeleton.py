@@ -1,0 +1,119 @@
+"""A pipeline without weights: every network lies on the meta device, made from its config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from accelerate import init_empty_weights
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import nn
+
+from dgpo.errors import UserError
+from dgpo.models.load import Precision, dtype_of, load_pipeline, place_of
+from dgpo.pocket import WEIGHTS
+from dgpo.registry import MODELS, nearest
+
+_POCKET = {"pocket": WEIGHTS / "scenes", "pocket-signs": WEIGHTS / "signs"}
+
+
+def skeleton(name: str, precision: Precision) -> Any:
+    """The pipeline that a recipe calls ``model``, on the meta device.
+
+    Of a folder or a hub id only configs and tokenizers are read. What a function makes is made, and
+    let go of.
+
+    Args:
+        name: as for :func:`dgpo.models.load.load_pipeline`.
+        precision: of the weights.
+
+    Raises:
+        UserError: there is no such pipeline, or a part of it cannot be made from its config.
+    """
+    if name not in _POCKET and (name in MODELS or ":" in name):
+        return load_pipeline(name, precision).to("meta")
+    place = _POCKET.get(name) or place_of(name)
+    try:
+        index = dict(DiffusionPipeline.load_config(place))
+    except (OSError, ValueError) as error:
+        first = str(error).strip().partition("\n")[0][:200]
+        raise UserError(f"model: {name!r} has no model_index.json that can be read: {first}") from (
+            error
+        )
+    kind = getattr(diffusers, str(index.get("_class_name")), None)
+    if kind is None:
+        pipelines = [n for n in dir(diffusers) if n.endswith("Pipeline")]
+        wanted = str(index.get("_class_name"))
+        raise UserError(
+            f"model: {name!r} is a {wanted}, which this diffusers ({diffusers.__version__}) does "
+            f"not have{nearest(wanted, pipelines)}"
+        )
+    parts = {}
+    for part, value in index.items():
+        if isinstance(value, (list, tuple)) and len(value) == 2:
+            parts[part] = None if value[0] is None else _part(place, part, *value)
+        elif not part.startswith("_"):
+            parts[part] = value
+    pipe = kind(**parts)
+    for module in pipe.components.values():
+        if isinstance(module, nn.Module):
+            module.to(dtype_of(precision)).requires_grad_(False).eval()
+    return pipe
+
+
+def _part(place: str | Path, name: str, library: str, kind: str) -> Any:
+    """A component: networks on the meta device, the rest (scheduler, tokenizer) as it is."""
+    found = _class(library, kind)
+    try:
+        if issubclass(found, diffusers.ModelMixin):
+            return _empty(lambda: found.from_config(found.load_config(place, subfolder=name)))
+        if issubclass(found, transformers.PreTrainedModel):
+            config = found.config_class.from_pretrained(place, subfolder=name)
+            return _empty(lambda: found(config))
+    except (OSError, ValueError, TypeError) as error:
+        first = str(error).strip().partition("\n")[0][:200]
+        raise UserError(
+            f"model: {name} of {str(place)!r} ({kind}) cannot be made from its config.json: {first}"
+        ) from error
+    try:
+        return found.from_pretrained(place, subfolder=name)
+    except (OSError, ValueError, ImportError, TypeError):
+        if "Scheduler" in kind:
+            raise
+        return None  # a tokenizer whose files are not here: nothing can be encoded, all else can
+
+
+def _class(library: str, kind: str) -> Any:
+    holders = [
+        getattr(diffusers.pipelines, library, None),
+        {"diffusers": diffusers, "transformers": transformers}.get(library),
+    ]
+    for holder in holders:
+        if hasattr(holder, kind):
+            return getattr(holder, kind)
+    raise UserError(f"model: a part is a {library}.{kind}, which is not installed")
+
+
+def _empty(make: Callable[[], Any]) -> Any:
+    try:
+        with torch.device("meta"):
+            return make()
+    except (NotImplementedError, RuntimeError):
+        # something is computed while it is built, which needs numbers
+        with init_empty_weights(include_buffers=False):
+            return make().to("meta")
+
+
+def bytes_of(module: nn.Module) -> int:
+    """Of parameters and buffers, each storage once."""
+    tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def parameters_in(module: nn.Module) -> int:
+    """The number of parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())

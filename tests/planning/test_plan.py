@@ -1,0 +1,221 @@
+"""A plan says before the run what the run then does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from typer.testing import CliRunner
+
+from dgpo.cli import app
+from dgpo.errors import UserError
+from dgpo.models.load import load_pipeline
+from dgpo.planning import make_plan
+from dgpo.planning.counts import calls_of
+from dgpo.planning.live import peak_bytes
+from dgpo.planning.skeleton import bytes_of, skeleton
+from dgpo.recipe import Recipe
+from dgpo.trainer import Trainer
+from families.tiny import TINY, build
+from tiny_runs import light, settings
+
+WORDS = ["a photo of cat", "red dog", "the small house", "big table"]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(WORDS))
+    return file
+
+
+def recipe(model: str, rows: Path, **changes: Any) -> Recipe:
+    given: dict[str, Any] = {
+        "model": model,
+        "rewards": {"brightness": 1.0},
+        "prompts": {"train": str(rows), "eval": str(rows)},
+        "lora": {"rank": 4, "alpha": 8, "targets": ["to_q", "to_v"]},
+    }
+    return Recipe.from_dict(settings(**{**given, **changes}))
+
+
+def saved(name: str, folder: Path, weights: bool = False) -> Path:
+    """A hub-style folder; without weights it has configs and tokenizers alone."""
+    build(name).save_pretrained(folder)
+    if not weights:
+        for file in folder.glob("**/*.safetensors"):
+            file.unlink()
+    return folder
+
+
+CALLS = {"wan": TINY["wan"].call, "sd15": TINY["sd15"].call, "sd3": TINY["sd3"].call}
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd15", "wan"])
+def test_sizes_come_from_configs_alone(name: str, tmp_path: Path, prompts: Path) -> None:
+    folder = saved(name, tmp_path / name)
+    made = make_plan(recipe(str(folder), prompts, rollout={"steps": 3, "call": CALLS[name]}), 0)
+    pipe = build(name)
+    real = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
+    assert made.parameters == {n: sum(p.numel() for p in m.parameters()) for n, m in real.items()}
+    for part, module in real.items():
+        assert made.memory.parts[part] == bytes_of(module)
+    assert not made.memory.notes
+    assert made.memory.phases["training"] > made.memory.parts["gradients"]
+    assert made.memory.peak == sum(made.memory.parts.values()) + max(made.memory.phases.values())
+
+
+def test_nothing_of_a_skeleton_has_numbers(tmp_path: Path) -> None:
+    pipe = skeleton(str(saved("sd3", tmp_path / "sd3")), "bfloat16")
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            assert all(p.is_meta and p.dtype == torch.bfloat16 for p in part.parameters())
+    with pytest.raises(OSError):
+        load_pipeline(str(tmp_path / "sd3"))
+
+
+def test_without_tokenizers_sizes_are_still_there(tmp_path: Path, prompts: Path) -> None:
+    folder = saved("sd3", tmp_path / "sd3")
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        shutil.rmtree(folder / name)
+    made = make_plan(recipe(str(folder), prompts, rollout={"steps": 3, "call": CALLS["sd3"]}), 0)
+    assert made.trained > 0 and made.memory.phases == {}
+    assert "activations are not counted" in str(made)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rollout": {"guidance_scale": 2.0, "steps": 3}, "train": {"micro_batch": 3}},
+        {"algorithm": {"kl": 0.0, "clip": None}, "train": {"micro_batch": 4}},
+        {"algorithm": {"name": "diffusion_dpo"}},
+        {"algorithm": {"name": "diffusion_nft"}},
+        {"algorithm": {"name": "flow_grpo"}, "rollout": {"guidance_scale": 2.0, "steps": 4}},
+    ],
+)
+def test_passes_are_those_of_the_run(
+    changes: dict[str, Any], tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    light(monkeypatch)
+    folder = saved("sd3", tmp_path / "sd3", weights=True)
+    one = {"iterations": 1, "lr": 1e-2}
+    changes = {**changes, "train": {**one, **changes.get("train", {})}}
+    call = {"height": 16, "width": 16, "max_sequence_length": 8}
+    changes["rollout"] = {"steps": 3, **changes.get("rollout", {}), "call": call}
+    name = changes.get("algorithm", {}).get("name", "dgpo")
+    if name != "flow_grpo":
+        own = {"timesteps": {"count": 2, "indices": [0, 2]}}
+        changes["algorithm"] = {**own, **changes.get("algorithm", {})}
+    else:
+        changes["algorithm"] = {"name": name, "updates": 1}
+    given = {"rewards": {"brightness": 1.0}, "prompts": {"train": str(prompts)}}
+    base = {k: v for k, v in settings().items() if k != "algorithm"}
+    plain = Recipe.from_dict(
+        {**base, **given, **changes, "model": str(folder), "run": {"dir": str(tmp_path / "run")}}
+    )
+    planned = make_plan(plain, 0).counts
+    Trainer(recipe=plain).train()
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["groups_dropped"] == 0
+    assert row["images"] == planned.images
+    assert row["forwards"] == planned.forwards
+    assert row["backwards"] == planned.backward
+
+
+def test_the_command_prints_it(prompts: Path) -> None:
+    asked = ["plan", "pocket-geneval", "train.micro_batch=16", "eval.limit=10"]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    for text in ("StableDiffusion3Pipeline", "8 groups of 16", "LoRA of rank 32", "peak"):
+        assert text in result.output, result.output
+    refused = CliRunner().invoke(app, [*asked, "--memory", "0.001"])
+    assert refused.exit_code == 2 and "largest part" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": {"targets": ["to_kk"]}}, r"lora\.targets: .*'to_kk'.*to_k"),
+        ({"rollout": {"call": {"height": 50, "width": 48}}}, r"rollout\.call: .*height=50"),
+        ({"rollout": {"scheduler": "ddim"}}, r"rollout\.scheduler: 'ddim'"),
+        ({"rollout": {"call": {"hight": 16}}}, r"rollout\.call\.hight.*height"),
+        ({"prompts": {"train": "nowhere.txt"}}, r"nowhere\.txt"),
+        ({"model": "nowhere"}, "nowhere"),
+        ({"rollout": {"guidance_scale": 2.0}, "model": "families.audio:ace_step"}, "remembers"),
+    ],
+)
+def test_what_cannot_be_is_one_error(
+    changes: dict[str, Any], message: str, tmp_path: Path, prompts: Path
+) -> None:
+    model = changes.get("model") or str(saved("sd3", tmp_path / "sd3"))
+    call = changes.get("rollout", {}).get("call", {} if "model" in changes else CALLS["sd3"])
+    changes = {**changes, "model": model}
+    changes["rollout"] = {"steps": 3, **changes.get("rollout", {}), "call": call}
+    if "lora" in changes:
+        changes["lora"] = {"rank": 4, "alpha": 8, **changes["lora"]}
+    with pytest.raises(UserError, match=message):
+        make_plan(recipe(rows=prompts, **changes), 0)
+
+
+def test_peaks_are_those_of_tensors_that_live_together() -> None:
+    def chain() -> torch.Tensor:
+        x = torch.empty(1000, device="meta")
+        for _ in range(5):
+            x = x + 1
+        return x
+
+    assert peak_bytes(chain) == 2 * 4000
+
+    def kept() -> None:
+        layer = torch.empty(100, 100, device="meta", requires_grad=True)
+        x = torch.empty(10, 100, device="meta")
+        for _ in range(3):
+            x = torch.relu(x @ layer)
+        x.sum().backward()
+
+    # x, and of each layer what relu keeps; at backward gradients of the weight
+    assert 40000 + 4 * 4000 <= peak_bytes(kept) <= 4 * 40000 + 8 * 4000
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_attention_holds_no_matrix_of_weights(again: bool) -> None:
+    def block(q: torch.Tensor) -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(q, q, q)
+
+    def attend() -> None:
+        q = torch.empty(1, 1, 4096, 8, device="meta", requires_grad=True)
+        made = checkpoint(block, q, use_reentrant=False) if again else block(q)
+        assert isinstance(made, torch.Tensor)
+        made.sum().backward()
+
+    own = nn.functional.scaled_dot_product_attention
+    assert peak_bytes(attend) < 4096 * 4096
+    assert nn.functional.scaled_dot_product_attention is own
+
+
+def test_checkpointing_holds_less(prompts: Path, tmp_path: Path) -> None:
+    folder = str(saved("sd3", tmp_path / "sd3"))
+    needs = []
+    for again in (False, True):
+        memory = {"gradient_checkpointing": again}
+        rollout = {"steps": 3, "call": CALLS["sd3"]}
+        made = make_plan(recipe(folder, prompts, rollout=rollout, memory=memory), 0).memory
+        assert not made.notes
+        needs.append(made.phases["training"])
+    assert needs[1] < 0.8 * needs[0]
+
+
+def test_samplers_of_second_order_call_twice() -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+
+    for kind in (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler):
+        scheduler = kind()
+        scheduler.set_timesteps(7)
+        assert calls_of(scheduler, 7) == len(scheduler.timesteps)
