@@ -166,15 +166,18 @@ def check_format(video: VideoFormat) -> None:
             raise MissingExtra("imageio-ffmpeg (or samples.video: gif)", "media") from error
 
 
-def save_media(made: Sequence[Any], folder: Path, video: VideoFormat, fps: int) -> list[Path]:
-    """Write pictures, videos and sounds as ``FOLDER/00000.png`` (mp4, gif, wav), in order.
+def save_media(
+    made: Sequence[Any], folder: Path, video: VideoFormat, fps: int, first: int = 0
+) -> list[Path]:
+    """Write pictures, videos and sounds as ``FOLDER/00000.png`` (mp4, gif, wav), in order, from the
+    number ``first`` on.
 
     Raises:
         MissingExtra: see :func:`check_format`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
-    for number, one in enumerate(made):
+    for number, one in enumerate(made, start=first):
         suffix = "wav" if isinstance(one, Sound) else video if isinstance(one, Video) else "png"
         files.append(folder / f"{number:05d}.{suffix}")
         if isinstance(one, Video):
