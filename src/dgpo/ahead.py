@@ -6,6 +6,7 @@ from typing import Any
 
 from dgpo.algorithms.base import BaseAlgorithm
 from dgpo.collection import Collected, Sampled, sample, score
+from dgpo.distributed.processes import ALONE, Processes
 from dgpo.models.policy import Policy
 from dgpo.prompts import PromptSampler
 from dgpo.recipe import Recipe
@@ -27,6 +28,7 @@ class Collector:
         prompts: of each iteration.
         recipe: ``rollout``, the group's size, and the last iteration.
         scheduler: as of :func:`dgpo.collection.collect`.
+        processes: of the run.
     """
 
     def __init__(
@@ -37,9 +39,11 @@ class Collector:
         prompts: PromptSampler,
         recipe: Recipe,
         scheduler: Any,
+        processes: Processes = ALONE,
     ) -> None:
         self._policy, self._rewards, self._algorithm = policy, rewards, algorithm
         self._prompts, self._recipe, self._scheduler = prompts, recipe, scheduler
+        self._processes = processes
         self._sampled: dict[int, Sampled] = {}
 
     def __call__(self, iteration: int) -> Collected:
@@ -66,4 +70,5 @@ class Collector:
             self._recipe,
             iteration,
             self._scheduler,
+            self._processes,
         )

@@ -18,16 +18,20 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dgpo.disk import replace_folder
+from dgpo.distributed.processes import ALONE, Processes
+from dgpo.distributed.sharding import like, put, whole
 from dgpo.errors import UserError
 from dgpo.models.policy import Policy
 from dgpo.updating import Updater
@@ -38,6 +42,13 @@ _TENSORS = "tensors.safetensors"
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What reading a manifest raises that is not what was written."""
 _NAME = re.compile(r"(\d{8})(\.old)?")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+}
 
 
 @dataclass(frozen=True)
@@ -67,25 +78,30 @@ def save_checkpoint(
     *,
     score: float | None = None,
     base: Mapping[str, str] | None = None,
+    processes: Processes = ALONE,
 ) -> Path:
     """Write the checkpoint of an iteration; one of the same iteration is replaced once the new one
-    is whole.
+    is whole. Of several processes, all of which call this, the main one writes.
 
     Args:
         folder: of all checkpoints of the run.
         counters: JSON values, at least ``iteration``.
         score: of the held-out prompts at this iteration, if it is known.
         base: :func:`dgpo.models.snapshots.base_fingerprints` before training.
+        processes: of the run; what is sharded over them is gathered.
 
     Raises:
         OSError: it could not be written; the checkpoints before it are as they were.
     """
     place = folder / f"{counters['iteration']:08d}"
+    tensors = _tensors(policy, updater, processes.main)
+    if not processes.main:
+        return place
     for left in folder.glob("*.new"):  # by a run that was killed
         shutil.rmtree(left)
 
     def write(new: Path) -> None:
-        _write_tensors(new / _TENSORS, policy, updater)
+        save_file(tensors, new / _TENSORS)
         steps = {"optimizer_step": updater.step, "nonfinite": updater.nonfinite}
         _write_json(new / _STATE, {**steps, **counters})
         files = {name: _facts(new / name) for name in (_TENSORS, _STATE)}
@@ -152,22 +168,32 @@ def find_checkpoint(folder: Path, best: bool = False) -> Found:
     )
 
 
-def load_checkpoint(folder: Path, policy: Policy, updater: Updater) -> dict[str, Any]:
+def load_checkpoint(
+    folder: Path | None, policy: Policy, updater: Updater, processes: Processes = ALONE
+) -> dict[str, Any]:
     """Put a checkpoint's weights, averages and optimiser back; returns its counters.
 
     Args:
-        folder: ``Found.folder``.
+        folder: ``Found.folder``; only the main process reads it, and tells the others.
+        processes: of the run, all of which call this.
 
     Raises:
         UserError: it belongs to other settings.
     """
-    state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-    tensors = load_file(folder / _TENSORS)
+    state, facts = processes.from_main(lambda: _contents(folder), "a checkpoint to go on from")
+    shapes = {name: tuple(shape) for name, (_, shape) in facts.items()}
+    policy.refuse_other({n: shape for n, shape in shapes.items() if not n.startswith("optimizer.")})
+    own = policy.state_dict()
     moments: dict[int, dict[str, Tensor]] = {}
-    for name in [name for name in tensors if name.startswith("optimizer.")]:
-        _, index, field = name.split(".", 2)
-        moments.setdefault(int(index), {})[field] = tensors.pop(name)
-    policy.load_state_dict(tensors)
+    # one by one: sharded weights need not fit whole into the memory of a process
+    for name, value in _read(folder, facts, processes):
+        if name in own:
+            put(own[name], value)
+            continue
+        _, place, field = name.split(".", 2)
+        parameter = updater.parameters[int(place)]
+        same = value.shape == parameter.shape  # the number of steps is one for all pieces
+        moments.setdefault(int(place), {})[field] = like(parameter, value) if same else value
     updater.optimizer.load_state_dict({**updater.optimizer.state_dict(), "state": moments})
     updater.step, updater.nonfinite = state["optimizer_step"], state["nonfinite"]
     return state
@@ -190,13 +216,42 @@ def refuse_other_base(found: Found, base: Mapping[str, str]) -> None:
         )
 
 
-def _write_tensors(file: Path, policy: Policy, updater: Updater) -> None:
+def _tensors(policy: Policy, updater: Updater, keep: bool) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, whole; none where they are not to be kept. Collective if some
+    are sharded."""
     tensors = policy.state_dict() | {
         f"optimizer.{index}.{name}": torch.as_tensor(value)
         for index, state in updater.optimizer.state_dict()["state"].items()
         for name, value in state.items()
     }
-    save_file({k: v.contiguous() for k, v in tensors.items()}, file)
+    kept: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        gathered = whole(tensor)
+        if keep:
+            kept[name] = gathered.cpu().contiguous()
+    return kept
+
+
+def _contents(folder: Path | None) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """The counters of a checkpoint, and dtype and shape of every tensor."""
+    assert folder is not None, "the main process knows the folder"
+    with safe_open(folder / _TENSORS, "pt") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        facts = {name: [part.get_dtype(), part.get_shape()] for name, part in parts.items()}
+    return json.loads((folder / _STATE).read_text(encoding="utf-8")), facts
+
+
+def _read(
+    folder: Path | None, facts: Mapping[str, list[Any]], processes: Processes
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint by name, in every process."""
+    with ExitStack() as stack:
+        file: Any = None
+        if processes.main:
+            file = stack.enter_context(safe_open(Path(folder or "") / _TENSORS, "pt"))
+        for name, (dtype, shape) in facts.items():
+            value = torch.empty(shape, dtype=_DTYPES[dtype]) if file is None else None
+            yield name, processes.spread(file.get_tensor(name) if value is None else value)
 
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:

@@ -28,9 +28,11 @@ from dgpo.cli_common import (
     Lora,
     Model,
     Precision,
+    is_main_process,
     load,
     quiet,
     table,
+    tell_the_others,
 )
 from dgpo.errors import UserError
 
@@ -42,6 +44,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserError as error:
+            tell_the_others(error)
             typer.echo(str(error), err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
@@ -63,9 +66,9 @@ app.add_typer(pocket, name="pocket")
 app.command("collect")(cli_collect.collect)
 app.command("compare")(cli_compare.compare)
 app.command("prompts")(cli_prompts.prompts)
-app.command("rank")(cli_rank.rank)
 app.command("plan")(cli_plan.plan)
 app.command("sample")(cli_sample.sample)
+app.command("rank")(cli_rank.rank)
 app.command("score")(cli_score.score)
 app.command("serve")(cli_serve.serve)
 app.command("list")(cli_list.names)
@@ -88,10 +91,11 @@ def train(
     from dgpo.recipe_files import resumed
     from dgpo.tracking import refuse_existing_run
 
+    main_process = is_main_process()
     if resume:
         recipe, overrides = resumed(recipe, overrides or [])
     settings = Recipe.load(recipe, overrides or [])
-    if not resume:
+    if not resume and main_process:
         refuse_existing_run(settings.run.dir)  # before the seconds that importing torch takes
     from dgpo.trainer import Trainer
 
@@ -100,13 +104,16 @@ def train(
     try:
         Trainer(recipe=settings, resume=resume).train()
     except KeyboardInterrupt:
+        if not main_process:
+            raise typer.Exit(INTERRUPTED) from None
         if (folder / "recipe.yaml").exists():
             hint = f"go on with: dgpo train {folder / 'recipe.yaml'} --resume"
             typer.echo(f"\nstopped; what was done is in {folder}; {hint}", err=True)
         else:
             typer.echo("\nstopped before the run began", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    typer.echo(f"done: {folder}/README.md says what was measured, {folder}/curve.png shows it")
+    if main_process:
+        typer.echo(f"done: {folder}/README.md says what was measured, {folder}/curve.png shows it")
 
 
 @app.command("eval")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,6 +84,23 @@ def table(report: Any) -> str:
     lines += [f"  {name:<{width}}  {value:.4f}" for name, value in report.categories.items()]
     lines += [f"  {name:<{width}}  {value:.4f}" for name, value in report.rewards.items()]
     return "\n".join(lines)
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for all that a launcher has started, which are then connected."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True  # without the seconds that importing torch takes
+    from dgpo.distributed import here
+
+    return here().main
+
+
+def tell_the_others(error: Exception) -> None:
+    """Other processes of the run, if there are any, end for this error too."""
+    if "dgpo.distributed.processes" in sys.modules:
+        from dgpo.distributed.processes import tell
+
+        tell(error)
 
 
 def quiet() -> None:

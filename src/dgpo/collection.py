@@ -17,6 +17,8 @@ from dgpo.algorithms.base import BaseAlgorithm, TrajectoryAlgorithm
 from dgpo.core.groups import Groups
 from dgpo.core.process import Level
 from dgpo.core.seeds import seed_for, stream
+from dgpo.distributed.processes import ALONE, Processes
+from dgpo.distributed.shares import Share
 from dgpo.errors import UserError
 from dgpo.models.loop import Step
 from dgpo.models.pipeline import PipelineModel, Rollout
@@ -35,6 +37,11 @@ class Sampler(Protocol):
     """What makes pictures: the policy, or a model that is not trained."""
 
     model: PipelineModel
+
+    @property
+    def sharded(self) -> bool:
+        """Whether every process must take part in every pass."""
+        ...
 
     def rolling(self, weights: RollingWeights = "policy") -> AbstractContextManager[None]:
         """Put weights in place for rollouts."""
@@ -55,6 +62,10 @@ class Batch:
         total: number of pictures of the iteration that would be trained if every group had spread;
             groups that a reward has failed do not count.
         steps: the rollout's steps that a policy gradient trains on, rows as in ``x0``.
+        shares: the places of the rows of every process, if there are several; ``groups`` then
+            counts those of all, and the rest is this process's.
+        split: whether a group is spread over several processes.
+        spare: one row of this process, for passes that others make without it.
     """
 
     x0: Tensor
@@ -65,16 +76,47 @@ class Batch:
     places: Tensor
     total: int
     steps: Sequence[Step] = ()
+    shares: tuple[Tensor, ...] = ()
+    split: bool = False
+    spare: Batch | None = None
 
     @property
     def share(self) -> float:
-        """B over ``total``: groups without spread are left out of every forward pass, and the
-        share keeps the loss the mean over all pictures, as if they had been there with A = 0."""
-        return len(self.x0) / self.total
+        """Rows of all processes over ``total``: groups without spread are left out of every forward
+        pass, and the share keeps the loss the mean over all pictures, as if they had been there
+        with A = 0."""
+        return self.count / self.total
+
+    @property
+    def everyone(self) -> tuple[Tensor, ...]:
+        """The places of the rows of every process."""
+        return self.shares or (self.places,)
+
+    @property
+    def count(self) -> int:
+        """Rows of all processes."""
+        return sum(map(len, self.everyone))
+
+    @property
+    def most(self) -> int:
+        """Rows of the process that has the most."""
+        return max(map(len, self.everyone))
+
+    @property
+    def here(self) -> Groups:
+        """The groups of this process's rows, without the other processes: nothing is summed."""
+        if not self.shares:
+            return self.groups
+        alone = Groups(self.groups.index, self.groups.size, self.groups.count)
+        return alone.subset(torch.arange(len(self.places)))
+
+    def parts(self, size: int) -> list[Tensor]:
+        """This process's rows, at most ``size`` at once."""
+        return [rows for rows in torch.arange(len(self.x0)).split(size) if len(rows)]
 
     def conditioning(self, rows: Tensor) -> Conditioning:
         """The conditioning of some rows."""
-        return self.prompts.rows(self.groups.index[rows])
+        return self.prompts.rows(self.here.index[rows])
 
 
 @dataclass
@@ -85,6 +127,7 @@ class Sampled:
     cond: Conditioning
     scoring: Scoring
     seconds: float
+    share: Share
 
 
 @dataclass(frozen=True)
@@ -104,6 +147,7 @@ def collect(
     recipe: Recipe,
     iteration: int,
     scheduler: Any,
+    processes: Processes = ALONE,
 ) -> Collected:
     """Sample ``group_size`` pictures of each prompt, score them, and keep what can teach.
 
@@ -112,11 +156,13 @@ def collect(
         iteration: counted from 0; with the recipe's seed it fixes every random number.
         scheduler: the sampler, or None for the pipeline's own; for a policy gradient that of
             :func:`dgpo.models.sde_schedulers.make_sde_scheduler`.
+        processes: of the run. Each makes its share of the pictures and asks the rewards about it;
+            what is compared are the numbers of all. Collective.
 
     Raises:
         UserError: the samples are not finite, or a reward's answer is unusable.
     """
-    made = sample(policy, rewards, algorithm, prompts, recipe, iteration, scheduler)
+    made = sample(policy, rewards, algorithm, prompts, recipe, iteration, scheduler, processes)
     return score(made, algorithm, recipe)
 
 
@@ -146,6 +192,7 @@ def sample(
     recipe: Recipe,
     iteration: int,
     scheduler: Any,
+    processes: Processes = ALONE,
 ) -> Sampled:
     """The first half of :func:`collect`: the pictures, shown to those rewards that take time.
 
@@ -154,13 +201,17 @@ def sample(
     """
     began = monotonic()
     guided = recipe.rollout.guidance_scale != 1 or algorithm.kl_guidance is not None
-    cond = policy.model.encode([prompt.text for prompt in prompts], guidance=guided)
+    parts = algorithm.updates if isinstance(algorithm, TrajectoryAlgorithm) else 1
+    share = Share.of(len(prompts), recipe.group_size, parts, processes)
+    held = [prompts[group].text for group in share.held.tolist()]
+    cond = policy.model.encode(held, guidance=guided)
     with ExitStack() as on_error:
-        scoring = Scoring(rewards, prompts, recipe.group_size, recipe.overlaps_rewards)
+        groups, overlap = share.groups.tolist(), recipe.overlaps_rewards
+        scoring = Scoring(rewards, prompts, recipe.group_size, overlap, groups)
         on_error.enter_context(scoring)
-        made = _roll(policy, algorithm, cond, recipe, iteration, scheduler, scoring)
+        made = _roll(policy, algorithm, cond, share, recipe, iteration, scheduler, scoring)
         on_error.pop_all()
-    return Sampled(made, cond, scoring, monotonic() - began)
+    return Sampled(made, cond, scoring, monotonic() - began, share)
 
 
 def score(made: Sampled, algorithm: BaseAlgorithm, recipe: Recipe) -> Collected:
@@ -171,13 +222,22 @@ def score(made: Sampled, algorithm: BaseAlgorithm, recipe: Recipe) -> Collected:
     """
     began = monotonic()
     with made.scoring as scoring:
-        scored = scoring.finish()
+        scored = _of_all(scoring.finish(), made.share)
     waited = monotonic() - began
-    groups = Groups.contiguous(made.cond.size, recipe.group_size)
-    batch, figures = learnable(scored, made.rollout, made.cond, groups, algorithm, recipe.combine)
+    groups = Groups.contiguous(made.share.count, recipe.group_size)
+    batch, figures = learnable(
+        scored, made.rollout, made.cond, groups, algorithm, recipe.combine, made.share
+    )
     if recipe.overlaps_rewards:
         figures["seconds_reward_hidden"] = max(0.0, scoring.seconds - waited)
     return Collected(batch, figures, {"rollout": made.seconds, "reward": waited})
+
+
+def _of_all(scored: Scored, share: Share) -> Scored:
+    """What all processes have scored, in the order of the places."""
+    values, lost = share.gather({**scored.by_name, "": scored.weights}, scored.lost)
+    weights = values.pop("")
+    return Scored(values, weights, lost)
 
 
 def learnable(
@@ -187,9 +247,19 @@ def learnable(
     every: Groups,
     algorithm: BaseAlgorithm,
     combine: Combine,
+    share: Share | None = None,
 ) -> tuple[Batch | None, dict[str, float]]:
-    """The groups that were scored and have spread, and the figures of all that were scored."""
-    for why in dict.fromkeys(scored.lost.values()):
+    """The groups that were scored and have spread, and the figures of all that were scored.
+
+    Args:
+        scored: all pictures, those of other processes included.
+        made: the pictures of this process.
+        cond: of the groups that this process has pictures of.
+        every: the groups of all pictures.
+        share: which of them are here; None for all.
+    """
+    share = share or Share.of(every.count, every.size, 1)
+    for why in dict.fromkeys(scored.lost.values()) if share.processes.main else ():
         warnings.warn(f"a group is left out: {why}", stacklevel=3)
     found = torch.tensor([group not in scored.lost for group in range(every.count)])
     rows = every.each(found).nonzero()[:, 0]
@@ -215,30 +285,62 @@ def learnable(
     if size != groups.size:
         trained = trained & (advantages != 0)
     kept = trained.nonzero()[:, 0]
-    places = rows[kept]
-    batch = Batch(
-        x0=made.x0[places],
-        prompts=cond.rows(found.nonzero()[:, 0][spread]),
-        levels=made.levels,
-        advantages=advantages[kept],
-        groups=replace(groups.subset(kept), size=size),
-        places=places,
-        total=groups.count * size,
-        steps=[_rows(step, places) for step in made.steps],
-    )
+    chosen = replace(groups.subset(kept), size=size)
+    batch = _batch(rows[kept], chosen, advantages[kept], groups.count * size, made, cond, share)
     return batch, figures
+
+
+def _batch(
+    places: Tensor,
+    groups: Groups,
+    advantages: Tensor,
+    total: int,
+    made: Rollout,
+    cond: Conditioning,
+    share: Share,
+) -> Batch:
+    """This process's rows of what is trained: all [n] of it are given, but for the pictures."""
+    processes, split = share.processes, share.splits(places)
+    here = torch.isin(places, share.mine)
+    mine = places[here]
+    rows = share.find(mine)
+    reduce = {"reduce": processes.sum} if split else {}
+    batch = Batch(
+        x0=made.x0[rows],
+        prompts=cond.rows(torch.searchsorted(share.held, (mine // share.size).unique())),
+        levels=made.levels,
+        advantages=advantages[here],
+        groups=replace(groups, index=groups.index[here], **reduce),
+        places=mine,
+        total=total,
+        steps=[_rows(step, rows) for step in made.steps],
+    )
+    if processes.alone:
+        return batch
+    first = torch.arange(1)
+    spare = replace(
+        batch,
+        x0=made.x0[first],
+        prompts=cond.rows(first),
+        advantages=advantages.new_zeros(1),
+        groups=Groups.contiguous(1, 1),
+        places=share.mine[first],
+        steps=[_rows(step, first) for step in made.steps],
+    )
+    return replace(batch, shares=share.divided(places), split=split, spare=spare)
 
 
 def _roll(
     policy: Sampler,
     algorithm: BaseAlgorithm,
     cond: Conditioning,
+    share: Share,
     recipe: Recipe,
     iteration: int,
     scheduler: Any,
     scoring: Scoring,
 ) -> Rollout:
-    """Pictures of all groups; the noise of a row depends on its place alone, not on the batch."""
+    """The pictures of a share; the noise of a row depends on its place alone, not on the batch."""
     rollout, seed = recipe.rollout, recipe.seed
     switch = rollout.switch_to_old_after
     old = switch is not None and iteration >= switch
@@ -248,23 +350,27 @@ def _roll(
         noisy = trained = algorithm.noisy_steps(rollout.steps, iteration, seed)
     elif rollout.sde is not None:
         noisy = range(rollout.steps - 1)
-    places = torch.arange(cond.size * recipe.group_size)
     parts: list[Rollout] = []
     with policy.rolling(weights):
-        for rows in places.split(rollout.batch or len(places)):
+        for own in share.batches(rollout.batch):
+            if not len(own) and not policy.sharded:
+                continue
+            rows = own if len(own) else torch.arange(1)  # other processes have one batch more
+            places = share.mine[rows].tolist()
             if noisy:
-                seeds = [seed_for(seed, "sde", iteration, row) for row in rows.tolist()]
+                seeds = [seed_for(seed, "sde", iteration, place) for place in places]
                 scheduler = with_noise(scheduler, noisy, seeds)
             part = policy.model.rollout(
-                cond.rows(rows // recipe.group_size),
+                cond.rows(share.rows[rows]),
                 steps=rollout.steps,
                 guidance_scale=rollout.guidance_scale,
                 scheduler=scheduler,
-                generators=[stream(seed, "rollout", iteration, row) for row in rows.tolist()],
+                generators=[stream(seed, "rollout", iteration, place) for place in places],
                 record=trained,
             )
-            parts.append(part)
-            scoring.add(part.images or ())
+            if len(own):
+                parts.append(part)
+                scoring.add(part.images or ())
     made = _joined(parts)
     if not bool(torch.isfinite(made.x0).all()):
         raise UserError(

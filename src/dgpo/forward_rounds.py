@@ -15,7 +15,7 @@ from dgpo.core.process import Level
 from dgpo.core.seeds import stream
 from dgpo.models.policy import Policy, Weights
 from dgpo.recipe import Recipe
-from dgpo.rounds import Round, Term
+from dgpo.rounds import Round, Term, idle
 
 
 class ForwardRounds:
@@ -24,6 +24,7 @@ class ForwardRounds:
 
     def __init__(self, policy: Policy, algorithm: Algorithm, recipe: Recipe) -> None:
         self.policy, self.algorithm, self.recipe = policy, algorithm, recipe
+        self._lockstep = policy.sharded
 
     def rounds(self, batch: Batch, iteration: int) -> Iterator[Round]:
         generator = stream(self.recipe.seed, "levels", iteration)
@@ -36,8 +37,11 @@ class ForwardRounds:
     def _terms(self, batch: Batch, iteration: int, places: Sequence[tuple[int, int]]) -> Round:
         for order, index in places:
             noise = self._noise(batch, iteration, order)
-            for points in self._micro_batches(batch, batch.levels[index], noise):
-                share = len(points.pred) / len(batch.x0)
+            for points, counts in self._micro_batches(batch, batch.levels[index], noise):
+                if not counts:
+                    yield idle(points)
+                    continue
+                share = len(points.pred) / batch.count
                 # every micro-batch's mean counts with its size: their sum is the batch's mean
                 weight = share * batch.share / len(places)
                 yield Term(*self.algorithm.loss(points), share, weight)
@@ -49,6 +53,8 @@ class ForwardRounds:
         are left out change what the others are given.
         """
         places = batch.places
+        if not len(places):
+            return batch.x0.clone()
         if self.algorithm.shared_noise:
             places = places // self.recipe.group_size
         drawn = {
@@ -60,23 +66,41 @@ class ForwardRounds:
         }
         return torch.stack([drawn[place] for place in places.tolist()]).to(batch.x0.device)
 
-    def _micro_batches(self, batch: Batch, level: Level, noise: Tensor) -> Iterator[Forward]:
-        """The points of one level, micro-batch by micro-batch, predicted with gradients."""
-        size = self.recipe.train.micro_batch or len(batch.x0)
-        parts = torch.arange(len(batch.x0)).split(size)
-        whole_groups = size >= len(batch.x0) or size % batch.groups.size == 0
+    def _micro_batches(
+        self, batch: Batch, level: Level, noise: Tensor
+    ) -> Iterator[tuple[Forward, bool]]:
+        """The points of one level, micro-batch by micro-batch, predicted with gradients, and
+        whether they count: not where only another process still has some."""
+        size = self.recipe.train.micro_batch or batch.most
+        parts = batch.parts(size)
+        missing = -(-batch.most // size) - len(parts) if self._lockstep else 0
+        at_once = size >= batch.most
+        whole_groups = not batch.split and (at_once or size % batch.groups.size == 0)
         if whole_groups or type(self.algorithm).weights is Algorithm.weights:
             for rows in parts:
-                yield self._points(batch, level, noise, rows, with_gradient=True)
+                yield self._points(batch, level, noise, rows, with_gradient=True), True
+            for _ in range(missing):
+                yield self._spare(batch, level, with_gradient=True), False
             return
-        # A part of a group cannot weigh the group: all parts are predicted without gradients
-        # first. What was predicted by snapshots is kept; only the policy runs a second time.
-        seen = [self._points(batch, level, noise, rows, with_gradient=False) for rows in parts]
-        weights = self.algorithm.weights(_joined(seen, batch))
+        # A part of a group cannot weigh the group: all parts are predicted first, without gradients
+        # if there are several. Snapshots are not asked again; only the policy runs a second time.
+        seen = [self._points(batch, level, noise, rows, with_gradient=at_once) for rows in parts]
+        spare = [self._spare(batch, level, with_gradient=at_once) for _ in range(missing)]
+        # a process without rows takes part in the sums over the groups
+        nothing = torch.arange(0)
+        every = seen or [self._points(batch, level, noise, nothing, with_gradient=False)]
+        weights = self.algorithm.weights(_joined(every, batch))
         assert weights is not None
         for rows, points in zip(parts, seen, strict=True):
-            pred = self.policy.predict(points.xt, level, batch.conditioning(rows))
-            yield replace(points, pred=pred, weights=weights[rows])
+            pred = points.pred
+            if not at_once:
+                pred = self.policy.predict(points.xt, level, batch.conditioning(rows))
+            yield replace(points, pred=pred, weights=weights[rows]), True
+        for points in spare:
+            pred = points.pred
+            if not at_once and batch.spare is not None:
+                pred = self.policy.predict(points.xt, level, batch.spare.prompts)
+            yield replace(points, pred=pred), False
 
     def _points(
         self, batch: Batch, level: Level, noise: Tensor, rows: Tensor, with_gradient: bool
@@ -88,6 +112,8 @@ class ForwardRounds:
         cond = batch.conditioning(rows)
 
         def snapshot(weights: Weights, guidance: float = 1.0) -> Tensor:
+            if not len(rows):
+                return xt
             return self.policy.predict(xt, level, cond, weights, guidance)
 
         declared, kl_guidance = self.algorithm.snapshots, self.algorithm.kl_guidance
@@ -95,7 +121,7 @@ class ForwardRounds:
         old = snapshot("old") if "old" in declared else None
         kl_ref = None if kl_guidance is None else snapshot("ref", kl_guidance)
         with torch.set_grad_enabled(with_gradient):
-            pred = self.policy.predict(xt, level, cond)
+            pred = snapshot("policy")
         return Forward(
             x0=x0,
             noise=noise,
@@ -108,8 +134,14 @@ class ForwardRounds:
             old=old,
             kl_ref=kl_ref,
             advantages=batch.advantages[rows],
-            groups=batch.groups.subset(rows),
+            groups=batch.here.subset(rows),
         )
+
+    def _spare(self, batch: Batch, level: Level, with_gradient: bool) -> Forward:
+        """The passes of a micro-batch for nothing, as other processes have one more."""
+        assert batch.spare is not None
+        noise, first = torch.zeros_like(batch.spare.x0), torch.arange(1)
+        return self._points(batch.spare, level, noise, first, with_gradient)
 
 
 def _joined(parts: Sequence[Forward], batch: Batch) -> Forward:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dgpo.distributed.processes import ALONE, Processes
 from dgpo.errors import UserError
 from dgpo.evaluation import Metrics, Report, Sampling, evaluate, sample_images
 from dgpo.models.policy import Policy, RollingWeights
@@ -22,6 +23,7 @@ class HeldOut:
         metrics: what is measured.
         prompts: the held-out rows; may be empty.
         others: the training rows, of which grids are drawn where nothing is held out.
+        processes: of the run. Scores are made by all of them, grids by the main one.
     """
 
     def __init__(
@@ -32,8 +34,10 @@ class HeldOut:
         metrics: Metrics,
         prompts: Sequence[Prompt],
         others: Sequence[Prompt],
+        processes: Processes = ALONE,
     ) -> None:
         self._recipe, self._policy, self._metrics = recipe, policy, metrics
+        self._processes = processes
         self._prompts = list(prompts)
         rollout, own = recipe.rollout, recipe.eval
         guidance = rollout.guidance_scale if own.guidance_scale is None else own.guidance_scale
@@ -64,10 +68,14 @@ class HeldOut:
         name = self._recipe.prompts.eval or "eval_dataset"
         model = self._policy.model
         with self._policy.rolling(weights):
-            return evaluate(model, self._prompts, self._metrics, self.sampling, name)[0]
+            rows, processes = self._prompts, self._processes
+            return evaluate(model, rows, self._metrics, self.sampling, name, processes)[0]
 
     def pictures(self, base: bool = False) -> list:
-        """The pictures of a grid by the slow average of the weights, or by the base model."""
+        """The pictures of a grid by the slow average of the weights, or by the base model; none in
+        a process that is not the main one, unless they all have to make them with it."""
+        if not self._processes.main and not self._policy.sharded:
+            return []
         place = self._policy.reference() if base else self._policy.rolling("slow")
         with place:
             return sample_images(self._policy.model, self.shown, self.sampling, self._recipe.seed)

@@ -16,6 +16,10 @@ class Terminated(BaseException):
     calls ``sys.exit`` is a reward that failed, and this is not."""
 
 
+def raise_terminated(number: int, frame: Any) -> None:
+    raise Terminated
+
+
 @contextmanager
 def terminable() -> Iterator[None]:
     """A SIGTERM during the block is raised in it as :class:`Terminated`, and then ends the process
@@ -34,10 +38,7 @@ def terminable() -> Iterator[None]:
         yield
         return
 
-    def stop(number: int, frame: Any) -> None:
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, raise_terminated)
     try:
         yield
     except Terminated:

@@ -12,6 +12,8 @@ from dgpo.algorithms.base import BaseAlgorithm
 from dgpo.collection import Collected, learnable
 from dgpo.core.groups import Groups
 from dgpo.core.seeds import stream
+from dgpo.distributed.processes import ALONE, Processes
+from dgpo.distributed.shares import Share
 from dgpo.errors import UserError
 from dgpo.models.encoding import PictureEncoder
 from dgpo.models.pipeline import PipelineModel, Rollout
@@ -89,6 +91,7 @@ class RankedCollector:
         prompts: of each iteration, from :func:`ranked_prompts`.
         recipe: ``group_size``, ``data`` and ``rollout.steps``.
         scheduler: whose noise levels are trained.
+        processes: of the run; each encodes its share of the pictures.
 
     Raises:
         UserError: the pipeline cannot encode pictures.
@@ -101,9 +104,10 @@ class RankedCollector:
         prompts: PromptSampler,
         recipe: Recipe,
         scheduler: Any,
+        processes: Processes = ALONE,
     ) -> None:
         self._model, self._algorithm, self._recipe = model, algorithm, recipe
-        self._prompts = prompts
+        self._prompts, self._processes = prompts, processes
         text = prompts.prompts[0].text
         self._encoder = PictureEncoder(model, text)
         self._levels = model.rollout(
@@ -133,9 +137,11 @@ class RankedCollector:
                 group.rewards, size, pick, stream(recipe.seed, "pick", iteration, number)
             )
         ]
-        x0 = torch.stack([self._encoder(group.images[place]) for group, place in rows])
+        share = Share.of(len(chosen), size, 1, self._processes)
+        mine = [rows[place] for place in share.mine.tolist()]
+        x0 = torch.stack([self._encoder(group.images[place]) for group, place in mine])
         rewards = torch.tensor([group.rewards[place] for group, place in rows])
-        texts = [group.text for group in chosen]
+        texts = [chosen[number].text for number in share.held.tolist()]
         batch, figures = learnable(
             Scored({NAME: rewards}, torch.ones(len(rows), 1, dtype=torch.float64)),
             Rollout(x0, None, self._levels),
@@ -143,5 +149,6 @@ class RankedCollector:
             Groups.contiguous(len(chosen), size),
             algorithm,
             "sum",
+            share,
         )
         return Collected(batch, figures, {"rollout": monotonic() - began, "reward": 0.0})

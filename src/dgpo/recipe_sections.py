@@ -54,7 +54,7 @@ class RolloutSettings(Section):
     guidance_scale: float = Field(default=1.0, ge=0)
     """Classifier-free guidance of the rollouts; 1 is none."""
     batch: int | None = Field(default=None, ge=1)
-    """Images per call of the pipeline; null: all of an iteration."""
+    """Images per call of the pipeline in each process; null: all of an iteration."""
     overlap_rewards: bool | None = None
     """Ask the rewards about one batch while the next is sampled; null: where batch makes several.
     It changes no result."""
@@ -76,7 +76,8 @@ class TrainSettings(Section):
     max_minutes: float | None = Field(default=None, gt=0)
     """Training time after which the run ends, if that is sooner; evaluation does not count."""
     micro_batch: int | None = Field(default=None, ge=1)
-    """Samples per forward and backward pass; null: all of an iteration. It changes no result."""
+    """Samples per forward and backward pass of each process; null: all of an iteration. It changes
+    no result."""
     lr: float = Field(default=3e-4, gt=0)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
         0.9,
@@ -89,6 +90,8 @@ class TrainSettings(Section):
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     optimizer_step: Literal["iteration", "timestep"] = "iteration"
     """One step for all trained noise levels of an iteration together, or one for each."""
+    sharding: Literal["none", "fsdp2"] = "none"
+    """Of the denoiser's weights over several processes; none: each has them all."""
 
 
 class LoraSettings(Section):
@@ -164,6 +167,9 @@ class GuardSettings(Section):
     """A gradient norm so many times the median of the last 20: a warning; 0: never."""
     clipped: float = Field(default=0.9, ge=0, le=1)
     """Share of samples whose gradient is clipped, 10 iterations in a row: a warning; 0: never."""
+    hang_minutes: float = Field(default=30.0, ge=0)
+    """Time for which a process may keep the others waiting, after which the run ends and names it;
+    0: never."""
     stop: bool = False
     """End the run early, and save the best checkpoint's weights, when the rewards have collapsed or
     a measure falls."""

@@ -7,6 +7,8 @@ from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
+from dgpo.core.points import Forward, Trajectory
+
 
 class Term(NamedTuple):
     """The loss of one micro-batch at one noise level."""
@@ -20,6 +22,11 @@ class Term(NamedTuple):
     weight: float
     """What the loss counts in the optimiser step: the weights of a round add up to the share of
     its pictures that are trained."""
+
+
+def idle(points: Forward | Trajectory) -> Term:
+    """A term that trains nothing: its passes are made because other processes make theirs."""
+    return Term(points.pred.sum() * 0, {}, 0.0, 0.0)
 
 
 Round: TypeAlias = Iterator[Term]

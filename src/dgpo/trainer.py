@@ -7,18 +7,21 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import torch
-
 from dgpo.ahead import Collector
 from dgpo.algorithms.base import BaseAlgorithm
 from dgpo.collection import Batch, rollout_scheduler
 from dgpo.disk import says_disk_full
+from dgpo.distributed.joining import join, place
+from dgpo.distributed.processes import here
+from dgpo.distributed.quiet import outputs
+from dgpo.distributed.stops import hearing
 from dgpo.errors import UserError
 from dgpo.evaluation import Metrics, Report
 from dgpo.guards import Guards, save_batch
 from dgpo.held_out import HeldOut
 from dgpo.interrupts import Terminated, all_or_nothing, terminable
 from dgpo.media import Video, check_format
+from dgpo.models.arguments import denoisers_of
 from dgpo.models.counting import COUNTED, Counter
 from dgpo.models.load import load_pipeline
 from dgpo.models.memory import save_memory
@@ -26,13 +29,13 @@ from dgpo.models.pipeline import PipelineModel
 from dgpo.models.policy import Policy, RollingWeights
 from dgpo.models.schedulers import make_scheduler
 from dgpo.offline import RankedCollector, ranked_prompts
-from dgpo.progress import Progress, clock
+from dgpo.progress import clock
 from dgpo.prompts import Prompt, PromptSampler, load_prompts
 from dgpo.recipe import Recipe
 from dgpo.rewards import RewardFailure, RewardSet, load_rewards
 from dgpo.run_checkpoints import RunCheckpoints
 from dgpo.run_manifest import record_start
-from dgpo.tracking import Tracker, refuse_existing_run
+from dgpo.tracking import refuse_existing_run
 from dgpo.trainer_arguments import full_recipe, is_pipeline
 from dgpo.updating import NonFinite, Updater
 
@@ -78,8 +81,9 @@ class Trainer:
         )
         self.algorithm = self.recipe.algorithm
         self.folder = Path(self.recipe.run.dir)
-        self._checkpoints = RunCheckpoints(self.recipe, resume)
-        if not resume:
+        self.processes = here()
+        self._checkpoints = RunCheckpoints(self.recipe, resume, self.processes)
+        if not resume and self.processes.main:
             refuse_existing_run(self.folder)
         self._offline = self.recipe.data.preferences is not None
         if self._offline and train_dataset is not None:
@@ -107,13 +111,14 @@ class Trainer:
         self.metrics.check(self.eval_prompts)
         per_iteration = self.recipe.groups_per_iteration
         self.sampler = PromptSampler(self.prompts, per_iteration, self.recipe.seed)
+        join(self.recipe, self.processes, self.rewards, self.prompts)
 
         pipe = model
         if not is_pipeline(model):
             quantization = self.recipe.memory.quantization
             pipe = load_pipeline(self.recipe.model, self.recipe.precision, quantization)
-            pipe.to("cuda" if torch.cuda.is_available() else "cpu")
         self._checkpoints.look_at(pipe.components)
+        place(pipe, denoisers_of(pipe), self.recipe, self.processes, not is_pipeline(model))
         self.model = PipelineModel(
             pipe, call=self.recipe.rollout.call, prompt_cache=self.recipe.prompt_cache
         )
@@ -131,9 +136,16 @@ class Trainer:
         )
         if self.recipe.memory.free_text_encoders:
             self.model.encode_and_free(texts)
-        self.updater = Updater(self.policy, self.algorithm, self.recipe)
+        self.updater = Updater(self.policy, self.algorithm, self.recipe, self.processes)
         self._collect = (
-            RankedCollector(self.model, self.algorithm, self.sampler, self.recipe, self.scheduler)
+            RankedCollector(
+                self.model,
+                self.algorithm,
+                self.sampler,
+                self.recipe,
+                self.scheduler,
+                self.processes,
+            )
             if self._offline
             else Collector(
                 self.policy,
@@ -142,11 +154,18 @@ class Trainer:
                 self.sampler,
                 self.recipe,
                 rollout_scheduler(self.recipe, pipe.scheduler),
+                self.processes,
             )
         )
         self.counter = Counter(self.model.denoisers.values())
         self._held_out = HeldOut(
-            self.recipe, self.policy, self.scheduler, self.metrics, self.eval_prompts, self.prompts
+            self.recipe,
+            self.policy,
+            self.scheduler,
+            self.metrics,
+            self.eval_prompts,
+            self.prompts,
+            self.processes,
         )
 
         self.iteration = 0
@@ -172,16 +191,22 @@ class Trainer:
             UserError: a reward's answer is unusable (tried before the run folder is made), the run
                 diverged, or the disk is full.
         """
-        with terminable(), says_disk_full(self.folder):
+        with (
+            self.processes.ending_together(),
+            terminable(),
+            hearing(self.processes),
+            says_disk_full(self.folder),
+        ):
             return self._train()
 
     def _train(self) -> Report | None:
         self._try_rewards()
-        tracker = Tracker(self.recipe, resume_after=self.iteration if self._goes_on else None)
-        progress = Progress(self.recipe.train.iterations, self.recipe.train.max_minutes)
+        resume_after = self.iteration if self._goes_on else None
+        tracker, progress = outputs(self.recipe, resume_after, self.processes)
         self._goes_on = True
         self._tracker, self._progress = tracker, progress
-        record_start(self.folder, self.recipe.seed, self.iteration)
+        if self.processes.main:
+            record_start(self.folder, self.recipe.seed, self.iteration)
         self._guards = Guards(
             self.recipe.guards,
             self.recipe.groups_per_iteration,
@@ -212,8 +237,9 @@ class Trainer:
         return self._held_out.score(weights)
 
     def save_model(self, directory: str | Path) -> None:
-        """Write the slow average of the trained weights as diffusers reads them."""
-        self.policy.save(directory, "slow")
+        """Write the slow average of the trained weights as diffusers reads them; of several
+        processes, all of which call this, the main one writes."""
+        self.policy.save(directory, "slow", writes=self.processes.main)
 
     def _try_rewards(self) -> None:
         """Score two pictures: a reward that answers nonsense must not cost the first rollouts."""
@@ -247,7 +273,7 @@ class Trainer:
                 "iteration": self.iteration,
                 **collected.figures,
                 **figures,
-                **self.counter.end(images=recipe.images_sampled),
+                **self.counter.end(recipe.images_sampled, self.processes),
                 "seconds": self.seconds,
                 "seconds_iteration": ended - began,
                 "seconds_rollout": collected.seconds["rollout"],
@@ -270,9 +296,11 @@ class Trainer:
         try:
             return self.updater.update(batch, self.iteration)
         except NonFinite as error:
-            prompts = self.sampler.at(self.iteration)
-            place = save_batch(self.folder, batch, prompts, self.iteration + 1, str(error))
-            raise UserError(f"{error}. The batch is in {place}") from error
+            prompts, rank = self.sampler.at(self.iteration), self.processes.rank
+            folder = self.folder / f"process-{rank}" if rank else self.folder
+            file = save_batch(folder, batch, prompts, self.iteration + 1, str(error))
+            self.processes.gather(None, "the batch that is not finite to be saved")
+            raise UserError(f"{error}. The batch is in {file}") from error
 
     def _warn(self, texts: Sequence[str]) -> None:
         for text in texts:
@@ -284,7 +312,8 @@ class Trainer:
         limit = self.recipe.train.max_minutes
         late = limit is not None and self.seconds >= 60 * limit
         done = late or self.iteration >= self.recipe.train.iterations
-        return done or self._guards.reason_to_stop is not None
+        done = done or self._guards.reason_to_stop is not None
+        return self.processes.from_main(lambda: done, "whether the run goes on")
 
     def _start(self) -> None:
         """Before the first update: the base model's pictures and score."""
@@ -307,8 +336,9 @@ class Trainer:
         every = recipe.eval.every if recipe.samples.every is None else recipe.samples.every
         if every and done % every == 0:
             self._draw(f"{done:06d}")
-        due = recipe.checkpoint.every and done % recipe.checkpoint.every == 0
-        if due or (recipe.checkpoint.keep_best and self._is_best):
+        due = bool(recipe.checkpoint.every) and done % recipe.checkpoint.every == 0
+        due = due or (recipe.checkpoint.keep_best > 0 and self._is_best)
+        if self.processes.from_main(lambda: due, "whether a checkpoint is due"):
             self._save_checkpoint()
 
     def _end(self) -> None:
@@ -318,7 +348,8 @@ class Trainer:
             before = self._before or self._held_out.pictures(base=True)
             self._tracker.compare(before, after, self._held_out.captions)
         self._save_checkpoint()
-        if reason := self._guards.reason_to_stop:
+        reason = self.processes.from_main(lambda: self._guards.reason_to_stop, "the end")
+        if reason is not None:
             self._stop_early(reason)
         self._tracker.summarize()
         took = clock(self.seconds)
@@ -343,8 +374,9 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Score the held-out prompts, if there are any and this was not done before a stop."""
-        done = {row["iteration"] for row in self._tracker.evaluations}
-        if not self.eval_prompts or self.iteration in done:
+        done = self.iteration in {row["iteration"] for row in self._tracker.evaluations}
+        done = self.processes.from_main(lambda: done, "whether to evaluate")
+        if done or not self.eval_prompts:
             return
         self._progress.stage("evaluating")
         try:
@@ -355,7 +387,8 @@ class Trainer:
             self._progress.say(f"iteration {self.iteration}: held-out not scored: {failure}")
             return
         self._tracker.evaluation(self.iteration, self.seconds, report)
-        self._warn(self._guards.evaluation(self._tracker.evaluations[-1]))
+        for row in self._tracker.evaluations[-1:]:
+            self._warn(self._guards.evaluation(row))
         low, high = report.ci95
         score = f"{self.metrics.names[0]} {report.overall:.3f} [{low:.3f}, {high:.3f}]"
         self._progress.say(f"iteration {self.iteration}: held-out {score}")

@@ -14,7 +14,7 @@ from dgpo.errors import UserError
 from dgpo.models.loop import Step
 from dgpo.models.policy import Policy
 from dgpo.recipe import Recipe
-from dgpo.rounds import Round, Term
+from dgpo.rounds import Round, Term, idle
 
 RATIO_TOLERANCE = 1e-5
 """Largest ``|ratio - 1|`` before the first optimiser step on a rollout, for weights in float32. The
@@ -32,6 +32,7 @@ class TrajectoryRounds:
         self.policy, self.algorithm, self.recipe = policy, algorithm, recipe
         parameters = (p for d in policy.model.denoisers.values() for p in d.parameters())
         narrow = any(p.dtype.itemsize < 4 for p in parameters)
+        self._lockstep = policy.sharded
         self.tolerance = RATIO_TOLERANCE_HALF if narrow else RATIO_TOLERANCE
 
     def rounds(self, batch: Batch, iteration: int) -> Iterator[Round]:
@@ -41,24 +42,39 @@ class TrajectoryRounds:
             UserError: before the first optimiser step the policy is not that of the rollouts.
         """
         updates, groups = self.algorithm.updates, self.recipe.groups_per_iteration
-        parts = (batch.places // self.recipe.group_size) * updates // groups
-        fresh = True
+
+        def part_of(places: Tensor) -> Tensor:
+            return (places // self.recipe.group_size) * updates // groups
+
+        fresh, mine = True, part_of(batch.places)
+        everywhere = [part_of(places) for places in batch.everyone]
         for part in range(updates):
-            rows = (parts == part).nonzero()[:, 0]
-            if len(rows):
-                yield self._terms(batch, rows, iteration, fresh)
+            rows = (mine == part).nonzero()[:, 0]
+            counts = [int((parts == part).sum()) for parts in everywhere]
+            if any(counts):
+                yield self._terms(batch, rows, counts, iteration, fresh)
                 fresh = False
 
-    def _terms(self, batch: Batch, rows: Tensor, iteration: int, fresh: bool) -> Round:
-        share = len(rows) * self.algorithm.updates / batch.total
-        for step in batch.steps:
-            for some in rows.split(self.recipe.train.micro_batch or len(rows)):
+    def _terms(
+        self, batch: Batch, rows: Tensor, counts: list[int], iteration: int, fresh: bool
+    ) -> Round:
+        """The terms of a part: of ``rows``, while every process has as many as ``counts`` says."""
+        share = sum(counts) * self.algorithm.updates / batch.total
+        size = self.recipe.train.micro_batch or max(counts)
+        parts = [some for some in rows.split(size) if len(some)]
+        missing = -(-max(counts) // size) - len(parts) if self._lockstep else 0
+        for place, step in enumerate(batch.steps):
+            for some in parts:
                 points = self._points(batch, step, some)
                 if fresh:
                     self._refuse_other_policy(points, iteration)
-                part = len(some) / len(rows)
+                part = len(some) / sum(counts)
                 weight = part * share / len(batch.steps)
                 yield Term(*self.algorithm.loss(points), part, weight)
+            for _ in range(missing):
+                assert batch.spare is not None
+                spare = batch.spare
+                yield idle(self._points(spare, spare.steps[place], torch.arange(1)))
 
     def _points(self, batch: Batch, step: Step, rows: Tensor) -> Trajectory:
         """Some rows of one step, and the predictions that the algorithm declares there."""
@@ -78,7 +94,7 @@ class TrajectoryRounds:
             old=step.output[rows],
             ref=ref,
             advantages=batch.advantages[rows],
-            groups=batch.groups.subset(rows),
+            groups=batch.here.subset(rows),
         )
 
     @torch.no_grad()

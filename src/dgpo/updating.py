@@ -12,6 +12,8 @@ from torch import Tensor
 
 from dgpo.algorithms.base import Algorithm, BaseAlgorithm, TrajectoryAlgorithm
 from dgpo.collection import Batch
+from dgpo.distributed.processes import ALONE, Processes
+from dgpo.distributed.sharding import is_sharded, whole
 from dgpo.errors import UserError
 from dgpo.forward_rounds import ForwardRounds
 from dgpo.models.policy import Policy
@@ -38,6 +40,17 @@ class Means:
             self.totals[name] = self.totals.get(name, 0.0) + total
             self.weights[name] = self.weights.get(name, 0.0) + other.weights[name]
 
+    def over(self, processes: Processes, problem: str | None) -> tuple[Means, str | None]:
+        """The means over all processes, and the first problem that one of them has. Collective."""
+        if processes.alone:
+            return self, problem
+        means, first = Means(), None
+        said = [self.totals, self.weights, problem]
+        for totals, weights, other in processes.gather(said, "the loss of an optimiser step"):
+            means.join(Means(totals, weights))
+            first = first or other
+        return means, first
+
     def result(self) -> dict[str, float]:
         return {name: total / self.weights[name] for name, total in self.totals.items()}
 
@@ -54,10 +67,18 @@ class Updater:
         algorithm: which points, which snapshots, and the loss; an :class:`Algorithm` or a
             :class:`TrajectoryAlgorithm`.
         recipe: learning rate and its schedule, micro-batch, clipping of gradients, slow EMA.
+        processes: of the run; each brings the gradients of its own rows, and their sum is the step.
     """
 
-    def __init__(self, policy: Policy, algorithm: BaseAlgorithm, recipe: Recipe) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        algorithm: BaseAlgorithm,
+        recipe: Recipe,
+        processes: Processes = ALONE,
+    ) -> None:
         self.policy, self.algorithm, self.recipe = policy, algorithm, recipe
+        self._processes = processes
         train = recipe.train
         self.parameters = policy.parameters()
         self.optimizer = torch.optim.AdamW(
@@ -88,7 +109,9 @@ class Updater:
         self.optimizer.zero_grad()
         for terms in self._rounds(batch, iteration):
             figures = Means()
-            problem = self._backward(terms, figures) or self._optimize(figures)
+            problem = self._backward(terms, figures)
+            figures, problem = figures.over(self._processes, problem)
+            problem = problem or self._optimize(figures)
             if problem is None:
                 self.nonfinite = 0
                 means.join(figures)
@@ -108,18 +131,22 @@ class Updater:
 
     def _backward(self, terms: Round, figures: Means) -> str | None:
         """Gradients of all terms of a step; what is not finite, if something is not."""
+        problem = None
         for term in terms:
             if not math.isfinite(loss := term.loss.item()):
-                return f"loss is {loss}"
+                problem = problem or f"loss is {loss}"  # to the end: other processes run along
             (term.loss * term.weight).backward()
-            figures.add({"loss": term.loss.detach(), **term.figures}, term.share)
-        return None
+            if term.share:
+                figures.add({"loss": term.loss.detach(), **term.figures}, term.share)
+        return problem
 
     def _optimize(self, figures: Means) -> str | None:
         """One optimiser step; both averages are moved once for it.  None is taken, and what is not
         finite is returned, if the gradient is not."""
         train = self.recipe.train
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm)
+        if not any(is_sharded(p) for p in self.parameters):  # which are summed by their backward
+            self._processes.sum_gradients(self.parameters)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm))
         if not math.isfinite(number := norm.item()):
             return f"gradient norm is {number}"
         for group in self.optimizer.param_groups:

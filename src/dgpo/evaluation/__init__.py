@@ -13,6 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dgpo.distributed.processes import ALONE, Processes
+from dgpo.distributed.sharding import any_sharded
+from dgpo.distributed.shares import Share
+from dgpo.evaluation.gathering import each_of_all, whole_of_all
 from dgpo.evaluation.metrics import Interval, Metrics
 from dgpo.models.pipeline import PipelineModel
 from dgpo.prompts import Prompt
@@ -58,18 +62,30 @@ class Sampling:
 
 
 def sample_images(
-    model: PipelineModel, prompts: Sequence[Prompt], sampling: Sampling, seed: int = 0
+    model: PipelineModel,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    seed: int = 0,
+    share: Share | None = None,
 ) -> list[Image.Image]:
-    """One picture for each prompt row, in order.
+    """One picture for each prompt row, in order; with a ``share`` for those of this process.
 
     A row's noise is seeded by its own ``seed`` column, or by ``seed`` plus its position, so a
     picture does not depend on the batch it was made in.
     """
+    share = share or Share((torch.arange(len(prompts)),), 1)
     images: list[Image.Image] = []
-    for start in range(0, len(prompts), sampling.batch):
-        rows = prompts[start : start + sampling.batch]
-        own = [row.metadata.get("seed") for row in rows]
-        seeds = [seed + start + i if one is None else int(one) for i, one in enumerate(own)]
+    for own in share.batches(sampling.batch):
+        if not len(own) and not any_sharded(model.denoisers.values()):
+            continue
+        # a pass for nothing where other processes have one batch more
+        places = share.mine[own].tolist() if len(own) else [0]
+        rows = [prompts[place] for place in places]
+        given = [row.metadata.get("seed") for row in rows]
+        seeds = [
+            seed + place if one is None else int(one)
+            for place, one in zip(places, given, strict=True)
+        ]
         cond = model.encode([row.text for row in rows], guidance=sampling.guidance_scale != 1)
         rollout = model.rollout(
             cond,
@@ -79,7 +95,7 @@ def sample_images(
             generators=[torch.Generator().manual_seed(s) for s in seeds],
         )
         assert rollout.images is not None
-        images += rollout.images
+        images += rollout.images if len(own) else []
     return images
 
 
@@ -89,6 +105,7 @@ def evaluate(
     metrics: Metrics | Sequence[str | Callable],
     sampling: Sampling,
     name: str = "prompts",
+    processes: Processes = ALONE,
 ) -> tuple[Report, list[Image.Image]]:
     """Sample every prompt once and score the pictures.
 
@@ -98,12 +115,14 @@ def evaluate(
         metrics: as :class:`Metrics` takes them; the first is the overall score.
         sampling: how to sample.
         name: what the report calls the benchmark.
+        processes: each samples and scores its share of the prompts. Collective.
 
     Returns:
-        The report and the pictures.
+        The report, of all pictures, and those of this process.
     """
-    images = sample_images(model, prompts, sampling)
-    return score(images, prompts, metrics, name), images
+    share = Share(processes.split(len(prompts)), 1, processes)
+    images = sample_images(model, prompts, sampling, share=share)
+    return _score(images, prompts, metrics, name, share), images
 
 
 def score(
@@ -113,9 +132,19 @@ def score(
     name: str = "images",
 ) -> Report:
     """Score pictures that exist already; see :func:`evaluate`."""
+    return _score(images, prompts, metrics, name, Share((torch.arange(len(prompts)),), 1))
+
+
+def _score(
+    images: Sequence[Image.Image],
+    prompts: Sequence[Prompt],
+    metrics: Metrics | Sequence[str | Callable],
+    name: str,
+    share: Share,
+) -> Report:
     metrics = metrics if isinstance(metrics, Metrics) else Metrics(metrics)
-    each = metrics.of_each(images, prompts)
-    whole = metrics.of_set(images, prompts)
+    each = each_of_all(metrics, images, prompts, share)
+    whole = whole_of_all(metrics, images, prompts, share)
     tags = [str(row.metadata.get("tag", "all")) for row in prompts]
     found = {
         title: whole[title] if title in whole else stratified_mean(each[title], tags)
@@ -128,7 +157,7 @@ def score(
         overall=overall.value,
         categories=_by_category(each[first], tags) if first in each else {},
         rewards={title: interval.value for title, interval in found.items()},
-        n=len(images),
+        n=sum(map(len, share.places)),
         ci95=(overall.low, overall.high),
         intervals={title: (interval.low, interval.high) for title, interval in found.items()},
     )

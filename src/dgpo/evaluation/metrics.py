@@ -58,6 +58,16 @@ class Metrics:
         if each or not self._of_set:
             self._each = load_rewards(each)
 
+    @property
+    def names_of_each(self) -> list[str]:
+        """Those of the metrics that judge each picture."""
+        return [] if self._each is None else self._each.names
+
+    @property
+    def has_of_set(self) -> bool:
+        """Whether there is a metric of the whole set."""
+        return bool(self._of_set)
+
     def offload(self) -> None:
         """See :meth:`RewardSet.offload`; a metric of a whole set stays where it is."""
         if self._each is not None:

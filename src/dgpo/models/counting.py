@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dgpo.distributed.processes import ALONE, Processes
+
 COUNTED = ("images", "forwards", "backwards")
 """The totals, as ``metrics.jsonl`` calls them."""
 
@@ -50,8 +52,11 @@ class Counter:
         """An iteration begins: forget what ran since the last one, or in one that was cut off."""
         self._now = dict.fromkeys(COUNTED, 0)
 
-    def end(self, images: int) -> dict[str, int]:
-        """An iteration that made so many pictures is done; returns the totals."""
+    def end(self, images: int, processes: Processes = ALONE) -> dict[str, int]:
+        """An iteration that made so many pictures is done; returns the totals, over all processes.
+        Collective."""
+        every = processes.gather(self._now, "the end of an iteration")
+        self._now = {name: sum(one[name] for one in every) for name in COUNTED}
         self._now["images"] = images
         self.totals = {name: self.totals[name] + self._now[name] for name in COUNTED}
         return self.totals

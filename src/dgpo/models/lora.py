@@ -21,6 +21,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dgpo.distributed.sharding import is_sharded
 from dgpo.errors import UserError
 from dgpo.interrupts import all_or_nothing
 
@@ -150,9 +151,12 @@ def disabled(layers: Sequence[LoraLayer]) -> Iterator[None]:
 
 def can_merge(layers: Sequence[LoraLayer]) -> bool:
     """Whether ``W + scale B A`` can be written without loss worth speaking of: not in half
-    precision, where rounding the sum would lose small updates. Nor where ``W`` is quantised."""
+    precision, where rounding the sum would lose small updates. Nor where ``W`` is sharded or
+    quantised."""
     bases = [_base(layer) for layer in layers]
-    return bool(bases) and all(b.dtype.itemsize >= 4 and type(b.data) is Tensor for b in bases)
+    return bool(bases) and all(
+        b.dtype.itemsize >= 4 and not is_sharded(b) and type(b.data) is Tensor for b in bases
+    )
 
 
 @torch.no_grad()

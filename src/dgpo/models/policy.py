@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dgpo.core.process import Level
+from dgpo.distributed.sharding import any_sharded, plain_class, put, whole
 from dgpo.errors import UserError
 from dgpo.models import lora as lora_weights
 from dgpo.models.lora import LoraSettings
@@ -113,7 +114,8 @@ class Policy:
 
         A LoRA is merged into the base weights meanwhile, ``W + scale B A``, so that it costs
         nothing. In half precision it is not: rounding the sum would lose small updates, and the
-        pictures would come from another model than the one that is trained.
+        pictures would come from another model than the one that is trained. Nor is it where the
+        base weights are sharded.
         """
         snapshots = {"policy": None, "old": self.old, "slow": self.slow}
         if weights not in snapshots:
@@ -142,8 +144,17 @@ class Policy:
             with exchanged(bases, values), lora_weights.disabled(self._layers):
                 yield
 
-    def save(self, directory: str | Path, weights: RollingWeights = "slow") -> None:
-        """Write the trained weights as diffusers reads them.
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights of the denoiser are spread over processes, all of which must then
+        make the same passes."""
+        return any_sharded(self.model.denoisers.values())
+
+    def save(
+        self, directory: str | Path, weights: RollingWeights = "slow", writes: bool = True
+    ) -> None:
+        """Write the trained weights as diffusers reads them. Collective if they are sharded, when
+        one process alone ``writes``.
 
         A LoRA is read by ``pipe.load_lora_weights(directory)``, its alpha included (that of a
         second expert, ``transformer_2``, lies in a folder of that name and is read with
@@ -155,16 +166,20 @@ class Policy:
             raise ValueError(f"weights must be 'policy', 'old' or 'slow', got {weights!r}")
         snapshot = snapshots[weights]
         folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
         with nullcontext() if snapshot is None else snapshot.swapped():
             if self.lora is not None:
-                lora_weights.save(self.model.pipe, self.model.denoisers, folder)
+                if writes:
+                    lora_weights.save(self.model.pipe, self.model.denoisers, folder)
                 return
             for name, denoiser in self.model.denoisers.items():
-                denoiser.save_pretrained(folder / name)  # pyright: ignore[reportCallIssue]
+                complete = _complete(denoiser, writes)
+                if writes:
+                    complete.save_pretrained(folder / name)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Trained weights and moving averages as flat tensors, for a checkpoint."""
+        """Trained weights and moving averages as flat tensors, sharded if the weights are."""
         state = {f"policy.{name}": p.detach() for name, p in self._named.items()}
         for kind, snapshot in (("old", self.old), ("slow", self.slow)):
             for name, tensor in zip(self._named, snapshot.tensors, strict=True):
@@ -173,21 +188,48 @@ class Policy:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what :meth:`state_dict` gave.
+        """Take back what :meth:`state_dict` gave, whole tensors.
 
         Raises:
             UserError: names or shapes are not those of this policy.
         """
+        self.refuse_other({name: tuple(tensor.shape) for name, tensor in state.items()})
+        for name, tensor in self.state_dict().items():
+            put(tensor, state[name])
+
+    def refuse_other(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """See that a state's names and shapes are those of this policy.
+
+        Raises:
+            UserError: they are not.
+        """
         own = self.state_dict()
-        wrong = sorted(set(own) ^ set(state))
-        wrong += [n for n in own if n in state and own[n].shape != state[n].shape]
+        wrong = sorted(set(own) ^ set(shapes))
+        wrong += [n for n in own if n in shapes and tuple(own[n].shape) != shapes[n]]
         if wrong:
             raise UserError(
                 f"the checkpoint does not fit this policy ({len(wrong)} weights differ, first "
                 f"{wrong[0]!r}): were model and lora of the recipe changed?"
             )
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
+
+
+def _complete(denoiser: nn.Module, wanted: bool) -> Any:
+    """A denoiser with all its weights: itself, or one that is made of the pieces. Collective if it
+    is sharded; where it is not ``wanted``, it is not made."""
+    kind = plain_class(denoiser)
+    if kind is type(denoiser):
+        return denoiser
+    state: dict[str, Tensor] = {}
+    for name, tensor in denoiser.state_dict().items():
+        gathered = whole(tensor)
+        if wanted:
+            state[name] = gathered.cpu()
+    if not wanted:
+        return None
+    with torch.device("meta"):
+        made = kind.from_config(denoiser.config)
+    made.load_state_dict(state, assign=True)
+    return made
 
 
 def _unfreeze(denoisers: Mapping[str, nn.Module]) -> None:

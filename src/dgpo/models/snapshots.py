@@ -1,7 +1,8 @@
 """Copies of weights that lag behind: frozen references and exponential moving averages.
 
 Weights are put in place by exchanging storage, not by copying: what was there before comes back
-bit for bit, and a graph built before the exchange still finds its own tensors at backward.
+bit for bit, and a graph built before the exchange still finds its own tensors at backward. Pieces
+of sharded weights are copied, as the sharding keeps their storage; its graphs gather them anew.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dgpo.distributed.sharding import is_sharded, local
 from dgpo.errors import UserError
 from dgpo.interrupts import all_or_nothing
 
@@ -22,17 +24,25 @@ from dgpo.interrupts import all_or_nothing
 def exchanged(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
     """``parameters`` hold ``values`` for the time of the block, and their own storage after it.
 
-    Nothing is copied where device and dtype agree. Do not train inside the block.
+    Nothing is copied where device and dtype agree and nothing is sharded. Do not train inside the
+    block.
     """
-    own = [parameter.data for parameter in parameters]
+    own = [local(p).clone() if is_sharded(p) else p.data for p in parameters]
     try:
         for parameter, value in zip(parameters, values, strict=True):
-            parameter.data = value.to(device=parameter.device, dtype=parameter.dtype)
+            _hold(parameter, local(value).to(device=parameter.device, dtype=parameter.dtype))
         yield
     finally:
         with all_or_nothing():  # a stop halfway would save weights of two models as one
             for parameter, data in zip(parameters, own, strict=True):
-                parameter.data = data
+                _hold(parameter, data)
+
+
+def _hold(parameter: nn.Parameter, value: Tensor) -> None:
+    if is_sharded(parameter):
+        local(parameter).copy_(value)
+    else:
+        parameter.data = value
 
 
 class Snapshot:
@@ -53,7 +63,7 @@ class Snapshot:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The averaged weights, in the order of the parameters."""
+        """The averaged weights, in the order of the parameters; sharded as they are."""
         return self._shadow
 
     @torch.no_grad()
@@ -67,10 +77,11 @@ class Snapshot:
             raise UserError(f"the decay of a moving average must be in [0, 1], got {decay}")
         if not self._shadow:
             return
+        shadow = [local(tensor) for tensor in self._shadow]
         current = [
-            p.detach().to(s.device) for p, s in zip(self._parameters, self._shadow, strict=True)
+            local(p.detach()).to(s.device) for p, s in zip(self._parameters, shadow, strict=True)
         ]
-        torch._foreach_lerp_(self._shadow, current, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_lerp_(shadow, current, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -143,6 +143,11 @@ class RewardSet:
         return [entry.name for entry in self._entries]
 
     @property
+    def names_of_groups(self) -> list[str]:
+        """Those of the rewards that compare the pictures of a group."""
+        return [entry.name for entry in self._entries if _group_wise(entry.function)]
+
+    @property
     def weights(self) -> dict[str, float]:
         return {entry.name: entry.weight for entry in self._entries}
 

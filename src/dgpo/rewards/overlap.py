@@ -17,7 +17,7 @@ from dgpo.rewards.guard import in_thread
 
 
 class Scoring:
-    """Scores whole groups as soon as all their pictures are there.
+    """Scores whole groups, or what this process has of them, as soon as the pictures are there.
 
     With ``overlap`` one thread asks the rewards, in order, while the caller goes on; without, they
     are asked in :meth:`finish`. The calls are the same, and so are their answers.
@@ -27,12 +27,20 @@ class Scoring:
         prompts: one a group.
         size: pictures of a group.
         overlap: whether to ask in a thread.
+        groups: of each picture, ascending; None for all pictures of all groups.
     """
 
     def __init__(
-        self, rewards: RewardSet, prompts: Sequence[Prompt], size: int, overlap: bool
+        self,
+        rewards: RewardSet,
+        prompts: Sequence[Prompt],
+        size: int,
+        overlap: bool,
+        groups: Sequence[int] | None = None,
     ) -> None:
-        self._rewards, self._prompts, self._size = rewards, list(prompts), size
+        self._rewards, self._prompts = rewards, list(prompts)
+        every = [group for group in range(len(self._prompts)) for _ in range(size)]
+        self._groups = every if groups is None else list(groups)
         self._waiting: list[Image.Image] = []
         self._given = 0
         self._tasks: SimpleQueue[tuple[int, list[Image.Image]] | None] = SimpleQueue()
@@ -63,15 +71,18 @@ class Scoring:
         if self._work is not None and self._work.done():
             self._work.result()
         self._waiting += images
-        whole = len(self._waiting) // self._size
-        if whole:
-            count = whole * self._size
-            groups = [self._given + place // self._size for place in range(count)]
+        first, end = self._given, self._given + len(self._waiting)
+        # of the group that the next picture belongs to, some may still be missing
+        while 0 < end < len(self._groups) and self._groups[end - 1] == self._groups[end]:
+            end -= 1
+        count = end - first
+        if count > 0:
+            groups = self._groups[first:end]
             rows = [self._prompts[group] for group in groups]
             self._rewards.announce(self._waiting[:count], rows, groups)
-            self._tasks.put((self._given, self._waiting[:count]))
+            self._tasks.put((first, self._waiting[:count]))
             self._waiting = self._waiting[count:]
-            self._given += whole
+            self._given = end
 
     def finish(self) -> Scored:
         """The scores of all pictures, in order.
@@ -79,7 +90,7 @@ class Scoring:
         Raises:
             UserError: a reward has failed.
         """
-        assert self._given == len(self._prompts) and not self._waiting, "pictures are missing"
+        assert self._given == len(self._groups) and not self._waiting, "pictures are missing"
         self._tasks.put(None)
         if self._work is None:
             self._run()
@@ -97,7 +108,7 @@ class Scoring:
         while (task := self._tasks.get()) is not None and not self._ended:
             first, images = task
             began = monotonic()
-            groups = [first + place // self._size for place in range(len(images))]
+            groups = self._groups[first : first + len(images)]
             rows = [self._prompts[group] for group in groups]
             self._parts.append(self._rewards.score(images, rows, groups))
             self.seconds += monotonic() - began

@@ -1,0 +1,9 @@
+"""Several processes, started by ``torchrun`` or ``accelerate launch``, train as one.
+
+Every process makes and trains its share of the pictures; prompts, noise, noise levels and
+advantages are those of the whole iteration, so that the number of processes changes no result.
+"""
+
+from dgpo.distributed.processes import ALONE, Processes, here
+
+__all__ = ["ALONE", "Processes", "here"]

@@ -1,0 +1,92 @@
+"""What the processes of a run agree on before they spend compute, and where the model goes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dgpo.caption import pictures_of
+from dgpo.distributed.processes import Processes
+from dgpo.distributed.sharding import shard
+from dgpo.distributed.shares import Share
+from dgpo.errors import UserError
+from dgpo.prompts import Prompt
+from dgpo.recipe import Recipe
+from dgpo.rewards import RewardSet
+
+
+def join(
+    recipe: Recipe, processes: Processes, rewards: RewardSet, prompts: Sequence[Prompt]
+) -> None:
+    """See that a run can be divided as its recipe says, and that all processes have the same.
+
+    Collective.
+
+    Raises:
+        UserError: it cannot, or they have not.
+    """
+    if recipe.train.sharding == "fsdp2":
+        _refuse_with_sharding(recipe, prompts)
+    if processes.alone:
+        return
+    if processes.watch is not None:
+        processes.watch.hang_seconds = 60 * recipe.guards.hang_minutes or None
+    parts = getattr(recipe.algorithm, "updates", 1)
+    groups = recipe.groups_per_iteration
+    share = Share.of(groups, recipe.group_size, parts, processes)
+    together = rewards.names_of_groups
+    if together and share.splits(torch.arange(groups * recipe.group_size)):
+        raise UserError(
+            f"rewards: {', '.join(together)} compares the pictures of a group, and groups are "
+            f"split between {processes.size} processes: let groups_per_iteration = {groups} be a "
+            f"multiple of {processes.size * parts}, or start fewer processes"
+        )
+    texts = "\n".join(f"{prompt.text}\t{sorted(prompt.metadata)}" for prompt in prompts)
+    facts = {"recipe": recipe.to_yaml(), "set of prompts (prompts.train)": texts}
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in facts.items()}
+    processes.refuse_difference(hashes)
+
+
+def place(
+    pipe: Any, denoisers: Mapping[str, nn.Module], recipe: Recipe, processes: Processes, moves: bool
+) -> None:
+    """Put a pipeline where this process computes, its denoisers sharded if the recipe wants it.
+
+    Args:
+        pipe: the pipeline.
+        denoisers: of it.
+        recipe: ``train.sharding`` and ``lora`` are read.
+        moves: whether it goes to this process's device; else it stays where it is.
+    """
+    if recipe.train.sharding == "none":
+        if moves:
+            pipe.to(processes.device)
+        return
+    device = processes.device
+    for name, module in pipe.components.items():
+        if not isinstance(module, nn.Module):
+            continue
+        if name not in denoisers:
+            if moves:
+                module.to(device)
+        elif not moves:
+            device = next(module.parameters()).device
+    for denoiser in denoisers.values():
+        denoiser.requires_grad_(recipe.lora is None)  # the sharding remembers which have gradients
+    shard(denoisers, processes, device)
+
+
+def _refuse_with_sharding(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
+    memory, where = recipe.memory, "train.sharding = 'fsdp2'"
+    for name in ("quantization", "snapshot_device"):
+        if (value := getattr(memory, name)) is not None:
+            raise UserError(f"{where}: memory.{name} = {value!r} is not possible with it; use null")
+    if any(pictures_of(prompt.text) for prompt in prompts):
+        raise UserError(
+            f"{where}: prompts with pictures need as many passes as there are pictures, and with "
+            "sharded weights all processes must make the same; use train.sharding = none"
+        )

@@ -1,0 +1,314 @@
+"""The processes of a run: who they are, and what they tell each other."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dgpo.distributed.watch import Watch
+from dgpo.errors import UserError
+from dgpo.interrupts import Terminated
+
+T = TypeVar("T")
+BUCKET = 1 << 26
+"""Numbers that are summed over the processes at once; a copy of them is made."""
+
+
+class Processes:
+    """The processes of a run; by default the one that there is.
+
+    What is said between processes is JSON or plain tensors. Every method that says *collective*
+    must be called by all processes, in one order.
+
+    Args:
+        rank: the number of this process, from 0.
+        size: how many there are.
+        device: where this process computes; None for a GPU if there is one.
+        watch: looks after the others; None if there are none.
+        control: the group by which they speak on the CPU.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        device: torch.device | None = None,
+        watch: Watch | None = None,
+        control: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.rank, self.size, self.watch = rank, size, watch
+        self.heard = 0
+        """The signal that asks this process to stop, as :func:`dgpo.distributed.stops.hearing`
+        keeps it; 0 for none."""
+        self._device, self._control = device, control
+
+    @property
+    def device(self) -> torch.device:
+        """Where a model is put that is loaded by its name."""
+        return self._device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the run folder and speaks for all."""
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        return self.size == 1
+
+    def split(self, count: int, parts: int = 1) -> tuple[Tensor, ...]:
+        """Which of ``count`` places each process has: [n] ascending numbers for every process.
+
+        The places are cut into ``parts`` equal runs, and every run is spread evenly over the
+        processes, each of which gets neighbours.
+        """
+        runs = torch.arange(count).tensor_split(parts)
+        shared = [run.tensor_split(self.size) for run in runs]
+        return tuple(torch.cat([run[rank] for run in shared]) for rank in range(self.size))
+
+    def gather(self, value: T, what: str) -> list[T]:
+        """Every process's JSON value, by rank. Collective.
+
+        Args:
+            value: numbers (also NaN), texts, None, lists, and dicts whose keys are texts.
+            what: it is, for whoever has to be told that a process is missing.
+        """
+        if self.alone:
+            return [value]
+        mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        with self._meeting(what):
+            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+            dist.all_gather(sizes, torch.tensor([len(mine)]), group=self._control)
+            room = int(torch.cat(sizes).max())
+            padded = torch.cat([mine, mine.new_zeros(room - len(mine))])
+            found = [torch.empty_like(padded) for _ in range(self.size)]
+            dist.all_gather(found, padded, group=self._control)
+        return [
+            json.loads(text[: int(length)].numpy().tobytes())
+            for text, length in zip(found, sizes, strict=True)
+        ]
+
+    def from_main(self, make: Callable[[], T], what: str) -> T:
+        """What the main process makes of it, a JSON value, in all of them. Collective."""
+        if self.alone:
+            return make()
+        return self.gather(make() if self.main else None, what)[0]  # pyright: ignore[reportReturnType]
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of a tensor over the processes, the same in all of them. Collective."""
+        if self.alone:
+            return x
+        total = x.contiguous().clone()
+        with self._meeting("a sum over the processes"):
+            dist.all_reduce(total, group=self._control if x.device.type == "cpu" else None)
+        return total
+
+    def spread(self, x: Tensor) -> Tensor:
+        """The main process's CPU tensor, in all of them: the others give one like it. Collective.
+
+        Returns:
+            ``x``, which holds it.
+        """
+        if not self.alone:
+            with self._meeting("tensors of the main process"):
+                dist.broadcast(x, src=0, group=self._control)
+        return x
+
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Add the gradients up over the processes. Collective.
+
+        A parameter that no process has a gradient of is left without one: an optimiser passes it
+        over.
+        """
+        if self.alone:
+            return
+        held = self.sum(torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64))
+        some = [p for p, count in zip(parameters, held.tolist(), strict=True) if count]
+        for parameter in some:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for bucket in _buckets([p.grad for p in some if p.grad is not None]):
+            total = self.sum(torch.cat([gradient.reshape(-1) for gradient in bucket]))
+            sums = total.split([gradient.numel() for gradient in bucket])
+            for gradient, summed in zip(bucket, sums, strict=True):
+                gradient.copy_(summed.view_as(gradient))
+
+    def stop_if_asked(self, what: str) -> None:
+        """Stop here if a signal has asked any process to. Collective.
+
+        Args:
+            what: is about to be done.
+
+        Raises:
+            KeyboardInterrupt: one has heard Ctrl-C.
+            Terminated: one has heard SIGTERM.
+        """
+        if self.alone:
+            return
+        heard = max(self.gather(self.heard, what))
+        self.heard = 0
+        if heard == signal.SIGINT:
+            raise KeyboardInterrupt
+        if heard:
+            raise Terminated
+
+    def refuse_difference(self, facts: dict[str, str]) -> None:
+        """See that all processes were given the same. Collective.
+
+        Args:
+            facts: by what the user calls them.
+
+        Raises:
+            UserError: a process was given something else than the first.
+        """
+        every = self.gather(facts, "what the processes were given")
+        for rank, other in enumerate(every):
+            wrong = [name for name in facts if other.get(name) != every[0].get(name)]
+            if wrong:
+                raise UserError(
+                    f"process {rank} of {self.size} was given another {' and another '.join(wrong)}"
+                    " than process 0: all need the same command, recipe and files"
+                )
+
+    @contextmanager
+    def ending_together(self) -> Iterator[None]:
+        """An exception in the block ends all processes, and they tell why.
+
+        ``KeyboardInterrupt`` and what asks for an end (``SystemExit``) are left alone.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.watch is not None:
+                self.watch.fail(error)
+            raise
+
+    @contextmanager
+    def _meeting(self, what: str) -> Iterator[None]:
+        assert self.watch is not None
+        with self.watch.waiting(what):
+            yield
+
+
+ALONE = Processes()
+_started: Processes | None = None
+
+
+def here() -> Processes:
+    """The processes that a launcher has started this one with; :data:`ALONE` without a launcher.
+
+    The first call connects them, by the variables that launchers set (``RANK``, ``WORLD_SIZE``,
+    ``LOCAL_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``), unless the program has done so itself.
+
+    Raises:
+        UserError: the variables are not complete, or more processes than GPUs run on a machine.
+    """
+    global _started
+    if _started is None:
+        several = dist.is_available() and (dist.is_initialized() or _number("WORLD_SIZE", 1) > 1)
+        if not several:
+            return ALONE
+        _started = _connect()
+        atexit.register(leave)
+        _tell_of_what_nobody_catches()
+    return _started
+
+
+def started() -> bool:
+    """Whether a launcher has started several processes, of which this is one."""
+    return _started is not None or _number("WORLD_SIZE", 1) > 1
+
+
+def tell(error: Exception) -> None:
+    """Say why this process ends, if there are others: they end too."""
+    if _started is not None and _started.watch is not None:
+        _started.watch.fail(error)
+
+
+def leave() -> None:
+    """Say goodbye to the other processes, after which each ends on its own."""
+    global _started
+    if _started is None:
+        return
+    watch, _started = _started.watch, None
+    if watch is not None and watch.stop() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _connect() -> Processes:
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing and not dist.is_initialized():
+        raise UserError(
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']} but {', '.join(missing)} is not set: start "
+            "the processes by torchrun or accelerate launch, or unset WORLD_SIZE"
+        )
+    device = _own_device()
+    if not dist.is_initialized():
+        backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{_backend_of(device)}"
+        dist.init_process_group(backend)
+    store = dist.PrefixStore("dgpo", dist.distributed_c10d._get_default_store())
+    # a slow process is told of by the watch, not by this limit
+    control = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    watch = Watch(store, dist.get_rank(), dist.get_world_size())
+    return Processes(watch.rank, watch.size, device, watch, control)
+
+
+def _own_device() -> torch.device:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        return torch.device("cpu")
+    local, count = _number("LOCAL_RANK", 0), torch.accelerator.device_count()
+    if local >= count:
+        raise UserError(
+            f"process {local} of this machine has no {accelerator.type} device, there are {count}: "
+            f"start at most {count} processes on each machine (--nproc-per-node)"
+        )
+    torch.accelerator.set_device_index(local)
+    return torch.device(accelerator.type, local)
+
+
+def _backend_of(device: torch.device) -> str:
+    return f"{device.type}:{dist.get_default_backend_for_device(device)}"
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.strip().isdigit():
+        raise UserError(f"{name} = {text!r} in the environment is no number of a process")
+    return int(text)
+
+
+def _tell_of_what_nobody_catches() -> None:
+    """An exception in the user's own program, outside the trainer, ends the other processes too."""
+    before = sys.excepthook
+
+    def hook(kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, Exception):
+            tell(error)
+        before(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one dtype and device, of about :data:`BUCKET` numbers together."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        same = not bucket or (bucket[0].dtype, bucket[0].device) == (tensor.dtype, tensor.device)
+        if bucket and (not same or sum(t.numel() for t in bucket) + tensor.numel() > BUCKET):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket

@@ -1,0 +1,214 @@
+"""The end of one process is the end of all, and one that hangs is called by its name.
+
+A process that waits in a collective operation cannot be reached: it would wait for one that has
+died, or hangs, for as long as the backend allows. So a thread of each process looks into the store
+by which the processes found each other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import monotonic, sleep
+from typing import Any
+
+import torch.distributed as dist
+
+from dgpo.errors import UserError
+
+LOOK_EVERY = 0.5
+"""Seconds between two looks into the store."""
+PATIENCE = 10.0
+"""Seconds that a process waits for an answer of the others, at most, before it ends."""
+GOODBYE = 60.0
+"""Seconds that the first process waits for the others to come to their end."""
+_FAILED = "failed"
+
+
+class Watch:
+    """Looks after the other processes of a run.
+
+    Args:
+        store: by which all processes speak.
+        rank: the number of this process.
+        size: how many there are.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self.hang_seconds: float | None = None
+        """How long one process may keep the others waiting; None: for ever."""
+        self._store = store
+        self._main = threading.main_thread()
+        self._met = 0
+        self._since: float | None = None
+        self._stopped = threading.Event()
+        self._lost: float | None = None
+        self._told = False
+        self.name = f"process {rank} of {size} (pid {os.getpid()} on {socket.gethostname()})"
+        store.set(f"name/{rank}", self.name)
+        threading.Thread(target=self._look, daemon=True, name="dgpo-watch").start()
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """This process meets the others in the block."""
+        self._met += 1
+        self._store.set(f"at/{self.rank}", json.dumps([self._met, what]))
+        self._since = monotonic()
+        try:
+            yield
+        except RuntimeError:
+            # the connection to a process that has failed is closed: that one says what it was
+            if self._failure(PATIENCE) is not None:
+                self._end()
+            raise
+        finally:
+            self._since = None
+
+    def fail(self, error: BaseException) -> None:
+        """Tell all processes why this one ends, and give them the time to end first."""
+        user = isinstance(error, UserError)
+        told = str(error) if user else "".join(traceback.format_exception(error))
+        self._accuse(f"{self.name} failed, which ends all:\n{told}")
+
+    def stop(self) -> bool:
+        """Look no more: the run is over. The first process, which may keep the store, waits until
+        the others are as far. Returns whether all went well."""
+        self._stopped.set()
+        if self._told:
+            return False
+        try:
+            self._store.add("left", 1)
+            began = monotonic()
+            while self.rank == 0 and self._store.add("left", 0) < self.size:
+                if self._failure() is not None or monotonic() - began > GOODBYE:
+                    return False
+                sleep(0.05)
+        except RuntimeError:
+            return False
+        return True
+
+    def _accuse(self, text: str) -> None:
+        """Write down the failure; if another was first, end for that one."""
+        if self._told:
+            return
+        mine = json.dumps({"by": self.rank, "text": text})
+        self._told = True  # before the other thread can see it
+        try:
+            first = self._store.compare_set(_FAILED, "", mine).decode()
+            if first != mine:
+                self._end()
+            began = monotonic()
+            while monotonic() - began < PATIENCE and self._store.add("ended", 0) < self.size - 1:
+                sleep(0.05)
+        except RuntimeError:
+            pass  # the store is gone, and the other processes with it
+
+    def _look(self) -> None:
+        while not self._stopped.wait(LOOK_EVERY):
+            try:
+                if not self._told and self._failure() is not None:
+                    self._end()
+                if self._store.check([f"asked/{self.rank}"]):
+                    self._store.delete_key(f"asked/{self.rank}")
+                    self._store.set(f"stack/{self.rank}", self._stack())
+                self._find_missing()
+                self._lost = None
+            except RuntimeError:
+                self._store_is_gone()
+
+    def _find_missing(self) -> None:
+        """Ends all if some process has kept this one waiting for too long."""
+        since, met = self._since, self._met
+        if since is None or self.hang_seconds is None:
+            return
+        waited = monotonic() - since
+        if waited < self.hang_seconds:
+            return
+        missing = [rank for rank in range(self.size) if self._place(rank)[0] < met]
+        if not missing or self._since != since:
+            return
+        what = self._place(self.rank)[1]
+        lines = [f"waited {waited:.0f} s for {what} (guards.hang_minutes), and no sign of:"]
+        for rank in missing:
+            last = self._place(rank)[1]
+            lines.append(f"{self._ask(f'name/{rank}')}, which took part last in: {last}")
+            lines.append(self._ask(f"stack/{rank}", f"asked/{rank}"))
+        self._accuse("\n".join([f"{self.name} {lines[0]}", *lines[1:]]))
+        self._end()
+
+    def _place(self, rank: int) -> tuple[int, str]:
+        """How often a process has met the others, and the last time for what."""
+        if not self._store.check([f"at/{rank}"]):
+            return 0, "nothing yet"
+        met, what = json.loads(self._store.get(f"at/{rank}"))
+        return met, what
+
+    def _ask(self, key: str, question: str | None = None) -> str:
+        if question is not None:
+            self._store.set(question, "1")
+        began = monotonic()
+        while not self._store.check([key]):
+            if monotonic() - began > PATIENCE:
+                return "it does not answer: it is stopped, dead, or its machine cannot be reached"
+            sleep(0.1)
+        return self._store.get(key).decode()
+
+    def _stack(self) -> str:
+        """Where the main thread of this process is."""
+        frame = sys._current_frames().get(self._main.ident or 0)
+        lines = traceback.format_stack(frame) if frame is not None else []
+        return "it is here (most recent call last):\n" + "".join(lines)
+
+    def _failure(self, patience: float = 0.0) -> dict[str, Any] | None:
+        """What another process has failed by, if one has."""
+        began = monotonic()
+        while True:
+            try:
+                if self._store.check([_FAILED]):
+                    return json.loads(self._store.get(_FAILED))
+            except RuntimeError:
+                if not patience:
+                    raise
+                return None
+            if monotonic() - began >= patience:
+                return None
+            sleep(0.1)
+
+    def _store_is_gone(self) -> None:
+        """The launcher, or the first process, has ended; wait a moment for this one to end too."""
+        self._lost = self._lost or monotonic()
+        if monotonic() - self._lost > PATIENCE and not self._stopped.is_set():
+            text = f"{self.name}: the process that started the run is gone, which ends this one\n"
+            _leave(text)
+
+    def _end(self) -> None:
+        """End this process for the failure that was written down. Does not return."""
+        text = None
+        try:
+            found = self._failure()
+            # the first process tells of it as well: its output is what one looks at
+            if found is not None and self.rank in (0, found["by"]):
+                text = found["text"]
+            if found is not None and found["by"] != self.rank:
+                self._store.add("ended", 1)
+        except RuntimeError:
+            pass  # nobody is left to be told
+        _leave(text)
+
+
+def _leave(text: str | None) -> None:
+    """The main thread may be inside an operation that never returns."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\x1b[?25h")  # the cursor, which a progress bar has hidden
+    if text:
+        sys.stderr.write(text.rstrip() + "\n")
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(1)

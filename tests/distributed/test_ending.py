@@ -1,0 +1,57 @@
+"""One process that fails, hangs or is stopped, and what becomes of the others."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dgpo.checkpoint import find_checkpoint
+from distributed import together
+from distributed.together import Ended, world
+
+
+def check_all_ended(ended: Ended) -> None:
+    """None was killed for being late, and none believes that it is done."""
+    assert not {0, None, -signal.SIGKILL} & set(ended.codes), ended
+
+
+def test_a_reward_that_raises_in_one_ends_all(tmp_path: Path) -> None:
+    ended = world(2, together.train_with, tmp_path, tmp_path, together.raises, {})
+    check_all_ended(ended)
+    for told in ended.errors:  # the one that failed, and the first, at which one looks
+        assert "no such judge" in told and "LookupError" in told
+    assert "process 1 of 2" in ended.errors[0] and "Connection" not in ended.errors[0]
+
+
+def test_one_that_does_not_come_is_named_with_its_place(tmp_path: Path) -> None:
+    ended = world(2, together.sleep_in_one, tmp_path, tmp_path)
+    check_all_ended(ended)
+    told = ended.errors[0]
+    assert "for the second meeting" in told and "process 1 of 2" in told
+    assert "took part last in: the first meeting" in told and "time.sleep(10_000)" in told
+
+
+@pytest.mark.slow
+def test_a_reward_that_hangs_in_one_is_named(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"guards": {"hang_minutes": 0.5}}
+    ended = world(2, together.train_with, tmp_path, tmp_path, together.hangs, changes)
+    check_all_ended(ended)
+    told = ended.errors[0]
+    assert "guards.hang_minutes" in told and "process 1 of 2" in told
+    assert "time.sleep(20_000)" in told and "the rewards of all pictures" in told
+
+
+def test_sigterm_to_one_saves_and_ends_all(tmp_path: Path) -> None:
+    changes = {"train": {"iterations": 50}}
+    ended = world(2, together.train_with, tmp_path, tmp_path, together.terminates, changes)
+    assert ended.codes == [0, 0], "\n".join(ended.errors)
+    assert find_checkpoint(tmp_path / "checkpoints").iteration < 50
+
+
+def test_other_recipes_are_refused(tmp_path: Path) -> None:
+    ended = world(2, together.train_unlike, tmp_path, tmp_path)
+    check_all_ended(ended)
+    assert "process 1 of 2 was given another recipe than process 0" in "".join(ended.errors)

@@ -1,0 +1,73 @@
+"""The number of processes changes no update, whatever the algorithm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dgpo.registry import ALGORITHMS
+from distributed.together import NotesPrompts, all_well, alone, apart, check_figures, train, weights
+from tiny_runs import rows
+
+FAST = ("dgpo", "flow_grpo")
+
+
+def same_update(folder: Path, name: str, sizes: tuple[int, ...]) -> None:
+    alone(train, folder / "1", folder / "1", name)
+    here = weights(folder / "1")
+    moved = [here[n] - here[n.replace("policy", "slow")] for n in here if n.startswith("policy.")]
+    assert max(float(tensor.abs().max()) for tensor in moved) > 1e-4
+    for size in sizes:
+        several = folder / str(size)
+        all_well(size, train, several, several, name)
+        assert apart(folder / "1", several) < 1e-6
+        check_figures(folder / "1", several, 1e-6)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_two_processes_are_one(name: str, tmp_path: Path) -> None:
+    """Fifteen pictures, or two parts of five, in groups of five: no process has whole groups."""
+    same_update(tmp_path, name, (2,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_two_and_four_processes_are_one(name: str, tmp_path: Path) -> None:
+    same_update(tmp_path, name, (2, 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAST)
+def test_a_run_goes_on_with_another_number(name: str, tmp_path: Path) -> None:
+    through, changed = tmp_path / "through", tmp_path / "changed"
+    long: dict[str, Any] = {"train": {"iterations": 4}}
+    alone(train, through, through, name, long)
+    all_well(2, train, changed, changed, name)
+    all_well(4, train, changed, changed, name, {**long, "resume": True})
+    assert apart(through, changed) < 1e-6
+    check_figures(through, changed, 1e-6)
+
+
+def test_each_held_out_prompt_counts_once(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "eval_dataset": [f"{n} red dog" for n in range(5)],
+        "eval": {"at_start": True, "every": 0, "batch": 2},
+        "train": {"iterations": 1},
+        "reward": NotesPrompts(str(tmp_path)),
+    }
+
+    def scored(size: int) -> list[str]:
+        run = tmp_path / str(size)
+        all_well(size, train, run, run, "best_of_n", changes)
+        lines = (tmp_path / "scored.txt").read_text().splitlines()
+        (tmp_path / "scored.txt").unlink()
+        return sorted(line for line in lines if line.endswith(" red dog"))
+
+    one, two = scored(1), scored(2)
+    # two evaluations of five prompts; every process tries the reward with the first and the last
+    assert len(one) == 12 and two == sorted([*one, "0 red dog", "4 red dog"])
+    for a, b in zip(*(rows(tmp_path / n, "evaluations.jsonl") for n in "12"), strict=True):
+        assert a["n"] == b["n"] == 5 and b["overall"] == pytest.approx(a["overall"], abs=1e-6)
+        assert b["ci95"] == pytest.approx(a["ci95"], abs=1e-6)

@@ -1,0 +1,57 @@
+"""FSDP2: the denoiser in pieces gives the update, the checkpoint and the model of the whole one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+
+from dgpo.errors import UserError
+from distributed.together import all_well, alone, apart, check_figures, run, train, weights
+
+SHARDED: dict[str, Any] = {"train": {"sharding": "fsdp2"}}
+LORA: dict[str, Any] = {"lora": {"rank": 4, "alpha": 12}}
+
+
+@pytest.mark.parametrize("name", ["dgpo", pytest.param("flow_grpo", marks=pytest.mark.slow)])
+def test_all_weights_in_pieces(name: str, tmp_path: Path) -> None:
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    alone(train, whole, whole, name)
+    all_well(2, train, pieces, pieces, name, SHARDED)
+    assert apart(whole, pieces) < 1e-5
+    model = SD3Transformer2DModel.from_pretrained(pieces / "model" / "transformer")
+    slow = weights(whole)
+    for name_, weight in model.named_parameters():
+        assert torch.allclose(weight, slow[f"slow.transformer.{name_}"].to(weight), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("later", [SHARDED, {}], ids=["in pieces", "whole"])
+def test_pieces_go_on(later: dict[str, Any], tmp_path: Path) -> None:
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    alone(train, whole, whole, "dgpo")
+    half = {"train": {"sharding": "fsdp2", "iterations": 1}}
+    all_well(2, train, pieces, pieces, "dgpo", half)
+    all_well(2, train, pieces, pieces, "dgpo", {**later, "resume": True})
+    assert apart(whole, pieces) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dgpo", "flow_grpo", "crd"])
+def test_a_lora_on_a_frozen_base_in_pieces(name: str, tmp_path: Path) -> None:
+    """The LoRA is float32, whole in each process, and not merged where the base is sharded."""
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    changes = {**LORA, "train": {"lr": 1e-5}}
+    alone(train, whole, whole, name, changes)
+    sharded = {**LORA, "train": {"lr": 1e-5, "sharding": "fsdp2"}}
+    all_well(2, train, pieces, pieces, name, sharded)
+    assert apart(whole, pieces) < 1e-5
+    check_figures(whole, pieces, 1e-3, counts=False)
+
+
+def test_one_process_has_nothing_to_shard(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train.sharding = 'fsdp2'.*torchrun"):
+        run(tmp_path, "dgpo", **SHARDED)

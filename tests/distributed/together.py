@@ -1,0 +1,240 @@
+"""Runs of several gloo processes on this machine, of the tiny pipelines in float64."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dgpo import registry
+from dgpo.distributed.processes import here, leave
+from dgpo.rewards.stand_in import brightness
+from dgpo.trainer import Trainer
+from families.tiny import sd3_small, sd15
+from reliable import ALGORITHMS, processes
+from tiny_runs import PROMPTS, rows, settings
+
+ENOUGH = 300.0
+"""Seconds for a world of processes to end; a slow machine needs a part of it."""
+
+
+class Ended(NamedTuple):
+    """How a world of processes ended: exit codes and what each wrote to stderr, by rank."""
+
+    codes: list[int]
+    errors: list[str]
+
+
+def world(size: int, target: Callable[..., None], folder: Path, *arguments: Any) -> Ended:
+    """Run ``target(*arguments)`` in so many processes that a launcher would have started."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = processes()
+    files = [folder / f"stderr-{rank}.txt" for rank in range(size)]
+    started = [
+        context.Process(target=_process, args=(rank, size, port, str(file), target, arguments))
+        for rank, file in enumerate(files)
+    ]
+    for process in started:
+        process.start()
+    until = time.monotonic() + ENOUGH
+    for process in started:
+        process.join(max(0.0, until - time.monotonic()))
+    for process in started:
+        if process.is_alive():
+            process.kill()
+            process.join()
+    codes = [process.exitcode for process in started]
+    return Ended(codes, [file.read_text() if file.exists() else "" for file in files])
+
+
+def alone(target: Callable[..., None], folder: Path, *arguments: Any) -> None:
+    """Run it in one process, without a launcher."""
+    ended = world(1, target, folder, *arguments)
+    assert ended.codes == [0], ended.errors[0]
+
+
+def all_well(size: int, target: Callable[..., None], folder: Path, *arguments: Any) -> None:
+    ended = world(size, target, folder, *arguments)
+    assert ended.codes == [0] * size, "\n".join(ended.errors)
+
+
+def _process(
+    rank: int, size: int, port: int, file: str, target: Callable[..., None], arguments: Any
+) -> None:
+    torch.set_num_threads(1)
+    handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 2)
+    sys.stderr = os.fdopen(handle, "w", buffering=1)
+    if size > 1:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+    import dgpo.tracking
+
+    dgpo.tracking.curve = lambda *args: None  # pyright: ignore
+    dgpo.tracking._event_writer = lambda *args: _NoEvents()
+    code = 0
+    try:
+        target(*arguments)
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) else 1
+        if code:
+            traceback.print_exc()
+    leave()
+    sys.stderr.flush()
+    os._exit(int(code or 0))
+
+
+class _NoEvents:
+    def add_scalar(self, *args: Any) -> None: ...
+    def close(self) -> None: ...
+
+
+def patchy(images: Any, prompts: list[str]) -> list[float]:
+    """The brightness, but no difference between the pictures of a dog."""
+    values = brightness(images, prompts)
+    return [0.5 if "dog" in text else value for text, value in zip(prompts, values, strict=True)]
+
+
+def run(
+    folder: Path,
+    name: str,
+    reward: Any = patchy,
+    dtype: torch.dtype = torch.float64,
+    resume: bool = False,
+    **changes: Any,
+) -> Trainer:
+    """A trainer by a registered algorithm whose groups no number of processes divides."""
+    kind = registry.resolve("algorithm", name)
+    own = dict(ALGORITHMS.get(name, {}))
+    if "timesteps" in kind.model_fields:
+        own["timesteps"] = {"count": 2, "indices": (0, 2)}
+    eval_dataset = changes.pop("eval_dataset", None)
+    recipe = settings(
+        **{
+            "group_size": 5,
+            # a policy gradient takes two steps, each on half of the groups
+            "groups_per_iteration": 2 if "updates" in own else 3,
+            "rollout": {"batch": 2},
+            "lora": None,
+            "guards": {"hang_minutes": 2.0},
+            **changes,
+            "train": {"iterations": 2, "lr": 1e-3, "micro_batch": 2, **changes.pop("train", {})},
+        }
+    )
+    recipe |= {"algorithm": {"name": name, **own}, "run": {"dir": str(folder)}}
+    pipe = sd3_small()
+    if name == "ddpo":  # it needs a denoiser that predicts epsilon
+        pipe = sd15()
+        recipe["lora"] = recipe["lora"] and {"rank": 4, "targets": ["to_q", "to_k"]}
+    return Trainer(
+        model=pipe.to(dtype),
+        reward_funcs=reward,
+        train_dataset=PROMPTS,
+        eval_dataset=eval_dataset,
+        recipe=recipe,
+        resume=resume,
+    )
+
+
+def train(folder: Path, name: str, changes: dict[str, Any] | None = None) -> None:
+    run(folder, name, **(changes or {})).train()
+
+
+def train_with(folder: Path, reward: Any, changes: dict[str, Any]) -> None:
+    run(folder, "dgpo", reward, **{"rollout": {"batch": None}, **changes}).train()
+
+
+def train_unlike(folder: Path) -> None:
+    """Each process is given another learning rate."""
+    run(folder, "dgpo", train={"lr": 1e-3 * (1 + int(os.environ["RANK"]))}).train()
+
+
+def sleep_in_one(folder: Path) -> None:
+    """The processes meet once, then one of them never comes back."""
+    everyone = here()
+    everyone.gather(None, "the first meeting")
+    assert everyone.watch is not None
+    everyone.watch.hang_seconds = 1.0
+    if everyone.rank == 1:
+        time.sleep(10_000)
+    everyone.gather(None, "the second meeting")
+
+
+def _asked(limit: int) -> bool:
+    """Whether process 1 is asked about more pictures than the two of the trial."""
+    return os.environ.get("RANK") == "1" and limit > 2
+
+
+def raises(images: Any, prompts: list[str]) -> list[float]:
+    if _asked(len(images)):
+        raise LookupError("no such judge")
+    return brightness(images, prompts)
+
+
+def hangs(images: Any, prompts: list[str]) -> list[float]:
+    if _asked(len(images)):
+        time.sleep(20_000)
+    return brightness(images, prompts)
+
+
+def terminates(images: Any, prompts: list[str]) -> list[float]:
+    if _asked(len(images)):
+        signal.raise_signal(signal.SIGTERM)
+    return brightness(images, prompts)
+
+
+class NotesPrompts:
+    """The brightness; the prompts that it was asked about are written down."""
+
+    __name__ = "notes"
+
+    def __init__(self, folder: str) -> None:
+        self.file = Path(folder) / "scored.txt"
+
+    def __call__(self, images: Any, prompts: list[str]) -> list[float]:
+        with self.file.open("a") as file:
+            file.writelines(f"{text}\n" for text in prompts)
+        return brightness(images, prompts)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights, averages and moments of the last checkpoint."""
+    last = max((folder / "checkpoints").glob("[0-9]" * 8))
+    return load_file(last / "tensors.safetensors")
+
+
+def apart(one: Path, two: Path) -> float:
+    """The largest difference of a weight, an average or a moment."""
+    here, there = weights(one), weights(two)
+    assert here.keys() == there.keys() and any(name.endswith("exp_avg") for name in here)
+    return max(float((here[name] - there[name]).abs().max()) for name in here)
+
+
+def check_figures(one: Path, two: Path, tolerance: float, counts: bool = True) -> None:
+    """What was measured is that of all pictures, each counted once."""
+    first, second = rows(one), rows(two)
+    assert len(first) == len(second) > 0
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            if name.startswith("seconds") or (not counts and name in ("forwards", "backwards")):
+                continue
+            assert b[name] == pytest.approx(a[name], rel=tolerance, abs=tolerance), name
