@@ -133,6 +133,25 @@ def test_it_is_refused_with_the_reason_and_what_fits(name: str, kind: str) -> No
     assert "'ddim'" in message or "these fit: euler, heun" in message
 
 
+def test_a_pipeline_may_come_with_plms_as_stable_diffusion_does() -> None:
+    pipe = build("sd15")
+    pipe.scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    model = PipelineModel(pipe, call=TINY["sd15"].call)
+    cond = conditioning("sd15", model)
+    assert self_check(model, cond).ok
+    own, named = (
+        model.rollout(
+            cond,
+            steps=4,
+            scheduler=make_scheduler(name, pipe.scheduler),
+            generators=[torch.Generator().manual_seed(i) for i in range(cond.size)],
+            decode=False,
+        ).x0
+        for name in (None, "pndm")
+    )
+    assert torch.equal(own, named)
+
+
 def test_the_page_says_so() -> None:
     page = Path(__file__).parents[2] / "docs" / "samplers.md"
     lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line[:2] == "| "]
@@ -166,7 +185,7 @@ def test_what_clips_the_clean_sample_is_not_lost() -> None:
 
 def test_a_stochastic_sampler_of_the_pipelines_own_is_refused_and_checked_with_another() -> None:
     model, cond = made("v, shifted SNR")
-    base = diffusers.CogVideoXDPMScheduler.from_config(model.pipe.scheduler.config)
+    base: Any = diffusers.CogVideoXDPMScheduler.from_config(model.pipe.scheduler.config)
     with pytest.raises(UserError, match="CogVideoXDPMScheduler adds noise at every step"):
         make_scheduler(None, base)
     made_ddim = make_scheduler("ddim", base)

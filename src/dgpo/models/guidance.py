@@ -12,6 +12,7 @@ from dgpo.errors import UserError
 from dgpo.models import by_picture
 from dgpo.models.arguments import guidance_off_candidates, needs_picture, parameters_of
 from dgpo.models.families import family_of
+from dgpo.models.schedulers import middle_timestep
 from dgpo.models.text import Conditioning
 
 Evaluate = Callable[[torch.Tensor, dict[str, Any]], Any]
@@ -118,9 +119,8 @@ class Guidance:
             rows.append(len(output[0]))
 
         hooks = [m.register_forward_hook(count) for m in self._denoisers.values()]
-        schedule = self._pipe.scheduler.timesteps
         try:
-            self._evaluate(schedule[len(schedule) // 2], arguments)
+            self._evaluate(middle_timestep(self._pipe.scheduler), arguments)
         finally:
             for hook in hooks:
                 hook.remove()

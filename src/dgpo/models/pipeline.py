@@ -39,7 +39,7 @@ from dgpo.models.loop import (
 from dgpo.models.memory import free_text_encoders
 from dgpo.models.prompt_cache import PromptCache
 from dgpo.models.rollout import Rollout
-from dgpo.models.schedulers import fresh, process_of
+from dgpo.models.schedulers import fresh, middle_timestep, process_of
 from dgpo.models.text import Conditioning
 from dgpo.models.text_by_call import encoder_of
 
@@ -125,9 +125,8 @@ class PipelineModel:
     @torch.no_grad()
     def _shape_of(self, prompt: str) -> tuple[int, ...]:
         cond = self.encode([prompt], guidance=False)
-        schedule = self.pipe.scheduler.timesteps
         arguments = self.arguments(cond, 1.0)
-        return tuple(self.evaluate(None, schedule[len(schedule) // 2], arguments).shape)
+        return tuple(self.evaluate(None, middle_timestep(self.pipe.scheduler), arguments).shape)
 
     def encode_and_free(self, prompts: Iterable[str]) -> None:
         """Encode all prompts, and let go of the text encoders: from then on embeddings come from

@@ -104,6 +104,14 @@ def level_of_last_step(scheduler: Any, timestep: Any) -> Level:
     return Level(time, sigma)
 
 
+def middle_timestep(scheduler: Any) -> torch.Tensor:
+    """Some timestep of the schedule, 0-dim: PNDM has a schedule only once it has been run."""
+    schedule = scheduler.timesteps
+    if schedule is None:
+        return torch.tensor(scheduler.config.num_train_timesteps // 2)
+    return schedule[len(schedule) // 2]
+
+
 def fresh(scheduler: Any) -> Any:
     """A copy whose state is nobody else's.
 
