@@ -15,12 +15,14 @@ from torch import Tensor
 import dgpo.models.policy
 import dgpo.models.snapshots
 import dgpo.trainer
+import dgpo.trainer_setup
 from dgpo.algorithms.dgpo import DGPO
 from dgpo.core.groups import Groups
 from dgpo.errors import UserError
 from dgpo.evaluation import sample_images
 from dgpo.models.pipeline import PipelineModel
 from dgpo.recipe import Recipe
+from dgpo.rewards import load_rewards
 from dgpo.rewards.stand_in import brightness, redness
 from families.tiny import sd3_small
 from tiny_runs import PROMPTS, TIMESTEPS, Calls, Spy, light, rows, settings, trainer, without_times
@@ -203,7 +205,7 @@ def test_a_folder_in_use_is_refused_before_the_model_is_loaded(
     def load(*args: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(dgpo.trainer, "load_pipeline", load)
+    monkeypatch.setattr(dgpo.trainer_setup, "load_pipeline", load)
     with pytest.raises(UserError, match="holds no checkpoint"):
         trainer(tmp_path, model="pocket", resume=True)
     with pytest.raises(UserError, match=r"no prompts"):
@@ -228,7 +230,7 @@ def test_a_bad_reward_is_named_before_the_run_begins(tmp_path: Path) -> None:
         def bad(images: Any, prompts: Any, answer: Any = answer) -> Any:
             return answer(images, prompts)
 
-        run.rewards = dgpo.trainer.load_rewards([bad])
+        run.rewards = load_rewards([bad])
         with pytest.raises(UserError, match=message):
             run.train()
         assert not (tmp_path / "recipe.yaml").exists()  # so that the next try is not refused

@@ -136,6 +136,7 @@ def evaluate(
 ) -> None:
     """Score a model on held-out prompts by a pinned protocol."""
     protocol = registry.resolve("benchmark", benchmark)
+    from dgpo.distributed import here
     from dgpo.evaluation import Metrics, Sampling
     from dgpo.evaluation import evaluate as run
     from dgpo.models.pipeline import PipelineModel
@@ -152,11 +153,14 @@ def evaluate(
     rows = [row for row in rows for _ in range(protocol.each)]
     metrics = Metrics(protocol.metrics)
     metrics.check(rows)  # before the pictures are made
-    pipe = load(model, lora, precision, device)
+    processes = here()
+    pipe = load(model, lora, precision, device or str(processes.device))
     scheduler = protocol.scheduler and make_scheduler(protocol.scheduler, pipe.scheduler)
     sampling = Sampling(protocol.steps, protocol.guidance_scale, scheduler, batch)
     policy = PipelineModel(pipe, call=protocol.call)
-    report, _ = run(policy, rows, metrics, sampling, protocol.name)
+    report, _ = run(policy, rows, metrics, sampling, protocol.name, processes)
+    if not processes.main:
+        return
     typer.echo(table(report))
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)

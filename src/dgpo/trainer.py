@@ -7,36 +7,31 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from dgpo.ahead import Collector
 from dgpo.algorithms.base import BaseAlgorithm
-from dgpo.collection import Batch, rollout_scheduler
+from dgpo.collection import Batch
 from dgpo.disk import says_disk_full
-from dgpo.distributed.joining import join, place
+from dgpo.distributed.joining import join
 from dgpo.distributed.processes import here
 from dgpo.distributed.quiet import outputs
 from dgpo.distributed.stops import hearing
 from dgpo.errors import UserError
-from dgpo.evaluation import Metrics, Report
+from dgpo.evaluation import Report
 from dgpo.guards import Guards, save_batch
 from dgpo.held_out import HeldOut
 from dgpo.interrupts import Terminated, all_or_nothing, terminable
 from dgpo.media import Video, check_format
-from dgpo.models.arguments import denoisers_of
 from dgpo.models.counting import COUNTED, Counter
-from dgpo.models.load import load_pipeline
-from dgpo.models.memory import save_memory
-from dgpo.models.pipeline import PipelineModel
 from dgpo.models.policy import Policy, RollingWeights
 from dgpo.models.schedulers import make_scheduler
-from dgpo.offline import RankedCollector, ranked_prompts
 from dgpo.progress import clock
-from dgpo.prompts import Prompt, PromptSampler, load_prompts
+from dgpo.prompts import PromptSampler
 from dgpo.recipe import Recipe
-from dgpo.rewards import RewardFailure, RewardSet, load_rewards
+from dgpo.rewards import RewardFailure
 from dgpo.run_checkpoints import RunCheckpoints
 from dgpo.run_manifest import record_start
 from dgpo.tracking import refuse_existing_run
-from dgpo.trainer_arguments import full_recipe, is_pipeline
+from dgpo.trainer_arguments import full_recipe
+from dgpo.trainer_setup import load_data, load_model, make_collector
 from dgpo.updating import NonFinite, Updater
 
 
@@ -85,49 +80,19 @@ class Trainer:
         self._checkpoints = RunCheckpoints(self.recipe, resume, self.processes)
         if not resume and self.processes.main:
             refuse_existing_run(self.folder)
-        self._offline = self.recipe.data.preferences is not None
-        if self._offline and train_dataset is not None:
-            raise UserError("train_dataset: data.preferences brings its own prompts; give one")
-        asked = self.recipe.rewards if reward_funcs is None else reward_funcs
-        self.rewards = load_rewards(asked) if asked or not self._offline else RewardSet([])
+        data = load_data(self.recipe, reward_funcs, train_dataset, eval_dataset)
+        self.rewards, self.metrics, self._offline = data.rewards, data.metrics, data.offline
+        self.prompts, self.eval_prompts = data.prompts, data.eval_prompts
         self.rewards.run_in(self.folder)
-        self.metrics = Metrics(self.recipe.eval.metrics or self.rewards)
-        source, held_out = self.recipe.prompts.train, self.recipe.prompts.eval
-        self.prompts: Sequence[Prompt] = (
-            ranked_prompts(self.recipe)
-            if self._offline
-            else load_prompts(source if train_dataset is None else train_dataset)
-        )
-        held_out = held_out if eval_dataset is None else eval_dataset
-        rows = [] if held_out is None else load_prompts(held_out)
-        self.eval_prompts = rows[: self.recipe.eval.limit]
-        if self.eval_prompts and not self.metrics.names:
-            raise UserError("eval.metrics is missing: what shall be measured on prompts.eval?")
-        if self.recipe.memory.offload_rewards:
-            self.rewards.offload()
-            self.metrics.offload()
-        if not self._offline:
-            self.rewards.check(self.prompts)
-        self.metrics.check(self.eval_prompts)
         per_iteration = self.recipe.groups_per_iteration
         self.sampler = PromptSampler(self.prompts, per_iteration, self.recipe.seed)
         join(self.recipe, self.processes, self.rewards, self.prompts)
 
-        pipe = model
-        if not is_pipeline(model):
-            quantization = self.recipe.memory.quantization
-            pipe = load_pipeline(self.recipe.model, self.recipe.precision, quantization)
-        self._checkpoints.look_at(pipe.components)
-        place(pipe, denoisers_of(pipe), self.recipe, self.processes, not is_pipeline(model))
-        self.model = PipelineModel(
-            pipe, call=self.recipe.rollout.call, prompt_cache=self.recipe.prompt_cache
-        )
-        save_memory(pipe, self.model.denoisers, self.recipe.memory)
-        self.scheduler = make_scheduler(self.recipe.rollout.scheduler, pipe.scheduler)
+        self.model = load_model(self.recipe, model, self._checkpoints, self.processes)
+        self.scheduler = make_scheduler(self.recipe.rollout.scheduler, self.model.pipe.scheduler)
         """The deterministic sampler: of evaluations, and of rollouts without noise."""
         self.model.self_check(self.model.encode([p.text for p in self.prompts[:2]], guidance=True))
-        texts = [p.text for p in (*self.prompts, *self.eval_prompts)]
-        self.model.check_pictures(texts)
+        self.model.check_pictures(data.texts)
         self.policy = Policy(
             self.model,
             self.recipe.lora,
@@ -135,27 +100,10 @@ class Trainer:
             snapshot_device=self.recipe.memory.snapshot_device,
         )
         if self.recipe.memory.free_text_encoders:
-            self.model.encode_and_free(texts)
+            self.model.encode_and_free(data.texts)
         self.updater = Updater(self.policy, self.algorithm, self.recipe, self.processes)
-        self._collect = (
-            RankedCollector(
-                self.model,
-                self.algorithm,
-                self.sampler,
-                self.recipe,
-                self.scheduler,
-                self.processes,
-            )
-            if self._offline
-            else Collector(
-                self.policy,
-                self.rewards,
-                self.algorithm,
-                self.sampler,
-                self.recipe,
-                rollout_scheduler(self.recipe, pipe.scheduler),
-                self.processes,
-            )
+        self._collect = make_collector(
+            self.recipe, data, self.sampler, self.policy, self.scheduler, self.processes
         )
         self.counter = Counter(self.model.denoisers.values())
         self._held_out = HeldOut(

@@ -38,7 +38,11 @@ def join(
     parts = getattr(recipe.algorithm, "updates", 1)
     groups = recipe.groups_per_iteration
     share = Share.of(groups, recipe.group_size, parts, processes)
-    together = rewards.names_of_groups
+    if people := rewards.names_with("asks_people"):
+        raise UserError(
+            f"rewards: {', '.join(people)} asks people on a page of one process: use one"
+        )
+    together = rewards.names_with("group_wise")
     if together and share.splits(torch.arange(groups * recipe.group_size)):
         raise UserError(
             f"rewards: {', '.join(together)} compares the pictures of a group, and groups are "

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from PIL import Image
@@ -142,10 +142,9 @@ class RewardSet:
     def names(self) -> list[str]:
         return [entry.name for entry in self._entries]
 
-    @property
-    def names_of_groups(self) -> list[str]:
-        """Those of the rewards that compare the pictures of a group."""
-        return [entry.name for entry in self._entries if _group_wise(entry.function)]
+    def names_with(self, attribute: Literal["group_wise", "asks_people"]) -> list[str]:
+        """The rewards that compare the pictures of a group, or that are people."""
+        return [entry.name for entry in self._entries if getattr(entry.function, attribute, False)]
 
     @property
     def weights(self) -> dict[str, float]:
