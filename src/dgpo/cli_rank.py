@@ -124,10 +124,11 @@ def _collect(
         typer.echo("\nstopped")
     finally:
         page.stop()
-        done = export(store)
+        done, agreement = export(store), desk.state().agreement
         store.close()
-        again = "the same command goes on"
-        typer.echo(f"{done} ranked groups in {folder}/groups.jsonl; {again}")
+        typer.echo(f"{done} ranked groups in {folder}/groups.jsonl; the same command goes on")
+        if agreement.share is not None:
+            typer.echo(f"raters agree on {agreement.share:.0%} of {agreement.pairs} pairs")
 
 
 def _draw(artist: Any, desk: Desk, groups: int | None, ahead: int) -> None:

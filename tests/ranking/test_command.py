@@ -47,6 +47,17 @@ def test_ctrl_c_keeps_what_was_ranked(tmp_path):
     assert len(read_groups(tmp_path)) == 2
 
 
+def test_training_on_it_at_once(tmp_path):
+    port, quick = free_port(), ["train.iterations=1", "groups_per_iteration=1", "samples.count=0"]
+    quick += ["prompts.eval=null", f"run.dir={tmp_path / 'run'}"]
+    with Rater(port):
+        done = rank("--train", "--port", port, "--ask", "stars", "--out", tmp_path / "kept", *quick)
+    assert done.exit_code == 0, done.output
+    assert len(read_groups(tmp_path / "kept")) == 1 and (tmp_path / "run" / "lora").is_dir()
+    again = rank("--train", "--port", port, *quick)
+    assert again.exit_code == 2 and "already holds a run" in again.output
+
+
 def test_what_the_command_refuses(tmp_path):
     for arguments, message in (
         (["--ask", "dates"], "one of likes, order, stars"),

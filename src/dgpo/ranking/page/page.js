@@ -1,7 +1,7 @@
 "use strict";
 // Shows groups and sends answers. Texts of the run are set as textContent, never as HTML.
 
-const KEYS = "1234567890qwertyuiopdfghjklxcvbnm"; // S skips, Z enlarges, A is free
+const KEYS = "1234567890qwertyuiopdfghjklxcvbnm"; // S skips, Z enlarges
 const TINY = 128; // pictures up to so many pixels are enlarged without smoothing
 const TASKS = {
   likes: "Choose the pictures you like.",
