@@ -151,7 +151,7 @@ def make_app(desk: Desk, ask: Kind = "likes", token: str | None = None) -> Any:
         return FileResponse(desk.store.folder / file, media_type="image/png")
 
     for path, (name, kind) in PAGES.items():
-        content = files("dgpo.ranking").joinpath("page", name).read_bytes()
+        content = (files("dgpo.ranking") / "page" / name).read_bytes()
         app.get(path)(_static(content, kind))
 
     return _Headers(_ThisMachine(Gate(app, token, BODY, PAGES), token))

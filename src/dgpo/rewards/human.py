@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from dgpo.errors import UserError
-from dgpo.ranking.answers import Kind
+from dgpo.ranking.answers import KINDS, Kind
 from dgpo.ranking.server import PORT, PageServer
 
 if TYPE_CHECKING:
@@ -54,10 +54,8 @@ class HumanReward:
         port: int = PORT,
         token_file: str | None = None,
     ) -> None:
-        if ask not in get_args(Kind):
-            raise UserError(
-                f"rewards.human.options.ask = {ask!r}: one of {', '.join(get_args(Kind))}"
-            )
+        if ask not in KINDS:
+            raise UserError(f"rewards.human.options.ask = {ask!r}: one of {', '.join(KINDS)}")
         if not isinstance(raters, int) or raters < 1:
             raise UserError(f"rewards.human.options.raters = {raters!r}: 1 or more people")
         self._folder = None if folder is None else Path(folder)
