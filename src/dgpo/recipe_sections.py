@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from dgpo.core.sde import AnySde
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 SD3_ATTENTION = [
     "attn.to_q",
@@ -19,6 +17,24 @@ SD3_ATTENTION = [
     "attn.to_add_out",
 ]
 """The eight joint-attention projections of Stable Diffusion 3 that the published runs train."""
+
+
+def _sde(value: Any) -> Any:
+    """The settings of a stochastic sampler; imported only for a recipe that has one, since it
+    brings torch, for which ``dgpo --help`` shall not wait."""
+    if value is None:
+        return None
+    from dgpo.core.sde import AnySde
+
+    try:
+        return TypeAdapter(AnySde).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"][1:])
+        raise ValueError(
+            f"rollout.sde = {value!r:.80}: {key}{': ' if key else ''}{first['msg']}; for example "
+            "{kind: flow, noise_level: 0.7}"
+        ) from error
 
 
 class Section(BaseModel):
@@ -61,7 +77,7 @@ class RolloutSettings(Section):
     ahead: int = Field(default=0, ge=0)
     """Iterations whose pictures are sampled before those of the one that is trained next have their
     rewards, by weights that are so many updates old: so that people who rank never wait."""
-    sde: AnySde | None = None
+    sde: Annotated[Any, BeforeValidator(_sde)] = None
     """Add noise at every step but the last, as the samplers of the policy gradients do, e.g. {kind:
     flow, noise_level: 0.7}; for a comparison, since no loss on noised samples needs it. null:
     rollout.scheduler makes them."""

@@ -24,6 +24,8 @@ from dgpo.rewards.mixing import mix
 class _AsItIs:
     """What samples in a rollout: the model with the weights that it has."""
 
+    sharded = False
+
     def __init__(self, model: PipelineModel) -> None:
         self.model = model
         for module in model.pipe.components.values():

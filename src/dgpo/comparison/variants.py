@@ -79,7 +79,7 @@ def table(
 ) -> Table:
     """What each variant has reached, and what it cost out of the domain of what is trained."""
     others = list(dict.fromkeys(name for summary in summaries for name in summary.change))
-    header = ["variant", "what differs", "training minutes", "iterations", f"best {metric}"]
+    header = ["variant", "training minutes", "iterations", f"best {metric}"]
     header += [f"change of {name}" for name in others]
     rows = []
     for summary in summaries:
@@ -87,8 +87,8 @@ def table(
         spent = _range([end.cost["minutes"] or 0.0 for end in ends], ".1f")
         made = _range([end.iteration for end in ends], "d")
         changes = [cell(summary.change.get(name, Figure(None)), 3, sign=True) for name in others]
-        what = variants[summary.name].what
-        rows.append([summary.name, what, spent, made, cell(summary.best, 3), *changes])
+        name = f"{summary.name}: {variants[summary.name].what}"
+        rows.append([name, spent, made, cell(summary.best, 3), *changes])
     return Table(title, header, rows)
 
 
