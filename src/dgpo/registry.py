@@ -65,12 +65,14 @@ REWARDS: dict[str, str] = {
 }
 BENCHMARKS: dict[str, str] = {
     "pocket-geneval": "dgpo.evaluation.benchmarks:POCKET_GENEVAL",
+    "pocket-sd-geneval": "dgpo.evaluation.benchmarks:POCKET_SD_GENEVAL",
     "pocket-ocr": "dgpo.evaluation.benchmarks:POCKET_OCR",
     "geneval": "dgpo.evaluation.benchmarks:GENEVAL",
 }
 MODELS: dict[str, str] = {
     "pocket": "dgpo.pocket:load_pocket",
     "pocket-signs": "dgpo.pocket:load_pocket_signs",
+    "pocket-sd": "dgpo.pocket:load_pocket_sd",
 }
 PROMPTS: dict[str, str] = {
     "pocket-geneval/train": "dgpo.pocket.prompts:train_prompts",

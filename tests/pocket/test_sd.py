@@ -2,19 +2,29 @@
 
 import json
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file
 
+from dgpo import Recipe, Trainer
 from dgpo.errors import UserError
-from dgpo.pocket import load_pocket
+from dgpo.evaluation.benchmarks import POCKET_SD_GENEVAL
+from dgpo.models.schedulers import make_scheduler
+from dgpo.pocket import WEIGHTS, load_pocket, load_pocket_sd
 from dgpo.pocket.build import build_text_encoder, build_tokenizer, build_vae
 from dgpo.pocket.build_sd import assemble_sd, build_unet, noise_schedule, reading_encoder
 from dgpo.pocket.pretrain import unet as lessons
 from dgpo.pocket.pretrain.captions import CaptionTable, tokenize
-from dgpo.pocket.pretrain.cli_sd import pretrain_sd
+from dgpo.pocket.pretrain.cli_sd import pretrain_sd, save_sd
 from dgpo.pocket.pretrain.sign_skill import sign_skill
+from dgpo.pocket.pretrain.skills import scene_skill
+from dgpo.pocket.prompts import test_prompts as held_out_rows
+from dgpo.pocket.verifier import find_objects
+from families.tiny import build
 
 CAPTIONS = ["a photo of a circle", "a photo of a red cross and a blue square"]
 ALPHAS = noise_schedule().alphas_cumprod
@@ -45,8 +55,11 @@ def test_training_and_the_pipeline_read_captions_alike(parts):
 
 
 def test_stock_diffusers_saves_and_loads_it(parts, tmp_path):
-    pipe = assemble_sd(*parts, build_unet(8, 8, (16, 32)), build_vae())
-    pipe.save_pretrained(tmp_path)
+    tokenizer, reader = parts
+    pipe = assemble_sd(tokenizer, reader, build_unet(8, 8, (16, 32)), build_vae())
+    save_sd(pipe, tmp_path)
+    names = load_file(tmp_path / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in names)
     again = StableDiffusionPipeline.from_pretrained(tmp_path)
 
     def draw(pipe):
@@ -116,6 +129,38 @@ def test_an_error_of_noise_counts_as_one_of_the_velocity_up_to_a_bound():
     assert weights[-1] == lessons.HEAVIEST < 1 / ALPHAS[-1]
 
 
+def test_the_shipped_base_is_right_as_often_as_it_should_be():
+    """On 240 of the held-out rows, as the benchmark samples them, loaded by diffusers alone."""
+    pipe = DiffusionPipeline.from_pretrained(WEIGHTS / "scenes-sd")
+    assert isinstance(pipe, StableDiffusionPipeline)
+    assert isinstance(pipe.scheduler, PNDMScheduler)
+    pipe.scheduler = make_scheduler(POCKET_SD_GENEVAL.scheduler, pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    rows = held_out_rows()[:240]
+    made: Any = pipe(
+        [row["prompt"] for row in rows],
+        num_inference_steps=POCKET_SD_GENEVAL.steps,
+        guidance_scale=POCKET_SD_GENEVAL.guidance_scale,
+        generator=[torch.Generator().manual_seed(row["seed"]) for row in rows],
+        **POCKET_SD_GENEVAL.call,
+    )
+    images = np.stack([np.asarray(image) for image in made.images])
+    skill = scene_skill()
+    assert 0.50 <= np.mean(skill.right(images, rows)) <= 0.72
+    assert skill.known(images) >= 0.85
+
+
+def test_the_pipelines_defaults_draw_what_is_asked():
+    """50 steps of PLMS, guidance 7.5."""
+    pipe = load_pocket_sd()
+    captions = ["a photo of a red circle", "a photo of a blue cross", "a photo of a green square"]
+    made: Any = pipe(captions * 4, generator=torch.Generator().manual_seed(0))
+    found = [find_objects(np.asarray(image)) for image in made.images]
+    known = [f.shape != "unknown" and f.color != "unknown" for things in found for f in things]
+    assert sum(map(bool, found)) >= 11  # no empty canvases
+    assert np.mean(known) >= 0.8
+
+
 def train(folder, parts, steps, stop=None):
     tokenizer, reader = parts
     generator = torch.Generator().manual_seed(2)
@@ -142,3 +187,34 @@ def test_the_unet_learns_what_the_teacher_says(parts, tmp_path):
 def test_only_what_has_a_layout_is_taught(tmp_path):
     with pytest.raises(UserError, match="no layout of signs"):
         pretrain_sd(sign_skill(), tmp_path, 0)
+
+
+@pytest.mark.parametrize(("sampler", "calls"), [("ddim", 10), ("plms", 11)])
+def test_its_recipes_train_a_model_that_predicts_noise(sampler, calls, tmp_path):
+    recipe = Recipe.load(
+        f"pocket-sd-{sampler}",
+        [
+            f"run.dir={tmp_path / 'run'}",
+            "rewards={redness: 1.0}",
+            "eval={metrics: [], every: 0}",
+            "rollout.call={height: 32, width: 32}",
+            "group_size=3",
+            "groups_per_iteration=2",
+            "train.iterations=2",
+            "samples.count=0",
+        ],
+    )
+    prompts = ["a photo of cat", "red dog", "blue house"]
+    trainer = Trainer(
+        model=build("sd15"), train_dataset=prompts, eval_dataset=prompts, recipe=recipe
+    )
+    before = [p.detach().clone() for p in trainer.policy.parameters()]
+    trainer.train()
+    assert trainer.iteration == 2
+    after = trainer.policy.parameters()
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    cond = trainer.model.encode(prompts[:1], guidance=False)
+    made = trainer.model.rollout(
+        cond, steps=10, scheduler=trainer.scheduler, decode=False, record=True
+    )
+    assert (len(made.steps), len(made.levels)) == (calls, 10)

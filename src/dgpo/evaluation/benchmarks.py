@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -43,6 +43,11 @@ POCKET_GENEVAL = Benchmark(
     call={"max_sequence_length": 1},
 )
 """660 held-out scenes in GenEval's six categories, 10 Euler steps, guidance 3."""
+
+POCKET_SD_GENEVAL = replace(
+    POCKET_GENEVAL, name="pocket-sd-geneval", scheduler="ddim", guidance_scale=1.0, call={}
+)
+"""The same scenes for the noise-prediction pocket: 10 DDIM steps, no guidance."""
 
 POCKET_OCR = Benchmark(
     name="pocket-ocr",

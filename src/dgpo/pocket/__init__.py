@@ -1,7 +1,8 @@
 """The pocket: small, genuine text-to-image models with exact verifiers.
 
 Two :class:`diffusers.StableDiffusion3Pipeline` of one architecture come with the package: one
-draws scenes of coloured shapes, one draws signs with digits.
+draws scenes of coloured shapes, one draws signs with digits.  A third pocket, a
+:class:`diffusers.StableDiffusionPipeline` that predicts noise, draws scenes too.
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ from typing import TYPE_CHECKING
 from dgpo.errors import UserError
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusion3Pipeline
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
 WEIGHTS = Path(__file__).parent / "weights"
 """The folder with one pipeline folder a skill; ``from_pretrained`` reads each of them."""
+
+
+_SKILLS = ("scenes", "signs")
+_NOISE_PREDICTION = "scenes-sd"
 
 
 def load_pocket(skill: str = "scenes") -> StableDiffusion3Pipeline:
@@ -24,9 +29,8 @@ def load_pocket(skill: str = "scenes") -> StableDiffusion3Pipeline:
     Raises:
         UserError: there is no such skill.
     """
-    if not (WEIGHTS / skill / "model_index.json").is_file():
-        have = sorted(path.parent.name for path in WEIGHTS.glob("*/model_index.json"))
-        raise UserError(f"pocket: no skill {skill!r}; there is {', '.join(have) or 'none yet'}")
+    if skill not in _SKILLS:
+        raise UserError(f"pocket: no skill {skill!r}; there is {', '.join(_SKILLS)}")
     from diffusers import StableDiffusion3Pipeline
 
     pipe = StableDiffusion3Pipeline.from_pretrained(WEIGHTS / skill)
@@ -37,3 +41,12 @@ def load_pocket(skill: str = "scenes") -> StableDiffusion3Pipeline:
 def load_pocket_signs() -> StableDiffusion3Pipeline:
     """The pipeline that draws signs with digits."""
     return load_pocket("signs")
+
+
+def load_pocket_sd() -> StableDiffusionPipeline:
+    """The noise-prediction pipeline that draws scenes."""
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(WEIGHTS / _NOISE_PREDICTION)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -91,13 +91,16 @@ def assemble_sd(
     """The pipeline of these parts, in evaluation mode.  The autoencoder's latents are scaled, not
     shifted: this pipeline knows no shift."""
     vae.register_to_config(shift_factor=None)
-    parts: Any = {"safety_checker": None, "feature_extractor": None}
+    parts: Any = {
+        "scheduler": noise_schedule(),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
     pipe = StableDiffusionPipeline(
         vae=vae.eval(),
         text_encoder=text_encoder.eval(),
         tokenizer=tokenizer,
         unet=unet.eval(),
-        scheduler=noise_schedule(),
         **parts,
         requires_safety_checker=False,
     )

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from dgpo.errors import UserError
 from dgpo.pocket import load_pocket
@@ -47,5 +49,15 @@ def pretrain_sd(task: Skill, out: Path, seed: int) -> None:
 
     data = Lessons(latents, captions, examples.layout)
     train_unet(out / "sd", unet, embed, teacher, data, LessonSettings(), evaluate, seed)
-    save_pipeline(pipe, out / "pipeline" / "sd")
+    save_sd(pipe, out / "pipeline" / "sd")
     print(json.dumps(evaluate(), indent=2))
+
+
+def save_sd(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    """Write a pipeline folder whose text encoder has the names of Stable Diffusion 1.5's own file,
+    which every version of transformers reads."""
+    save_pipeline(pipe, folder)
+    file = folder / "text_encoder" / "model.safetensors"
+    weights = load_file(file)
+    named = {f"text_model.{key.removeprefix('text_model.')}": w for key, w in weights.items()}
+    save_file(named, file, metadata={"format": "pt"})

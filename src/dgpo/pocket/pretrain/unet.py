@@ -98,13 +98,13 @@ class Lessons:
 class LessonSettings:
     """Optimisation of the UNet."""
 
-    steps: int = 3000
+    steps: int = 1400
     batch: int = 64
     lr: float = 1.5e-3
     muon_lr: float = 0.02
     drop: float = 0.1
     layout: float = 0.5
-    hold: float = 0.6
+    hold: float = 1.0
     report: int = 500
 
 
