@@ -132,6 +132,10 @@ def test_quantisation_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyP
         Recipe.from_dict(settings(lora=None, memory={"quantization": "torchao_int8"}))
     with pytest.raises(UserError, match="made by a function"):
         load_pipeline("pocket", "float32", "torchao_int8")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    with pytest.raises(UserError, match=r"'bitsandbytes_8bit': .* GPU"):
+        quantized(tmp_path, "bitsandbytes_8bit", torch.bfloat16)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"dgpo\[quantization\]"):
         quantized(tmp_path, "bitsandbytes_4bit", torch.bfloat16)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from dgpo.errors import UserError
-from dgpo.models.snapshots import Snapshot, exchanged
+from dgpo.models.snapshots import Snapshot, base_fingerprints, exchanged
 
 
 def parameters() -> list[nn.Parameter]:
@@ -77,3 +78,13 @@ def test_snapshot_is_not_a_view_of_the_weights() -> None:
 def test_decay_outside_the_unit_interval_is_refused(decay: float) -> None:
     with pytest.raises(UserError, match="decay"):
         Snapshot(parameters()).update(decay)
+
+
+def test_weights_in_a_wrapper_have_fingerprints() -> None:
+    layer = nn.Linear(2, 2, bias=False)
+    numbers, scales = torch.ones(2, 2), torch.ones(2, 2)
+    layer.weight = nn.Parameter(TwoTensor(numbers, scales))
+    before = base_fingerprints({"one": layer})
+    assert before == base_fingerprints({"one": layer})
+    scales[0, 0] = 2.0
+    assert before != base_fingerprints({"one": layer})

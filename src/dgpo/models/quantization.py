@@ -10,7 +10,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.quantizers import PipelineQuantizationConfig
 
-from dgpo.errors import MissingExtra
+from dgpo.errors import MissingExtra, UserError
 from dgpo.models.arguments import DENOISERS
 
 Quantization = Literal["bitsandbytes_4bit", "bitsandbytes_8bit", "torchao_int8"]
@@ -32,10 +32,16 @@ def quantized(
 
     Raises:
         MissingExtra: the library is not installed.
+        UserError: bitsandbytes without a GPU.
     """
     package = kind.partition("_")[0]
     if importlib.util.find_spec(package) is None:
         raise MissingExtra(package, "quantization")
+    if package == "bitsandbytes" and not torch.accelerator.is_available():
+        raise UserError(
+            f"memory.quantization = {kind!r}: diffusers loads it on a GPU, and there is none; "
+            "use torchao_int8, or null"
+        )
     index = DiffusionPipeline.load_config(place)
     present = [name for name in DENOISERS if (index.get(name) or [None])[0] is not None]
     return PipelineQuantizationConfig(quant_mapping={n: _settings(kind, dtype) for n in present})

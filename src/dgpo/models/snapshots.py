@@ -122,6 +122,9 @@ def base_fingerprints(components: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _bits(tensor: Tensor) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):  # quantised: a wrapper around numbers and scales
+        names, _ = tensor.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
+        return sum(_bits(getattr(tensor, name)) for name in names)
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     values = tensor.detach().contiguous().reshape(-1)
     return int(values.view(whole[values.element_size()]).sum(dtype=torch.int64))
