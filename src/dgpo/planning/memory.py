@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-import resource
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -253,12 +251,3 @@ def _passing(scheduler: Any) -> Any:
     made.num_inference_steps = _STEPS
     made.sigmas = torch.zeros(_STEPS + 1)
     return made
-
-
-def resident() -> int:
-    """Bytes that this process has in memory now; 0 where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
-    return pages * resource.getpagesize()

@@ -16,7 +16,8 @@ from dgpo.models.lora import adapted_layers
 from dgpo.models.schedulers import make_scheduler
 from dgpo.models.sde_schedulers import make_sde_scheduler
 from dgpo.planning.counts import Counts, count
-from dgpo.planning.memory import Estimate, Memory, resident
+from dgpo.planning.memory import Estimate, Memory
+from dgpo.planning.process import libraries
 from dgpo.planning.skeleton import parameters_in, skeleton
 from dgpo.prompts import load_prompts
 from dgpo.recipe import Recipe
@@ -127,20 +128,18 @@ def _table(rows: Mapping[str, Any], show: Any) -> list[str]:
     ]
 
 
-def make_plan(recipe: Recipe, libraries: int | None = None) -> Plan:
+def make_plan(recipe: Recipe, process: int | None = None) -> Plan:
     """Plan a run.
 
     Args:
         recipe: the run.
-        libraries: bytes of the process itself; None: what this process holds now, and 0 where the
-            run would take place on a GPU.
+        process: bytes that a process holds before anything is loaded; None: as measured here, and
+            0 where the run would take place on a GPU.
 
     Raises:
         UserError: whatever the run would refuse before it starts and that can be seen without
             weights: files, names, LoRA targets, sizes, samplers, rewards.
     """
-    if libraries is None:
-        libraries = 0 if torch.cuda.is_available() else resident()
     rewards = load_rewards(recipe.rewards)
     Metrics(recipe.eval.metrics or rewards)
     rows = load_prompts(recipe.prompts.train)
@@ -156,6 +155,8 @@ def make_plan(recipe: Recipe, libraries: int | None = None) -> Plan:
     if isinstance(recipe.algorithm, TrajectoryAlgorithm):
         make_sde_scheduler(recipe.algorithm.sde, pipe.scheduler)
     estimate = Estimate(recipe, pipe, [row.text for row in rows], len(held_out))
+    if process is None:
+        process = 0 if torch.cuda.is_available() else libraries()
     distinct = len({row.text for row in (*rows, *held_out)})
     return Plan(
         recipe,
@@ -165,5 +166,5 @@ def make_plan(recipe: Recipe, libraries: int | None = None) -> Plan:
         adapted_layers(estimate.model.denoisers),
         (len(rows), len(held_out)),
         count(recipe, scheduler, estimate.has_guidance, len(held_out)),
-        estimate.memory(libraries, distinct),
+        estimate.memory(process, distinct),
     )
