@@ -94,9 +94,12 @@ def test_without_tokenizers_sizes_are_still_there(tmp_path: Path, prompts: Path)
     [
         {},
         {"rollout": {"guidance_scale": 2.0, "steps": 3}, "train": {"micro_batch": 3}},
-        {"algorithm": {"kl": 0.0, "clip": None}, "train": {"micro_batch": 4}},
-        {"algorithm": {"name": "diffusion_dpo"}},
-        {"algorithm": {"name": "diffusion_nft"}},
+        pytest.param(
+            {"algorithm": {"kl": 0.0, "clip": None}, "train": {"micro_batch": 4}},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"algorithm": {"name": "diffusion_dpo"}}, marks=pytest.mark.slow),
+        pytest.param({"algorithm": {"name": "diffusion_nft"}}, marks=pytest.mark.slow),
         {"algorithm": {"name": "flow_grpo"}, "rollout": {"guidance_scale": 2.0, "steps": 4}},
     ],
 )
