@@ -56,8 +56,9 @@ def test_training_and_the_pipeline_read_captions_alike(parts):
 
 def test_stock_diffusers_saves_and_loads_it(parts, tmp_path):
     tokenizer, reader = parts
-    pipe = assemble_sd(tokenizer, reader, build_unet(8, 8, (16, 32)), build_vae())
+    pipe = assemble_sd(tokenizer, reader, build_unet(8, 8, (16, 32)), load_pocket().vae)
     save_sd(pipe, tmp_path)
+    assert str(WEIGHTS) not in (tmp_path / "vae" / "config.json").read_text()
     names = load_file(tmp_path / "text_encoder" / "model.safetensors")
     assert all(name.startswith("text_model.") for name in names)
     again = StableDiffusionPipeline.from_pretrained(tmp_path)

@@ -54,9 +54,13 @@ def pretrain_sd(task: Skill, out: Path, seed: int) -> None:
 
 
 def save_sd(pipe: StableDiffusionPipeline, folder: Path) -> None:
-    """Write a pipeline folder whose text encoder has the names of Stable Diffusion 1.5's own file,
-    which every version of transformers reads."""
+    """Write a pipeline folder without the paths that its parts came from, and with the names of
+    Stable Diffusion 1.5's own text encoder, which every version of transformers reads."""
     save_pipeline(pipe, folder)
+    config = folder / "vae" / "config.json"
+    settings = json.loads(config.read_text())
+    settings.pop("_name_or_path", None)
+    config.write_text(json.dumps(settings, indent=2) + "\n")
     file = folder / "text_encoder" / "model.safetensors"
     weights = load_file(file)
     named = {f"text_model.{key.removeprefix('text_model.')}": w for key, w in weights.items()}
