@@ -59,7 +59,8 @@ class HumanReward:
         if not isinstance(raters, int) or raters < 1:
             raise UserError(f"rewards.human.options.raters = {raters!r}: 1 or more people")
         self._folder = None if folder is None else Path(folder)
-        self._ask, self._raters = ask, raters
+        self._ask: Kind = ask
+        self._raters = raters
         self._listens: tuple[Any, ...] = (host, port, token_file)
         self._page: PageServer | None = None
         self._desk: Desk | None = None
