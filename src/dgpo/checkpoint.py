@@ -250,8 +250,11 @@ def _read(
         if processes.main:
             file = stack.enter_context(safe_open(Path(folder or "") / _TENSORS, "pt"))
         for name, (dtype, shape) in facts.items():
-            value = torch.empty(shape, dtype=_DTYPES[dtype]) if file is None else None
-            yield name, processes.spread(file.get_tensor(name) if value is None else value)
+            if file is None:
+                value = torch.empty(shape, dtype=_DTYPES[dtype])
+            else:
+                value = file.get_tensor(name)
+            yield name, processes.spread(value)
 
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:

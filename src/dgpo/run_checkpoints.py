@@ -49,10 +49,14 @@ class RunCheckpoints:
     def look_at(self, components: Mapping[str, Any]) -> None:
         """Remember the weights of a pipeline before anything is trained or added.
 
+        Collective.
+
         Raises:
-            UserError: the run that goes on began with others.
+            UserError: the run that goes on began with others, or another process has others.
         """
         self._base = base_fingerprints(components)
+        named = {f"model (the weights of {name})": bits for name, bits in self._base.items()}
+        self._processes.refuse_difference(named)
         if self.found is not None:
             refuse_other_base(self.found, self._base)
 

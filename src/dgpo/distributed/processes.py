@@ -261,6 +261,7 @@ def _connect() -> Processes:
     # a slow process is told of by the watch, not by this limit
     control = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     watch = Watch(store, dist.get_rank(), dist.get_world_size())
+    assert isinstance(control, dist.ProcessGroup)
     return Processes(watch.rank, watch.size, device, watch, control)
 
 

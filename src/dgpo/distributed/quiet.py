@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,18 +18,22 @@ class NoTracker(Tracker):
     """Writes nothing and knows of nothing: the main process decides by what it has written."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+        self.recipe, self.folder = recipe, Path(recipe.run.dir)
 
     rows: Any = ()
     evaluations: Any = ()
 
     def close(self) -> None: ...
-    def log(self, *_: Any) -> None: ...
-    def evaluation(self, *_: Any) -> None: ...
-    def warning(self, *_: Any) -> None: ...
-    def grid(self, *_: Any) -> Any: ...
-    def compare(self, *_: Any) -> Any: ...
+    def log(self, row: Mapping[str, Any]) -> None: ...
+    def evaluation(self, iteration: int, seconds: float, report: Any) -> None: ...
+    def warning(self, iteration: int, text: str) -> None: ...
     def summarize(self) -> None: ...
+
+    def grid(self, name: str, images: Sequence[Any], captions: Sequence[str]) -> Path:
+        return self.folder
+
+    def compare(self, before: Sequence[Any], after: Sequence[Any], captions: Sequence[str]) -> Path:
+        return self.folder
 
 
 def outputs(
