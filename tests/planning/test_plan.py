@@ -80,6 +80,18 @@ def test_nothing_of_a_skeleton_has_numbers(tmp_path: Path) -> None:
         load_pipeline(str(tmp_path / "sd3"))
 
 
+def test_half_precision_is_what_loading_makes_of_it(tmp_path: Path) -> None:
+    folder = str(saved("wan", tmp_path / "wan", weights=True))
+    planned, loaded = skeleton(folder, "bfloat16"), load_pipeline(folder, "bfloat16")
+    for name, module in loaded.components.items():
+        if isinstance(module, nn.Module):
+            own = dict(planned.components[name].named_parameters())
+            for key, parameter in module.named_parameters():
+                assert own[key].dtype == parameter.dtype, (name, key)
+    kept = {parameter.dtype for parameter in loaded.transformer.parameters()}
+    assert kept == {torch.bfloat16, torch.float32}
+
+
 def test_without_tokenizers_sizes_are_still_there(tmp_path: Path, prompts: Path) -> None:
     folder = saved("sd3", tmp_path / "sd3")
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):

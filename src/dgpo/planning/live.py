@@ -12,10 +12,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental import _config as config
+from torch.fx.experimental import _config as config_of_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+
+_config: Any = config_of_fx  # whose attributes its type does not say
 
 
 class _Live(TorchDispatchMode):
@@ -92,7 +94,7 @@ class Numbers(TorchFunctionMode):
 
     def __enter__(self) -> Any:
         # boolean indexing takes everything
-        self._full_masks = config.patch(meta_nonzero_assume_all_nonzero=True)
+        self._full_masks: Any = _config.patch(meta_nonzero_assume_all_nonzero=True)
         self._full_masks.__enter__()
         return super().__enter__()
 

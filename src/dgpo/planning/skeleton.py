@@ -38,7 +38,7 @@ def skeleton(name: str, precision: Precision) -> Any:
         return load_pipeline(name, precision).to("meta")
     place = _POCKET.get(name) or place_of(name)
     try:
-        index = dict(DiffusionPipeline.load_config(place))
+        index: Any = DiffusionPipeline.load_config(place)
     except (OSError, ValueError) as error:
         first = str(error).strip().partition("\n")[0][:200]
         raise UserError(f"model: {name!r} has no model_index.json that can be read: {first}") from (
@@ -61,26 +61,27 @@ def skeleton(name: str, precision: Precision) -> Any:
     pipe = kind(**parts)
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
-            module.to(dtype_of(precision)).requires_grad_(False).eval()
+            _cast(module.requires_grad_(False).eval(), dtype_of(precision))
     return pipe
 
 
 def _part(place: str | Path, name: str, library: str, kind: str) -> Any:
     """A component: networks on the meta device, the rest (scheduler, tokenizer) as it is."""
-    found = _class(library, kind)
+    found: type = _class(library, kind)
+    made_by: Any = found
     try:
         if issubclass(found, diffusers.ModelMixin):
-            return _empty(lambda: found.from_config(found.load_config(place, subfolder=name)))
+            return _empty(lambda: made_by.from_config(made_by.load_config(place, subfolder=name)))
         if issubclass(found, transformers.PreTrainedModel):
-            config = found.config_class.from_pretrained(place, subfolder=name)
-            return _empty(lambda: found(config))
+            config = made_by.config_class.from_pretrained(place, subfolder=name)
+            return _empty(lambda: made_by(config))
     except (OSError, ValueError, TypeError) as error:
         first = str(error).strip().partition("\n")[0][:200]
         raise UserError(
             f"model: {name} of {str(place)!r} ({kind}) cannot be made from its config.json: {first}"
         ) from error
     try:
-        return found.from_pretrained(place, subfolder=name)
+        return made_by.from_pretrained(place, subfolder=name)
     except (OSError, ValueError, ImportError, TypeError):
         if "Scheduler" in kind:
             raise
@@ -106,6 +107,16 @@ def _empty(make: Callable[[], Any]) -> Any:
         # something is computed while it is built, which needs numbers
         with init_empty_weights(include_buffers=False):
             return make().to("meta")
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """The precision of the weights, as loading gives it: some stay in float32."""
+    kept = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+    if isinstance(module, diffusers.ModelMixin) or dtype == torch.float16:
+        kept.update(getattr(module, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and not kept.intersection(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
 
 
 def bytes_of(module: nn.Module) -> int:
