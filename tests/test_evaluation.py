@@ -79,8 +79,8 @@ def test_padding_would_be_noticed(model: PipelineModel, monkeypatch: pytest.Monk
     report, images = evaluate(model, ROWS, metrics, Sampling(steps=2, batch=2))
     assert report.n == len(images) == 5
 
-    def padded(*args: Any) -> Any:
-        images = right(*args)
+    def padded(*args: Any, **named: Any) -> Any:
+        images = right(*args, **named)
         return [*images, images[-1]]  # the mistake: the last batch filled up
 
     monkeypatch.setattr(dgpo.evaluation, "sample_images", padded)
