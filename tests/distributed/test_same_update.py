@@ -8,10 +8,19 @@ from typing import Any
 import pytest
 
 from dgpo.registry import ALGORITHMS
-from distributed.together import NotesPrompts, all_well, alone, apart, check_figures, train, weights
+from distributed.together import (
+    all_well,
+    alone,
+    apart,
+    check_figures,
+    train,
+    train_and_note,
+    weights,
+)
 from tiny_runs import rows
 
 FAST = ("dgpo", "flow_grpo")
+EACH, WHOLE = "distributed.together:noted", "distributed.together:of_all"
 
 
 def same_update(folder: Path, name: str, sizes: tuple[int, ...]) -> None:
@@ -55,17 +64,14 @@ def test_a_run_goes_on_with_another_number(name: str, tmp_path: Path) -> None:
 def test_each_held_out_prompt_counts_once(tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "eval_dataset": [f"{n} red dog" for n in range(5)],
-        "eval": {"at_start": True, "every": 0, "batch": 2},
+        "eval": {"at_start": True, "every": 0, "batch": 2, "metrics": [EACH, WHOLE]},
         "train": {"iterations": 1},
-        "reward": NotesPrompts(str(tmp_path)),
     }
 
     def scored(size: int) -> list[str]:
-        run = tmp_path / str(size)
-        all_well(size, train, run, run, "best_of_n", changes)
-        lines = (tmp_path / "scored.txt").read_text().splitlines()
-        (tmp_path / "scored.txt").unlink()
-        return sorted(line for line in lines if line.endswith(" red dog"))
+        run, notes = tmp_path / str(size), tmp_path / f"scored-{size}.txt"
+        all_well(size, train_and_note, run, run, str(notes), changes)
+        return sorted(notes.read_text().splitlines())
 
     one, two = scored(1), scored(2)
     # two evaluations of five prompts; every process tries the reward with the first and the last
@@ -73,3 +79,5 @@ def test_each_held_out_prompt_counts_once(tmp_path: Path) -> None:
     for a, b in zip(*(rows(tmp_path / n, "evaluations.jsonl") for n in "12"), strict=True):
         assert a["n"] == b["n"] == 5 and b["overall"] == pytest.approx(a["overall"], abs=1e-6)
         assert b["ci95"] == pytest.approx(a["ci95"], abs=1e-6)
+        assert b["rewards"][WHOLE] == pytest.approx(a["rewards"][WHOLE], abs=1e-6)
+        assert b["intervals"][WHOLE] == a["intervals"][WHOLE] == [5, 5]

@@ -201,18 +201,27 @@ def terminates(images: Any, prompts: list[str]) -> list[float]:
     return brightness(images, prompts)
 
 
-class NotesPrompts:
+def train_and_note(folder: Path, notes: str, changes: dict[str, Any]) -> None:
+    """Train; ``noted`` writes into the file ``notes``."""
+    os.environ["NOTES"] = notes
+    train(folder, "best_of_n", changes)
+
+
+def noted(images: Any, prompts: list[str]) -> list[float]:
     """The brightness; the prompts that it was asked about are written down."""
+    with open(os.environ["NOTES"], "a") as file:
+        file.writelines(f"{text}\n" for text in prompts)
+    return brightness(images, prompts)
 
-    __name__ = "notes"
 
-    def __init__(self, folder: str) -> None:
-        self.file = Path(folder) / "scored.txt"
+def of_all(images: Any, prompts: list[str]) -> tuple[float, float, float]:
+    """A metric of the whole set that tells a wrong order or a missing picture."""
+    values = brightness(images, prompts)
+    found = sum((place + 1) * value for place, value in enumerate(values))
+    return found, float(len(images)), float(len(prompts))
 
-    def __call__(self, images: Any, prompts: list[str]) -> list[float]:
-        with self.file.open("a") as file:
-            file.writelines(f"{text}\n" for text in prompts)
-        return brightness(images, prompts)
+
+of_all.of_set = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
