@@ -16,8 +16,6 @@ from collections.abc import Callable
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch.utils.tensorboard  # noqa: F401
-
 from dgpo.planning import make_plan
 from dgpo.recipe import Recipe
 from dgpo.trainer import Trainer

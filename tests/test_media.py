@@ -101,6 +101,9 @@ def test_grids_show_key_frames_and_waveforms() -> None:
     assert shown == [0, 120, 240]
     drawn = np.asarray(thumbnail(sound(), 160))
     assert (drawn != 255).any(-1).any(0).mean() > 0.9  # something in nearly every column
+    few = Sound(torch.tensor([[1.0, -1.0]]), 8000).picture((100, 50))
+    line = np.argwhere((np.asarray(few) != 255).any(-1))
+    assert line[0].tolist() == [0, 0] and line[-1].tolist() == [49, 99]
     sheet = grid([video(), sound()], ["a film", "a tone"])
     assert sheet.width > 2 * 160
 

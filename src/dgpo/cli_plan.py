@@ -25,10 +25,6 @@ def plan(
 
     settings = Recipe.load(recipe, overrides or [])
     quiet()
-    # what a run imports counts as its memory
-    import torch.utils.tensorboard  # noqa: F401
-
-    import dgpo.trainer  # noqa: F401
     from dgpo.planning import make_plan
 
     made = make_plan(settings)

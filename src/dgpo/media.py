@@ -83,13 +83,19 @@ class Sound:
         wavfile.write(file, self.sampling_rate, whole.T.contiguous().numpy())
 
     def picture(self, size: tuple[int, int] = (160, 80)) -> Image.Image:
-        """The waveform as it is drawn in grids: the range of its samples, from left to right."""
+        """The waveform as it is drawn in grids, from left to right: the range of the samples of
+        each column, or a line where there are fewer samples than columns."""
         width, height = size
         image = Image.new("RGB", size, (255, 255, 255))
         draw = ImageDraw.Draw(image)
         wave = self.waveform.mean(0).clamp(-1, 1)
         middle = (height - 1) / 2
-        for x, part in enumerate(wave.tensor_split(min(width, wave.numel()))):
+        if wave.numel() < width:
+            xs = torch.linspace(0, width - 1, wave.numel()).tolist()
+            ys = (middle * (1 - wave)).tolist()
+            draw.line(list(zip(xs, ys, strict=True)), fill=(40, 80, 160))
+            return image
+        for x, part in enumerate(wave.tensor_split(width)):
             low, high = (middle * (1 - float(value)) for value in (part.max(), part.min()))
             draw.line([(x, low), (x, high)], fill=(40, 80, 160))
         return image

@@ -126,7 +126,7 @@ def lumina2() -> Lumina2Pipeline:
         Lumina2Pipeline,
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
-        vae=kl_vae(),
+        vae=kl_vae(4),
         text_encoder=language_model("Gemma2"),
         tokenizer=tokenizer(),
     )

@@ -42,7 +42,7 @@ def quantized(
             f"memory.quantization = {kind!r}: diffusers loads it on a GPU, and there is none; "
             "use torchao_int8, or null"
         )
-    index = DiffusionPipeline.load_config(place)
+    index: Any = DiffusionPipeline.load_config(place)
     present = [name for name in DENOISERS if (index.get(name) or [None])[0] is not None]
     return PipelineQuantizationConfig(quant_mapping={n: _settings(kind, dtype) for n in present})
 
