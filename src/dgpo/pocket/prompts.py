@@ -22,9 +22,9 @@ HELD_OUT_SHARE = 0.2
 TRAIN_WEIGHTS = {
     "single_object": 1,
     "two_object": 3,
-    "counting": 3,
+    "counting": 2,
     "colors": 1,
-    "position": 1,
+    "position": 2,
     "color_attr": 3,
 }
 """Rows of each category in every dozen training rows: more of what is hard, as Flow-GRPO's GenEval
