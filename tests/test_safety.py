@@ -154,6 +154,7 @@ def test_prompts_never_become_names_of_files(
     monkeypatch.chdir(here)
     rows = [{"prompt": text, "tag": text, "text": text} for text in ODD_PROMPTS]
     every = {"samples": {"count": len(rows), "every": 1}, "eval": {"every": 1, "at_start": True}}
+    every["train"] = {"iterations": 1}
     trainer(here / "run", train_dataset=rows, eval_dataset=rows, **every).train()
     plain = [text for text in ODD_PROMPTS if "/" not in text]
     for folder, folders, files in os.walk(tmp_path):

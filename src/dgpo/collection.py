@@ -16,7 +16,7 @@ from torch import Tensor
 from dgpo.algorithms.base import BaseAlgorithm, TrajectoryAlgorithm
 from dgpo.core.groups import Groups
 from dgpo.core.process import Level
-from dgpo.core.seeds import seed_for, stream
+from dgpo.core.seeds import seed_for
 from dgpo.distributed.processes import ALONE, Processes
 from dgpo.distributed.shares import Share
 from dgpo.errors import UserError
@@ -31,6 +31,7 @@ from dgpo.recipe import Recipe
 from dgpo.rewards import RewardSet, Scored
 from dgpo.rewards.mixing import Combine, mix
 from dgpo.rewards.overlap import Scoring
+from dgpo.rollouts.engine import LocalEngine, RolloutEngine, RolloutRequest
 
 
 class Sampler(Protocol):
@@ -209,9 +210,15 @@ def sample(
         groups, overlap = share.groups.tolist(), recipe.overlaps_rewards
         scoring = Scoring(rewards, prompts, recipe.group_size, overlap, groups)
         on_error.enter_context(scoring)
-        made = _roll(policy, algorithm, cond, share, recipe, iteration, scheduler, scoring)
+        made = _roll(policy, algorithm, held, cond, share, recipe, iteration, scheduler, scoring)
         on_error.pop_all()
     return Sampled(made, cond, scoring, monotonic() - began, share)
+
+
+def engine_of(policy: Sampler) -> RolloutEngine:
+    """What makes the pictures: the policy's engine, or its own pipeline."""
+    engine = policy.engine if isinstance(policy, Policy) else None
+    return LocalEngine(policy) if engine is None else engine
 
 
 def score(made: Sampled, algorithm: BaseAlgorithm, recipe: Recipe) -> Collected:
@@ -333,6 +340,7 @@ def _batch(
 def _roll(
     policy: Sampler,
     algorithm: BaseAlgorithm,
+    held: Sequence[str],
     cond: Conditioning,
     share: Share,
     recipe: Recipe,
@@ -351,7 +359,8 @@ def _roll(
     elif rollout.sde is not None:
         noisy = range(rollout.steps - 1)
     parts: list[Rollout] = []
-    with policy.rolling(weights):
+    engine = engine_of(policy)
+    with engine.holding(weights):
         for own in share.batches(rollout.batch):
             if not len(own) and not policy.sharded:
                 continue
@@ -360,13 +369,17 @@ def _roll(
             if noisy:
                 seeds = [seed_for(seed, "sde", iteration, place) for place in places]
                 scheduler = with_noise(scheduler, noisy, seeds)
-            part = policy.model.rollout(
-                cond.rows(share.rows[rows]),
-                steps=rollout.steps,
-                guidance_scale=rollout.guidance_scale,
-                scheduler=scheduler,
-                generators=[stream(seed, "rollout", iteration, place) for place in places],
-                record=trained,
+            groups = share.rows[rows]
+            part = engine.rollout(
+                RolloutRequest(
+                    texts=[held[int(group)] for group in groups.tolist()],
+                    cond=cond.rows(groups),
+                    seeds=[seed_for(seed, "rollout", iteration, place) for place in places],
+                    steps=rollout.steps,
+                    guidance_scale=rollout.guidance_scale,
+                    scheduler=scheduler,
+                    record=trained,
+                )
             )
             if len(own):
                 parts.append(part)

@@ -238,12 +238,27 @@ class Recipe(Section):
         ]
         return lines
 
+    def _remote(self) -> list[str]:
+        """What an engine in another process cannot do."""
+        rollout, where = self.rollout, f"rollout.engine = {self.rollout.engine!r}: "
+        if rollout.engine is None:
+            return []
+        lines = []
+        if isinstance(self.algorithm, TrajectoryAlgorithm):
+            lines.append(f"{where}{self.algorithm.name} needs the steps, which it does not keep")
+        if rollout.sde is not None:
+            lines.append(f"{where}rollout.sde samples in the run itself; use null for one of them")
+        if self.lora is None:
+            lines.append(f"{where}what travels is a LoRA, and lora: null trains none")
+        return lines
+
     def _conflicts(self) -> list[str]:
         lines = [
             f"rollout.call.{key}: the run sets it itself; use {_OWNED_CALL_KEYS[key]}"
             for key in self.rollout.call
             if key in _OWNED_CALL_KEYS
         ]
+        lines += self._remote()
         if self.rollout.ahead and self.rollout.overlap_rewards:
             lines.append(
                 f"rollout.ahead = {self.rollout.ahead}: rewards are asked when their iteration is "

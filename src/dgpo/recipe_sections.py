@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
 
 SD3_ATTENTION = [
     "attn.to_q",
@@ -81,10 +90,22 @@ class RolloutSettings(Section):
     """Add noise at every step but the last, as the samplers of the policy gradients do, e.g. {kind:
     flow, noise_level: 0.7}; for a comparison, since no loss on noised samples needs it. null:
     rollout.scheduler makes them."""
+    engine: str | None = None
+    """Address of a server that makes the rollouts (docs/scaling.md); null: the run itself."""
     switch_to_old_after: int | None = Field(default=None, ge=0)
     """Iteration from which the old policy (the fast EMA) makes the rollouts; null: never."""
     call: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of the pipeline's call, such as height and width."""
+
+    @field_validator("engine")
+    @classmethod
+    def _is_an_address(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"https?://[^@\s]+", value):
+            raise ValueError(
+                "rollout.engine: should be an address such as http://127.0.0.1:8770, without a "
+                "password (DGPO_ROLLOUT_TOKEN holds the token)"
+            )
+        return value
 
 
 class TrainSettings(Section):

@@ -96,7 +96,8 @@ def _commit() -> str | None:
         return None  # installed: another project's checkout may lie around it
 
     def git(*words: str) -> str:
-        done = subprocess.run(  # nosec B603 B607: constant words; the git that the user has
+        # constant words, and the git that the user has
+        done = subprocess.run(  # nosec B603 B607
             ["git", "-C", str(place), *words],
             capture_output=True,
             text=True,

@@ -99,6 +99,11 @@ class Trainer:
             self.recipe.seed,
             snapshot_device=self.recipe.memory.snapshot_device,
         )
+        if self.recipe.rollout.engine is not None:
+            from dgpo.rollouts.remote import RemoteEngine
+
+            names = self.recipe.rollout
+            self.policy.engine = RemoteEngine(self.policy, str(names.engine), names.scheduler)
         if self.recipe.memory.free_text_encoders:
             self.model.encode_and_free(data.texts)
         self.updater = Updater(self.policy, self.algorithm, self.recipe, self.processes)

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile(
     "dgpo",
-    max_examples=int(os.environ.get("DGPO_FUZZ", "40")),
+    max_examples=int(os.environ.get("DGPO_FUZZ", "25")),
     deadline=None,
     derandomize=True,
     database=None,

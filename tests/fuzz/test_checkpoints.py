@@ -68,7 +68,9 @@ def damage(data: st.DataObject, folder: Path) -> None:
         text = data.draw(st.sampled_from(["", "null", "[]", "{}", '{"sha256": 3}', "\x00", "NaN"]))
         file.write_text(text)
     elif kind == "rename":
-        place.rename(folder / data.draw(st.sampled_from(["00000007", f"{place.name}.old", "kept"])))
+        other = folder / data.draw(st.sampled_from(["00000007", f"{place.name}.old", "kept"]))
+        if not other.exists():
+            place.rename(other)
     elif kind == "deep":
         file.write_text("[" * 100_000)
     elif kind == "swap" and file.is_file():

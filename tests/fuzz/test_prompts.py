@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgpo.errors import UserError
 from dgpo.prompts import load_prompts
+from dgpo.registry import PROMPTS
 from dgpo.rewards import load_rewards
 from fuzz.parts import PROFILE, VALUES, changed_bytes, value_or_error
 
@@ -67,6 +67,5 @@ def test_rows(rows: Any) -> None:
 @PROFILE
 @given(name=st.text(max_size=30) | st.sampled_from(["datasets:", ":", "x:", ":x", "..:x", "a/b"]))
 def test_names(name: str) -> None:
-    if not Path(name.replace("\0", "")).exists():
-        with pytest.raises(UserError):
-            load_prompts(name)
+    there = name in PROMPTS or Path(name.replace("\0", "")).exists()
+    assert there or value_or_error(lambda: load_prompts(name)) is None

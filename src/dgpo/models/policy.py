@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from dgpo.models.lora import LoraSettings
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.snapshots import Snapshot, exchanged
 from dgpo.models.text import Conditioning
+
+if TYPE_CHECKING:
+    from dgpo.rollouts.engine import RolloutEngine
 
 Weights = Literal["policy", "old", "ref"]
 RollingWeights = Literal["policy", "old", "slow"]
@@ -52,6 +55,8 @@ class Policy:
     ) -> None:
         self.model = model
         self.lora = lora
+        self.engine: RolloutEngine | None = None
+        """What makes the rollouts, if it is another program (:mod:`dgpo.rollouts`)."""
         for module in model.pipe.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()

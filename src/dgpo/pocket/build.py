@@ -102,7 +102,7 @@ def build_silent_encoder() -> tuple[PreTrainedTokenizerFast, T5EncoderModel]:
     layers, so ``max_sequence_length`` zero vectors are appended to the text, which is what the
     pipeline itself does without a third encoder; the transformer is trained to ignore them.
     """
-    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))  # nosec B106
+    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
     tokenizer.normalizer = normalizers.Replace(Regex(r"[\s\S]"), "")
     encoder = T5EncoderModel(
         T5Config(
@@ -117,7 +117,7 @@ def build_silent_encoder() -> tuple[PreTrainedTokenizerFast, T5EncoderModel]:
         )
     )
     torch.nn.init.zeros_(encoder.get_input_embeddings().weight)
-    stock = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")  # nosec B106
+    stock = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
     return stock, encoder
 
 

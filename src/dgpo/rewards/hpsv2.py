@@ -36,7 +36,7 @@ _PARTS = {
 _SINGLE = {
     "logit_scale": "logit_scale",
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",  # nosec B105
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
     "ln_final.weight": "text_model.final_layer_norm.weight",
     "ln_final.bias": "text_model.final_layer_norm.bias",
     "visual.class_embedding": "vision_model.embeddings.class_embedding",

@@ -1,0 +1,152 @@
+"""Rollouts by a server: the LoRA goes there when it has changed, pictures and samples come back."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgpo.caption import Caption
+from dgpo.errors import UserError
+from dgpo.models.pipeline import Rollout
+from dgpo.models.policy import Policy, RollingWeights
+from dgpo.rewards.loading import need
+from dgpo.rollouts.engine import LocalEngine, RolloutRequest
+from dgpo.rollouts.wire import Ask, unpack
+
+TOLERANCE = 0.1
+"""Largest relative difference of the first sample from the policy's own, root mean square: other
+kernels round otherwise; another model differs by about 1."""
+TOKEN = "DGPO_ROLLOUT_TOKEN"
+"""The variable, not what is in it."""
+
+
+class RemoteEngine:
+    """A client of ``python -m dgpo.rollouts.server``, and of anything that speaks as it does.
+
+    The first batch is made by the policy as well, for one row: a server with another model, another
+    sampler or a LoRA that it does not apply is found before anything is trained.
+
+    Args:
+        policy: whose LoRA is sent.
+        url: of the server.
+        scheduler: the recipe's name of the sampler.
+        timeout: seconds for one answer.
+    """
+
+    def __init__(
+        self, policy: Policy, url: str, scheduler: str | None = None, timeout: float = 600.0
+    ) -> None:
+        if policy.lora is None:
+            raise UserError("rollout.engine: what travels is a LoRA; lora: null trains no LoRA")
+        need("rollout.engine", "httpx", "pip install httpx")
+        import httpx
+
+        token = os.environ.get(TOKEN, "")
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        try:
+            self._client = httpx.Client(base_url=url, timeout=timeout, headers=headers)
+        except httpx.InvalidURL as error:
+            raise UserError(f"rollout.engine = {url!r}: {error}") from error
+        self._policy, self._url, self._scheduler = policy, url, scheduler
+        self._sent: str | None = None
+        self._checked = False
+        self.bytes_sent = self.bytes_received = 0
+        """Of weights, and of answers."""
+        self.difference = float("nan")
+        """Of the first sample from the policy's own, relative."""
+
+    @contextmanager
+    def holding(self, weights: RollingWeights) -> Iterator[None]:
+        with tempfile.TemporaryDirectory() as folder:
+            self._policy.save(folder, weights)
+            files = sorted(Path(folder).rglob("*.safetensors"))
+            if len(files) != 1:
+                raise UserError(f"rollout.engine: one LoRA file can be sent, not {len(files)}")
+            data = files[0].read_bytes()
+        name = hashlib.sha256(data).hexdigest()
+        if name != self._sent:
+            self._ask("PUT", f"/v1/weights/{name}", content=data)
+            self.bytes_sent += len(data)
+            self._sent = name
+        if self._checked:
+            yield
+            return
+        with self._policy.rolling(weights):  # the first batch is compared with the policy's own
+            yield
+
+    def rollout(self, request: RolloutRequest) -> Rollout:
+        if request.record:
+            raise UserError("rollout.engine: it keeps no steps; a policy gradient needs them")
+        if any(isinstance(text, Caption) for text in request.texts):
+            raise UserError("rollout.engine: the pictures of prompt rows do not travel; use null")
+        ask = Ask(
+            texts=[str(text) for text in request.texts],
+            seeds=list(request.seeds),
+            steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            scheduler=self._scheduler,
+            call=self._policy.model.call,
+            weights=self._sent,
+        )
+        data = self._ask("POST", "/v1/rollout", json=ask.model_dump())
+        self.bytes_received += len(data)
+        made = unpack(data, len(request.seeds))
+        if not self._checked:
+            self._compare(request, made)
+            self._checked = True
+        device, dtype = self._policy.model.device, made.x0.dtype
+        return Rollout(made.x0.to(device, dtype), made.images, made.levels)
+
+    def _compare(self, request: RolloutRequest, made: Rollout) -> None:
+        one = RolloutRequest(
+            texts=request.texts[:1],
+            cond=request.cond.rows(torch.tensor([0])),
+            seeds=request.seeds[:1],
+            steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            scheduler=request.scheduler,
+        )
+        own = LocalEngine(self._policy).rollout(one)
+        sigmas = [level.sigma for level in made.levels]
+        wanted = [level.sigma for level in own.levels]
+        same = len(sigmas) == len(wanted) and own.x0.shape[1:] == made.x0.shape[1:]
+        same = same and all(abs(a - b) < 1e-3 for a, b in zip(sigmas, wanted, strict=True))
+        self.difference = _apart(made.x0[:1], own.x0) if same else float("inf")
+        if not self.difference <= TOLERANCE:
+            raise UserError(
+                f"rollout.engine = {self._url!r}: the first picture differs from the policy's own "
+                f"by {self.difference:.3g} (allowed {TOLERANCE}): has the server the model "
+                f"{self._policy.model.pipe.config.get('_name_or_path') or 'of the recipe'!r}, the "
+                "same sampler and precision, and does it apply the LoRA?"
+            )
+
+    def _ask(self, method: str, path: str, **body: Any) -> bytes:
+        import httpx
+
+        try:
+            response = self._client.request(method, path, **body)
+        except httpx.HTTPError as error:
+            raise UserError(
+                f"rollout.engine = {self._url!r}: no answer ({type(error).__name__} {error}); "
+                "start it with: python -m dgpo.rollouts.server MODEL"
+            ) from error
+        if response.status_code != 200:
+            hint = f"; set {TOKEN}" if response.status_code == 401 else ""
+            raise UserError(
+                f"rollout.engine = {self._url!r} refused with status {response.status_code}: "
+                f"{response.text[:300]}{hint}"
+            )
+        return response.content
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    one, other = one.detach().double().cpu(), other.detach().double().cpu()
+    return float((one - other).pow(2).mean().sqrt() / other.pow(2).mean().sqrt().clamp_min(1e-12))

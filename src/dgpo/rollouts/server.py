@@ -1,0 +1,189 @@
+"""A rollout server: the reference for the wire, and a stand-in where no other engine runs.
+
+    python -m dgpo.rollouts.server MODEL --port 8770
+
+``PUT /v1/weights/SHA256`` takes a LoRA file, ``POST /v1/rollout`` makes pictures with it
+(:mod:`dgpo.rollouts.wire`). Requests run one after the other.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import Annotated, Any
+
+import torch
+import typer
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from peft.tuners.lora import LoraLayer
+from pydantic import ValidationError
+
+from dgpo.errors import UserError
+from dgpo.models import lora
+from dgpo.models.pipeline import PipelineModel, Rollout
+from dgpo.models.schedulers import make_scheduler
+from dgpo.models.snapshots import exchanged
+from dgpo.rollouts.wire import Ask, pack
+from dgpo.serve.access import token_for
+from dgpo.serve.limits import Gate
+
+LARGEST = 2**32
+"""Bytes of a LoRA file."""
+
+
+class Stale(UserError):
+    """The weights that were asked for are not those that are in place."""
+
+
+class Sampler:
+    """A pipeline that samples with the LoRA that was sent last.
+
+    Args:
+        pipe: the pipeline as it was before training.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        self._models: dict[str, PipelineModel] = {}
+        self._lock = Lock()
+        self._weights: str | None = None
+        self._layers: list[Any] = []
+
+    def take(self, name: str, data: bytes) -> None:
+        """Put a LoRA in place of the one before.
+
+        Raises:
+            UserError: the bytes are not what their name says, or no LoRA of this pipeline.
+        """
+        if hashlib.sha256(data).hexdigest() != name:
+            raise UserError("the file is not the one that its name says: it was cut or changed")
+        with self._lock, tempfile.TemporaryDirectory() as folder:
+            if self._layers:
+                self._pipe.unload_lora_weights()
+            self._weights, self._layers = None, []
+            (Path(folder) / "pytorch_lora_weights.safetensors").write_bytes(data)
+            try:
+                lora.load(self._pipe, Path(folder))
+            except (
+                Exception
+            ) as error:  # diffusers and peft raise many kinds; all mean that it is none
+                raise UserError(f"no LoRA of this pipeline: {error}") from error
+            parts = (part for part in self._pipe.components.values())
+            modules = (m for p in parts if isinstance(p, torch.nn.Module) for m in p.modules())
+            self._layers = [module for module in modules if isinstance(module, LoraLayer)]
+            self._weights = name
+
+    def sample(self, ask: Ask) -> Rollout:
+        """Pictures with the weights that the request names.
+
+        Raises:
+            Stale: others are in place.
+            UserError: the pipeline cannot do what is asked.
+        """
+        with self._lock:
+            if ask.weights != self._weights:
+                raise Stale(f"weights {self._weights} are in place, not {ask.weights}")
+            if len(ask.seeds) != len(ask.texts):
+                raise UserError(f"{len(ask.seeds)} seeds for {len(ask.texts)} texts")
+            model = self._model(ask.call)
+            own = ask.scheduler and make_scheduler(ask.scheduler, self._pipe.scheduler)
+            with self._merged():
+                return model.rollout(
+                    model.encode(ask.texts, guidance=ask.guidance_scale != 1),
+                    steps=ask.steps,
+                    guidance_scale=ask.guidance_scale,
+                    scheduler=own,
+                    generators=[torch.Generator().manual_seed(seed) for seed in ask.seeds],
+                )
+
+    def _model(self, call: dict[str, Any]) -> PipelineModel:
+        key = repr(sorted(call.items()))
+        if key not in self._models:
+            self._models = {key: PipelineModel(self._pipe, call=call)}
+        return self._models[key]
+
+    @contextmanager
+    def _merged(self) -> Iterator[None]:
+        """The LoRA written into the base weights, as the policy does it for its own rollouts."""
+        if not lora.can_merge(self._layers):
+            yield
+            return
+        bases = [layer.get_base_layer().weight for layer in self._layers]
+        with torch.no_grad():
+            values = [
+                base + layer.get_delta_weight(layer.active_adapters[0]).to(base.dtype)
+                for base, layer in zip(bases, self._layers, strict=True)
+            ]
+        with exchanged(bases, values), lora.disabled(self._layers):
+            yield
+
+
+def make_app(pipe: Any, token: str | None = None) -> Any:
+    """An ASGI application around a pipeline.
+
+    Args:
+        pipe: as it was before training.
+        token: wanted as a bearer token of every request; None: no token.
+    """
+    sampler = Sampler(pipe)
+    app = FastAPI(title="dgpo rollouts")
+
+    @app.put("/v1/weights/{name}")
+    async def weights(name: str, request: Request) -> dict[str, str]:
+        """Take a LoRA file."""
+        data = await request.body()
+        await run_in_threadpool(_answered, sampler.take, name, data)
+        return {"weights": name}
+
+    @app.post("/v1/rollout")
+    async def rollout(request: Request) -> Response:
+        """Make pictures; the body is an :class:`Ask`."""
+        # not a parameter: the framework cannot tell what is wrong with bytes that are no text
+        try:
+            ask = Ask.model_validate_json(await request.body())
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            where = ".".join(map(str, first["loc"])) or "request"
+            raise HTTPException(422, f"{where}: {first['msg']}") from None
+        made = await run_in_threadpool(_answered, sampler.sample, ask)
+        return Response(pack(made), media_type="application/octet-stream")
+
+    return Gate(app, token, LARGEST)
+
+
+def _answered(call: Any, *arguments: Any) -> Any:
+    try:
+        return call(*arguments)
+    except Stale as error:
+        raise HTTPException(409, str(error)) from None
+    except UserError as error:
+        raise HTTPException(422, str(error)) from None
+
+
+def main(
+    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    host: Annotated[str, typer.Option("--host", metavar="H")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, metavar="N")] = 8770,
+    token_file: Annotated[Path | None, typer.Option("--token-file", metavar="F")] = None,
+    precision: Annotated[str, typer.Option("--precision", metavar="P")] = "float32",
+) -> None:
+    """Make rollouts for a run elsewhere."""
+    import uvicorn
+
+    from dgpo.cli_common import load
+
+    try:
+        token = token_for(host, token_file)
+        app = make_app(load(model, None, precision, None), token)
+    except UserError as error:
+        raise SystemExit(str(error)) from error
+    uvicorn.run(app, host=host, port=port, access_log=False)
+
+
+if __name__ == "__main__":
+    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    command.command()(main)
+    command()
