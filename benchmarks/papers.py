@@ -38,7 +38,10 @@ PAPERS = [
     Paper(
         "DGPO",
         "2510.08425",
-        [*(name for task in TASKS for name in _sd35(task)), "pocket-geneval", "pocket-ocr"],
+        [
+            *(name for task in TASKS for name in _sd35(task)),
+            *("pocket-geneval", "pocket-ocr", "pocket-sd-ddim", "pocket-sd-plms"),
+        ],
         {"sd35m-geneval": "0.97", "sd35m-ocr": "0.96", "sd35m-pickscore": "23.89"},
     ),
     Paper("TDM-R1 (EMA reference)", "2603.07700", [f"sd35m-{task}-cfgfree-ema" for task in TASKS]),
