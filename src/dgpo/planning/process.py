@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-
 _IMPORTED = ("dgpo.trainer", "torch.utils.tensorboard", "matplotlib.backends.backend_agg")
 """What a run imports sooner or later."""
 
