@@ -74,8 +74,15 @@ class Estimate:
     @property
     def has_guidance(self) -> bool:
         """Whether the pipeline has classifier-free guidance, as far as it can be seen."""
-        with Numbers():
-            return self._cond is None or self.model.has_guidance(self._cond)
+        if self._cond is None:
+            return True
+        try:
+            with Numbers():
+                return self.model.has_guidance(self._cond)
+        except UserError:
+            raise
+        except Exception:  # said by the phases
+            return True
 
     def memory(self, libraries: int, prompts: int) -> Memory:
         """The estimate.
