@@ -212,6 +212,7 @@ def test_groups_that_do_not_fit_are_refused(folder: Path) -> None:
         ({"algorithm": FlowGRPO()}, "flow_grpo learns from the steps of its own"),
         ({"rollout": {"switch_to_old_after": 3}}, "rollout.switch_to_old_after means nothing"),
         ({"rollout": {"sde": {"kind": "flow"}}}, "rollout.sde means nothing"),
+        ({"rollout": {"engine": "http://127.0.0.1:1"}}, "rollout.engine means nothing"),
         ({"data": {"pick": "random"}}, "data.pick = 'random': there is no data.preferences"),
         ({"data": {"preference": "a"}}, "data.preference"),
     ],

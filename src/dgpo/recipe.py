@@ -230,7 +230,7 @@ class Recipe(Section):
         lines = []
         if not isinstance(self.algorithm, Algorithm):
             lines.append(f"{where}{name} learns from the steps of its own rollouts; use dgpo")
-        unused = {"switch_to_old_after": None, "sde": None, "ahead": 0}
+        unused = {"switch_to_old_after": None, "sde": None, "ahead": 0, "engine": None}
         lines += [
             f"{where}nothing is sampled, so rollout.{key} means nothing; leave it out"
             for key, default in unused.items()

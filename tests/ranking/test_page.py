@@ -116,6 +116,16 @@ def test_a_bad_answer_is_refused_and_not_kept(client, desk, changes, status):
     assert desk.store.answers(group) == {}
 
 
+@pytest.mark.parametrize(
+    "body", [b"\xff\xfe\x00", b'{"rater": "\xff"}', b"[" * 60_000, b"", b"null"]
+)
+def test_a_body_that_is_no_json_is_refused(client, body):
+    answer = client.post(
+        f"/v1/groups/{'0' * 32}", content=body, headers={"content-type": "application/json"}
+    )
+    assert answer.status_code in (400, 422), answer.text
+
+
 def test_what_is_not_there_is_not_found(client, desk):
     group = desk.post("a cat", SHADES)
     (desk.store.folder / "secret.png").write_bytes(b"secret")
