@@ -10,7 +10,7 @@ import signal
 import subprocess
 from contextlib import suppress
 from pathlib import Path
-from shutil import copytree
+from shutil import copytree, rmtree
 from typing import Any
 from unittest.mock import Mock
 
@@ -20,10 +20,11 @@ from safetensors import SafetensorError
 
 import dgpo.checkpoint
 from dgpo.checkpoint import find_checkpoint, load_checkpoint, prune, save_checkpoint
+from dgpo.disk import replace_text
 from dgpo.errors import UserError
 from dgpo.interrupts import all_or_nothing
 from dgpo.rewards.stand_in import brightness
-from reliable import assert_same
+from reliable import assert_same, stopping
 from tiny_runs import PROMPTS, TIMESTEPS, Spy, light, rows, trainer, without_times
 
 
@@ -179,6 +180,42 @@ def test_a_checkpoint_is_whole_or_not_there(
         load_checkpoint(folder / "00000006", other.policy, other.updater)
     with pytest.raises(UserError, match="holds no checkpoint to go on from"):
         find_checkpoint(tmp_path / "nothing")
+
+
+def test_a_run_killed_before_its_first_checkpoint_was_whole_begins_again(
+    tmp_path: Path, capsys: Any
+) -> None:
+    trainer(tmp_path / "through").train()
+    killed = tmp_path / "killed"
+    with pytest.raises(KeyboardInterrupt):
+        trainer(killed, stopping(1, Mock(side_effect=KeyboardInterrupt))).train()
+    # as a kill leaves it in the middle of the writing of a first checkpoint
+    (only,) = (killed / "checkpoints").iterdir()
+    half = only.rename(only.with_name(f"{only.name}.new"))
+    (half / "manifest.json").unlink()
+    _cut(half / "tensors.safetensors")
+
+    # with the model that follows each checkpoint there was one: nothing is begun anew over it
+    with pytest.raises(UserError, match=r"holds no checkpoint.*another run.dir"):
+        trainer(killed, resume=True)
+    rmtree(killed / "lora")
+    run = trainer(killed, resume=True)
+    assert run.iteration == 0 and len(rows(killed)) == 1
+    run.train()
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"begins again: no checkpoint was finished in {killed / 'checkpoints'}" in said
+    assert_same(tmp_path / "through", killed)
+
+
+def test_a_text_is_replaced_as_a_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    replace_text(file, "one")
+    monkeypatch.setattr("dgpo.disk.sync", Mock(side_effect=OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"):
+        replace_text(file, "another")
+    assert file.read_text() == "one" and list(tmp_path.iterdir()) == [file]
 
 
 def _cut(file: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 import yaml
@@ -263,6 +264,11 @@ def test_from_end_to_end(write_recipe, monkeypatch):
     assert "Not finished: theirs seed 0." in Path("out/table.md").read_text()
     ours = Path("out/ours-seed0/metrics.jsonl")
     written = ours.stat().st_mtime_ns
+    # as a kill leaves it in the middle of the writing of a first checkpoint
+    theirs = Path("out/theirs-seed0")
+    (theirs / "checkpoints/00000001").rename(theirs / "checkpoints/00000001.new")
+    (theirs / "checkpoints/00000001.new/manifest.json").unlink()
+    rmtree(theirs / "lora")
 
     output = compare(*command).output
     assert "[1/2] ours, seed 0: found finished" in output and "[2/2] theirs" in output

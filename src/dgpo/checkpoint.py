@@ -142,7 +142,6 @@ def find_checkpoint(folder: Path, best: bool = False) -> Found:
     Raises:
         UserError: there is none; damaged files are named.
     """
-    places = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
 
     def order(place: Path) -> tuple[float, int, bool]:
         score = _score(place) if best else None
@@ -153,7 +152,7 @@ def find_checkpoint(folder: Path, best: bool = False) -> Found:
         return 0.0, iteration, kept
 
     damaged: list[str] = []
-    for place in sorted(places, key=order, reverse=True):
+    for place in sorted(_places(folder), key=order, reverse=True):
         manifest = _read_manifest(place, damaged)
         if manifest is not None:
             return Found(place, manifest, tuple(damaged))
@@ -164,8 +163,13 @@ def find_checkpoint(folder: Path, best: bool = False) -> Found:
         )
     raise UserError(
         f"{folder} holds no checkpoint to go on from: start without --resume (resume=True), in "
-        "another run.dir or after deleting this one if it holds a run that was cut off early"
+        "another run.dir if this one holds a run"
     )
+
+
+def any_checkpoint(folder: Path) -> bool:
+    """Whether a checkpoint of the run was ever finished, whatever has become of its files."""
+    return bool(_places(folder))
 
 
 def load_checkpoint(
@@ -214,6 +218,11 @@ def refuse_other_base(found: Found, base: Mapping[str, str]) -> None:
             "on top of the untrained model: give a pipeline that was just loaded, not one that was "
             "trained or has a LoRA, of the same model and precision"
         )
+
+
+def _places(folder: Path) -> list[Path]:
+    """The folders with the name of a checkpoint, which a half-written one has not."""
+    return [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
 
 
 def _tensors(policy: Policy, updater: Updater, keep: bool) -> dict[str, Tensor]:

@@ -49,6 +49,18 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def replace_text(file: Path, text: str) -> None:
+    """Put a text in the place of a file: a kill or a full disk leaves one or the other, whole."""
+    whole = file.with_suffix(".tmp")
+    try:
+        whole.write_text(text, encoding="utf-8")
+        sync(whole)
+    except BaseException:
+        whole.unlink(missing_ok=True)
+        raise
+    whole.replace(file)
+
+
 def replace_folder(place: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a new folder, and put it in the place of the one of that name.
 

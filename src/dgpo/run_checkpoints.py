@@ -8,6 +8,7 @@ from typing import Any
 
 from dgpo.checkpoint import (
     Found,
+    any_checkpoint,
     find_checkpoint,
     load_checkpoint,
     prune,
@@ -29,21 +30,28 @@ class RunCheckpoints:
 
     Args:
         recipe: of the run.
-        resume: whether there must be a checkpoint to go on from.
-        processes: of the run.
+        resume: whether to go on from the last whole checkpoint. A run that was stopped before its
+            first was finished begins again.
+        processes: of the run. Collective.
 
     Raises:
-        UserError: there is none that is whole.
+        UserError: there is no run, or none of its checkpoints is whole.
     """
 
     def __init__(self, recipe: Recipe, resume: bool, processes: Processes = ALONE) -> None:
         self._run = Path(recipe.run.dir)
         self._folder = self._run / "checkpoints"
-        self._recipe, self._processes, self._resume = recipe, processes, resume
+        self._recipe, self._processes = recipe, processes
+        self._model = "model" if recipe.lora is None else "lora"
         self._base: dict[str, str] = {}
+        self.begins_again = resume and processes.from_main(
+            self._was_never_saved, "whether there is a checkpoint"
+        )
+        """Whether the folder holds a run that was stopped before its first checkpoint."""
+        self._goes_on = resume and not self.begins_again
         self.found: Found | None = None
         """What the main process goes on from; None in a run that begins."""
-        if resume and processes.main:
+        if self._goes_on and processes.main:
             self.found = find_checkpoint(self._folder)
 
     def look_at(self, components: Mapping[str, Any]) -> None:
@@ -62,7 +70,7 @@ class RunCheckpoints:
 
     def restore(self, policy: Policy, updater: Updater) -> dict[str, Any]:
         """The counters of the checkpoint that the run goes on from; none if it begins."""
-        if not self._resume:
+        if not self._goes_on:
             return {}
         folder = None if self.found is None else self.found.folder
         return load_checkpoint(folder, policy, updater, self._processes)
@@ -71,7 +79,9 @@ class RunCheckpoints:
         """What the run goes on from, and what was left aside for damage; said once."""
         found, self.found = self.found, None
         if found is None:
-            return []
+            again, self.begins_again = self.begins_again, False
+            why = f"no checkpoint was finished in {self._folder} before the run was stopped"
+            return [f"begins again: {why}"] if again else []
         left = [f"left aside: {problem}" for problem in found.damaged]
         return [*left, f"goes on after iteration {found.iteration}: {found.folder}"]
 
@@ -113,9 +123,13 @@ class RunCheckpoints:
         self._save_model(policy)
         return iteration
 
+    def _was_never_saved(self) -> bool:
+        """Whether there is a run, but neither a checkpoint nor the model that follows each."""
+        saved = any_checkpoint(self._folder) or (self._run / self._model).exists()
+        return (self._run / "recipe.yaml").exists() and not saved
+
     def _save_model(self, policy: Policy) -> None:
-        name = "model" if self._recipe.lora is None else "lora"
         if self._processes.main:
-            replace_folder(self._run / name, lambda place: policy.save(place, "slow"))
+            replace_folder(self._run / self._model, lambda place: policy.save(place, "slow"))
         else:
-            policy.save(self._run / name, "slow", writes=False)
+            policy.save(self._run / self._model, "slow", writes=False)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dgpo.disk import sync
+from dgpo.disk import replace_text
 from dgpo.errors import UserError
 
 FILE = "run.json"
@@ -40,10 +40,7 @@ def record_start(folder: Path, seed: int, iteration: int) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error}); delete it, it is a record only") from error
     starts.append({"iteration": iteration, "seed": seed, **facts()})
-    whole = file.with_suffix(".tmp")
-    whole.write_text(json.dumps({"starts": starts}, indent=2) + "\n", encoding="utf-8")
-    sync(whole)
-    whole.replace(file)
+    replace_text(file, json.dumps({"starts": starts}, indent=2) + "\n")
 
 
 def facts() -> dict[str, Any]:

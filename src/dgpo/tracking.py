@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from dgpo.card import model_card
-from dgpo.disk import sync
+from dgpo.disk import replace_text
 from dgpo.errors import UserError
 from dgpo.media import Sound, Video, save_media
 from dgpo.pictures import before_after, curve, grid
@@ -74,7 +74,7 @@ class Tracker:
     Args:
         recipe: of the run; ``run.dir`` is the folder.
         resume_after: go on with the run in the folder after this iteration: later lines, which a
-            run that was cut off may have left, are dropped. None starts a run.
+            run that was cut off may have left, are dropped; -1 for all. None starts a run.
 
     Raises:
         UserError: the folder holds a run and none was to be resumed, or the other way round.
@@ -91,7 +91,7 @@ class Tracker:
         elif not (self.folder / "recipe.yaml").exists():
             raise UserError(f"run.dir = {str(self.folder)!r} holds no run to resume")
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-        (self.folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        replace_text(self.folder / "recipe.yaml", recipe.to_yaml())
         if resume_after is not None:
             for file in (self._metrics, self._evaluations, self._warnings):
                 _keep(file, lambda row: row["iteration"] <= resume_after)
@@ -216,7 +216,4 @@ def _keep(file: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
         return
     rows = [row for row in read_jsonl(file) if wanted(row)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    whole = file.with_suffix(".tmp")
-    whole.write_text(text, encoding="utf-8")
-    sync(whole)
-    whole.replace(file)  # a stop in between leaves the old file, not half of a new one
+    replace_text(file, text)

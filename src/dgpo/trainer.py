@@ -31,7 +31,7 @@ from dgpo.run_checkpoints import RunCheckpoints
 from dgpo.run_manifest import record_start
 from dgpo.tracking import refuse_existing_run
 from dgpo.trainer_arguments import full_recipe
-from dgpo.trainer_setup import load_data, load_model, make_collector
+from dgpo.trainer_setup import check_model, load_data, load_model, make_collector
 from dgpo.updating import NonFinite, Updater
 
 
@@ -49,8 +49,9 @@ class Trainer:
         eval_dataset: held-out prompts, likewise.
         algorithm: e.g. ``DGPO(beta=100)``; None for the recipe's.
         recipe: every other setting: a :class:`Recipe`, its name or file, or nested dicts.
-        resume: go on from the last whole checkpoint in the recipe's run folder. A pipeline given
-            as ``model`` must be the untrained one.
+        resume: go on from the last whole checkpoint in the recipe's run folder; a run that was
+            stopped before its first begins again. A pipeline given as ``model`` must be the
+            untrained one.
 
     Raises:
         UserError: anything that would fail later, before compute is spent.
@@ -91,7 +92,7 @@ class Trainer:
         self.model = load_model(self.recipe, model, self._checkpoints, self.processes)
         self.scheduler = make_scheduler(self.recipe.rollout.scheduler, self.model.pipe.scheduler)
         """The deterministic sampler: of evaluations, and of rollouts without noise."""
-        self.model.self_check(self.model.encode([p.text for p in self.prompts[:2]], guidance=True))
+        check_model(self.recipe, self.model, self.prompts[:2], self.scheduler)
         self.model.check_pictures(data.texts)
         self.policy = Policy(
             self.model,
@@ -154,7 +155,8 @@ class Trainer:
 
     def _train(self) -> Report | None:
         self._try_rewards()
-        resume_after = self.iteration if self._goes_on else None
+        done = -1 if self._checkpoints.begins_again else self.iteration
+        resume_after = done if self._goes_on else None
         tracker, progress = outputs(self.recipe, resume_after, self.processes)
         self._goes_on = True
         self._tracker, self._progress = tracker, progress

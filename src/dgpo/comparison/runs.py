@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -78,8 +77,6 @@ def state(run: Run, stop_at: float | None) -> State:
 def make(run: Run, stop_at: float | None) -> State:
     """Train a run, go on with it, or leave it if it is finished; returns what was found.
 
-    A run that was cut off before its first checkpoint is begun again.
-
     Raises:
         UserError: see :func:`state` and :class:`Trainer`.
         KeyboardInterrupt: after a checkpoint was saved.
@@ -87,11 +84,7 @@ def make(run: Run, stop_at: float | None) -> State:
     found = state(run, stop_at)
     if found == "finished":
         return found
-    saved = (run.folder / "checkpoints").glob("*")
-    resume = found == "interrupted" and any(not place.name.endswith(".new") for place in saved)
-    if found == "interrupted" and not resume:
-        shutil.rmtree(run.folder)
-    race = Race(run.recipe, resume, stop_at)
+    race = Race(run.recipe, found == "interrupted", stop_at)
     race.train()
     if state(run, stop_at) == "interrupted":
         (run.folder / ENDED).write_text(f"{race.iteration}\n", encoding="utf-8")
