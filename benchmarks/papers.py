@@ -50,6 +50,7 @@ PAPERS = [
         "2505.05470",
         ["pocket-geneval-flow_grpo", "pocket-geneval-flow_grpo_fast"],
     ),
+    Paper("MixGRPO", "2507.21802", ["pocket-geneval-mix_grpo"]),
     Paper("GRPO-Guard", "2510.22319", ["pocket-geneval-grpo_guard"]),
     Paper("DiffusionNFT", "2509.16117", ["pocket-geneval-diffusion_nft"]),
     Paper("AWM", "2509.25050", ["pocket-geneval-awm"]),

@@ -15,6 +15,7 @@ COMPARED = [name for name in NAMES if name.startswith("pocket-geneval-")]
 METHODS = {
     "flow_grpo",
     "flow_grpo_fast",
+    "mix_grpo",
     "grpo_guard",
     "diffusion_nft",
     "awm",
@@ -65,8 +66,8 @@ def test_a_recipe_trains_a_tiny_sd3_for_two_iterations(name, tmp_path):
             "rewards={redness: 1.0}",
             "eval={metrics: [], every: 0, steps: 2}",
             "rollout.call={height: 32, width: 32, max_sequence_length: 8}",
-            "group_size=3",
-            "groups_per_iteration=2",
+            "group_size=2",
+            "groups_per_iteration=4",
             "train.iterations=2",
             "train.micro_batch=2",
             "samples.count=0",

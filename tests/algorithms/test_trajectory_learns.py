@@ -63,17 +63,20 @@ def train(algorithm: TrajectoryAlgorithm, iterations: int) -> tuple[float, float
     history: list[float] = []
     for iteration in range(iterations):
         x, walked = torch.randn(COUNT * SIZE, 2), []
+        trained = algorithm.noisy_steps(STEPS, iteration, 0)
         with torch.no_grad():
-            for level, then in pairwise(levels):
+            for i, (level, then) in enumerate(pairwise(levels)):
                 output = policy(x, level.sigma)
-                moments = algorithm.sde.moments(process, x, output, level, then)
-                xnext = moments.mean + moments.std * torch.randn_like(x)
+                if i in trained:
+                    moments = algorithm.sde.moments(process, x, output, level, then)
+                    xnext = moments.mean + moments.std * torch.randn_like(x)
+                else:  # windows are for flows: a step of the ODE
+                    xnext = x + (then.sigma - level.sigma) * output
                 walked.append((x, xnext, output))
                 x = xnext
             x0 = end(process, x, policy(x, levels[-1].sigma), levels[-1])
         history.append(float(reward(x0).mean()))
         advantages = algorithm.advantages(reward(x0), groups)
-        trained = algorithm.noisy_steps(STEPS, iteration, 0)
         for rows in torch.arange(COUNT * SIZE).chunk(algorithm.updates):
             for i in trained:
                 xt, xnext, old = (tensor[rows] for tensor in walked[i])
@@ -105,11 +108,12 @@ def train(algorithm: TrajectoryAlgorithm, iterations: int) -> tuple[float, float
         FlowGRPO(clip=0.1, kl=1e-3, sde=CPS()),
         FlowGRPO(clip=0.1, kl=1e-3, sde=DanceSDE(noise_level=0.7)),
         FlowGRPO(clip=0.1, kl=1e-3, window=StepWindow(size=2, last=4)),
+        FlowGRPO(clip=0.1, kl=0, window=StepWindow(size=4, mode="sliding", every=5)),
         GRPOGuard(clip=0.1, kl=1e-3),
         FlowDPPO(tau=0.02, kl=1e-3),
         DDPO(clip=0.1),
     ],
-    ids=["flow_grpo", "cps", "dance", "window", "grpo_guard", "flow_dppo", "ddpo"],
+    ids=["flow_grpo", "cps", "dance", "fast", "mix", "grpo_guard", "flow_dppo", "ddpo"],
 )
 def test_reward_rises(algorithm: TrajectoryAlgorithm) -> None:
     start, after = train(algorithm, 25)

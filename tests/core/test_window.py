@@ -7,10 +7,10 @@ from dgpo.core import StepWindow
 from dgpo.errors import UserError
 
 
-def test_a_sliding_window_moves_on_and_stays_at_the_end():
+def test_a_sliding_window_moves_on_and_begins_again():
     window = StepWindow(size=2, mode="sliding", every=3, first=1, last=4)
     places = [window.place(10, iteration, 0) for iteration in range(15)]
-    assert [place.start for place in places] == [1] * 3 + [2] * 3 + [3] * 9
+    assert [place.start for place in places] == [1] * 3 + [2] * 3 + [3] * 3 + [1] * 3 + [2] * 3
     assert all(len(place) == 2 for place in places)
 
 

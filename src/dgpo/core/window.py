@@ -15,8 +15,8 @@ class StepWindow(BaseModel):
     """A few neighbouring steps, others from time to time.
 
     Sources: MixGRPO (arXiv 2507.21802), whose window slides, and Flow-GRPO-Fast, whose window is
-    drawn anew for every iteration. Differs from MixGRPO: the window slides by one step at a time,
-    and stays where it is once it has reached the end.
+    drawn anew for every iteration. Differs from MixGRPO: the window never grows shorter at the end
+    of the rollout; as in the published runs it slides by one step and then begins again.
     """
 
     model_config = ConfigDict(
@@ -26,7 +26,7 @@ class StepWindow(BaseModel):
     size: int = Field(default=2, ge=1)
     """Steps in the window."""
     mode: Literal["random", "sliding"] = "random"
-    """random: a new place every so often; sliding: from the first place towards the last."""
+    """random: a new place every so often; sliding: from the first place to the last, and again."""
     every: int = Field(default=1, ge=1)
     """Iterations that share a place."""
     first: int = Field(default=0, ge=0)
@@ -75,7 +75,7 @@ class StepWindow(BaseModel):
         turn, last = iteration // self.every, steps - 2 if self.last is None else self.last
         places = last - self.first + 2 - self.size
         if self.mode == "sliding":
-            start = self.first + min(turn, places - 1)
+            start = self.first + turn % places
         else:
             drawn = torch.randint(places, (1,), generator=stream(seed, "window", turn))
             start = self.first + int(drawn)
