@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 import dgpo.forward_rounds
+from dgpo.algorithms import AWM, DGPO, DiffusionNFT
 from dgpo.collection import Batch, collect
 from dgpo.core.groups import Groups
 from dgpo.core.process import FlowMatching, Level
 from dgpo.core.timesteps import TimestepChoice
+from dgpo.forward_rounds import old_is_policy
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.policy import Policy
 from dgpo.prompts import Prompt
@@ -133,6 +135,38 @@ def test_snapshots_are_evaluated_once_for_parts_of_groups() -> None:
         case.gradients()
     # four micro-batches: policy twice (without and with gradients), reference and old once
     assert calls.sizes == [4] * 16
+
+
+def test_an_old_policy_that_is_the_policy_costs_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AWM's is, until the first optimiser step of an iteration."""
+
+    def gradients(counted: list[int]) -> list[Tensor]:
+        timesteps = {"count": 2, "indices": (0, 2)}
+        case = Case(train={**FREE, "optimizer_step": "timestep"})
+        algorithm = AWM.model_validate({"timesteps": timesteps})
+        recipe = case.recipe.model_copy(update={"algorithm": algorithm})
+        case.policy.old.update(0.0)
+        case.updater = Updater(case.policy, algorithm, recipe)
+        with Calls(case.policy.model.denoisers["transformer"]) as calls:
+            found = case.gradients()
+        assert calls.sizes == counted
+        return found
+
+    rows = COUNT * SIZE
+    saved = gradients([rows] * 2 + [rows] * 3)  # policy and reference; then the old policy, too
+    monkeypatch.setattr(dgpo.forward_rounds, "old_is_policy", lambda *_: False)
+    assert difference(gradients([rows] * 6), saved) < 1e-5
+
+
+def test_when_the_old_policy_is_the_policy() -> None:
+    late, early = (DiffusionNFT.model_validate({"old_schedule": s}) for s in ("late", "early"))
+    found = [[old_is_policy(a, n) for n in (0, 1, 2, 76, 77)] for a in (AWM(), late, early, DGPO())]
+    assert found == [
+        [True] * 5,
+        [True, True, True, True, False],
+        [True, True, False, False, False],
+        [False] * 5,
+    ]
 
 
 def half_without_spread(images: Any, prompts: list[str]) -> list[float]:

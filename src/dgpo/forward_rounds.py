@@ -25,6 +25,7 @@ class ForwardRounds:
     def __init__(self, policy: Policy, algorithm: Algorithm, recipe: Recipe) -> None:
         self.policy, self.algorithm, self.recipe = policy, algorithm, recipe
         self._lockstep = policy.sharded
+        self._old_is_policy = False
 
     def rounds(self, batch: Batch, iteration: int) -> Iterator[Round]:
         generator = stream(self.recipe.seed, "levels", iteration)
@@ -32,6 +33,7 @@ class ForwardRounds:
         together = 1 if self.recipe.train.optimizer_step == "timestep" else len(chosen)
         places = list(enumerate(chosen))
         for start in range(0, len(places), together):
+            self._old_is_policy = start == 0 and old_is_policy(self.algorithm, iteration)
             yield self._terms(batch, iteration, places[start : start + together])
 
     def _terms(self, batch: Batch, iteration: int, places: Sequence[tuple[int, int]]) -> Round:
@@ -118,10 +120,12 @@ class ForwardRounds:
 
         declared, kl_guidance = self.algorithm.snapshots, self.algorithm.kl_guidance
         ref = snapshot("ref") if "ref" in declared else None
-        old = snapshot("old") if "old" in declared else None
         kl_ref = None if kl_guidance is None else snapshot("ref", kl_guidance)
         with torch.set_grad_enabled(with_gradient):
             pred = snapshot("policy")
+        old = None
+        if "old" in declared:
+            old = pred.detach() if self._old_is_policy else snapshot("old")
         return Forward(
             x0=x0,
             noise=noise,
@@ -142,6 +146,14 @@ class ForwardRounds:
         assert batch.spare is not None
         noise, first = torch.zeros_like(batch.spare.x0), torch.arange(1)
         return self._points(batch.spare, level, noise, first, with_gradient)
+
+
+def old_is_policy(algorithm: Algorithm, iteration: int) -> bool:
+    """Whether the old policy is the policy when an iteration's update begins, so that one pass
+    serves both: before the first, and where it becomes the policy after every iteration."""
+    if algorithm.old_moves != "iteration":
+        return False
+    return iteration == 0 or algorithm.old_decay(iteration - 1) == 0
 
 
 def _joined(parts: Sequence[Forward], batch: Batch) -> Forward:
