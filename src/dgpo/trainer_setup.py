@@ -17,6 +17,7 @@ from dgpo.models.load import load_pipeline
 from dgpo.models.memory import save_memory
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.policy import Policy
+from dgpo.models.sde_schedulers import SdeScheduler
 from dgpo.offline import RankedCollector, ranked_prompts
 from dgpo.prompts import Prompt, PromptSampler, load_prompts
 from dgpo.recipe import Recipe
@@ -101,6 +102,29 @@ def load_model(
     made = PipelineModel(pipe, call=recipe.rollout.call, prompt_cache=recipe.prompt_cache)
     save_memory(pipe, made.denoisers, recipe.memory)
     return made
+
+
+def check_model(
+    recipe: Recipe, model: PipelineModel, prompts: Sequence[Prompt], scheduler: Any
+) -> None:
+    """See that training would train what samples: with the run's own samplers and guidance.
+
+    Args:
+        recipe: of the run.
+        model: before any weight is trained.
+        prompts: a few, with which it is tried.
+        scheduler: the deterministic sampler.
+
+    Raises:
+        UserError: it would not, or a sampler does not fit the pipeline; see
+            :func:`dgpo.models.check.self_check`.
+    """
+    samplers = [scheduler]
+    if recipe.data.preferences is None:
+        noisy = rollout_scheduler(recipe, model.pipe.scheduler)
+        samplers += [noisy] if isinstance(noisy, SdeScheduler) else []
+    cond = model.encode([prompt.text for prompt in prompts], guidance=True)
+    model.self_check(cond, samplers, recipe.rollout.guidance_scale)
 
 
 def make_collector(

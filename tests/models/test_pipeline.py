@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
+from dgpo.core import DDIM
 from dgpo.core.process import FlowMatching, Level
 from dgpo.errors import UserError
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.schedulers import make_scheduler
+from dgpo.models.sde_schedulers import make_sde_scheduler
 from dgpo.models.text import Conditioning
 from families.tiny import FAST, TINY, build, conditioning, sd3_small
 
@@ -319,3 +322,40 @@ def test_self_check_refuses_a_model_that_answers_nan() -> None:
     model.pipe.transformer.register_forward_hook(lambda m, i, o: (o[0] * float("nan"),))
     with pytest.raises(UserError):
         model.self_check()
+
+
+def test_self_check_tries_the_samplers_of_the_run() -> None:
+    """One that integrates something else is found, though the pipeline's own is right."""
+    model = PipelineModel(build("sd15"), call=TINY["sd15"].call)
+    cond = conditioning("sd15", model)
+    named = make_scheduler("dpmsolver++", model.pipe.scheduler)
+    noisy = make_sde_scheduler(DDIM(), model.pipe.scheduler)
+    report = model.self_check(cond, [named, noisy], guidance_scale=4.5)
+    seen = {(point.sampler, point.guidance_scale) for point in report.points}
+    assert {name for name, _ in seen} == {"DPMSolverMultistepScheduler", "DdimSdeScheduler"}
+    assert {scale for _, scale in seen} == {1.0, 4.5}
+    named.register_to_config(prediction_type="v_prediction")
+    with pytest.raises(UserError, match="does not integrate"):
+        model.self_check(cond, [named])
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_self_check_refuses_guidance_that_changes_nothing(
+    sd3_model: PipelineModel, scale: float
+) -> None:
+    with pytest.raises(UserError, match=rf"guidance_scale: {scale:g} changes nothing in StableD"):
+        sd3_model.self_check(guidance_scale=scale)
+
+
+def test_self_check_lets_guidance_be_off_as_a_pipeline_writes_it() -> None:
+    model = PipelineModel(build("zimage"), call=TINY["zimage"].call)
+    cond = conditioning("zimage", model)
+    assert model.self_check(cond, guidance_scale=0.0).ok  # Z-Image counts from 0
+    assert model.self_check(cond, guidance_scale=0.5).ok
+
+
+def test_self_check_lets_a_sampler_of_the_pipelines_own_add_noise() -> None:
+    pipe = build("sd15")
+    pipe.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    model = PipelineModel(pipe, call=TINY["sd15"].call)
+    assert model.self_check(conditioning("sd15", model)).ok

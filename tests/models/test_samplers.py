@@ -70,7 +70,7 @@ def test_it_works(name: str, kind: str) -> None:
     model, cond = made(kind)
     scheduler = make_scheduler(name, model.pipe.scheduler)
     untouched = getattr(scheduler, "num_inference_steps", None)
-    report = self_check(model, cond, scheduler)  # raises where anything differs
+    report = self_check(model, cond, [scheduler])  # raises where anything differs
     assert len(report.points) >= 6  # three steps or more, guidance off and on
     one, two = rollout(kind, scheduler), rollout(kind, scheduler)
     assert torch.equal(one.x0, two.x0)

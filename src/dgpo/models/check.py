@@ -7,6 +7,7 @@ and is found days later, so every run starts with this check.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,14 @@ from torch import Tensor
 from dgpo.core.process import Level, Process
 from dgpo.errors import UserError
 from dgpo.models.loop import Step
-from dgpo.models.schedulers import first_order_sampler, is_continuous, make_scheduler
+from dgpo.models.schedulers import (
+    begins_first_order,
+    first_order_sampler,
+    is_continuous,
+    make_scheduler,
+    on_its_schedule,
+)
+from dgpo.models.sde_schedulers import SdeScheduler, with_noise
 from dgpo.models.text import Conditioning
 
 if TYPE_CHECKING:
@@ -31,6 +39,7 @@ _GUIDANCE = 3.0
 class CheckedPoint:
     """One point of a rollout, evaluated again: the largest difference, 0 where bitwise equal."""
 
+    sampler: str
     guidance_scale: float
     level: Level
     difference: float
@@ -44,8 +53,8 @@ class CheckReport:
         pipeline: the class of the pipeline.
         process: the noising process, e.g. ``FlowMatching``.
         points: every point of the rollouts.
-        step_error: how far a first-order step of the scheduler is from the same step written with
-            the process, relative to the size of the sample.
+        step_error: how far a first-order step of a sampler is from the same step written with the
+            process, relative to the size of the sample: the largest of all samplers.
     """
 
     pipeline: str
@@ -63,53 +72,54 @@ class CheckReport:
         for point in self.points:
             verdict = "equal" if point.difference == 0.0 else f"differs by {point.difference:.2e}"
             lines.append(
-                f"  guidance {point.guidance_scale:g}, t={float(point.level.timestep):g}, "
-                f"sigma={point.level.sigma:.4f}: {verdict}"
+                f"  {point.sampler}, guidance {point.guidance_scale:g}, "
+                f"t={float(point.level.timestep):g}, sigma={point.level.sigma:.4f}: {verdict}"
             )
         return "\n".join(lines)
 
 
 def self_check(
-    model: PipelineModel, cond: Conditioning | None = None, scheduler: Any = None
+    model: PipelineModel,
+    cond: Conditioning | None = None,
+    samplers: Sequence[Any] = (),
+    guidance_scale: float = 1.0,
 ) -> CheckReport:
     """Run short rollouts, evaluate the denoiser again at their points, and compare.
 
     Guidance is checked off and, where the pipeline has it, on. The values must be equal bit by
-    bit. Gradients must reach the input. One step of a first-order sampler must be the step that the
-    noising process describes, which fixes sign, scale and direction of the model's output.
+    bit. Gradients must reach the input. One step of a first-order sampler, and the first of every
+    sampler that begins with such a step, must be the step that the noising process describes, which
+    fixes sign, scale and direction of the model's output.
 
     Args:
         model: what will be trained.
         cond: conditioning to check with (with a negative prompt); None to encode two prompts.
-        scheduler: the sampler of the short rollouts; None for the pipeline's own, or for the
+        samplers: those of the run, with and without noise; none: the pipeline's own, or the
             first-order one where that cannot be used.
+        guidance_scale: of the run; with 1, some other checks guidance.
 
     Raises:
         UserError: training would not train what samples; the message holds the report.
     """
     if cond is None:
         cond = model.encode(list(CHECK_PROMPTS), guidance=True)
-    if scheduler is None:
-        scheduler = _own_or_first_order(model.pipe.scheduler)
-    scales = [1.0, _GUIDANCE] if model.has_guidance(cond) else [1.0]
+    samplers = samplers or [_own_or_first_order(model.pipe.scheduler)]
+    on = guidance_scale if guidance_scale != 1 else _GUIDANCE
+    scales = [1.0, on] if model.has_guidance(cond) else [1.0]
     points: list[CheckedPoint] = []
-    for scale in scales:
-        rollout = model.rollout(
-            cond,
-            steps=_STEPS,
-            guidance_scale=scale,
-            scheduler=scheduler,
-            generators=_generators(cond),
-            decode=False,
-            record=True,
-        )
-        points += [_check_point(model, cond, scale, step) for step in rollout.steps]
-        _check_gradient(model, cond, scale, rollout.steps[0])
+    for sampler in samplers:
+        made = {scale: _steps(model, cond, sampler, scale) for scale in scales}
+        name = type(sampler).__name__
+        for scale, steps in made.items():
+            points += [_check_point(model, cond, name, scale, step) for step in steps]
+            _check_gradient(model, cond, scale, steps[0])
+        if guidance_scale in made:
+            _check_guidance(model, cond, guidance_scale, made)
     report = CheckReport(
         type(model.pipe).__name__,
         type(model.process).__name__,
         tuple(points),
-        _step_error(model, cond),
+        max(_step_errors(model, cond, samplers)),
     )
     if not report.ok:
         raise UserError(f"model: evaluating the pipeline does not repeat its rollout\n{report}")
@@ -130,23 +140,38 @@ def _own_or_first_order(base: Any) -> Any:
         return first_order_sampler(base)
 
 
-def _generators(cond: Conditioning) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(row) for row in range(cond.size)]
+def _steps(
+    model: PipelineModel, cond: Conditioning, sampler: Any, scale: float = 1.0
+) -> list[Step]:
+    """The steps of a short rollout; all but the last have noise if the sampler knows any."""
+    if isinstance(sampler, SdeScheduler):
+        sampler = with_noise(sampler, range(_STEPS - 1), range(cond.size))
+    return model.rollout(
+        cond,
+        steps=_STEPS,
+        guidance_scale=scale,
+        scheduler=sampler,
+        generators=[torch.Generator().manual_seed(row) for row in range(cond.size)],
+        decode=False,
+        record=True,
+    ).steps
 
 
 @torch.no_grad()
 def _check_point(
-    model: PipelineModel, cond: Conditioning, scale: float, step: Step
+    model: PipelineModel, cond: Conditioning, sampler: str, scale: float, step: Step
 ) -> CheckedPoint:
     # without gradients, as in the rollout: with them torch may choose another kernel
     again = model.predict(step.sample, step.level, cond, scale)
     if again.shape != step.output.shape:
-        return CheckedPoint(scale, step.level, float("inf"))
+        return CheckedPoint(sampler, scale, step.level, float("inf"))
     # NaN is unequal to itself, and a model that answers NaN must not pass
     if torch.equal(again, step.output):
-        return CheckedPoint(scale, step.level, 0.0)
+        return CheckedPoint(sampler, scale, step.level, 0.0)
     difference = float((again.float() - step.output.float()).abs().max())
-    return CheckedPoint(scale, step.level, difference if difference > 0.0 else float("inf"))
+    if not difference > 0.0:
+        difference = float("inf")
+    return CheckedPoint(sampler, scale, step.level, difference)
 
 
 def _check_gradient(model: PipelineModel, cond: Conditioning, scale: float, step: Step) -> None:
@@ -163,25 +188,37 @@ def _check_gradient(model: PipelineModel, cond: Conditioning, scale: float, step
         raise UserError(f"model: the gradients of {type(model.pipe).__name__} are not finite")
 
 
-def _step_error(model: PipelineModel, cond: Conditioning) -> float:
-    """The relative distance of a first-order step from the process's own arithmetic.
+def _check_guidance(
+    model: PipelineModel, cond: Conditioning, scale: float, made: Mapping[float, Sequence[Step]]
+) -> None:
+    off, on = made[1.0], made[scale]
+    nothing = all(torch.equal(a.output, b.output) for a, b in zip(off, on, strict=True))
+    if nothing and model.guidance.arguments(scale, cond) != model.guidance.off(cond):
+        raise UserError(
+            f"rollout.guidance_scale: {scale:g} changes nothing in {type(model.pipe).__name__}; "
+            "use 1, which is no guidance, or more"
+        )
+
+
+def _step_errors(model: PipelineModel, cond: Conditioning, samplers: Sequence[Any]) -> list[float]:
+    """The relative distances of first-order steps from the process's own arithmetic.
 
     With ``x0`` and ``e`` from the output at one level, the sample at the next level is
     ``corrupt(x0, e)``: that is what one Euler step of a flow, or one step of DDIM, does.
     """
-    rollout = model.rollout(
-        cond,
-        steps=_STEPS,
-        scheduler=first_order_sampler(model.pipe.scheduler),
-        generators=_generators(cond),
-        decode=False,
-        record=True,
-    )
-    first, second = rollout.steps[0], rollout.steps[1]
-    if is_continuous(model.pipe.scheduler):
-        return _x0_error(model, first)
-    expected = _first_order(model.process, first, second.level)
-    difference = (expected - second.sample.float()).abs().max()
+    base = model.pipe.scheduler
+    first_order = first_order_sampler(base)
+    if is_continuous(base):
+        return [_x0_error(model, _steps(model, cond, first_order)[0])]
+    checked = {type(one): on_its_schedule(one) for one in samplers if begins_first_order(one)}
+    checked[type(first_order)] = first_order
+    return [
+        _first_order_error(model.process, *_steps(model, cond, one)[:2]) for one in checked.values()
+    ]
+
+
+def _first_order_error(process: Process, first: Step, second: Step) -> float:
+    difference = (_first_order(process, first, second.level) - second.sample.float()).abs().max()
     return float(difference / second.sample.float().abs().max().clamp_min(1e-6))
 
 

@@ -171,9 +171,24 @@ def first_order_sampler(base: Any) -> Any:
         return type(base).from_config(base.config, solver_order=1)
     if _shifts_snr(base):
         return make_scheduler("ddim", base)  # CogVideoX's own, which keeps to its schedule
-    # with other spacings DDIM steps to a level that is not the next one of its schedule
-    ddim = make_scheduler("ddim", base)
-    return type(ddim).from_config(ddim.config, timestep_spacing="leading")
+    return on_its_schedule(make_scheduler("ddim", base))
+
+
+def on_its_schedule(scheduler: Any) -> Any:
+    """The same sampler, with a spacing of timesteps by which its first step goes to the second
+    level of its schedule: with others than this one DDIM and PLMS go beside it."""
+    if type(scheduler) not in (diffusers.DDIMScheduler, diffusers.PNDMScheduler):
+        return scheduler
+    return type(scheduler).from_config(scheduler.config, timestep_spacing="leading")
+
+
+def begins_first_order(scheduler: Any) -> bool:
+    """Whether a rollout begins with a first-order step without noise: all samplers that can be
+    named do, while a pipeline's own may be any."""
+    config = scheduler.config
+    named = {*_FLOW_SAMPLERS.values(), *_NOISE_SAMPLERS.values(), "CogVideoXDDIMScheduler"}
+    noisy = config.get("stochastic_sampling") or "sde" in (config.get("algorithm_type") or "")
+    return type(scheduler).__name__ in named and not noisy
 
 
 def _refuse(name: str, flow: bool, fitting: list[str]) -> None:
