@@ -10,6 +10,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 from torch import Tensor
 
 import dgpo.models.policy
@@ -165,6 +170,16 @@ def test_an_evaluation_leaves_the_weights_alone(
     monkeypatch.setattr(dgpo.models.policy, "exchanged", left_in)
     with pytest.raises(AssertionError):
         check_restored(trainer(tmp_path, lora=lora, eval_dataset=PROMPTS[:2]))
+
+
+def test_evaluations_may_have_a_sampler_of_their_own(tmp_path: Path) -> None:
+    run = trainer(tmp_path, eval_dataset=PROMPTS[:2], eval={"scheduler": "dpmsolver++"})
+    assert type(run._held_out.sampling.scheduler) is DPMSolverMultistepScheduler
+    assert type(run.scheduler) is FlowMatchEulerDiscreteScheduler
+    again = trainer(tmp_path / "again", eval_dataset=PROMPTS[:2], rollout={"scheduler": "heun"})
+    assert type(again._held_out.sampling.scheduler) is FlowMatchHeunDiscreteScheduler
+    with pytest.raises(UserError, match="eval.scheduler: there is no sampler 'dpm'"):
+        trainer(tmp_path / "bad", eval_dataset=PROMPTS[:2], eval={"scheduler": "dpm"})
 
 
 def test_the_slow_average_is_what_is_evaluated(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from dgpo.distributed.processes import ALONE, Processes
 from dgpo.errors import UserError
 from dgpo.evaluation import Metrics, Report, Sampling, evaluate, sample_images
 from dgpo.models.policy import Policy, RollingWeights
+from dgpo.models.schedulers import make_scheduler
 from dgpo.prompts import Prompt
 from dgpo.recipe import Recipe
 
@@ -19,7 +20,7 @@ class HeldOut:
     Args:
         recipe: ``eval``, ``samples`` and ``rollout`` are read.
         policy: whose weights are looked at.
-        scheduler: the deterministic sampler.
+        scheduler: the deterministic sampler, unless ``eval.scheduler`` names another.
         metrics: what is measured.
         prompts: the held-out rows; may be empty.
         others: the training rows, of which grids are drawn where nothing is held out.
@@ -41,6 +42,8 @@ class HeldOut:
         self._prompts = list(prompts)
         rollout, own = recipe.rollout, recipe.eval
         guidance = rollout.guidance_scale if own.guidance_scale is None else own.guidance_scale
+        if own.scheduler is not None:
+            scheduler = _sampler(own.scheduler, policy.model.pipe.scheduler)
         self.sampling = Sampling(own.steps or rollout.steps, guidance, scheduler, own.batch)
         """How all pictures are sampled."""
         rows = self._prompts or list(others)
@@ -79,3 +82,15 @@ class HeldOut:
         place = self._policy.reference() if base else self._policy.rolling("slow")
         with place:
             return sample_images(self._policy.model, self.shown, self.sampling, self._recipe.seed)
+
+
+def _sampler(name: str, base: Any) -> Any:
+    """The sampler that ``eval.scheduler`` names.
+
+    Raises:
+        UserError: it does not fit the pipeline.
+    """
+    try:
+        return make_scheduler(name, base)
+    except UserError as error:
+        raise UserError(str(error).replace("rollout.scheduler", "eval.scheduler")) from None

@@ -171,6 +171,8 @@ class EvalSettings(Section):
     """Iterations between evaluations; 0: only at the end."""
     metrics: list[str] = Field(default_factory=list)
     """Reward names; none: the rewards that are trained."""
+    scheduler: str | None = None
+    """Sampler by name; null: ``rollout.scheduler``."""
     steps: int | None = Field(default=None, ge=1)
     """null: as in the rollouts."""
     guidance_scale: float | None = Field(default=None, ge=0)

@@ -50,9 +50,15 @@ def protocol(recipe: Recipe) -> dict[str, Any]:
         "eval.steps": own.steps or rollout.steps,
         "eval.guidance_scale": guidance,
         "eval.limit": own.limit,
-        "rollout.scheduler": rollout.scheduler,
+        "eval.scheduler": own.scheduler or rollout.scheduler,
         "rollout.call": rollout.call,
     }
+
+
+def lag(recipe: Recipe) -> float:
+    """By how many iterations the weights that are evaluated lag behind those that are trained: the
+    memory ``every / (1 - decay)`` of the slow average, which counts optimiser steps."""
+    return recipe.ema.every / (1 - recipe.ema.decay) / recipe.updates_per_iteration
 
 
 def plan(

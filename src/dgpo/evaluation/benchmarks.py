@@ -40,9 +40,10 @@ POCKET_GENEVAL = Benchmark(
         "pocket_kid",
     ),
     guidance_scale=3.0,
+    scheduler="dpmsolver++",
     call={"max_sequence_length": 1},
 )
-"""660 held-out scenes in GenEval's six categories, 10 Euler steps, guidance 3."""
+"""660 held-out scenes in GenEval's six categories, 10 steps of DPM-Solver++, guidance 3."""
 
 POCKET_SD_GENEVAL = replace(
     POCKET_GENEVAL, name="pocket-sd-geneval", scheduler="ddim", guidance_scale=1.0, call={}

@@ -35,6 +35,9 @@ LATENT_CHANNELS = 4
 TEXT_WIDTH = 64
 SHIFT = 3.0
 """Flow shift of the noise schedule, as Stable Diffusion 3.5's."""
+SCENES_SHIFT = 1.5
+"""That of the scenes: pictures so small lose less detail to noise, and ten steps with shift 3 spend
+too few of them on it (LOG.md)."""
 
 _WORDS = ("a", "photo", "of", "and", "left", "right", "above", "below", "sign", "that", "says")
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
@@ -169,12 +172,14 @@ def assemble(
     text_encoders: tuple[CLIPTextModelWithProjection, CLIPTextModelWithProjection],
     transformer: SD3Transformer2DModel,
     vae: AutoencoderKL,
+    shift: float = SHIFT,
 ) -> StableDiffusion3Pipeline:
-    """The pipeline of these parts, in evaluation mode, with a silent third text encoder."""
+    """The pipeline of these parts, in evaluation mode, with a silent third text encoder; ``shift``
+    is that of its Euler sampler."""
     tokenizer_3, text_encoder_3 = build_silent_encoder()
     pipe = StableDiffusion3Pipeline(
         transformer=transformer.eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         vae=vae.eval(),
         text_encoder=text_encoders[0].eval(),
         tokenizer=tokenizer,

@@ -32,7 +32,7 @@ def pretrain(
     stage: Annotated[
         str, typer.Option(help="base (wrong captions), control (clean ones), measures or sd")
     ] = "base",
-    clean_steps: Annotated[int, typer.Option(help="steps on clean captions, shared")] = 9000,
+    clean_steps: Annotated[int, typer.Option(help="steps on clean captions, shared")] = 12000,
     final_steps: Annotated[int, typer.Option(help="steps after that, with decay")] = 3500,
     batch: Annotated[int, typer.Option(help="pictures a step")] = 128,
     seed: Annotated[int, typer.Option(help="of weights, data and noise")] = 0,
@@ -79,7 +79,7 @@ def pretrain(
     embed = CaptionTable(tokenizer, encoders)
     torch.manual_seed(seed)
     transformer = build_transformer(task.height // 4, task.width // 4)
-    pipe = assemble(tokenizer, encoders, transformer, vae)
+    pipe = assemble(tokenizer, encoders, transformer, vae, task.shift)
 
     def true_captions(rows: list[int], _: torch.Generator) -> list[str]:
         return [task.caption(contents[row]) for row in rows]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dgpo.pocket.build import TOKENS
+from dgpo.pocket.build import SCENES_SHIFT, SHIFT, TOKENS
 from dgpo.pocket.pretrain.data import (
     LAST_WEIGHTS,
     SCENE_WEIGHTS,
@@ -59,6 +59,7 @@ class Skill:
         known: share of the objects in pictures that are recognised, whatever they are.
         weight: how often the last stage draws a content, relative to the clean stage;
             None: equally.
+        shift: of the finished pipeline's sampler.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Skill:
     known: Callable[[np.ndarray], float]
     word_labels: Tensor | None = None
     weight: Callable[[Any], float] | None = None
+    shift: float = SHIFT
 
 
 def scene_skill() -> Skill:
@@ -109,6 +111,7 @@ def scene_skill() -> Skill:
         known=known,
         word_labels=torch.tensor([_noun_labels(metadata) for metadata in flat]),
         weight=lambda metadata: LAST_WEIGHTS[metadata["tag"]] / SCENE_WEIGHTS[metadata["tag"]],
+        shift=SCENES_SHIFT,
     )
 
 
