@@ -1,0 +1,40 @@
+"""What a run looks at before it begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dgpo.errors import UserError
+from dgpo.models.pipeline import PipelineModel
+from tiny_runs import trainer
+
+
+@pytest.mark.parametrize(
+    ("rollout", "checked"),
+    [
+        ({"scheduler": "dpmsolver++"}, {"DPMSolverMultistepScheduler"}),
+        ({"sde": {"kind": "cps"}}, {"FlowMatchEulerDiscreteScheduler", "FlowMatchSdeScheduler"}),
+    ],
+)
+def test_the_samplers_of_the_run_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rollout: dict[str, Any], checked: set[str]
+) -> None:
+    seen: set[str] = set()
+    check = PipelineModel.self_check
+
+    def noted(self: PipelineModel, *given: Any) -> Any:
+        report = check(self, *given)
+        seen.update(point.sampler for point in report.points)
+        return report
+
+    monkeypatch.setattr(PipelineModel, "self_check", noted)
+    trainer(tmp_path, rollout=rollout)
+    assert seen == checked
+
+
+def test_guidance_that_changes_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="changes nothing in StableDiffusion3"):
+        trainer(tmp_path, rollout={"guidance_scale": 0.5})
