@@ -1,6 +1,7 @@
 """The command: its help, its errors and exit codes, and what its commands write."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -13,6 +14,8 @@ from typer.testing import CliRunner
 import dgpo.cli as cli
 from families.tiny import sd3
 
+SAMPLE = ["sample", "--model", "x/y", "--prompt", "a", "--out"]
+EVAL = ["eval", "--model", "x/y", "--benchmark", "pocket-geneval"]
 PROMPTS = ["a photo of a red cat", "a small dog", "the big house"]
 
 
@@ -82,6 +85,14 @@ def test_list_shows_every_kind_or_one():
             "no/dir",
         ),
         (["check", "no/such/folder"], "no/such/folder"),
+        ([*SAMPLE, "x", "--seed", str(2**63)], "--seed"),
+        ([*SAMPLE, "x", "--guidance-scale", "nan"], "--guidance-scale"),
+        ([*SAMPLE, "x", "--guidance-scale", "-1"], "--guidance-scale"),
+        ([*SAMPLE, "x", "--device", "gpu9"], "--device gpu9"),
+        ([*SAMPLE, __file__], "is a file"),
+        ([*SAMPLE, f"{__file__}/x"], "is a file"),
+        ([*EVAL, "--json", os.path.dirname(__file__)], "is a folder"),
+        ([*EVAL, "--json", f"{__file__}/x.json"], "is a file"),
     ],
 )
 def test_a_users_mistake_is_one_message_and_exit_code_2(arguments, word):
@@ -160,6 +171,12 @@ def test_sample_writes_a_picture_for_each_row_in_order(folder, tmp_path):
     for name, picture in made.items():
         assert (pictures(tmp_path / "b")[name] == picture).all()
         assert (pictures(tmp_path / "c")[name] != picture).any()
+
+
+def test_a_size_that_the_pipeline_refuses(folder, tmp_path):
+    arguments = ["--prompt", "a", "--height", "7", "--out", str(tmp_path / "out")]
+    said = run("sample", "--model", folder, *arguments, code=2).stderr
+    assert "height=7" in said and "divisible" in said
 
 
 def test_sample_with_a_lora_of_a_run_folder(folder, tmp_path):

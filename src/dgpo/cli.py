@@ -28,6 +28,7 @@ from dgpo.cli_common import (
     Lora,
     Model,
     Precision,
+    check_file,
     is_main_process,
     load,
     quiet,
@@ -136,6 +137,7 @@ def evaluate(
 ) -> None:
     """Score a model on held-out prompts by a pinned protocol."""
     protocol = registry.resolve("benchmark", benchmark)
+    check_file("--json", json_file)
     from dgpo.distributed import here
     from dgpo.evaluation import Metrics, Sampling
     from dgpo.evaluation import evaluate as run

@@ -53,11 +53,51 @@ def load(model: str, lora: Path | None, precision: str, device: str | None) -> A
     from dgpo.models.lora import load as load_lora
 
     quiet()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _try_device(device)
     pipe = load_pipeline(model, precision)  # pyright: ignore[reportArgumentType]
     if folder is not None:
         load_lora(pipe, folder)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return pipe.to(device)
+
+
+def _try_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        why = str(error).partition("\n")[0].rstrip(".")
+        raise UserError(f"--device {name}: {why}; give cpu, cuda or cuda:0") from error
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Refuse an option's folder that cannot be made or written in, before the compute that its
+    files cost.
+
+    Raises:
+        UserError: something on the way to it is a file, or may not be written in.
+    """
+    place = folder.absolute()
+    there = next(path for path in (place, *place.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{option}: {str(there)!r} is a file, and a folder is needed there")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{option}: the folder {str(there)!r} may not be written in")
+
+
+def check_file(option: str, file: Path | None) -> None:
+    """Refuse a file that cannot be written later, likewise.
+
+    Raises:
+        UserError: as :func:`check_folder`, or it is a folder.
+    """
+    if file is None:
+        return
+    if file.is_dir():
+        raise UserError(f"{option}: {str(file)!r} is a folder; give a file")
+    check_folder(option, file.parent)
 
 
 def lora_folder(given: Path) -> Path:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dgpo.cli_common import Device, Lora, Model, Precision, load, prompt_rows
+from dgpo.cli_common import Device, Lora, Model, Precision, check_folder, load, prompt_rows
+from dgpo.errors import UserError
 from dgpo.recipe_sections import SampleSettings
+
+
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
 
 
 def sample(
@@ -28,9 +36,12 @@ def sample(
         int | None, typer.Option(min=1, metavar="N", help="Default: the pipeline's.")
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(metavar="G", help="Default: the pipeline's.")
+        float | None,
+        typer.Option(min=0, metavar="G", callback=_finite, help="Default: the pipeline's."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, metavar="S", help="Row i gets seed S + i.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, metavar="S", help="Row i gets seed S + i.")
+    ] = 0,
     height: Annotated[int | None, typer.Option(min=1, metavar="PX", help="In pixels.")] = None,
     width: Annotated[int | None, typer.Option(min=1, metavar="PX", help="In pixels.")] = None,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures made at once.")] = 8,
@@ -39,6 +50,7 @@ def sample(
 ) -> None:
     """Make one picture, video or sound of each prompt: DIR/00000.png (mp4, wav), 00001.png, ..."""
     rows = prompt_rows(prompt or [], more or [], prompts)
+    check_folder("--out", out)
     pipe = load(model, lora, precision, device)
     chosen = {
         "num_inference_steps": steps,
@@ -75,4 +87,8 @@ def _called(pipe: Any, texts: Sequence[str], seeds: Sequence[int], call: dict[st
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     pictures = pictures_for(pipe, texts)
     given = {"prompt": list(texts), "generator": generators, "return_dict": False}
-    return pipe(**given, **pictures, **call)[0]
+    try:
+        return pipe(**given, **pictures, **call)[0]
+    except (TypeError, ValueError) as error:  # how pipelines refuse arguments
+        asked = ", ".join(f"{key}={value}" for key, value in call.items()) or "its defaults"
+        raise UserError(f"{type(pipe).__name__} cannot sample with {asked}: {error}") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from dgpo.algorithms.base import BaseAlgorithm
+from dgpo.errors import UserError
 from dgpo.models.load import Precision
 from dgpo.recipe import Recipe
 
@@ -38,10 +39,18 @@ def full_recipe(
         recipe = Recipe.load(recipe)
     elif isinstance(recipe, Mapping):
         recipe = Recipe.from_dict(recipe)
-    recipe = recipe or Recipe()
+    recipe = Recipe() if recipe is None else recipe
+    if not isinstance(recipe, Recipe):
+        raise UserError(
+            f"recipe = {recipe!r:.80}: give a Recipe, its name or file, or nested dicts"
+        )
+    if is_pipeline(model) and not isinstance(getattr(model, "components", None), Mapping):
+        kind = type(model).__name__
+        raise UserError(f"model: {kind} is no diffusers pipeline; give one, or a name or folder")
     given: dict[str, Any] = {}
     if is_pipeline(model):
-        given["model"] = getattr(model.config, "_name_or_path", None) or type(model).__name__
+        # from_pretrained keeps a Path as a Path
+        given["model"] = str(getattr(model.config, "_name_or_path", None) or type(model).__name__)
         precision = str(getattr(model, "dtype", "")).removeprefix("torch.")
         if precision in get_args(Precision):
             given["precision"] = precision

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,41 @@ def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path) -> None:
         load_pipeline(str(tmp_path))
     for word in ("model_index.json", "adapter.safetensors", "save_pretrained"):
         assert word in str(caught.value)
+
+
+def _broken_index(folder: Path) -> str:
+    (folder / "model_index.json").write_text("{")
+    return "not a valid JSON"
+
+
+def _unknown_class(folder: Path) -> str:
+    (folder / "model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
+    return "NoSuchPipeline"
+
+
+def _weights_gone(folder: Path) -> str:
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    return "diffusion_pytorch_model"
+
+
+def _weights_cut_short(folder: Path) -> str:
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    return "diffusion_pytorch_model|[Hh]eader"
+
+
+@pytest.mark.parametrize(
+    "spoil", [_broken_index, _unknown_class, _weights_gone, _weights_cut_short]
+)
+def test_a_broken_folder_is_named_with_what_is_wrong(
+    spoil: Callable[[Path], str], tmp_path: Path
+) -> None:
+    build("sd15").save_pretrained(tmp_path)
+    word = spoil(tmp_path)
+    with pytest.raises(
+        UserError, match=f"(?s){re.escape(str(tmp_path))}.*({word}).*save_pretrained"
+    ):
+        load_pipeline(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["poket", "./nowhere", "a/b/c", "~/none"])

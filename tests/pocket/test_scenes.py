@@ -35,6 +35,12 @@ def test_other_captions_are_refused_with_an_example(caption):
         parse_caption(caption)
 
 
+@pytest.mark.parametrize("link", ["and", "left of"])
+def test_one_shape_named_twice_is_refused_since_no_picture_would_be_right(link):
+    with pytest.raises(ValueError, match="a photo of two circles"):
+        parse_caption(f"a photo of a red circle {link} a blue circle")
+
+
 def test_shapes_have_the_wanted_size_and_lie_apart_inside_the_canvas():
     for scene in SCENES:
         largest = 0.18 if len(scene.shapes) < 3 else 0.15

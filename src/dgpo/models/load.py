@@ -28,7 +28,7 @@ def load_pipeline(
         quantization: of the denoiser's weights, for a folder or a hub id; None: none.
 
     Raises:
-        UserError: the folder holds no pipeline, or the hub has none of this name.
+        UserError: the folder holds no whole pipeline, or the hub has none of this name.
     """
     dtype = dtype_of(precision)
     if name in MODELS or ":" in name:
@@ -42,7 +42,7 @@ def load_pipeline(
         return pipe if dtype == torch.float32 else pipe.to(dtype)
     place = place_of(name)
     if isinstance(place, Path):
-        return _read(place, dtype, quantization)
+        return _read_folder(place, dtype, quantization)
     try:
         return _read(place, dtype, quantization)
     except OSError as error:
@@ -89,6 +89,19 @@ def _refuse_other_folder(folder: Path) -> None:
             f"model: the folder {str(folder)!r} holds no pipeline (no model_index.json; it has "
             f"{', '.join(found) or 'nothing'}); give the folder that pipe.save_pretrained wrote"
         )
+
+
+def _read_folder(folder: Path, dtype: torch.dtype, quantization: Quantization | None) -> Any:
+    try:
+        return _read(folder, dtype, quantization)
+    except UserError:
+        raise
+    except Exception as error:  # a folder can be broken in as many ways as it has files
+        raise UserError(
+            f"model: the folder {str(folder)!r} cannot be read as a pipeline "
+            f"({type(error).__name__}: {_first_line(error)}); give a whole folder that "
+            "pipe.save_pretrained wrote"
+        ) from error
 
 
 def _read(place: str | Path, dtype: torch.dtype, quantization: Quantization | None) -> Any:

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -44,6 +45,22 @@ class LoraSettings(Protocol):
     def targets(self) -> Sequence[str]: ...
     @property
     def init(self) -> Literal["gaussian", "default"]: ...
+
+
+def refuse_adapted(denoisers: Mapping[str, nn.Module]) -> None:
+    """Refuse denoisers that carry a LoRA already: it would be trained, or hide the layers that
+    ``lora.targets`` name.
+
+    Raises:
+        UserError: one does.
+    """
+    for name, denoiser in denoisers.items():
+        if any(isinstance(module, BaseTunerLayer) for module in denoiser.modules()):
+            raise UserError(
+                f"model: the {name} of this pipeline carries a LoRA already, of an earlier "
+                "training or of load_lora_weights; load the pipeline anew, or merge the LoRA with "
+                "pipe.fuse_lora() and then take it off with pipe.unload_lora_weights()"
+            )
 
 
 def attach(

@@ -41,8 +41,8 @@ class Policy:
         snapshot_device: where the copies live; None for beside the weights.
 
     Raises:
-        UserError: a LoRA target that is no linear or convolution layer of the denoiser, or full
-            fine-tuning in half precision.
+        UserError: a LoRA target that is no linear or convolution layer of the denoiser, a denoiser
+            that carries a LoRA already, or full fine-tuning in half precision.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Policy:
         *,
         snapshot_device: torch.device | str | None = None,
     ) -> None:
+        lora_weights.refuse_adapted(model.denoisers)
         self.model = model
         self.lora = lora
         self.engine: RolloutEngine | None = None

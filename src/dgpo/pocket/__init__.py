@@ -8,7 +8,7 @@ draws scenes of coloured shapes, one draws signs with digits.  A third pocket, a
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dgpo.errors import UserError
 
@@ -33,9 +33,8 @@ def load_pocket(skill: str = "scenes") -> StableDiffusion3Pipeline:
         raise UserError(f"pocket: no skill {skill!r}; there is {', '.join(_SKILLS)}")
     from diffusers import StableDiffusion3Pipeline
 
-    pipe = StableDiffusion3Pipeline.from_pretrained(WEIGHTS / skill)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    name = "pocket" if skill == _SKILLS[0] else f"pocket-{skill}"
+    return _quiet(StableDiffusion3Pipeline.from_pretrained(WEIGHTS / skill), name)
 
 
 def load_pocket_signs() -> StableDiffusion3Pipeline:
@@ -47,6 +46,12 @@ def load_pocket_sd() -> StableDiffusionPipeline:
     """The noise-prediction pipeline that draws scenes."""
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(WEIGHTS / _NOISE_PREDICTION)
+    return _quiet(StableDiffusionPipeline.from_pretrained(WEIGHTS / _NOISE_PREDICTION), "pocket-sd")
+
+
+def _quiet(pipe: Any, name: str) -> Any:
+    """The pipeline without progress bars, known by its registered name instead of its folder here,
+    which a recipe of another machine would not find."""
+    pipe.register_to_config(_name_or_path=name)
     pipe.set_progress_bar_config(disable=True)
     return pipe

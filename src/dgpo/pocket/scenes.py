@@ -102,6 +102,11 @@ def parse_caption(caption: str) -> dict[str, Any]:
         return {"tag": "colors" if color else "single_object", "prompt": text, "include": include}
     if link != "and":
         include[0]["position"] = [link, 1]
+    if shape2 == shape:
+        raise ValueError(
+            f"caption {caption!r} names one shape twice, which nothing tells apart: name two "
+            f"shapes, or count them as in 'a photo of two {PLURALS[shape]}'"
+        )
     include.append({"class": shape2, "count": 1, **({"color": color2} if color2 else {})})
     tag = "two_object" if link == "and" else "position"
     return {
