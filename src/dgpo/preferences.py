@@ -22,6 +22,7 @@ from typing import Annotated, Any
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
+from dgpo.caption import PICTURES as SOURCES
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt, load_prompts
 
@@ -209,7 +210,12 @@ def _group(folder: Path, line: str, where: str) -> RankedGroup:
     row = _parsed(line, where)
     try:
         # as a row of a prompt file, whose 'image' may be what the pipeline starts from
-        (prompt,) = load_prompts([{"prompt": row.prompt, **row.metadata}])
+        beside = {
+            key: str(folder / row.metadata[key])
+            for key in SOURCES
+            if isinstance(row.metadata.get(key), str)
+        }
+        (prompt,) = load_prompts([{"prompt": row.prompt, **row.metadata, **beside}])
     except UserError as error:
         raise UserError(f"{where}: metadata: {error}") from error
     return RankedGroup(

@@ -231,3 +231,32 @@ def test_all_pictures_are_seen_on_a_large_and_on_a_small_screen(page, desk, tmp_
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     Path(tmp_path / "small.png").write_bytes(page.screenshot())
     server.stop()
+
+
+def test_the_picture_to_be_changed_is_beside_the_group(page, desk):
+    server = PageServer(port=0)
+    server.start(desk, "likes")
+    source, mask = Image.new("RGB", (16, 16), (240, 200, 0)), Image.new("L", (16, 16), 255)
+    edited = desk.post("make it red", pictures(1), {"image": source, "mask": mask})
+    plain = desk.post("a dog", pictures(2))
+    enter(page, server)
+    tiles(page, "make it red")
+    shown = page.query_selector_all("#sources figure")
+    assert [one.evaluate(READ)[:3] for one in shown] == [[240, 200, 0], [255, 255, 255]]
+    assert [one.query_selector("figcaption").text_content() for one in shown] == [
+        "What is to be changed",
+        "Where (white)",
+    ]
+    boxes = [page.query_selector(name).bounding_box() for name in ("#sources", "#grid")]
+    assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"], "beside, not over it"
+    shown[0].query_selector("button").click()
+    assert page.is_visible("#large[open]")
+    page.keyboard.press("z")
+    assert not page.is_visible("#large[open]")
+    page.keyboard.press("1")
+    page.keyboard.press("Enter")  # the outline is on a picture of the group again
+    assert isinstance(said(page, desk, edited), Likes)
+    tiles(page, "a dog")
+    assert not page.is_visible("#sources")
+    assert plain.sources == {} and not page.errors
+    server.stop()

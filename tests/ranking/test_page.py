@@ -39,6 +39,19 @@ def client(desk):
     page.stop()
 
 
+def test_what_a_prompt_speaks_of_is_shown(client, desk):
+    blue = Image.new("RGB", (8, 6), (0, 0, 250))
+    plain, group = desk.post("a cat", SHADES), desk.post("make it red", SHADES, {"image": blue})
+    first, second = client.get("/v1/groups", params={"rater": "Ann"}).json()["groups"]
+    assert (first["sources"], second["sources"]) == ([], ["image"])
+    answer = client.get(f"/v1/groups/{group.id}/source/image.png")
+    assert answer.headers["content-type"] == "image/png"
+    assert Image.open(io.BytesIO(answer.content)).tobytes() == blue.tobytes()
+    for path in (f"{group.id}/source/mask.png", f"{plain.id}/source/image.png"):
+        assert client.get(f"/v1/groups/{path}").status_code == 404
+    assert client.get(f"/v1/groups/{group.id}/source/ranking.sqlite.png").status_code == 422
+
+
 def test_a_person_ranks_while_somebody_waits(client, desk):
     assert client.get("/v1/groups", params={"rater": "Ann"}).json()["groups"] == []
     group = desk.post(PROMPT, SHADES, {"tag": "colors"})

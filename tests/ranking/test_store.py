@@ -43,6 +43,35 @@ def test_the_dataset_is_what_offline_training_reads(tmp_path):
         assert np.array_equal(np.asarray(Image.open(file)), np.asarray(own))
 
 
+def test_what_a_prompt_speaks_of_is_kept_beside_the_group(tmp_path):
+    store = Store(tmp_path / "ranking")
+    (house,) = pictures(1, seed=5)
+    house.save(tmp_path / "house.png")
+    mask = Image.new("L", (6, 4), 255)
+    row = {"image": str(tmp_path / "house.png"), "mask": mask, "tag": "edit"}
+    group = store.add("a red roof", pictures(), row)
+    assert set(group.sources) == {"image", "mask"}
+    (tmp_path / "house.png").unlink()
+    (tmp_path / "ranking").rename(tmp_path / "moved")
+    store = Store(tmp_path / "moved")
+    store.answer(group, "ann", Likes(liked=[1]))
+    assert export(store) == 1
+    (read,) = read_groups(tmp_path / "moved")
+    assert read.metadata["tag"] == "edit"
+    kept = read.text.pictures
+    assert kept["image"].tobytes() == house.tobytes() and kept["image"].mode == "RGB"
+    assert kept["mask"].tobytes() == mask.tobytes() and kept["mask"].mode == "L"
+
+
+def test_another_source_is_another_group(tmp_path):
+    store = Store(tmp_path)
+    one, other = ({"image": picture} for picture in pictures(2, seed=5))
+    assert store.add("x", pictures(), one) == store.add("x", pictures(), one)
+    assert len({store.add("x", pictures(), row).id for row in (one, other, None)}) == 3
+    # a row that only claims a file of the group has none
+    assert store.add("y", pictures(), {"tag": "images/a-image.png"}).sources == {}
+
+
 def test_a_later_answer_counts_and_the_earlier_one_is_kept(tmp_path):
     store = Store(tmp_path)
     group = store.add("a cat", pictures())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import sqlite3
 from importlib.resources import files
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, HTTPException, Path, Query
@@ -59,6 +59,8 @@ class Shown(BaseModel):
     id: str
     prompt: str
     places: list[int]
+    sources: list[str]
+    """Of ``image`` and ``mask``, which the prompt speaks of."""
     answer: Answer | None = None
 
 
@@ -150,6 +152,15 @@ def make_app(desk: Desk, ask: Kind = "likes", token: str | None = None) -> Any:
             raise HTTPException(404, "no such picture") from None
         return FileResponse(desk.store.folder / file, media_type="image/png")
 
+    @app.get("/v1/groups/{id}/source/{key}.png")
+    def source(id: Id, key: Literal["image", "mask"]) -> Response:
+        """What the prompt of a group speaks of."""
+        try:
+            file = desk.store.group(id).sources[key]
+        except KeyError:
+            raise HTTPException(404, "no such picture") from None
+        return FileResponse(desk.store.folder / file, media_type="image/png")
+
     for path, (name, kind) in PAGES.items():
         content = (files("dgpo.ranking") / "page" / name).read_bytes()
         app.get(path)(_static(content, kind))
@@ -167,7 +178,7 @@ def _static(content: bytes, kind: str) -> Any:
 def _shown(group: Group, rater: str) -> Shown:
     places = list(range(group.size))
     random.Random(f"{group.id} {rater}").shuffle(places)
-    return Shown(id=group.id, prompt=group.prompt, places=places)
+    return Shown(id=group.id, prompt=group.prompt, places=places, sources=list(group.sources))
 
 
 class _Headers:

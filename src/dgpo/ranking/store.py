@@ -19,6 +19,7 @@ from typing import Any
 
 from PIL import Image
 
+from dgpo.caption import PICTURES, Caption
 from dgpo.disk import sync
 from dgpo.errors import UserError
 from dgpo.ranking.answers import ANSWER, Likes, Order, Skip, Stars, rewards_of
@@ -55,6 +56,12 @@ class Group:
     def files(self) -> list[str]:
         """The pictures, relative to the folder."""
         return [f"images/{self.id}-{place}.png" for place in range(self.size)]
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """What the prompt speaks of, ``image`` and ``mask``, relative to the folder."""
+        files = {key: _source_file(self.id, key) for key in PICTURES}
+        return {key: file for key, file in files.items() if self.metadata.get(key) == file}
 
 
 class Store:
@@ -97,7 +104,8 @@ class Store:
         Args:
             prompt: the text.
             images: 2 or more.
-            metadata: of the prompt row; what JSON cannot hold is left out.
+            metadata: of the prompt row; what JSON cannot hold is left out. Its ``image`` and
+                ``mask`` are kept beside the group's own pictures.
             place: its number in a series of groups that are drawn one after the other.
 
         Raises:
@@ -105,12 +113,17 @@ class Store:
         """
         _check(images)
         pictures = [image.convert("RGB") for image in images]
-        group = Group(_digest(prompt, pictures), prompt, len(pictures), _plain(metadata or {}))
+        sources = _sources(metadata or {})
+        id = _digest(prompt, [*pictures, *sources.values()])
+        kept = {**(metadata or {}), **{key: _source_file(id, key) for key in sources}}
+        group = Group(id, prompt, len(pictures), _plain(kept))
         with self._lock:
             if self._find(group.id) is not None:
                 return group
             for file, picture in zip(group.files, pictures, strict=True):
                 _write(self.folder / file, picture)
+            for key, file in group.sources.items():
+                _write(self.folder / file, sources[key])
             sync(self.folder / "images")
             with self._database:
                 self._database.execute(
@@ -209,6 +222,18 @@ def _check(images: Sequence[Any]) -> None:
                 f"people are shown pictures, and the pipeline makes {type(image).__name__}: "
                 "videos and sounds cannot be ranked yet"
             )
+
+
+def _source_file(id: str, key: str) -> str:
+    return f"images/{id}-{key}.png"
+
+
+def _sources(metadata: Mapping[str, Any]) -> dict[str, Image.Image]:
+    """The pictures of a prompt row, which are files or pictures."""
+    given = {key: metadata[key] for key in PICTURES if metadata.get(key) is not None}
+    return {
+        key: picture.convert(PICTURES[key]) for key, picture in Caption("", given).pictures.items()
+    }
 
 
 def _digest(prompt: str, pictures: Sequence[Image.Image]) -> str:

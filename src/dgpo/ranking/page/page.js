@@ -13,6 +13,7 @@ const HINTS = {
   order: "1 2 3 … next best · arrows and Space too · Z enlarge",
   stars: "1 to 5 stars for the outlined picture · arrows move · Z enlarge",
 };
+const SOURCES = { image: "What is to be changed", mask: "Where (white)" };
 const $ = (id) => document.getElementById(id);
 
 let rater = localStorage.getItem("dgpo-rater") || "";
@@ -49,8 +50,8 @@ async function reason(answer) {
 const asJson = async (path, body) => (await ask(path, body)).json();
 const named = (path) => `${path}?rater=${encodeURIComponent(rater)}`;
 
-function picture(group, place) {
-  const path = `v1/groups/${group.id}/${place}.png`;
+function picture(group, name) {
+  const path = `v1/groups/${group.id}/${name}.png`;
   if (!pictures.has(path)) {
     const made = ask(path).then((a) => a.blob()).then((b) => URL.createObjectURL(b));
     made.catch(() => pictures.delete(path));
@@ -115,7 +116,7 @@ async function load() {
     }
     await open(work.groups[0]);
     for (const next of work.groups.slice(1)) {
-      for (const place of next.places) picture(next, place).catch(() => {});
+      for (const name of [...next.places, ...next.sources.map(under)]) picture(next, name).catch(() => {});
     }
   } catch (error) {
     failed(error, load);
@@ -134,15 +135,20 @@ function status(now) {
   $("who").textContent = rater;
 }
 
+const under = (source) => `source/${source}`;
+
 async function open(group) {
   const urls = await Promise.all(group.places.map((place) => picture(group, place)));
+  const sources = await Promise.all(group.sources.map((source) => picture(group, under(source))));
   current = { ...group, likes: new Set(), order: [], stars: new Map() };
   take(group.answer);
   at = 0;
   $("prompt").textContent = group.prompt;
   $("grid").replaceChildren(...urls.map(tile));
+  $("sources").replaceChildren(...sources.map((url, i) => shown(url, SOURCES[group.sources[i]])));
+  $("sources").hidden = !sources.length;
   show("work");
-  await Promise.all([...$("grid").querySelectorAll("img")].map((img) => img.decode().catch(() => {})));
+  await Promise.all([...$("board").querySelectorAll("img")].map((img) => img.decode().catch(() => {})));
   fit();
   paint();
   focus(0);
@@ -158,6 +164,26 @@ function take(answer) {
   if (answer.kind === "stars") answer.stars.forEach((stars, place) => current.stars.set(place, stars));
 }
 
+/** A picture that a prompt speaks of. */
+function shown(url, text) {
+  const box = document.createElement("figure");
+  const button = document.createElement("button");
+  button.type = "button";
+  button.append(drawn(url, text));
+  button.onclick = () => enlarge(button.firstChild);
+  box.append(button, Object.assign(document.createElement("figcaption"), { textContent: text }));
+  return box;
+}
+
+function drawn(url, text) {
+  const img = document.createElement("img");
+  img.alt = text;
+  img.draggable = false;
+  img.onload = () => img.classList.toggle("tiny", img.naturalWidth <= TINY);
+  img.src = url;
+  return img;
+}
+
 function tile(url, index) {
   const place = current.places[index];
   const box = document.createElement("div");
@@ -165,12 +191,7 @@ function tile(url, index) {
   const pick = document.createElement("button");
   pick.type = "button";
   pick.className = "pick";
-  const img = document.createElement("img");
-  img.alt = `picture ${index + 1}`;
-  img.draggable = false;
-  img.onload = () => img.classList.toggle("tiny", img.naturalWidth <= TINY);
-  img.src = url;
-  pick.append(img);
+  pick.append(drawn(url, `picture ${index + 1}`));
   pick.onclick = () => { focus(index); if (mode !== "stars") toggle(place); };
   pick.ondblclick = () => { if (mode === "stars") enlarge(); };
   const key = document.createElement("kbd");
@@ -279,8 +300,7 @@ function focus(index) {
   picks[at].focus({ focusVisible: true });
 }
 
-function enlarge() {
-  const img = $("grid").querySelectorAll("img")[at];
+function enlarge(img = $("grid").querySelectorAll("img")[at]) {
   const big = $("large").querySelector("img");
   big.src = img.src;
   big.className = img.className;
