@@ -125,8 +125,8 @@ def pictures() -> list[Any]:
 def test_the_stratified_mean_by_hand() -> None:
     values = torch.tensor([1.0, 2.0, 6.0, 0.0, 4.0, 8.0])
     tags = ["a", "b", "a", "b", "b", "c"]
-    # a: 1 6, mean 3.5, s^2 12.5; b: 2 0 4, mean 2, s^2 4; c: one number, no variance
-    mean, half = (3.5 + 2 + 8) / 3, 1.96 * math.sqrt(12.5 / 2 + 4 / 3) / 3
+    # a: 1 6, mean 3.5, s^2 12.5; b: 2 0 4, mean 2, s^2 4; c: one number, so s^2 of all six, 9.5
+    mean, half = (3.5 + 2 + 8) / 3, 1.96 * math.sqrt(12.5 / 2 + 4 / 3 + 9.5) / 3
     assert stratified_mean(values, tags) == pytest.approx((mean, mean - half, mean + half))
 
 
@@ -141,6 +141,15 @@ def test_the_interval_covers_the_truth() -> None:
         _, low, high = stratified_mean(draw, tags)
         held += low <= 0.55 <= high
     assert 0.91 < held / 400 < 0.98
+
+
+def test_few_pictures_are_not_called_certain() -> None:
+    """One of each category: 2 of 6 right is 0.33 give or take 0.41, not 0.33 to the last digit."""
+    values = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 0.0])
+    mean, low, high = stratified_mean(values, list("abcdef"))
+    assert mean == pytest.approx(1 / 3)
+    assert (mean - low, high - mean) == pytest.approx((0.4132, 0.4132), abs=1e-4)
+    assert stratified_mean(values[:1], ["a"]) == (1.0, 1.0, 1.0)
 
 
 def test_the_report_on_disk(tmp_path: Path) -> None:

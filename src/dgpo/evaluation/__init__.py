@@ -167,16 +167,19 @@ def stratified_mean(values: Tensor, tags: Sequence[str]) -> Interval:
     """Mean of the categories' means and its normal 95% interval.
 
     The variance is ``sum_c s_c^2 / n_c / C^2`` with the categories' sample variances ``s_c^2``; a
-    category of one picture has none to estimate and adds nothing.
+    category of one picture has none to estimate and takes that of all pictures, which is rather too
+    large. A single picture in all leaves an interval of no width.
 
     Args:
         values: [N], one number a picture; NaN is left out.
         tags: the category of each, N of them.
     """
-    parts = _parts(values, tags).values()
+    parts = list(_parts(values, tags).values())
     if not parts:
         return Interval(math.nan, math.nan, math.nan)
-    variance = sum(float(part.var()) / len(part) for part in parts if len(part) > 1)
+    every = torch.cat(parts)
+    borrowed = float(every.var()) if len(every) > 1 else 0.0
+    variance = sum(float(p.var()) / len(p) if len(p) > 1 else borrowed for p in parts)
     mean = sum(float(part.mean()) for part in parts) / len(parts)
     half = 1.96 * math.sqrt(variance) / len(parts)
     return Interval(mean, mean - half, mean + half)
