@@ -189,7 +189,11 @@ def test_pictures_are_found_beside_the_prompt_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("none.png", ["line 2", "'image' is 'none.png'", "no file"]), ("edit.jsonl", ["no picture"])],
+    [
+        ("none.png", ["line 2", "'image' is 'none.png'", "no file"]),
+        ("edit.jsonl", ["no picture"]),
+        ("https://x.org/a.png", ["line 2", "the address 'https://x.org/a.png'", "file"]),
+    ],
 )
 def test_a_picture_that_is_not_there_is_refused_with_its_line(tmp_path, name, words):
     picture(tmp_path / "a.png")

@@ -125,6 +125,8 @@ def _picture(key: str, given: Any, where: str, folder: Path) -> Any:
         return given.convert(PICTURES[key])
     if not isinstance(given, (str, Path)):
         raise UserError(f"{where}: {key!r} must be a file or a picture, got {given!r:.80}")
+    if "://" in str(given):
+        raise UserError(f"{where}: {key!r} is the address {given!r:.200}; give a downloaded file")
     try:
         file = (folder / Path(given).expanduser()).absolute()
         there = file.is_file()
