@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dgpo.algorithms import DGPO, Algorithm, BestOfN, DiffusionDPO, DiffusionNFT
-from dgpo.collection import Batch, collect
+from dgpo.batch import Batch
+from dgpo.collection import collect
 from dgpo.errors import UserError
 from dgpo.forward_rounds import ForwardRounds
 from dgpo.models.pipeline import PipelineModel

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from algorithms.table import FORWARD, changed
 from dgpo.algorithms import FlowGRPO
-from dgpo.collection import Batch, collect
+from dgpo.batch import Batch
+from dgpo.collection import collect
 from dgpo.errors import UserError
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.policy import Policy

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import dgpo.forward_rounds
 from dgpo.algorithms import AWM, DGPO, DiffusionNFT
-from dgpo.collection import Batch, collect
+from dgpo.batch import Batch
+from dgpo.collection import collect
 from dgpo.core.groups import Groups
 from dgpo.core.process import FlowMatching, Level
 from dgpo.core.timesteps import TimestepChoice

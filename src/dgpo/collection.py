@@ -1,9 +1,7 @@
-"""Collect: groups of pictures, their rewards and advantages, and the steps that made them."""
+"""Collect: the pictures of an iteration and their rewards, shared over the processes."""
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -11,16 +9,14 @@ from time import monotonic
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from dgpo.algorithms.base import BaseAlgorithm, TrajectoryAlgorithm
+from dgpo.batch import Batch, learnable
 from dgpo.core.groups import Groups
-from dgpo.core.process import Level
 from dgpo.core.seeds import seed_for
 from dgpo.distributed.processes import ALONE, Processes
 from dgpo.distributed.shares import Share
 from dgpo.errors import UserError
-from dgpo.models.loop import Step
 from dgpo.models.pipeline import PipelineModel, Rollout
 from dgpo.models.policy import Policy, RollingWeights
 from dgpo.models.schedulers import make_scheduler
@@ -29,7 +25,6 @@ from dgpo.models.text import Conditioning
 from dgpo.prompts import Prompt
 from dgpo.recipe import Recipe
 from dgpo.rewards import RewardSet, Scored
-from dgpo.rewards.mixing import Combine, mix
 from dgpo.rewards.overlap import Scoring
 from dgpo.rollouts.engine import LocalEngine, RolloutEngine, RolloutRequest
 
@@ -47,77 +42,6 @@ class Sampler(Protocol):
     def rolling(self, weights: RollingWeights = "policy") -> AbstractContextManager[None]:
         """Put weights in place for rollouts."""
         ...
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one iteration trains on: the groups in which rewards differ.
-
-    Args:
-        x0: [B, ...] clean samples in the denoiser's input space, whole groups, group after group.
-        prompts: conditioning, one row a GROUP, with the negative prompt if a loss wants guidance.
-        levels: the rollout's own schedule.
-        advantages: [B].
-        groups: group of each row.
-        places: [B], the position of each row among all pictures of the iteration.
-        total: number of pictures of the iteration that would be trained if every group had spread;
-            groups that a reward has failed do not count.
-        steps: the rollout's steps that a policy gradient trains on, rows as in ``x0``.
-        shares: the places of the rows of every process, if there are several; ``groups`` then
-            counts those of all, and the rest is this process's.
-        split: whether a group is spread over several processes.
-        spare: one row of this process, for passes that others make without it.
-    """
-
-    x0: Tensor
-    prompts: Conditioning
-    levels: list[Level]
-    advantages: Tensor
-    groups: Groups
-    places: Tensor
-    total: int
-    steps: Sequence[Step] = ()
-    shares: tuple[Tensor, ...] = ()
-    split: bool = False
-    spare: Batch | None = None
-
-    @property
-    def share(self) -> float:
-        """Rows of all processes over ``total``: groups without spread are left out of every forward
-        pass, and the share keeps the loss the mean over all pictures, as if they had been there
-        with A = 0."""
-        return self.count / self.total
-
-    @property
-    def everyone(self) -> tuple[Tensor, ...]:
-        """The places of the rows of every process."""
-        return self.shares or (self.places,)
-
-    @property
-    def count(self) -> int:
-        """Rows of all processes."""
-        return sum(map(len, self.everyone))
-
-    @property
-    def most(self) -> int:
-        """Rows of the process that has the most."""
-        return max(map(len, self.everyone))
-
-    @property
-    def here(self) -> Groups:
-        """The groups of this process's rows, without the other processes: nothing is summed."""
-        if not self.shares:
-            return self.groups
-        alone = Groups(self.groups.index, self.groups.size, self.groups.count)
-        return alone.subset(torch.arange(len(self.places)))
-
-    def parts(self, size: int) -> list[Tensor]:
-        """This process's rows, at most ``size`` at once."""
-        return [rows for rows in torch.arange(len(self.x0)).split(size) if len(rows)]
-
-    def conditioning(self, rows: Tensor) -> Conditioning:
-        """The conditioning of some rows."""
-        return self.prompts.rows(self.here.index[rows])
 
 
 @dataclass
@@ -247,96 +171,6 @@ def _of_all(scored: Scored, share: Share) -> Scored:
     return Scored(values, weights, lost)
 
 
-def learnable(
-    scored: Scored,
-    made: Rollout,
-    cond: Conditioning,
-    every: Groups,
-    algorithm: BaseAlgorithm,
-    combine: Combine,
-    share: Share | None = None,
-) -> tuple[Batch | None, dict[str, float]]:
-    """The groups that were scored and have spread, and the figures of all that were scored.
-
-    Args:
-        scored: all pictures, those of other processes included.
-        made: the pictures of this process.
-        cond: of the groups that this process has pictures of.
-        every: the groups of all pictures.
-        share: which of them are here; None for all.
-    """
-    share = share or Share.of(every.count, every.size, 1)
-    for why in dict.fromkeys(scored.lost.values()) if share.processes.main else ():
-        warnings.warn(f"a group is left out: {why}", stacklevel=3)
-    found = torch.tensor([group not in scored.lost for group in range(every.count)])
-    rows = every.each(found).nonzero()[:, 0]
-    figures = {"groups_dropped": 0.0, "groups_skipped": float(len(scored.lost))}
-    if not len(rows):
-        return None, {"reward_mean": math.nan, "reward_std": math.nan, "spread": 0.0, **figures}
-    groups = every.subset(rows)
-    by_name = {name: value[rows] for name, value in scored.by_name.items()}
-    mixed = mix(by_name, scored.weights[rows], groups, combine)
-    spread = groups.spread(mixed.merit)
-    figures = {
-        "reward_mean": float(mixed.total.mean()),
-        "reward_std": float(mixed.total.std(unbiased=False)),
-        "spread": float(groups.std(mixed.total).mean()),
-        "groups_dropped": float((~spread).sum()),
-        "groups_skipped": float(len(scored.lost)),
-        **mixed.figures,
-    }
-    if not bool(spread.any()):
-        return None, figures
-    advantages = algorithm.advantages(mixed.merit, groups)
-    size, trained = algorithm.trained_per_group or groups.size, groups.each(spread)
-    if size != groups.size:
-        trained = trained & (advantages != 0)
-    kept = trained.nonzero()[:, 0]
-    chosen = replace(groups.subset(kept), size=size)
-    batch = _batch(rows[kept], chosen, advantages[kept], groups.count * size, made, cond, share)
-    return batch, figures
-
-
-def _batch(
-    places: Tensor,
-    groups: Groups,
-    advantages: Tensor,
-    total: int,
-    made: Rollout,
-    cond: Conditioning,
-    share: Share,
-) -> Batch:
-    """This process's rows of what is trained: all [n] of it are given, but for the pictures."""
-    processes, split = share.processes, share.splits(places)
-    here = torch.isin(places, share.mine)
-    mine = places[here]
-    rows = share.find(mine)
-    reduce = {"reduce": processes.sum} if split else {}
-    batch = Batch(
-        x0=made.x0[rows],
-        prompts=cond.rows(torch.searchsorted(share.held, (mine // share.size).unique())),
-        levels=made.levels,
-        advantages=advantages[here],
-        groups=replace(groups, index=groups.index[here], **reduce),
-        places=mine,
-        total=total,
-        steps=[_rows(step, rows) for step in made.steps],
-    )
-    if processes.alone:
-        return batch
-    first = torch.arange(1)
-    spare = replace(
-        batch,
-        x0=made.x0[first],
-        prompts=cond.rows(first),
-        advantages=advantages.new_zeros(1),
-        groups=Groups.contiguous(1, 1),
-        places=share.mine[first],
-        steps=[_rows(step, first) for step in made.steps],
-    )
-    return replace(batch, shares=share.divided(places), split=split, spare=spare)
-
-
 def _roll(
     policy: Sampler,
     algorithm: BaseAlgorithm,
@@ -406,13 +240,3 @@ def _joined(parts: Sequence[Rollout]) -> Rollout:
     ]
     images = [image for part in parts for image in part.images or ()]
     return Rollout(torch.cat([part.x0 for part in parts]), images, parts[0].levels, steps)
-
-
-def _rows(step: Step, rows: Tensor) -> Step:
-    """Some rows of a step."""
-    return replace(
-        step,
-        sample=step.sample[rows],
-        output=step.output[rows],
-        previous=step.previous[rows],
-    )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dgpo.algorithms.base import Algorithm
-from dgpo.collection import Batch
+from dgpo.batch import Batch
 from dgpo.core.points import Forward
 from dgpo.core.process import Level
 from dgpo.core.seeds import stream

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from dgpo.collection import Batch
+from dgpo.batch import Batch
 from dgpo.prompts import Prompt
 from dgpo.recipe_sections import GuardSettings
 

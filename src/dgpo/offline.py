@@ -9,7 +9,8 @@ from typing import Any, Literal, cast
 import torch
 
 from dgpo.algorithms.base import BaseAlgorithm
-from dgpo.collection import Collected, learnable
+from dgpo.batch import learnable
+from dgpo.collection import Collected
 from dgpo.core.groups import Groups
 from dgpo.core.seeds import stream
 from dgpo.distributed.processes import ALONE, Processes

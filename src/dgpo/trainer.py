@@ -8,7 +8,7 @@ from time import monotonic
 from typing import Any
 
 from dgpo.algorithms.base import BaseAlgorithm
-from dgpo.collection import Batch
+from dgpo.batch import Batch
 from dgpo.disk import says_disk_full
 from dgpo.distributed.joining import join
 from dgpo.distributed.processes import here

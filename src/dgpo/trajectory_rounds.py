@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dgpo.algorithms.base import TrajectoryAlgorithm
-from dgpo.collection import Batch
+from dgpo.batch import Batch
 from dgpo.core.points import Trajectory
 from dgpo.errors import UserError
 from dgpo.models.loop import Step

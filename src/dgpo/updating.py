@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dgpo.algorithms.base import Algorithm, BaseAlgorithm, TrajectoryAlgorithm
-from dgpo.collection import Batch
+from dgpo.batch import Batch
 from dgpo.distributed.processes import ALONE, Processes
 from dgpo.distributed.sharding import is_sharded, whole
 from dgpo.errors import UserError
