@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from dgpo.algorithms.base import Algorithm, BaseAlgorithm, TrajectoryAlgorithm
 from dgpo.errors import UserError
+from dgpo.recipe_conflicts import contradictions
 from dgpo.recipe_errors import key_tree, problems, raise_problems
 from dgpo.recipe_files import apply_overrides, find_recipe, read_recipe
 from dgpo.recipe_sections import (
@@ -38,19 +39,7 @@ from dgpo.recipe_sections import (
     TrainSettings,
 )
 from dgpo.registry import ALGORITHMS, known, resolve, unknown
-from dgpo.rewards.terms import AnyReward, RewardTerm, used, weight_of
-
-_OWNED_CALL_KEYS = {
-    "true_cfg_scale": "rollout.guidance_scale",
-    "num_inference_steps": "rollout.steps",
-    "sigmas": "rollout.steps",
-    "timesteps": "rollout.steps",
-    "prompt": "prompts.train",
-    "prompt_embeds": "prompts.train",
-    "num_images_per_prompt": "group_size",
-    "generator": "seed",
-    "latents": "seed",
-}
+from dgpo.rewards.terms import AnyReward, RewardTerm, weight_of
 
 
 def _algorithm(value: Any) -> Any:
@@ -133,160 +122,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
-        lines = [
-            *self._unknown_rewards(),
-            *self._timesteps(),
-            *self._trajectory(),
-            *self._stochastic(),
-            *self._offline(),
-            *self._conflicts(),
-        ]
+        lines = contradictions(self)
         if lines:
             _fail(lines)
         return self
-
-    def _unknown_rewards(self) -> list[str]:
-        named = [("rewards", n) for n, r in self.rewards.items() if not used(r)]
-        named += [(f"rewards.{n}.use", used(r)) for n, r in self.rewards.items() if used(r)]
-        named += [("eval.metrics", n) for n in self.eval.metrics]
-        return [f"{key}: {unknown('reward', n)}" for key, n in named if not known("reward", n)]
-
-    def _timesteps(self) -> list[str]:
-        if not isinstance(self.algorithm, Algorithm):
-            return []
-        choice, levels = self.algorithm.timesteps, self.rollout.steps
-        if choice.indices is not None and choice.indices[1] >= levels:
-            return [
-                f"algorithm.timesteps.indices = {list(choice.indices)}: rollout.steps = {levels} "
-                f"has levels 0 to {levels - 1} only; lower the last index or raise rollout.steps"
-            ]
-        if choice.indices is None and choice.count > levels:
-            return [
-                f"algorithm.timesteps.count = {choice.count}: rollout.steps = {levels} has no more "
-                f"than {levels} levels; lower the count or raise rollout.steps"
-            ]
-        return []
-
-    def _trajectory(self) -> list[str]:
-        """What a policy gradient on the steps of the rollout needs."""
-        algorithm, rollout, groups = self.algorithm, self.rollout, self.groups_per_iteration
-        if not isinstance(algorithm, TrajectoryAlgorithm):
-            return []
-        lines, name = [], algorithm.name
-        if rollout.sde is not None:
-            lines.append(f"rollout.sde: the sampler of {name} is algorithm.sde; use null")
-        plain = "ddim" if algorithm.sde.kind == "ddim" else "euler"
-        if rollout.scheduler not in (None, plain):
-            lines.append(
-                f"rollout.scheduler = {rollout.scheduler!r}: the sampler of {name} is "
-                f"algorithm.sde; use null or {plain}, for evaluations alone"
-            )
-        if rollout.switch_to_old_after is not None:
-            lines.append(
-                f"rollout.switch_to_old_after = {rollout.switch_to_old_after}: {name} learns from "
-                "the policy's own steps; use null"
-            )
-        if rollout.ahead:
-            lines.append(
-                f"rollout.ahead = {rollout.ahead}: {name} learns from the policy's own steps; use 0"
-            )
-        if self.train.optimizer_step != "iteration":
-            lines.append(
-                f"train.optimizer_step = {self.train.optimizer_step!r}: {name} trains all steps of "
-                "a picture together; use iteration, and algorithm.updates for more steps"
-            )
-        if groups % algorithm.updates:
-            lines.append(
-                f"algorithm.updates = {algorithm.updates}: groups_per_iteration = {groups} cannot "
-                "be split into so many equal parts; let it divide the groups"
-            )
-        if rollout.steps < 2:
-            lines.append("rollout.steps = 1: the last step is never trained; use 2 or more")
-        elif algorithm.window is not None and (problem := algorithm.window.problem(rollout.steps)):
-            lines.append(problem)
-        return lines
-
-    def _stochastic(self) -> list[str]:
-        """What rollouts with noise need, beside an algorithm on noised samples."""
-        rollout = self.rollout
-        if rollout.sde is None or not isinstance(self.algorithm, Algorithm):
-            return []
-        if rollout.scheduler is not None:
-            return [
-                f"rollout.sde: it samples instead of rollout.scheduler = {rollout.scheduler!r}; "
-                "use null for one of them"
-            ]
-        return ["rollout.sde: the last step adds no noise; rollout.steps = 1 leaves none"] * (
-            rollout.steps < 2
-        )
-
-    def _offline(self) -> list[str]:
-        """What training on a folder of groups leaves without a meaning."""
-        data, rollout, name = self.data, self.rollout, self.algorithm.name
-        if data.preferences is None:
-            wrong = data.pick != "all"
-            return [f"data.pick = {data.pick!r}: there is no data.preferences"] * wrong
-        where = f"data.preferences = {data.preferences!r}: "
-        lines = []
-        if not isinstance(self.algorithm, Algorithm):
-            lines.append(f"{where}{name} learns from the steps of its own rollouts; use dgpo")
-        unused = {"switch_to_old_after": None, "sde": None, "ahead": 0, "engine": None}
-        lines += [
-            f"{where}nothing is sampled, so rollout.{key} means nothing; leave it out"
-            for key, default in unused.items()
-            if getattr(rollout, key) != default
-        ]
-        return lines
-
-    def _remote(self) -> list[str]:
-        """What an engine in another process cannot do."""
-        rollout, where = self.rollout, f"rollout.engine = {self.rollout.engine!r}: "
-        if rollout.engine is None:
-            return []
-        lines = []
-        if isinstance(self.algorithm, TrajectoryAlgorithm):
-            lines.append(f"{where}{self.algorithm.name} needs the steps, which it does not keep")
-        if rollout.sde is not None:
-            lines.append(f"{where}rollout.sde samples in the run itself; use null for one of them")
-        if self.lora is None:
-            lines.append(f"{where}what travels is a LoRA, and lora: null trains none")
-        return lines
-
-    def _conflicts(self) -> list[str]:
-        lines = [
-            f"rollout.call.{key}: the run sets it itself; use {_OWNED_CALL_KEYS[key]}"
-            for key in self.rollout.call
-            if key in _OWNED_CALL_KEYS
-        ]
-        lines += self._remote()
-        if self.rollout.ahead and self.rollout.overlap_rewards:
-            lines.append(
-                f"rollout.ahead = {self.rollout.ahead}: rewards are asked when their iteration is "
-                "due; set rollout.overlap_rewards to null or false"
-            )
-        if self.combine == "gdpo" and getattr(self.algorithm, "advantage_std", "") == "group":
-            lines.append(
-                "combine = 'gdpo': it ends with one deviation for the whole batch, and that of "
-                "each group would undo it; set algorithm.advantage_std to batch"
-            )
-        trained = self.algorithm.trained_per_group
-        if trained is not None and trained > self.group_size:
-            lines.append(
-                f"group_size = {self.group_size}: the algorithm trains {trained} images of each "
-                "group; raise group_size or lower that setting of the algorithm"
-            )
-        if self.memory.quantization is not None and self.lora is None:
-            lines.append(
-                f"memory.quantization = {self.memory.quantization!r}: lora: null trains all "
-                "weights, and rounded ones cannot be; use a LoRA, or null"
-            )
-        steps = self.train.iterations * self.updates_per_iteration
-        if self.train.warmup >= steps:
-            lines.append(
-                f"train.warmup = {self.train.warmup}: the run has only {steps} optimiser steps; "
-                "lower it or raise train.iterations"
-            )
-        return lines
 
     @classmethod
     def load(cls, path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
