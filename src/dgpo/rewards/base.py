@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from dgpo.errors import UserError
-from dgpo.media import given_to_rewards
 from dgpo.prompts import Prompt
-from dgpo.registry import resolve
-from dgpo.rewards.checking import numbers
-from dgpo.rewards.group_wise import Ranked
-from dgpo.rewards.guard import Guard, RewardFailure
+from dgpo.rewards.entry import Entry, RewardFunction, entry_of
+from dgpo.rewards.guard import RewardFailure
 from dgpo.rewards.mixing import COLUMN, routed
 from dgpo.rewards.residence import Residence
-from dgpo.rewards.terms import RewardTerm, term_of
-
-RewardFunction = Callable[..., Sequence[float]]
-"""``(images: list[PIL.Image], prompts: list[str], **columns: list) -> list[float]``, or less:
-metadata columns that the function does not name are not passed unless it takes ``**kwargs``."""
 
 
 class Scores(NamedTuple):
@@ -51,17 +42,6 @@ class Scored:
     """Groups that a reward has failed, and why."""
 
 
-@dataclass(frozen=True)
-class _Entry:
-    name: str
-    function: RewardFunction
-    weight: float
-    columns: frozenset[str] | None
-    """Names that the function accepts; None: any."""
-    term: RewardTerm
-    guard: Guard
-
-
 def load_rewards(
     spec: Mapping[str, Any] | Sequence[str | RewardFunction] | str | RewardFunction,
 ) -> RewardSet:
@@ -83,55 +63,13 @@ def load_rewards(
         pairs = [(one, 1.0) for one in spec]
     if not pairs:
         raise UserError("rewards: none given; for example rewards: {pocket_geneval: 1.0}")
-    return RewardSet([_entry(reward, weight) for reward, weight in pairs])
-
-
-def _entry(reward: Any, given: Any) -> _Entry:
-    if isinstance(reward, str):
-        name, term = reward, term_of(reward, given)
-        function = resolve("reward", term.use or reward)
-    else:
-        name, function = getattr(reward, "__name__", type(reward).__name__), reward
-        term = term_of(name, given)
-    if inspect.isclass(function):
-        function = _made(name, function, term.options)
-    elif term.options:
-        raise UserError(f"rewards.{name}.options: {name!r} takes none, as it is no class")
-    if not callable(function):
-        raise UserError(f"reward {name!r} is {function!r}, not a function (images, prompts, ...)")
-    if term.rank and _group_wise(function):
-        raise UserError(f"rewards.{name}.rank: {name!r} compares the group already; leave it out")
-    if term.rank:
-        function = Ranked(cast(RewardFunction, function))
-    called = cast(RewardFunction, function)
-    return _Entry(name, called, term.weight, _columns(name, called), term, Guard(name, term))
-
-
-def _made(name: str, kind: type, options: Mapping[str, Any]) -> Any:
-    try:
-        inspect.signature(kind).bind(**options)
-    except TypeError as error:
-        raise UserError(f"rewards.{name}.options: {error}; {kind.__name__} takes them") from error
-    return kind(**options)
-
-
-def _columns(name: str, function: RewardFunction) -> frozenset[str] | None:
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError:
-        return None  # a builtin without a signature: hand it everything
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(positional) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        raise UserError(f"reward {name!r} must take (images, prompts, **metadata columns)")
-    return frozenset(p.name for p in parameters) - {p.name for p in positional[:2]}
+    return RewardSet([entry_of(reward, weight) for reward, weight in pairs])
 
 
 class RewardSet:
     """Several rewards and their weights, called as one."""
 
-    def __init__(self, entries: Sequence[_Entry]) -> None:
+    def __init__(self, entries: Sequence[Entry]) -> None:
         self._entries = tuple(entries)
         self._residence: Residence | None = None
         names = self.names
@@ -193,7 +131,7 @@ class RewardSet:
     def run_in(self, folder: Path) -> None:
         """Tell rewards that keep something where the run's folder is."""
         for entry in self._entries:
-            _tell(entry.function, "run_in", folder)
+            entry.tell("run_in", folder)
 
     def announce(
         self,
@@ -228,9 +166,9 @@ class RewardSet:
     def close(self) -> None:
         """Let rewards that keep something open put it in order; they open it again when asked."""
         for entry in self._entries:
-            _tell(entry.function, "close")
+            entry.tell("close")
 
-    def _others(self) -> list[tuple[int, _Entry]]:
+    def _others(self) -> list[tuple[int, Entry]]:
         """The rewards that are no people, with their places."""
         every = enumerate(self._entries)
         return [pair for pair in every if not getattr(pair[1].function, "asks_people", False)]
@@ -255,7 +193,7 @@ class RewardSet:
 
     def _score(
         self,
-        entries: Sequence[tuple[int, _Entry]],
+        entries: Sequence[tuple[int, Entry]],
         images: Sequence[Image.Image],
         prompts: Sequence[Prompt],
         groups: Sequence[int] | None,
@@ -265,7 +203,7 @@ class RewardSet:
 
     def _asked(
         self,
-        entries: Sequence[tuple[int, _Entry]],
+        entries: Sequence[tuple[int, Entry]],
         images: Sequence[Image.Image],
         prompts: Sequence[Prompt],
         groups: Sequence[int] | None,
@@ -280,17 +218,17 @@ class RewardSet:
             asked = scored.weights[:, place].nonzero()[:, 0].tolist()
             whole = entry.function
             if groups is None:
-                whole = getattr(whole, "alone", None if _group_wise(whole) else whole)
+                whole = getattr(whole, "alone", None if entry.group_wise else whole)
             if whole is None:
                 raise RewardFailure(
                     f"reward {entry.name!r} compares the pictures of a group, and these are in "
                     "none: name others in eval.metrics"
                 )
 
-            def ask(rows: list[int], entry: _Entry = entry, function: Any = whole) -> Tensor:
+            def ask(rows: list[int], entry: Entry = entry, function: Any = whole) -> Tensor:
                 mine = {key: [column[row] for row in rows] for key, column in columns.items()}
                 few, said = [images[row] for row in rows], [texts[row] for row in rows]
-                return entry.guard(lambda: _call(entry, function, few, said, mine))
+                return entry.ask(function, few, said, mine)
 
             if groups is None:
                 if asked:
@@ -308,19 +246,8 @@ def _columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
     return {key: [prompt.column(key) for prompt in prompts] for key in keys}
 
 
-def _tell(function: Any, what: str, *arguments: Any) -> None:
-    """Call a method that a reward may have."""
-    method = getattr(function, what, None)
-    if method is not None:
-        method(*arguments)
-
-
-def _group_wise(function: Any) -> bool:
-    return bool(getattr(function, "group_wise", False))
-
-
 def _ask_groups(
-    entry: _Entry,
+    entry: Entry,
     ask: Callable[[list[int]], Tensor],
     rows: list[int],
     groups: Sequence[int],
@@ -331,7 +258,7 @@ def _ask_groups(
     by_group: dict[int, list[int]] = {}
     for row in rows:
         by_group.setdefault(groups[row], []).append(row)
-    parts = list(by_group.values()) if _group_wise(entry.function) else [rows] * bool(rows)
+    parts = list(by_group.values()) if entry.group_wise else [rows] * bool(rows)
     while parts:
         part = parts.pop(0)
         try:
@@ -344,23 +271,3 @@ def _ask_groups(
                 lost.update(dict.fromkeys(inside, str(failure)))
             else:
                 parts += [by_group[group] for group in inside]
-
-
-def _call(
-    entry: _Entry,
-    function: RewardFunction,
-    images: list[Image.Image],
-    texts: list[str],
-    columns: dict[str, list[Any]],
-) -> Tensor:
-    images, columns = given_to_rewards(images, columns)
-    if entry.columns is not None:
-        columns = {key: column for key, column in columns.items() if key in entry.columns}
-    # given by position: a metadata column called "images" must not collide with the argument
-    clash = {"images", "prompts"} & columns.keys()
-    if clash:
-        raise UserError(
-            f"prompt rows have a column {min(clash)!r}; rename it: rewards use the name"
-        )
-    answer = function(images, texts, **columns)
-    return torch.tensor(numbers(entry.name, answer, texts), dtype=torch.float32)
