@@ -17,7 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from dgpo import registry
+from dgpo.cli import main
 from dgpo.distributed.processes import here, leave
+from dgpo.evaluation.benchmarks import Benchmark
 from dgpo.rewards.stand_in import brightness
 from dgpo.trainer import Trainer
 from families.tiny import sd3_small, sd15
@@ -205,6 +207,30 @@ def train_and_note(folder: Path, notes: str, changes: dict[str, Any]) -> None:
     """Train; ``noted`` writes into the file ``notes``."""
     os.environ["NOTES"] = notes
     train(folder, "best_of_n", changes)
+
+
+def five_dogs() -> list[dict[str, Any]]:
+    return [{"prompt": f"{n} red dog", "seed": n} for n in range(5)]
+
+
+HERE = "distributed.together:"
+SIZE = {"height": 16, "width": 16}
+DOGS = Benchmark("dogs", HERE + "five_dogs", (HERE + "noted", HERE + "of_all"), 2, call=SIZE)
+
+
+def evaluate(folder: Path) -> None:
+    """``dgpo eval``; what it prints goes to a file of each process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["NOTES"] = str(folder / "scored.txt")
+    handle = os.open(folder / f"printed-{os.environ.get('RANK', 0)}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(handle, 1)
+    sys.stdout = os.fdopen(handle, "w")
+    sys.argv = ["dgpo", "eval", "--model", "families.tiny:sd3_small", "--benchmark", HERE + "DOGS"]
+    sys.argv += ["--batch", "2", "--json", str(folder / "report.json")]
+    try:
+        main()
+    finally:
+        sys.stdout.flush()
 
 
 def noted(images: Any, prompts: list[str]) -> list[float]:
