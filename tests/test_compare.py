@@ -12,10 +12,12 @@ from typer.testing import CliRunner
 import dgpo.cli as cli
 from dgpo.comparison import runs as comparison_runs
 from dgpo.comparison.figures import Figure, mean, ratio, read_record, summarize, to_target
-from dgpo.comparison.plan import plan
+from dgpo.comparison.kept import keep
+from dgpo.comparison.plan import lag, plan
 from dgpo.comparison.runs import arrived, state
 from dgpo.comparison.table import cell, notes, tables
 from dgpo.errors import UserError
+from dgpo.recipe import Recipe
 from tiny_runs import PROMPTS, light, settings
 
 METRICS = ["brightness", "redness"]
@@ -238,6 +240,62 @@ def test_the_files_are_written_from_runs_that_are_there(races, monkeypatch):
     assert (out / "compare.png").stat().st_size > 10_000
 
 
+def test_every_file_can_be_made_again_from_what_was_kept(races, monkeypatch):
+    sources, runs = races
+    start = {"iteration": 0, "command": ["/home/me/dgpo"], "machine": {"processor": "abacus"}}
+    for run in runs:
+        (run.folder / "run.json").write_text(json.dumps({"starts": [start]}))
+        keep(run, Path("results"))
+    monkeypatch.setattr(comparison_runs, "Race", None)  # nothing is trained
+    asked = [*sources, "--seeds", "2", "--target", "0.8", "--redraw"]
+    compare(*asked, "--out", "out")
+    output = compare(*asked, "--out", "again", "--results", "results").output
+    assert "slow, seed 1: taken from results" in output
+    first, again = (json.loads(Path(out, "table.json").read_text()) for out in ("out", "again"))
+    assert again["recipes"] == first["recipes"]
+    assert again["machines"] == [{"processor": "abacus"}]
+    assert Path("again/compare.png").stat().st_size > 10_000
+    assert "fast 2, slow 2." in Path("again/table.md").read_text()
+    assert "settings of these runs were not kept" not in Path("again/table.md").read_text()
+    assert state(plan(sources, 2, Path("again"))[3], 0.8) == "finished"
+    kept = "".join(file.read_text() for file in Path("results").iterdir())
+    assert "/home/me" not in kept and "out/slow" not in kept
+    # its settings are known, so another recipe's is refused
+    words = compare(*asked, "train.lr=7", "--out", "x", "--results", "results", code=2).stderr
+    assert "a run by another recipe" in words
+
+
+def test_metrics_that_were_kept_without_their_recipe_are_drawn_and_said_so(races):
+    sources, runs = races
+    keep(runs[0], Path("results"))
+    for name in ("recipe.yaml", "run.json"):
+        Path(f"results/fast-seed0-{name}").unlink(missing_ok=True)
+    asked = [sources[0], "--target", "0.8", "--redraw", "--results", "results", "--out", "again"]
+    compare(*asked)
+    text = Path("again/table.md").read_text()
+    assert "The settings of these runs were not kept: fast seed 0." in text and "1.00" in text
+    assert "lags behind the policy" not in text  # by how much is not known
+    cut = Path("results/fast-seed0-metrics.jsonl")
+    cut.write_text("".join(cut.read_text().splitlines(keepends=True)[:-1]))
+    words = compare(*asked[:-1], "cut", code=2).stderr
+    assert "has no iteration 3, the last of fast-seed0-evaluations.jsonl" in words
+    Path("results/fast-seed0-metrics.jsonl").unlink()
+    words = compare(*asked[:-1], "more", code=2).stderr
+    assert "fast-seed0-metrics.jsonl is missing" in words and not Path("more").exists()
+    empty = compare(sources[1], "--redraw", "--out", "none", code=2).stderr
+    assert "there is no run to draw in none" in empty
+
+
+def test_the_lag_of_what_is_scored_is_in_iterations(write_recipe):
+    timesteps = {"timesteps": {"count": 2, "indices": [0, 2]}}
+    ema = {"ema": {"decay": 0.95, "every": 2}}
+    one = Recipe.load(write_recipe("one", **ema))
+    two = Recipe.load(
+        write_recipe("two", algorithm=timesteps, train={"optimizer_step": "timestep"}, **ema)
+    )
+    assert (lag(one), lag(two)) == (pytest.approx(40), pytest.approx(20))
+
+
 def test_what_is_not_finished_is_said(races):
     _, runs = races
     records = [read_record(run.folder, run.seed, run.seed == 0) for run in runs[:3:2]]
@@ -250,7 +308,7 @@ def test_from_end_to_end(write_recipe, monkeypatch):
         write_recipe("ours"),
         write_recipe("theirs", algorithm={"name": "awm"}, checkpoint={"every": 1}),
     ]
-    command = [*sources, "--target", "0.99", "--out", "out"]
+    command = [*sources, "--target", "0.99", "--out", "out", "--results", "results"]
     iterate = comparison_runs.Race._iterate
 
     def stops(race):
@@ -279,6 +337,9 @@ def test_from_end_to_end(write_recipe, monkeypatch):
         assert recipe["to_target"]["0.99"]["minutes"]["bound"] == "at least"
         assert run["evaluations"][-1]["cost"]["images"] == 16
         assert run["evaluations"][-1]["cost"]["forwards"] > 16 * 3
+    kept = {file.name for file in Path("results").iterdir()}
+    names = ("recipe.yaml", "run.json", "metrics.jsonl", "evaluations.jsonl")
+    assert kept == {f"{run}-seed0-{name}" for run in ("ours", "theirs") for name in names}
     assert len(body["machines"]) == 1 and body["machines"][0]["torch_threads"] >= 1
 
     compare(sources[0], "--target", "0.01", "--stop-at-target", "--out", "early")

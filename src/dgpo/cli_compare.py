@@ -46,6 +46,18 @@ def compare(
             help="End a run once two evaluations in a row reach the highest target.",
         ),
     ] = False,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep the metrics of finished runs here, small files to commit, and take the runs "
+            "that are kept here as finished.",
+        ),
+    ] = None,
+    redraw: Annotated[
+        bool,
+        typer.Option("--redraw", help="Train nothing: write the files from the runs there are."),
+    ] = False,
 ) -> None:
     """Train recipes one after the other and say which is faster, by how much.
 
@@ -69,8 +81,12 @@ def compare(
     typed = ["dgpo", "compare", *sources, "--seeds", str(seeds)]
     typed += [word for each in targets for word in ("--target", f"{each:g}")]
     typed += [] if budget is None else ["--budget", f"{budget:g}"]
-    typed += ["--out", str(out), *(["--stop-at-target"] if stop_at_target else []), *overrides]
-    carry_out(Comparison(runs, targets, stop_at, shlex.join(typed), out))
+    typed += ["--out", str(out), *(["--stop-at-target"] if stop_at_target else [])]
+    typed += [] if results is None else ["--results", str(results)]
+    command = shlex.join([*typed, *(["--redraw"] if redraw else []), *overrides])
+    if not carry_out(Comparison(runs, targets, stop_at, command, out, results, not redraw)):
+        places = out if results is None else f"{out} or {results}"
+        raise UserError(f"there is no run to draw in {places}: leave --redraw out to train")
     typer.echo((out / "table.md").read_text(encoding="utf-8"))
     typer.echo(f"written to {out}: table.md, table.json, compare.png, compare.html, commands.txt")
 
@@ -82,12 +98,17 @@ def carry_out(comparison: Comparison) -> list[Summary]:
         UserError: a run's folder holds another run.
         typer.Exit: after Ctrl-C; the run is saved.
     """
+    from dgpo.comparison.kept import keep, take
     from dgpo.comparison.report import write
     from dgpo.comparison.runs import make, state
 
-    runs, stop_at = comparison.runs, comparison.stop_at
+    runs, stop_at, results = comparison.runs, comparison.stop_at, comparison.results
     for run in runs:
+        if results is not None and take(run, results):
+            typer.echo(f"{run.name}, seed {run.seed}: taken from {results}")
         state(run, stop_at)  # what would be refused is refused before hours are spent
+    if not comparison.train:
+        return write(comparison)
     quiet()
     for number, run in enumerate(runs, start=1):
         where = f"[{number}/{len(runs)}] {run.name}, seed {run.seed}"
@@ -100,5 +121,7 @@ def carry_out(comparison: Comparison) -> list[Summary]:
             raise typer.Exit(INTERRUPTED) from None
         if found == "finished":
             typer.echo(f"{where}: found finished")
+        if results is not None:
+            keep(run, results)
         write(comparison)
     return write(comparison)

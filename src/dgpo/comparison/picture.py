@@ -13,14 +13,14 @@ from dgpo.comparison.table import TITLES
 
 PANELS = ("minutes", "images", "forwards")
 WIDE = 8
-"""Ratio of the recipes' costs from which on the axis is logarithmic."""
+"""Ratio of the recipes' costs from which on the axes are logarithmic."""
 
 
 def draw(summaries: Sequence[Summary], targets: Sequence[float], metric: str, file: Path) -> None:
     """Draw the three panels.
 
     A recipe's line is the mean over its seeds as far as all of them go, with a band from the lowest
-    to the highest; thin lines are single seeds.
+    to the highest; thin lines are single seeds, with a dot for each evaluation.
     """
     # the object interface needs no display and leaves pyplot's global state alone
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -29,8 +29,9 @@ def draw(summaries: Sequence[Summary], targets: Sequence[float], metric: str, fi
     figure = Figure(figsize=(15, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(PANELS), sharey=True)
+    logarithmic = any(_is_wide(summaries, cost) for cost in PANELS)
     for panel, cost in zip(panels, PANELS, strict=True):
-        _panel(panel, summaries, targets, cost)
+        _panel(panel, summaries, targets, cost, logarithmic)
     panels[0].set_ylabel(f"held-out {metric}")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(
@@ -39,23 +40,38 @@ def draw(summaries: Sequence[Summary], targets: Sequence[float], metric: str, fi
     figure.savefig(file, dpi=120)
 
 
-def _panel(panel: Any, summaries: Sequence[Summary], targets: Sequence[float], cost: str) -> None:
-    from matplotlib.ticker import EngFormatter
+def _is_wide(summaries: Sequence[Summary], cost: str) -> bool:
+    ends = _ends([[_line(run, cost) for run in summary.records] for summary in summaries])
+    return bool(ends) and max(ends) >= WIDE * min(ends)
+
+
+def _ends(lines: Sequence[Sequence[Any]]) -> list[float]:
+    return [x[-1] for recipe in lines for x, _ in recipe if len(x) and x[-1] > 0]
+
+
+def _panel(
+    panel: Any,
+    summaries: Sequence[Summary],
+    targets: Sequence[float],
+    cost: str,
+    logarithmic: bool,
+) -> None:
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
     panel.set(xlabel=TITLES[cost])
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
     lines = [[_line(run, cost) for run in summary.records] for summary in summaries]
-    ends = [x[-1] for recipe in lines for x, _ in recipe if len(x) and x[-1] > 0]
-    if not ends:
+    if not _ends(lines):
         panel.text(0.5, 0.5, "not counted", ha="center", transform=panel.transAxes)
         return
-    logarithmic = max(ends) >= WIDE * min(ends)
     if logarithmic:
         panel.set_xscale("log")
         panel.set_xlabel(f"{TITLES[cost]} (logarithmic)")
-    elif cost != "minutes":
-        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_minor_formatter(NullFormatter())
+    numbers = StrMethodFormatter("{x:g}") if cost == "minutes" else EngFormatter(sep="")
+    panel.xaxis.set_major_formatter(numbers)
     _levels(panel, summaries, targets)
     for place, (summary, recipe) in enumerate(zip(summaries, lines, strict=True)):
         color = f"C{place % 10}"
@@ -72,7 +88,7 @@ def _recipe(panel: Any, name: str, lines: Sequence[Any], color: str, dashes: str
         panel.plot(x, y, dashes, color=color, linewidth=2, marker=".", label=name)
         return
     for x, y in lines:
-        panel.plot(x, y, dashes, color=color, linewidth=0.8, alpha=0.5)
+        panel.plot(x, y, dashes, color=color, linewidth=0.8, alpha=0.5, marker=".", markersize=4)
     first, last = max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines)
     grid = np.unique(np.concatenate([x for x, _ in lines]))
     grid = grid[(grid >= first) & (grid <= last)]
@@ -81,7 +97,7 @@ def _recipe(panel: Any, name: str, lines: Sequence[Any], color: str, dashes: str
         return
     scores = np.stack([np.interp(grid, x, y) for x, y in lines])
     panel.fill_between(grid, scores.min(0), scores.max(0), color=color, alpha=0.18, linewidth=0)
-    panel.plot(grid, scores.mean(0), dashes, color=color, linewidth=2, marker=".", label=name)
+    panel.plot(grid, scores.mean(0), dashes, color=color, linewidth=2, label=name)
 
 
 def _levels(panel: Any, summaries: Sequence[Summary], targets: Sequence[float]) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dgpo.comparison.figures import Record, Summary, read_record, summarize
+from dgpo.comparison.kept import settings_unknown
 from dgpo.comparison.picture import draw
-from dgpo.comparison.plan import Run
+from dgpo.comparison.plan import Run, lag
 from dgpo.comparison.runs import read_machines, state
 from dgpo.comparison.table import Table, as_json, notes, tables
 from dgpo.run_manifest import facts
@@ -23,6 +24,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
+small { color: #666; white-space: nowrap; } td { white-space: nowrap; }
 img { max-width: 100%; } pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; }
 div { overflow-x: auto; }
 """
@@ -38,6 +40,8 @@ class Comparison:
         stop_at: the score that ends a run early, or None.
         command: what was typed.
         out: the folder.
+        results: where the measurements of finished runs are kept, and taken from; or None.
+        train: whether runs that are not finished are made.
     """
 
     runs: Sequence[Run]
@@ -45,6 +49,8 @@ class Comparison:
     stop_at: float | None
     command: str
     out: Path
+    results: Path | None = None
+    train: bool = True
 
 
 def write(comparison: Comparison) -> list[Summary]:
@@ -62,10 +68,8 @@ def write(comparison: Comparison) -> list[Summary]:
         return []
     summaries = summarize(recipes, comparison.targets)
     metric = next(iter(summaries[0].records[0].points[0].metrics))
-    made, remarks = tables(summaries, metric), notes(summaries)
     machines = _machines(comparison)
-    if len(machines) > 1:
-        remarks.append("The runs were made on different machines: their times do not compare.")
+    made, remarks = tables(summaries, metric), [*notes(summaries), *_remarks(comparison, machines)]
     versions = facts()["versions"]
     made_on = _made_on(machines, versions)
     draw(summaries, comparison.targets, metric, out / "compare.png")
@@ -104,6 +108,25 @@ def _records(comparison: Comparison) -> dict[str, tuple[str, list[Record]]]:
             own[1].append(record)
     order = dict.fromkeys(run.name for run in comparison.runs)
     return {name: found[name] for name in order if name in found}
+
+
+def _remarks(comparison: Comparison, machines: Sequence[dict[str, Any]]) -> list[str]:
+    """What a reader must know of the runs before comparing them."""
+    made = [run for run in comparison.runs if run.folder.exists()]
+    unknown = [f"{run.name} seed {run.seed}" for run in made if settings_unknown(run)]
+    lags = {run.name: lag(run.recipe) for run in made if not settings_unknown(run)}
+    lines = []
+    if lags:
+        named = ", ".join(f"{name} {iterations:.3g}" for name, iterations in lags.items())
+        lines.append(
+            "Scored is the slow average of the weights (ema); the iterations by which it lags "
+            f"behind the policy: {named}."
+        )
+    if unknown:
+        lines.append(f"The settings of these runs were not kept: {', '.join(unknown)}.")
+    if len(machines) > 1:
+        lines.append("The runs were made on different machines: their times do not compare.")
+    return lines
 
 
 def _commands(comparison: Comparison) -> str:
@@ -162,9 +185,17 @@ def _page(
 def _html(table: Table) -> str:
     head = "".join(f"<th>{escape(title)}</th>" for title in table.header)
     rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in table.rows
+        "<tr>" + "".join(f"<td>{_two_lines(text)}</td>" for text in row) + "</tr>"
+        for row in table.rows
     )
     return (
         f"<h2>{escape(table.title)}</h2><div><table><thead><tr>{head}</tr></thead>"
         f"<tbody>{rows}</tbody></table></div>"
     )
+
+
+def _two_lines(text: str) -> str:
+    """A figure, and below it what stands in brackets."""
+    value, bracket, rest = text.partition(" [" if " [" in text else " (")
+    below = f"<br><small>{escape(bracket.strip() + rest)}</small>" if rest else ""
+    return escape(value) + below

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from dgpo.comparison.figures import COSTS, Figure, Record, Summary
@@ -42,6 +43,7 @@ def tables(summaries: Sequence[Summary], metric: str) -> list[Table]:
 
 def notes(summaries: Sequence[Summary]) -> list[str]:
     """How to read the tables."""
+    gaps = [f"{summary.name} {_widest_gap(summary.records):.1f}" for summary in summaries]
     lines = [
         "Means over seeds, with Student's 95% interval over seeds in brackets where there are two "
         "seeds or more. Training time, images and denoiser evaluations are those of rollouts, "
@@ -51,6 +53,7 @@ def notes(summaries: Sequence[Summary]) -> list[str]:
         f"interpolated. Ratios are over the costs of {summaries[0].name}: geometric means over "
         "seeds. Where a run has not arrived by its end, what it had cost by then is a lower bound "
         'and is written ">=" (a ratio over a run that has not arrived is an upper bound, "<=").',
+        f"An arrival is so rounded up to the next evaluation, by up to: {', '.join(gaps)} minutes.",
         "Changes of the other metrics are from the base model to the evaluation with the best "
         "score.",
     ]
@@ -110,7 +113,9 @@ def _target(summaries: Sequence[Summary], metric: str, target: float) -> Table:
     for summary in summaries:
         row = [summary.name]
         for cost in costs:
-            row += [cell(summary.to_target[target][cost]), cell(summary.ratios[target][cost])]
+            own = summary is summaries[0] and summary.ratios[target][cost].value is not None
+            ratio = "1" if own else cell(summary.ratios[target][cost])
+            row += [cell(summary.to_target[target][cost]), ratio]
         rows.append([*row, cell(summary.to_target[target]["backwards"])])
     return Table(f"Cost to {metric} {target:g}", header, rows)
 
@@ -127,6 +132,12 @@ def _scores(summaries: Sequence[Summary], metric: str) -> Table:
         row = [summary.name, str(len(spent)), most, cell(summary.best, 3), *changes]
         rows.append(row)
     return Table("Best scores", header, rows)
+
+
+def _widest_gap(records: Sequence[Record]) -> float:
+    """The longest training time between two evaluations, in minutes."""
+    times = [[point.cost["minutes"] or 0.0 for point in run.points] for run in records]
+    return max((b - a for own in times for a, b in pairwise(own)), default=0.0)
 
 
 def _minutes(run: Record) -> float:

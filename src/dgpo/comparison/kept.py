@@ -1,0 +1,100 @@
+"""What finished runs have measured, as small files that can be committed: with them every figure
+can be drawn again, anywhere, without training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dgpo.comparison.plan import Run
+from dgpo.comparison.runs import ENDED
+from dgpo.errors import UserError
+from dgpo.recipe_files import read_recipe
+from dgpo.run_manifest import FILE
+from dgpo.tracking import read_jsonl
+
+SETTINGS_UNKNOWN = "settings-unknown"
+"""In a run's folder: its measurements were kept without the recipe that they were made with."""
+_LEFT_OUT = ("command",)
+"""Of what ``run.json`` says of a start: it names folders of one machine."""
+
+
+def keep(run: Run, results: Path) -> None:
+    """Write a finished run's recipe, machine, metrics and evaluations to ``RESULTS/NAME-seedK-*``;
+    not one whose settings are unknown, which came from there.
+
+    Numbers of the metrics have six digits; those of the evaluations are as they were.
+    """
+    if settings_unknown(run):
+        return
+    results.mkdir(parents=True, exist_ok=True)
+    recipe = read_recipe(run.folder / "recipe.yaml")
+    recipe.pop("run", None)
+    _write(_file(run, results, "recipe.yaml"), yaml.safe_dump(recipe, sort_keys=False))
+    rows = [_rounded(row) for row in read_jsonl(run.folder / "metrics.jsonl")]
+    _write_jsonl(_file(run, results, "metrics.jsonl"), rows)
+    evaluations = read_jsonl(run.folder / "evaluations.jsonl")
+    _write_jsonl(_file(run, results, "evaluations.jsonl"), evaluations)
+    if (run.folder / FILE).exists():
+        starts = json.loads((run.folder / FILE).read_text(encoding="utf-8"))["starts"]
+        kept = [{k: v for k, v in start.items() if k not in _LEFT_OUT} for start in starts]
+        text = json.dumps({"starts": kept}, indent=1) + "\n"
+        _write(_file(run, results, FILE), text)
+
+
+def take(run: Run, results: Path) -> bool:
+    """Make the folder of a run from what was kept of it, as that of a finished run; returns
+    whether that was done. A folder that is there already stays as it is.
+
+    Raises:
+        UserError: only a part was kept, or parts of different runs.
+    """
+    files = [_file(run, results, name) for name in ("metrics.jsonl", "evaluations.jsonl")]
+    if run.folder.exists() or not any(file.exists() for file in files):
+        return False
+    metrics, evaluations = (read_jsonl(file) for file in files)
+    if not metrics or not evaluations:
+        missing = files[0] if not metrics else files[1]
+        raise UserError(f"{missing} is missing or empty: keep it beside the run's other files")
+    last = evaluations[-1]["iteration"]
+    metrics = [row for row in metrics if row["iteration"] <= last]
+    if not metrics or metrics[-1]["iteration"] != last:
+        raise UserError(f"{files[0]} has no iteration {last}, the last of {files[1].name}")
+    run.folder.mkdir(parents=True)
+    recipe, machine = _file(run, results, "recipe.yaml"), _file(run, results, FILE)
+    if recipe.exists():
+        _write(run.folder / "recipe.yaml", recipe.read_text(encoding="utf-8"))
+    else:
+        _write(run.folder / "recipe.yaml", run.recipe.to_yaml())
+        _write(run.folder / SETTINGS_UNKNOWN, "")
+    if machine.exists():
+        _write(run.folder / FILE, machine.read_text(encoding="utf-8"))
+    _write_jsonl(run.folder / "evaluations.jsonl", evaluations)
+    _write_jsonl(run.folder / "metrics.jsonl", metrics)
+    _write(run.folder / ENDED, f"{last}\n")
+    return True
+
+
+def settings_unknown(run: Run) -> bool:
+    """Whether a run was taken from files without a recipe."""
+    return (run.folder / SETTINGS_UNKNOWN).exists()
+
+
+def _file(run: Run, results: Path, name: str) -> Path:
+    return results / f"{run.name}-seed{run.seed}-{name}"
+
+
+def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+
+
+def _write_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
+    _write(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _write(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
