@@ -115,7 +115,7 @@ def _remarks(comparison: Comparison, machines: Sequence[dict[str, Any]]) -> list
     made = [run for run in comparison.runs if run.folder.exists()]
     unknown = [f"{run.name} seed {run.seed}" for run in made if settings_unknown(run)]
     lags = {run.name: lag(run.recipe) for run in made if not settings_unknown(run)}
-    lines = []
+    lines: list[str] = []
     if lags:
         named = ", ".join(f"{name} {iterations:.3g}" for name, iterations in lags.items())
         lines.append(
