@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from dgpo.compatibility import QUESTIONS, Examination, examine
+from dgpo.core.sde import FlowSDE
 from dgpo.models import lora
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.policy import Policy
@@ -52,6 +54,7 @@ def test_a_pipeline_that_is_refused_says_why_in_every_answer() -> None:
     found = examined(lambda pipe: pipe.register_modules(transformer=None))
     assert not found.ok
     assert all("transformer" in answer.note for answer in found.answers.values())
+    assert str(found).count("transformer") == found.answers["DGPO"].cell.count("transformer")
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -67,6 +70,20 @@ def test_embeddings_that_are_not_the_pipelines(guided: bool, monkeypatch: Any) -
     monkeypatch.setattr(PipelineModel, "encode", wrong)
     answer = examined().answers["prompts"]
     assert answer.verdict == "no" and f"guidance {3 if guided else 1}," in answer.note
+
+
+def test_a_step_whose_density_is_not_that_of_the_policy(monkeypatch: Any) -> None:
+    own = FlowSDE.moments
+    seen: list[Any] = []
+
+    def drifting(self: Any, *given: Any) -> Any:
+        seen.append(given)
+        made = own(self, *given)
+        return replace(made, mean=made.mean + 1e-4 * len(seen))
+
+    monkeypatch.setattr(FlowSDE, "moments", drifting)
+    found = examined()
+    assert found.answers["SDE"].verdict == "no" and not found.ok
 
 
 def test_a_frozen_weight_that_moves(monkeypatch: Any) -> None:

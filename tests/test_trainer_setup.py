@@ -13,14 +13,21 @@ from tiny_runs import trainer
 
 
 @pytest.mark.parametrize(
-    ("rollout", "checked"),
+    ("settings", "checked"),
     [
-        ({"scheduler": "dpmsolver++"}, {"DPMSolverMultistepScheduler"}),
-        ({"sde": {"kind": "cps"}}, {"FlowMatchEulerDiscreteScheduler", "FlowMatchSdeScheduler"}),
+        ({"rollout": {"scheduler": "dpmsolver++"}}, {"DPMSolverMultistepScheduler"}),
+        (
+            {"rollout": {"sde": {"kind": "cps"}}},
+            {"FlowMatchEulerDiscreteScheduler", "FlowMatchSdeScheduler"},
+        ),
+        (
+            {"rollout": {"scheduler": "unipc"}, "eval": {"scheduler": "heun"}},
+            {"UniPCMultistepScheduler", "FlowMatchHeunDiscreteScheduler"},
+        ),
     ],
 )
 def test_the_samplers_of_the_run_are_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rollout: dict[str, Any], checked: set[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], checked: set[str]
 ) -> None:
     seen: set[str] = set()
     check = PipelineModel.self_check
@@ -31,7 +38,7 @@ def test_the_samplers_of_the_run_are_checked(
         return report
 
     monkeypatch.setattr(PipelineModel, "self_check", noted)
-    trainer(tmp_path, rollout=rollout)
+    trainer(tmp_path, **settings)
     assert seen == checked
 
 

@@ -1,4 +1,4 @@
-"""Can this pipeline be trained? Six questions, each answered by doing it with the pipeline.
+"""Can this pipeline be trained? Seven questions, each answered by doing it with the pipeline.
 
 ``dgpo check MODEL`` asks them about a model; the matrix of docs/models.md asks them about a tiny
 pipeline of every family.
@@ -20,6 +20,7 @@ QUESTIONS: dict[str, str] = {
     "no guidance": "what is trained equals what samples, bit for bit, at every step of a rollout",
     "guidance": "the same with classifier-free guidance",
     "prompts": "precomputed embeddings give what the pipeline gives for the text, bit for bit",
+    "SDE": "with a noisy sampler (Flow-SDE, DDIM) a policy gradient's ratio is exactly 1 at first",
     "DGPO": "two updates lower its objective on fixed points and move nothing but the LoRA",
     "reference": "with the LoRA moved, the reference is still the base model, bit for bit",
     "LoRA file": "a fresh pipeline that loads the saved LoRA answers as the trained one does",
@@ -43,6 +44,11 @@ class Examination:
 
     def __str__(self) -> str:
         lines = [f"{self.pipeline} ({self.process})" if self.process else self.pipeline]
+        if (
+            len(cells := {answer.cell for answer in self.answers.values()}) == 1
+            and not self.process
+        ):
+            return f"{lines[0]}: {cells.pop()}"  # refused before anything could be asked
         width = max(map(len, self.answers))
         for question, answer in self.answers.items():
             measured = f" ({answer.figures})" if answer.figures else ""
@@ -74,7 +80,15 @@ def examine(
     case = Case(make, wrap, model, check_rows(picture, mask))
     del pipe, model  # the case alone holds them, and lets them go
     process = type(case.model.process).__name__
-    asked = (case.points, case.guidance, case.prompts, case.dgpo, case.reference, case.lora_file)
+    asked = (
+        case.points,
+        case.guidance,
+        case.prompts,
+        case.noise,
+        case.dgpo,
+        case.reference,
+        case.lora_file,
+    )
     answers = {q: _answer(ask) for q, ask in zip(QUESTIONS, asked, strict=True)}
     return Examination(name, answers, process)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dgpo.algorithms.dgpo import DGPO
 from dgpo.caption import Caption
 from dgpo.collection import collect
+from dgpo.core.sde import DDIM, FlowSDE
 from dgpo.core.timesteps import TimestepChoice
 from dgpo.errors import UserError
 from dgpo.models import lora
@@ -23,6 +24,8 @@ from dgpo.models.check import CHECK_PROMPTS, CheckReport
 from dgpo.models.loop import Step
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.policy import Policy
+from dgpo.models.schedulers import is_flow_matching
+from dgpo.models.sde_schedulers import make_sde_scheduler, with_noise
 from dgpo.models.snapshots import fingerprints
 from dgpo.models.text import Conditioning
 from dgpo.prompts import Prompt
@@ -33,6 +36,7 @@ from dgpo.rewards.stand_in import level
 from dgpo.updating import Updater
 
 Verdict = Literal["yes", "none", "refused", "no"]
+_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,30 @@ class Case:
         if not far <= (1e-1 if alone[1.0][0].dtype.itemsize < 4 else 1e-3):
             raise Differs(f"a prompt beside a longer one: by {far:.1e} of the sample")
         return Answer("yes", figures=f"beside a longer prompt within {far:.0e}")
+
+    def noise(self) -> Answer:
+        base = self.model.pipe.scheduler
+        sde = FlowSDE() if is_flow_matching(base) else DDIM()
+        sampler = make_sde_scheduler(sde, base)
+        cond, count = self._encoded(self.texts), 0
+        for scale in self._scales():
+            noisy = with_noise(sampler, range(_STEPS - 1), range(cond.size))
+            made = _rollout(self.model, cond, scale, scheduler=noisy, record=True)
+            for step, then in zip(made.steps[:-1], made.levels[1:], strict=True):
+                with torch.no_grad():
+                    again = self.model.predict(step.sample, step.level, cond, scale)
+                now, old = (
+                    sde.log_prob(
+                        step.previous,
+                        sde.moments(self.model.process, step.sample, output, step.level, then),
+                    )
+                    for output in (again, step.output)
+                )
+                ratio = (now - old).exp()
+                if not torch.equal(ratio, torch.ones_like(ratio)):
+                    raise Differs(f"guidance {scale:g}: by {float((ratio - 1).abs().max()):.1e}")
+                count += 1
+        return Answer("yes", figures=f"{type(sde).__name__}, {count} points")
 
     def dgpo(self) -> Answer:
         model = self.model
@@ -186,7 +214,7 @@ def _rollout(
 ) -> Any:
     generators = [torch.Generator().manual_seed(first + row) for row in range(cond.size)]
     return model.rollout(
-        cond, steps=3, guidance_scale=scale, generators=generators, decode=False, **how
+        cond, steps=_STEPS, guidance_scale=scale, generators=generators, decode=False, **how
     )
 
 
@@ -231,7 +259,7 @@ def _train(policy: Policy, prompts: Sequence[Prompt]) -> list[float]:
         {
             "group_size": 3,
             "groups_per_iteration": 2,
-            "rollout": {"steps": 3},
+            "rollout": {"steps": _STEPS},
             "train": {"iterations": 3, "lr": 1e-3},
             "algorithm": {"name": "dgpo", **algorithm.model_dump()},
         }

@@ -43,7 +43,7 @@ class HeldOut:
         rollout, own = recipe.rollout, recipe.eval
         guidance = rollout.guidance_scale if own.guidance_scale is None else own.guidance_scale
         if own.scheduler is not None:
-            scheduler = _sampler(own.scheduler, policy.model.pipe.scheduler)
+            scheduler = eval_sampler(own.scheduler, policy.model.pipe.scheduler)
         self.sampling = Sampling(own.steps or rollout.steps, guidance, scheduler, own.batch)
         """How all pictures are sampled."""
         rows = self._prompts or list(others)
@@ -84,7 +84,7 @@ class HeldOut:
             return sample_images(self._policy.model, self.shown, self.sampling, self._recipe.seed)
 
 
-def _sampler(name: str, base: Any) -> Any:
+def eval_sampler(name: str, base: Any) -> Any:
     """The sampler that ``eval.scheduler`` names.
 
     Raises:

@@ -12,6 +12,7 @@ from dgpo.distributed.joining import place
 from dgpo.distributed.processes import Processes
 from dgpo.errors import UserError
 from dgpo.evaluation import Metrics
+from dgpo.held_out import eval_sampler
 from dgpo.models.arguments import denoisers_of
 from dgpo.models.load import load_pipeline
 from dgpo.models.memory import save_memory
@@ -123,6 +124,8 @@ def check_model(
     if recipe.data.preferences is None:
         noisy = rollout_scheduler(recipe, model.pipe.scheduler)
         samplers += [noisy] if isinstance(noisy, SdeScheduler) else []
+    if recipe.eval.scheduler is not None:
+        samplers.append(eval_sampler(recipe.eval.scheduler, model.pipe.scheduler))
     cond = model.encode([prompt.text for prompt in prompts], guidance=True)
     model.self_check(cond, samplers, recipe.rollout.guidance_scale)
 

@@ -157,6 +157,8 @@ AUDIO: dict[str, Tiny] = {
     "audioldm2": Tiny(
         audioldm2, {"audio_length_in_s": 0.004}, _audioldm2_embeddings, without=("prompts",)
     ),
-    "stable_audio": Tiny(stable_audio, {"audio_end_in_s": 0.001}),
+    "stable_audio": Tiny(
+        stable_audio, {"audio_end_in_s": 0.001}, no_sde="does not know the noise levels"
+    ),
     "ace_step": Tiny(ace_step, {"audio_duration": 0.4}, without=("guidance",)),
 }

@@ -35,6 +35,7 @@ class Tiny:
     Args:
         refused: part of the message with which dgpo refuses the pipeline; None for the others.
         without: questions whose answer is that the pipeline has no such thing.
+        no_sde: part of the message with which a stochastic sampler is refused; None for the others.
         picture: what it starts from, if it does.
         mask: where it paints, if it paints in a mask.
         fast: whether the family is in the quick tests.
@@ -45,6 +46,7 @@ class Tiny:
     embeddings: Callable[[int, int], dict[str, Any]] | None = None
     refused: str | None = None
     without: tuple[str, ...] = ()
+    no_sde: str | None = None
     picture: Callable[[], Image.Image] | None = None
     mask: Callable[[], Image.Image] | None = None
     fast: bool = False

@@ -18,7 +18,7 @@ _ABOUT = """# Models
 
 The pipeline is the denoiser: `dgpo` calls diffusers' own pipelines, for sampling and for training,
 so a model needs no code here. This table is the proof. A tiny pipeline of each family, of random
-weights and with the family's own architecture, sampler, text encoding and guidance, was asked six
+weights and with the family's own architecture, sampler, text encoding and guidance, was asked seven
 questions; each answer comes from doing it.
 
 {questions}

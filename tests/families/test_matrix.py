@@ -27,6 +27,8 @@ def test_the_answer_is_yes_or_a_refusal_that_says_why(name: str, question: str) 
         assert answer.verdict == "refused" and tiny.refused in answer.note
     elif question in tiny.without:
         assert answer.verdict == "none", answer
+    elif question == "SDE" and tiny.no_sde is not None:
+        assert answer.verdict == "refused" and tiny.no_sde in answer.note
     else:
         assert answer.verdict == "yes", answer
 

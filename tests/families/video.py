@@ -257,7 +257,9 @@ VIDEO: dict[str, Tiny] = {
     "wan": Tiny(wan, {**TEXT, "num_frames": 5}, fast=True),
     "wan22": Tiny(wan22, {**TEXT, "num_frames": 5}),
     "ltx": Tiny(ltx, {**TEXT, "num_frames": 9}),
-    "cogvideox": Tiny(cogvideox, {**_SMALL, "num_frames": 8}, fast=True),
+    "cogvideox": Tiny(
+        cogvideox, {**_SMALL, "num_frames": 8}, no_sde="cannot carry snr_shift_scale", fast=True
+    ),
     "hunyuan_video": Tiny(hunyuan_video, {**_SMALL, "num_frames": 9}),
-    "mochi": Tiny(mochi, {**_SMALL, "num_frames": 19}),
+    "mochi": Tiny(mochi, {**_SMALL, "num_frames": 19}, no_sde="inverted sigmas"),
 }

@@ -33,6 +33,7 @@ SAMPLERS: dict[str, Sde] = {
     "zimage": CPS(),
     "sd15": DDIM(),
     "sdxl": DDIM(eta=0.5),
+    "audioldm2": DDIM(),
 }
 
 

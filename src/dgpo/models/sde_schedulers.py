@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from dgpo.core.precision import widen
@@ -20,7 +21,15 @@ from dgpo.core.process import Level, Process
 from dgpo.core.sde import DDIM, Sde
 from dgpo.core.seeds import stream
 from dgpo.errors import UserError
-from dgpo.models.schedulers import fresh, is_flow_matching, make_scheduler, process_of
+from dgpo.models.schedulers import (
+    fresh,
+    is_continuous,
+    is_flow_matching,
+    make_scheduler,
+    process_of,
+)
+
+_ELSE = "use an algorithm on noised samples, such as dgpo"
 
 
 class _Noisy:
@@ -54,19 +63,25 @@ class FlowMatchSdeScheduler(_Noisy, FlowMatchEulerDiscreteScheduler):
     """Flow-SDE, Dance-SDE or CPS at the noisy steps, Euler at the others and at the last."""
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, ...]:
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        *args: Any,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> Any:
         if self.step_index is None:
             self._init_step_index(timestep)
         index = self.step_index
         assert index is not None and self.timesteps is not None and self.sigmas is not None
         s, s_next = (float(sigma) for sigma in self.sigmas[index : index + 2])
         if index not in self.noisy or s_next == 0:
-            return super().step(model_output, timestep, sample, return_dict=False)  # pyright: ignore
+            return super().step(model_output, timestep, sample, return_dict=return_dict)  # pyright: ignore
         self._step_index = index + 1
         now = Level(torch.as_tensor(timestep), s)
         then = Level(torch.as_tensor(self.timesteps[index + 1]), s_next)
-        return (self._noised(model_output, sample, index, now, then),)
+        return _answer(self._noised(model_output, sample, index, now, then), return_dict)
 
 
 class DdimSdeScheduler(_Noisy, DDIMScheduler):
@@ -76,26 +91,38 @@ class DdimSdeScheduler(_Noisy, DDIMScheduler):
     """
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, ...]:
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        *args: Any,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> Any:
         time = torch.as_tensor(timestep).to(self.timesteps.device)
         index = int((self.timesteps == time).nonzero()[0])
         now = self._level(index)
         if index + 1 < len(self.timesteps):
             then = self._level(index + 1)
             if index in self.noisy:
-                return (self._noised(model_output, sample, index, now, then),)
+                made = self._noised(model_output, sample, index, now, then)
+                return _answer(made, return_dict)
             a_next = 1 - then.sigma**2
         else:
             a_next = float(self.final_alpha_cumprod)
         clean = self.process.x0(sample, model_output, now)
         noise = (widen(sample) - math.sqrt(1 - now.sigma**2) * clean) / now.sigma
         mean = math.sqrt(a_next) * clean + math.sqrt(1 - a_next) * noise
-        return (mean.to(model_output.dtype),)
+        return _answer(mean.to(model_output.dtype), return_dict)
 
     def _level(self, index: int) -> Level:
         time = self.timesteps[index]
         return Level(time, math.sqrt(1.0 - float(self.alphas_cumprod[int(time)])))
+
+
+def _answer(sample: Tensor, return_dict: bool) -> Any:
+    """A step's sample in the form that the pipeline asks for; AudioLDM2 wants the object."""
+    return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
 
 
 SdeScheduler = FlowMatchSdeScheduler | DdimSdeScheduler
@@ -119,7 +146,7 @@ def make_sde_scheduler(sde: Sde, base: Any, key: str = "algorithm.sde") -> SdeSc
     if base.config.get("invert_sigmas"):
         raise UserError(
             f"{key}: {type(base).__name__} has inverted sigmas (Mochi), for which no "
-            "stochastic sampler is defined here; use an algorithm on noised samples, such as dgpo"
+            f"stochastic sampler is defined here; {_ELSE}"
         )
     if not sde.fits(process):
         fitting = "flow, dance or cps" if is_flow_matching(base) else "ddim (algorithm ddpo)"
@@ -153,7 +180,12 @@ def _ddim_config(base: Any, key: str) -> dict[str, Any]:
     config = base.config
     if config.get("snr_shift_scale", 1.0) != 1.0:
         raise UserError(
-            f"{key}: DDIM with noise cannot carry snr_shift_scale of {type(base).__name__}"
+            f"{key}: DDIM with noise cannot carry snr_shift_scale of {type(base).__name__}; {_ELSE}"
+        )
+    if is_continuous(base):
+        raise UserError(
+            f"{key}: DDIM with noise does not know the noise levels of {type(base).__name__}; "
+            f"{_ELSE}"
         )
     for clips in ("clip_sample", "thresholding"):
         if config.get(clips):
