@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from dgpo import (
     cli_collect,
     cli_compare,
+    cli_detect,
     cli_list,
     cli_plan,
     cli_prompts,
@@ -71,6 +72,7 @@ app.command("plan")(cli_plan.plan)
 app.command("sample")(cli_sample.sample)
 app.command("rank")(cli_rank.rank)
 app.command("score")(cli_score.score)
+app.command("detect")(cli_detect.detect)
 app.command("serve")(cli_serve.serve)
 app.command("list")(cli_list.names)
 

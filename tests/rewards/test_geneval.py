@@ -13,11 +13,13 @@ from transformers import (
     YolosForObjectDetection,
     YolosImageProcessorPil,
 )
+from typer.testing import CliRunner
 
+from dgpo.cli import app
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
 from dgpo.rewards import load_rewards
-from dgpo.rewards.clip import ClipEncoder
+from dgpo.rewards.clip import ClipEncoder, shared_encoder
 from dgpo.rewards.geneval import (
     BACKGROUND,
     ColorNamer,
@@ -25,6 +27,7 @@ from dgpo.rewards.geneval import (
     Eyes,
     GenEval,
     cut_out,
+    published,
 )
 from dgpo.rewards.geneval_judge import COLORS, Detection, judge
 from rewards.tiny import clip_vectors, pictures, save_clip
@@ -216,3 +219,26 @@ def test_a_class_that_the_detector_does_not_know(yolos, clip_folder):
 def test_a_folder_without_a_detector(tmp_path):
     with pytest.raises(UserError, match="DGPO_GENEVAL_DETECTOR"):
         Detector(str(tmp_path))
+
+
+def test_one_command_shows_what_is_seen(yolos, clip_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("DGPO_GENEVAL_DETECTOR", yolos)
+    monkeypatch.setenv("DGPO_CLIP", clip_folder)
+    published.cache_clear()
+    IMAGES[0].save(tmp_path / "a.png")
+    said = CliRunner().invoke(app, ["detect", str(tmp_path / "a.png"), "--least", "0.1"])
+    published.cache_clear()
+    assert said.exit_code == 0, said.exception
+    expected = Detector(yolos)([IMAGES[0]], 0.1)[0]
+    assert expected and f"{len(expected)} objects in 64 x 64 pixels" in said.output
+    for one in expected:
+        color = ColorNamer(shared_encoder(clip_folder))(IMAGES[0], [one], one.label)[0]
+        row = next(line for line in said.output.splitlines() if f"{one.score:.3f}" in line)
+        assert one.label in row and color in row
+
+
+@pytest.mark.parametrize("name", ["gone.png", "text.png"])
+def test_what_is_no_picture_is_said(name, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    said = CliRunner().invoke(app, ["detect", str(tmp_path / name)])
+    assert said.exit_code != 0 and name in said.output

@@ -1,6 +1,7 @@
 """The OCR rewards: the formula by hand, which text is wanted, and a real engine on real renders."""
 
 import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -154,6 +155,35 @@ def _bold() -> str:
     import matplotlib
 
     return str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans-Bold.ttf")
+
+
+class Paddle:
+    """The interface of paddleocr 3, answering with the colour that it saw."""
+
+    def __init__(self, **settings: bool) -> None:
+        assert not any(settings.values()) and len(settings) == 3
+
+    def predict(self, pixels: np.ndarray) -> list[dict[str, list[str]]]:
+        return [{"rec_texts": ["OP", "EN", *map(str, pixels[0, 0].tolist())]}]
+
+
+def test_paddleocr_reads_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DGPO_OCR", "paddleocr")
+    monkeypatch.setitem(sys.modules, "paddleocr", ModuleType("paddleocr"))
+    with pytest.raises(UserError, match="paddleocr>=3"):
+        ocr.check([Prompt('"open"')])
+    vars(sys.modules["paddleocr"])["PaddleOCR"] = type("PaddleOCR", (), {})  # version 2
+    with pytest.raises(UserError, match="too old"):
+        ocr.check([Prompt('"open"')])
+    vars(sys.modules["paddleocr"])["PaddleOCR"] = Paddle
+    ocr.check([Prompt('"open"')])
+    red = Image.new("RGB", (4, 4), (250, 0, 1))
+    assert ocr.read([red]) == ["OPEN10250"]  # blue first, as OpenCV has it
+    assert ocr([red], ['"open"']) == [1.0]
+    monkeypatch.setenv("DGPO_OCR", "tesseract")
+    with pytest.raises(UserError, match="DGPO_OCR=tesseract: rapidocr or paddleocr"):
+        ocr.check([Prompt('"open"')])
+    assert pocket_ocr([], []) == []  # the pocket's reader is its own
 
 
 @pytest.mark.parametrize("name", ["ocr", "pocket_ocr", "pocket_ocr_exact"])

@@ -1,9 +1,12 @@
 """VQAScore, CLAP, DeQA, HPSv3, JPEG sizes, and the table of all rewards."""
 
+import importlib
 import io
 import math
+import re
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -286,6 +289,22 @@ def test_every_reward_has_its_facts_and_can_be_looked_up_without_its_model():
     for name in registry.REWARDS:
         assert callable(registry.resolve("reward", name))
         assert FACTS[name].about and FACTS[name].range and FACTS[name].licence
+
+
+def test_the_page_and_the_docstrings_say_what_each_reward_is():
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    table = [line for line in page.splitlines() if line.startswith("| `")]
+    for name, target in registry.REWARDS.items():
+        if name.startswith("pocket_") or name in ("redness", "brightness"):
+            continue
+        assert any(f"`{name}`" in row.split("|")[1] for row in table), name
+        module = importlib.import_module(target.partition(":")[0])
+        about = " ".join((module.__doc__ or "").split())
+        if "icence, range and direction: those of the reward" in about:
+            continue
+        assert re.search(r"licence|Licence|MIT|Apache-2\.0", about), name
+        assert re.search(r"Range|in practice|about \d|almost always", about), name
+        assert "igher is better" in about, name
 
 
 def test_what_is_missing():

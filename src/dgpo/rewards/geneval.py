@@ -60,6 +60,7 @@ class Detector:
     def __init__(self, weights: str, batch: int = 8) -> None:
         import transformers
 
+        self.weights = weights
         with loading("geneval", weights, VARIABLE):
             config = transformers.AutoConfig.from_pretrained(weights)
             self._masks = config.model_type in WITH_MASKS
@@ -189,6 +190,18 @@ class Eyes:
             clip.shared_encoder(chosen(clip_weights, clip.VARIABLE, clip.WEIGHTS))
         )
         self._last: tuple[list[Any], list[Any], list[Verdict]] = ([], [], [])
+
+    def look(self, image: Image.Image, least: float) -> list[tuple[Detection, str]]:
+        """All objects of a picture and their colours, the most confident first.
+
+        Args:
+            image: any size.
+            least: confidence of what is reported.
+        """
+        plain = image.convert("RGB")
+        (found,) = self.detector([plain], least)
+        found.sort(key=lambda one: -one.score)
+        return [(one, *self._colors(plain, [one], one.label)) for one in found]
 
     def verdicts(
         self, images: Sequence[Image.Image], rows: Sequence[dict[str, Any]]

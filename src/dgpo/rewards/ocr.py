@@ -1,12 +1,14 @@
 """Rewards that read: how much of the wanted text an OCR engine finds in a picture.
 
-The engine is RapidOCR (PP-OCRv4 models run by onnxruntime; the models are in its wheel).
-Licence: engine and models Apache-2.0. Range [0, 1], higher is better.
+The engine is RapidOCR (PP-OCRv4 models run by onnxruntime; the models are in its wheel); with
+``DGPO_OCR=paddleocr`` in the environment ``ocr`` reads with PaddleOCR, never without being told.
+Licence: engines and models Apache-2.0. Range [0, 1], higher is better.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +24,10 @@ from torch import Tensor
 from dgpo.errors import MissingExtra, UserError
 from dgpo.pocket.signs import HEIGHT, WIDTH
 from dgpo.prompts import Prompt
+from dgpo.rewards import paddle
 
+VARIABLE = "DGPO_OCR"
+ENGINES = ("rapidocr", "paddleocr")
 _DOUBLE = re.compile(r"""["“”„]([^"“”„]*)["“”]""")
 # A single quote inside a word is an apostrophe: an opening one follows no letter, a closing one
 # precedes none.
@@ -185,7 +190,7 @@ class OCR:
             UserError: the first such row.
             MissingExtra: the extra ``rewards`` is not installed.
         """
-        _engine()
+        self.find_engine()
         for row, prompt in enumerate(prompts):
             wanted_text(self.__name__, row, prompt.text, prompt.metadata.get("text"))
 
@@ -211,14 +216,25 @@ class OCR:
         wanted = [wanted_text(self.__name__, row, *pair) for row, pair in rows]
         return [self._score(r, w) for r, w in zip(self.read(images), wanted, strict=True)]
 
+    def find_engine(self) -> None:
+        """See that what reads is installed."""
+        if _by_paddle():
+            paddle.engine()
+        else:
+            _engine()
+
     def read(self, images: Sequence[Image.Image]) -> list[str]:
         """What each picture says."""
-        reader = _page_reader(torch.get_num_threads())
+        reader = _paddle_reader() if _by_paddle() else _page_reader(torch.get_num_threads())
         return [reader(image) for image in images]
 
 
 class PocketOCR(OCR):
-    """The same for the pocket model's signs, read whole by the recogniser alone."""
+    """The same for the pocket model's signs, read whole by RapidOCR's recogniser alone."""
+
+    def find_engine(self) -> None:
+        """See that what reads is installed."""
+        _engine()
 
     def read(self, images: Sequence[Image.Image]) -> list[str]:
         """What each sign says.
@@ -255,6 +271,18 @@ def _sign_reader(threads: int) -> LineReader:
 @functools.cache
 def _page_reader(threads: int) -> PageReader:
     return PageReader(threads)
+
+
+@functools.cache
+def _paddle_reader() -> paddle.PaddleReader:
+    return paddle.PaddleReader()
+
+
+def _by_paddle() -> bool:
+    name = os.environ.get(VARIABLE) or ENGINES[0]
+    if name not in ENGINES:
+        raise UserError(f"{VARIABLE}={name}: {' or '.join(ENGINES)}")
+    return name == "paddleocr"
 
 
 ocr = OCR()

@@ -1,0 +1,53 @@
+"""`dgpo detect`: what the eyes of the reward `geneval` see in a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dgpo.errors import UserError
+
+
+def detect(
+    image: Annotated[Path, typer.Argument(metavar="PICTURE", help="A file.")],
+    least: Annotated[
+        float,
+        typer.Option("--least", min=0, max=1, metavar="P", help="Confidence of what is listed."),
+    ] = 0.3,
+) -> None:
+    """Check GenEval's detector: list the objects of a picture, and CLIP's name of their colours.
+
+    Detector and CLIP are those of the reward geneval (DGPO_GENEVAL_DETECTOR, DGPO_CLIP).
+    """
+    from PIL import Image
+
+    if not image.is_file():
+        raise UserError(f"PICTURE {image}: there is no such file")
+    try:
+        with Image.open(image) as opened:
+            picture = opened.convert("RGB")
+    except (OSError, Image.DecompressionBombError) as error:
+        raise UserError(f"PICTURE {image}: not a picture ({error})") from error
+    from dgpo.rewards.geneval import published
+
+    eyes = published()
+    seen = eyes.look(picture, least)
+    _print(seen)
+    size = f"{picture.width} x {picture.height}"
+    typer.echo(f"{len(seen)} objects in {size} pixels; {eyes.detector.weights}")
+
+
+def _print(seen: list[tuple[Any, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("object", "confidence", "colour", "left, top, right, bottom"):
+        table.add_column(title)
+    for one, color in seen:
+        box = ", ".join(f"{edge:.0f}" for edge in one.box)
+        table.add_row(one.label, f"{one.score:.3f}", color, box)
+    console.print(table)
