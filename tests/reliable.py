@@ -18,7 +18,7 @@ from dgpo import registry
 from dgpo.rewards.stand_in import brightness
 from dgpo.trainer import Trainer
 from families.tiny import sd3_small, sd15
-from tiny_runs import PROMPTS, settings, without_times
+from tiny_runs import PROMPTS, settings, trainer, without_times
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "ddpo": {"updates": 2},
@@ -87,29 +87,50 @@ def assert_same(one: Path, two: Path, files: tuple[str, ...] = ("metrics.jsonl",
         assert torch.equal(tensor, there[name]), name
 
 
-def child(folder: str, resume: bool, operation: int | None, changes: dict[str, Any]) -> None:
-    """Train in a process of its own; at its ``operation``-th call of the functions that bring a
-    checkpoint to the disk it kills itself, as a power cut would."""
+def killable(
+    folder: str,
+    output: str,
+    resume: bool,
+    operation: int | None,
+    training: Any,
+    changes: dict[str, Any],
+) -> None:
+    """Train in a process of its own, which sets the event ``training`` and writes stderr to
+    ``output``; at its ``operation``-th call of what writes or deletes files it is killed."""
     torch.set_num_threads(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    if operation is not None:
-        calls = itertools.count()
-        for name in ("fsync", "rename", "rmdir", "unlink"):
-            setattr(os, name, _deadly(getattr(os, name), calls, operation))
+    os.environ["COLUMNS"] = "500"
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    import dgpo.checkpoint
     import dgpo.tracking
 
     dgpo.tracking.curve = lambda *args: None  # pyright: ignore
     dgpo.tracking._event_writer = lambda *args: _NoEvents()
-    reliable(Path(folder), resume=resume, **changes).train()
+    run = trainer(Path(folder), resume=resume, **changes)
+    if operation is not None:
+        calls = itertools.count()
+        for name in ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink"):
+            setattr(os, name, _deadly(getattr(os, name), calls, operation))
+        saved = _deadly(dgpo.checkpoint.save_file, calls, operation, _half)
+        dgpo.checkpoint.save_file = saved
+    training.set()
+    run.train()
 
 
-def _deadly(function: Any, calls: Any, operation: int) -> Any:
+def _deadly(function: Any, calls: Any, operation: int, last: Any = None) -> Any:
     def call(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == operation:
+            if last is not None:
+                last(function, *args)
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
 
     return call
+
+
+def _half(save: Any, tensors: Any, file: Path) -> None:
+    """What a kill in the middle of the writing leaves."""
+    save(tensors, file)
+    os.truncate(file, file.stat().st_size // 2)
 
 
 class _NoEvents:
