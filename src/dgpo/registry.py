@@ -62,6 +62,7 @@ REWARDS: dict[str, str] = {
     "human": "dgpo.rewards.human:HumanReward",
     "redness": "dgpo.rewards.stand_in:redness",
     "brightness": "dgpo.rewards.stand_in:brightness",
+    "variety": "dgpo.rewards.variety:variety",
 }
 BENCHMARKS: dict[str, str] = {
     "pocket-geneval": "dgpo.evaluation.benchmarks:POCKET_GENEVAL",

@@ -104,6 +104,7 @@ FACTS: dict[str, Facts] = {
         "Apache-2.0",
         "0.6 GB",
     ),
+    "variety": Facts("colours that the rest of the group has not", "0 to 1"),
     "pocket_geneval": Facts("pocket scenes: partial credit", "0 to 1"),
     "pocket_geneval_strict": Facts("pocket scenes: all or nothing", "0 or 1"),
     "pocket_match": Facts("pocket scenes: caption and picture", "-1 to 1"),
