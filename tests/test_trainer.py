@@ -178,7 +178,7 @@ def test_evaluations_may_have_a_sampler_of_their_own(tmp_path: Path) -> None:
     assert type(run.scheduler) is FlowMatchEulerDiscreteScheduler
     again = trainer(tmp_path / "again", eval_dataset=PROMPTS[:2], rollout={"scheduler": "heun"})
     assert type(again._held_out.sampling.scheduler) is FlowMatchHeunDiscreteScheduler
-    with pytest.raises(UserError, match="eval.scheduler: there is no sampler 'dpm'"):
+    with pytest.raises(UserError, match=r"eval\.scheduler: there is no sampler 'dpm'"):
         trainer(tmp_path / "bad", eval_dataset=PROMPTS[:2], eval={"scheduler": "dpm"})
 
 

@@ -1,6 +1,7 @@
 """How unlike the rest of its group a picture is: a counterweight to rewards that make all alike.
 
-Licence: this project's own. Range [0, 1], higher is better (more varied). It is called once for each group.
+Licence: this project's own. Range [0, 1], higher is better (more varied).
+It is called once for each group.
 """
 
 from __future__ import annotations
