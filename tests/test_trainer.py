@@ -172,6 +172,14 @@ def test_an_evaluation_leaves_the_weights_alone(
         check_restored(trainer(tmp_path, lora=lora, eval_dataset=PROMPTS[:2]))
 
 
+def test_a_run_too_short_for_its_average_says_so(tmp_path: Path) -> None:
+    for every in (2, 3):
+        trainer(tmp_path / str(every), train={"iterations": 2}, ema={"every": every}).train()
+    assert not (tmp_path / "2" / "warnings.jsonl").exists()
+    warned = rows(tmp_path / "3", "warnings.jsonl")[-1]["warning"]
+    assert warned.startswith("ema.every = 3: after 2 optimiser steps the average")
+
+
 def test_evaluations_may_have_a_sampler_of_their_own(tmp_path: Path) -> None:
     run = trainer(tmp_path, eval_dataset=PROMPTS[:2], eval={"scheduler": "dpmsolver++"})
     assert type(run._held_out.sampling.scheduler) is DPMSolverMultistepScheduler

@@ -297,6 +297,14 @@ class Trainer:
             self._save_checkpoint()
 
     def _end(self) -> None:
+        steps, every = self.updater.step, self.recipe.ema.every
+        if steps < every:
+            self._warn(
+                [
+                    f"ema.every = {every}: after {steps} optimiser steps the average, which is "
+                    "evaluated and saved, has not moved; lower ema.every or train for longer"
+                ]
+            )
         self._evaluate()
         after = self._draw("after")
         if after is not None:
