@@ -201,7 +201,7 @@ class Eyes:
         plain = image.convert("RGB")
         (found,) = self.detector([plain], least)
         found.sort(key=lambda one: -one.score)
-        return [(one, *self._colors(plain, [one], one.label)) for one in found]
+        return [(one, self._colors(plain, [one], one.label)[0]) for one in found]
 
     def verdicts(
         self, images: Sequence[Image.Image], rows: Sequence[dict[str, Any]]
