@@ -34,7 +34,7 @@ def test_the_ablations_are_one_change_each_and_comparable(tmp_path: Path) -> Non
     changed = {
         name: _differing(recipe.to_dict(), base.to_dict()) for name, recipe in recipes.items()
     }
-    assert changed["sde-rollouts"] == {"rollout.sde"}
+    assert changed["sde-rollouts"] == {"rollout.sde", "rollout.scheduler", "eval.scheduler"}
     assert changed["no-timestep-clip"] == {"algorithm.timesteps.indices"}
     assert changed["uniform-weights"] == {"algorithm.sample_weights"}
     assert changed["own-noise"] == {"algorithm.shared_noise"}

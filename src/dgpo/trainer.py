@@ -298,7 +298,7 @@ class Trainer:
 
     def _end(self) -> None:
         steps, every = self.updater.step, self.recipe.ema.every
-        if steps < every:
+        if 0 < steps < every:
             self._warn(
                 [
                     f"ema.every = {every}: after {steps} optimiser steps the average, which is "

@@ -76,7 +76,7 @@ def test_nothing_of_a_skeleton_has_numbers(tmp_path: Path) -> None:
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             assert all(p.is_meta and p.dtype == torch.bfloat16 for p in part.parameters())
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="cannot be read as a pipeline"):
         load_pipeline(str(tmp_path / "sd3"))
 
 
