@@ -49,7 +49,7 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	@if [ -e $(RUN) ]; then n=1; while [ -e $(RUN)-$$n ]; do n=$$((n + 1)); done; \
 	  mv $(RUN) $(RUN)-$$n; echo "$(RUN) held an earlier run: it is kept as $(RUN)-$$n"; fi
-	$(call step,post-training the small model by DGPO: 15 minutes of training and about 5 of evaluation,$(BIN)/dgpo train pocket-geneval train.max_minutes=15 train.iterations=400 run.dir=$(RUN))
+	$(call step,post-training the small model by DGPO: 15 minutes of training and about 5 of evaluation,$(BIN)/dgpo train pocket-geneval train.max_minutes=15 run.dir=$(RUN))
 	@printf '\n%s\n' 'Results:'
 	@printf '  %-34s %s\n' \
 	  '$(RUN)/curve.png' 'the score on held-out prompts over training' \
