@@ -151,13 +151,13 @@ def test_an_early_stop_saves_the_weights_of_the_best(tmp_path: Path) -> None:
         guards={"collapse": 2, "stop": True},
         train={"iterations": 9, "lr": 1e-2},
     )
-    right = run.evaluate
+    right = run._held_out.score
 
-    def evaluate(*given: Any) -> Any:
+    def score(*given: Any) -> Any:
         run_scores[0] = next(scores, 0.3)
         return right(*given)
 
-    run.evaluate = evaluate  # pyright: ignore[reportAttributeAccessIssue]
+    run._held_out.score = score  # pyright: ignore[reportAttributeAccessIssue]
     run.train()
     assert len(rows(tmp_path)) == 5
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -16,9 +16,10 @@ from dgpo.distributed.quiet import outputs
 from dgpo.distributed.stops import hearing
 from dgpo.errors import UserError
 from dgpo.evaluation import Report
-from dgpo.guards import Guards, save_batch
+from dgpo.guards import save_batch
 from dgpo.held_out import HeldOut
 from dgpo.interrupts import Terminated, all_or_nothing, terminable
+from dgpo.journal import Journal
 from dgpo.media import Video, check_format
 from dgpo.models.counting import COUNTED, Counter
 from dgpo.models.policy import Policy, RollingWeights
@@ -26,7 +27,6 @@ from dgpo.models.schedulers import make_scheduler
 from dgpo.progress import clock
 from dgpo.prompts import PromptSampler
 from dgpo.recipe import Recipe
-from dgpo.rewards import RewardFailure
 from dgpo.run_checkpoints import RunCheckpoints
 from dgpo.run_manifest import record_start
 from dgpo.tracking import refuse_existing_run
@@ -162,12 +162,8 @@ class Trainer:
         self._tracker, self._progress = tracker, progress
         if self.processes.main:
             record_start(self.folder, self.recipe.seed, self.iteration)
-        self._guards = Guards(
-            self.recipe.guards,
-            self.recipe.groups_per_iteration,
-            self.rewards.names,
-            tracker.rows,
-            tracker.evaluations,
+        self._journal = Journal(
+            self.recipe, tracker, progress, self.rewards.names, self._held_out, self.processes
         )
         with tracker, progress, self.counter:
             try:
@@ -235,8 +231,7 @@ class Trainer:
                 "seconds_reward": collected.seconds["reward"],
                 "seconds_train": ended - collected_at,
             }
-            self._tracker.log(row)
-            self._warn(self._guards.iteration(row))
+            self._journal.iteration(row)
             self._between_updates = True
         self._progress.iteration(
             self.iteration,
@@ -257,17 +252,12 @@ class Trainer:
             self.processes.gather(None, "the batch that is not finite to be saved")
             raise UserError(f"{error}. The batch is in {file}") from error
 
-    def _warn(self, texts: Sequence[str]) -> None:
-        for text in texts:
-            self._tracker.warning(self.iteration, text)
-            self._progress.say(f"warning, iteration {self.iteration}: {text}")
-
     @property
     def _finished(self) -> bool:
         limit = self.recipe.train.max_minutes
         late = limit is not None and self.seconds >= 60 * limit
         done = late or self.iteration >= self.recipe.train.iterations
-        done = done or self._guards.reason_to_stop is not None
+        done = done or self._journal.reason_to_stop is not None
         return self.processes.from_main(lambda: done, "whether the run goes on")
 
     def _start(self) -> None:
@@ -277,7 +267,7 @@ class Trainer:
         if self.iteration:
             self._when_due()  # what a stop has left undone
             return
-        self._before = self._draw("before")
+        self._before = self._journal.draw("before")
         if self.recipe.eval.at_start:
             self._evaluate()
 
@@ -290,28 +280,27 @@ class Trainer:
             self._evaluate()
         every = recipe.eval.every if recipe.samples.every is None else recipe.samples.every
         if every and done % every == 0:
-            self._draw(f"{done:06d}")
+            self._journal.draw(f"{done:06d}")
         due = bool(recipe.checkpoint.every) and done % recipe.checkpoint.every == 0
-        due = due or (recipe.checkpoint.keep_best > 0 and self._is_best)
+        due = due or (recipe.checkpoint.keep_best > 0 and self._journal.is_best(done))
         if self.processes.from_main(lambda: due, "whether a checkpoint is due"):
             self._save_checkpoint()
 
     def _end(self) -> None:
         steps, every = self.updater.step, self.recipe.ema.every
         if 0 < steps < every:
-            self._warn(
-                [
-                    f"ema.every = {every}: after {steps} optimiser steps the average, which is "
-                    "evaluated and saved, has not moved; lower ema.every or train for longer"
-                ]
+            self._journal.warn(
+                self.iteration,
+                f"ema.every = {every}: after {steps} optimiser steps the average, which is "
+                "evaluated and saved, has not moved; lower ema.every or train for longer",
             )
         self._evaluate()
-        after = self._draw("after")
+        after = self._journal.draw("after")
         if after is not None:
             before = self._before or self._held_out.pictures(base=True)
             self._tracker.compare(before, after, self._held_out.captions)
         self._save_checkpoint()
-        reason = self.processes.from_main(lambda: self._guards.reason_to_stop, "the end")
+        reason = self.processes.from_main(lambda: self._journal.reason_to_stop, "the end")
         if reason is not None:
             self._stop_early(reason)
         self._tracker.summarize()
@@ -336,46 +325,12 @@ class Trainer:
         self._progress.say(f"{what} in {self.folder}; to go on: {again}")
 
     def _evaluate(self) -> None:
-        """Score the held-out prompts, if there are any and this was not done before a stop."""
-        done = self.iteration in {row["iteration"] for row in self._tracker.evaluations}
-        done = self.processes.from_main(lambda: done, "whether to evaluate")
-        if done or not self.eval_prompts:
-            return
-        self._progress.stage("evaluating")
-        try:
-            report = self.last_report = self.evaluate()
-        except RewardFailure as failure:
-            if not failure.skips:
-                raise
-            self._progress.say(f"iteration {self.iteration}: held-out not scored: {failure}")
-            return
-        self._tracker.evaluation(self.iteration, self.seconds, report)
-        for row in self._tracker.evaluations[-1:]:
-            self._warn(self._guards.evaluation(row))
-        low, high = report.ci95
-        score = f"{self.metrics.names[0]} {report.overall:.3f} [{low:.3f}, {high:.3f}]"
-        self._progress.say(f"iteration {self.iteration}: held-out {score}")
-
-    def _draw(self, name: str) -> list | None:
-        if not self.recipe.samples.count:
-            return None
-        images = self._held_out.pictures()
-        self._tracker.grid(name, images, self._held_out.captions)
-        return images
+        if self.eval_prompts:
+            report = self._journal.evaluate(self.iteration, self.seconds)
+            self.last_report = report or self.last_report
 
     def _save_checkpoint(self) -> None:
         self._progress.stage("saving")
         counters = {"iteration": self.iteration, "seconds": self.seconds, **self.counter.totals}
-        score = self._scores.get(self.iteration)
+        score = self._journal.score(self.iteration)
         self._checkpoints.save(self.policy, self.updater, counters, score)
-
-    @property
-    def _scores(self) -> dict[int, float]:
-        """The held-out score after each iteration at which there was an evaluation."""
-        return {row["iteration"]: row["overall"] for row in self._tracker.evaluations}
-
-    @property
-    def _is_best(self) -> bool:
-        scores = self._scores
-        mine = scores.pop(self.iteration, None)
-        return mine is not None and mine > max(scores.values(), default=float("-inf"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from safetensors import safe_open
 from torch import Tensor
 
 from dgpo.errors import UserError
@@ -228,6 +230,16 @@ def test_a_saved_lora_is_read_by_a_fresh_pipeline(name: str, tmp_path: Path) -> 
     with torch.no_grad():
         loaded = fresh.predict(case.point.sample, case.point.level, case.cond)
     torch.testing.assert_close(loaded, trained, atol=1e-5, rtol=1e-5)
+
+
+def test_a_saved_lora_names_its_targets_in_one_order(tmp_path: Path) -> None:
+    targets = ["attn.to_v", "attn.to_q", "attn.to_out.0", "attn.to_k", "attn.add_q_proj"]
+    model = PipelineModel(build("sd3"), call=TINY["sd3"].call)
+    Policy(model, RecipeLora(rank=2, alpha=6, targets=targets)).save(tmp_path)
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
+        said = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert said["transformer.target_modules"] == sorted(targets)
+    assert (said["transformer.r"], said["transformer.lora_alpha"]) == (2, 6)
 
 
 def test_a_saved_denoiser_is_read_by_its_class(tmp_path: Path) -> None:

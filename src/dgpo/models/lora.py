@@ -234,7 +234,11 @@ def save(pipe: Any, denoisers: Mapping[str, nn.Module], folder: Path) -> None:
         arguments: dict[str, Any] = {f"{stem}_lora_layers": weights}
         metadata = f"{stem}_lora_adapter_metadata"
         if metadata in inspect.signature(save_weights).parameters:
-            arguments[metadata] = config.to_dict()
+            # peft holds names in sets, which every process orders differently
+            arguments[metadata] = {
+                key: sorted(value) if isinstance(value, set) else value
+                for key, value in config.to_dict().items()
+            }
         save_weights(place, **arguments)
 
 
