@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from dgpo.recipe_files import PACKAGED
+from dgpo.recipe.files import PACKAGED
 
 HERE = Path(__file__).parent
 

@@ -16,13 +16,13 @@ import time
 from statistics import median
 from typing import Any
 
-from dgpo.collection import collect
 from dgpo.models.load import load_pipeline
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.policy import Policy
 from dgpo.prompts import PromptSampler, load_prompts
 from dgpo.recipe import Recipe
 from dgpo.rewards import load_rewards
+from dgpo.training.collection import collect
 
 
 class Waiting:

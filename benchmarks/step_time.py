@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 
-import dgpo.collection
 import dgpo.trainer
+import dgpo.training.collection
 from dgpo.models.lora import blended, disabled
 from dgpo.recipe import Recipe
 from dgpo.trainer import Trainer
@@ -216,7 +216,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.cpu_time:
         global clock
-        clock = dgpo.collection.monotonic = dgpo.trainer.monotonic = process_time
+        clock = dgpo.training.collection.monotonic = dgpo.trainer.monotonic = process_time
     with tempfile.TemporaryDirectory() as folder:
         if given.peak:
             Trainer(recipe=load(given.recipe, given.overrides, 2, folder)).train()

@@ -100,18 +100,18 @@ def killable(
     torch.set_num_threads(1)
     os.environ["COLUMNS"] = "500"
     os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    import dgpo.checkpoint
-    import dgpo.tracking
+    import dgpo.run.checkpoint
+    import dgpo.run.tracking
 
-    dgpo.tracking.curve = lambda *args: None  # pyright: ignore
-    dgpo.tracking._event_writer = lambda *args: _NoEvents()
+    dgpo.run.tracking.curve = lambda *args: None  # pyright: ignore
+    dgpo.run.tracking._event_writer = lambda *args: _NoEvents()
     run = trainer(Path(folder), resume=resume, **changes)
     if operation is not None:
         calls = itertools.count()
         for name in ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink"):
             setattr(os, name, _deadly(getattr(os, name), calls, operation))
-        saved = _deadly(dgpo.checkpoint.save_file, calls, operation, _half)
-        dgpo.checkpoint.save_file = saved
+        saved = _deadly(dgpo.run.checkpoint.save_file, calls, operation, _half)
+        dgpo.run.checkpoint.save_file = saved
     training.set()
     run.train()
 

@@ -14,10 +14,10 @@ from scipy.io import wavfile
 
 from dgpo.errors import MissingExtra, UserError
 from dgpo.media import Sound, Video, check_format, media_of, sampling_rate, save_media
-from dgpo.pictures import grid, thumbnail
 from dgpo.prompts import load_prompts
 from dgpo.rewards import load_rewards
 from dgpo.rewards.video import PerFrame
+from dgpo.run.pictures import grid, thumbnail
 
 
 def video(frames: int = 6, height: int = 16, width: int = 32) -> Video:

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from dgpo.recipe import Recipe
-from dgpo.recipe_files import PACKAGED
+from dgpo.recipe.files import PACKAGED
 
 ROOT = Path(__file__).parents[1]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 import dgpo.models.policy
 import dgpo.models.snapshots
 import dgpo.trainer
-import dgpo.trainer_setup
+import dgpo.training.setup
 from dgpo.algorithms.dgpo import DGPO
 from dgpo.core.groups import Groups
 from dgpo.errors import UserError
@@ -228,7 +228,7 @@ def test_a_folder_in_use_is_refused_before_the_model_is_loaded(
     def load(*args: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(dgpo.trainer_setup, "load_pipeline", load)
+    monkeypatch.setattr(dgpo.training.setup, "load_pipeline", load)
     with pytest.raises(UserError, match="holds no checkpoint"):
         trainer(tmp_path, model="pocket", resume=True)
     with pytest.raises(UserError, match=r"no prompts"):

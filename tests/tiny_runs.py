@@ -72,8 +72,8 @@ def light(monkeypatch: pytest.MonkeyPatch) -> None:
         def add_scalar(self, *args: Any) -> None: ...
         def close(self) -> None: ...
 
-    monkeypatch.setattr("dgpo.tracking.curve", lambda *args: None)
-    monkeypatch.setattr("dgpo.tracking._event_writer", lambda *args: NoEvents())
+    monkeypatch.setattr("dgpo.run.tracking.curve", lambda *args: None)
+    monkeypatch.setattr("dgpo.run.tracking._event_writer", lambda *args: NoEvents())
 
 
 class Spy(DGPO):

@@ -8,31 +8,31 @@ from time import monotonic
 from typing import Any
 
 from dgpo.algorithms.base import BaseAlgorithm
-from dgpo.batch import Batch
-from dgpo.disk import says_disk_full
 from dgpo.distributed.joining import join
 from dgpo.distributed.processes import here
 from dgpo.distributed.quiet import outputs
 from dgpo.distributed.stops import hearing
 from dgpo.errors import UserError
 from dgpo.evaluation import Report
-from dgpo.guards import save_batch
-from dgpo.held_out import HeldOut
-from dgpo.interrupts import Terminated, all_or_nothing, terminable
-from dgpo.journal import Journal
 from dgpo.media import Video, check_format
 from dgpo.models.counting import COUNTED, Counter
 from dgpo.models.policy import Policy, RollingWeights
 from dgpo.models.schedulers import make_scheduler
-from dgpo.progress import clock
 from dgpo.prompts import PromptSampler
 from dgpo.recipe import Recipe
-from dgpo.run_checkpoints import RunCheckpoints
-from dgpo.run_manifest import record_start
-from dgpo.tracking import refuse_existing_run
-from dgpo.trainer_arguments import full_recipe
-from dgpo.trainer_setup import check_model, load_data, load_model, make_collector
-from dgpo.updating import NonFinite, Updater
+from dgpo.run.disk import says_disk_full
+from dgpo.run.interrupts import Terminated, all_or_nothing, terminable
+from dgpo.run.manifest import record_start
+from dgpo.run.progress import clock
+from dgpo.run.run_checkpoints import RunCheckpoints
+from dgpo.run.tracking import refuse_existing_run
+from dgpo.training.arguments import full_recipe
+from dgpo.training.batch import Batch
+from dgpo.training.guards import save_batch
+from dgpo.training.held_out import HeldOut
+from dgpo.training.journal import Journal
+from dgpo.training.setup import check_model, load_data, load_model, make_collector
+from dgpo.training.updating import NonFinite, Updater
 
 
 class Trainer:

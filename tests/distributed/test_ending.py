@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dgpo.checkpoint import find_checkpoint
+from dgpo.run.checkpoint import find_checkpoint
 from distributed import together
 from distributed.together import Ended, world
 

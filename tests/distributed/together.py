@@ -88,10 +88,10 @@ def _process(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-    import dgpo.tracking
+    import dgpo.run.tracking
 
-    dgpo.tracking.curve = lambda *args: None  # pyright: ignore
-    dgpo.tracking._event_writer = lambda *args: _NoEvents()
+    dgpo.run.tracking.curve = lambda *args: None  # pyright: ignore
+    dgpo.run.tracking._event_writer = lambda *args: _NoEvents()
     code = 0
     try:
         target(*arguments)

@@ -9,7 +9,7 @@ import functools
 import sys
 from pathlib import Path
 
-from dgpo.compatibility import QUESTIONS, Answer, Examination, examine
+from dgpo.models.compatibility import QUESTIONS, Answer, Examination, examine
 from dgpo.models.families import FAMILIES
 from families.tiny import TINY, build, tiny_model
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dgpo.compatibility import QUESTIONS
+from dgpo.models.compatibility import QUESTIONS
 from families.table import examined, row
 from families.tiny import TINY
 

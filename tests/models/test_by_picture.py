@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from dgpo.caption import Caption
 from dgpo.errors import UserError
 from dgpo.models.arguments import parameters_of
 from dgpo.models.by_picture import in_order, parts, steady_encoding
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.text import Conditioning
 from dgpo.prompts import load_prompts
+from dgpo.prompts.caption import Caption
 from dgpo.rewards import load_rewards
 from dgpo.trainer import Trainer
 from families.edit import flux_inpaint, mask, picture

@@ -17,7 +17,7 @@ from dgpo.models.pipeline import PipelineModel
 from dgpo.models.policy import Policy
 from dgpo.models.quantization import quantized
 from dgpo.recipe import Recipe
-from dgpo.recipe_sections import LoraSettings, MemorySettings
+from dgpo.recipe.sections import LoraSettings, MemorySettings
 from families.image import sd3_small
 from families.tiny import TINY, build
 from tiny_runs import light, settings, trainer

@@ -16,7 +16,7 @@ from torch import Tensor
 from dgpo.errors import UserError
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.policy import Policy
-from dgpo.recipe_sections import LoraSettings as RecipeLora
+from dgpo.recipe.sections import LoraSettings as RecipeLora
 from families.tiny import TINY, build, conditioning
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -3,7 +3,7 @@
 import pytest
 from typer.testing import CliRunner
 
-import dgpo.cli_rank
+import dgpo.cli.rank
 from dgpo.cli import app
 from dgpo.preferences import read_groups
 from ranking.scripted import Rater, after, free_port, hears_ctrl_c
@@ -24,7 +24,7 @@ def rank(*arguments):
 
 
 def test_a_dataset_that_grows(tmp_path, monkeypatch):
-    monkeypatch.setattr(dgpo.cli_rank, "FAREWELL", 0)
+    monkeypatch.setattr(dgpo.cli.rank, "FAREWELL", 0)
     for wanted, new in ((2, 2), (3, 1), (3, 0)):
         port = free_port()
         with Rater(port) as rater:

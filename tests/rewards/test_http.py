@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-import dgpo.cli_serve
+import dgpo.cli.serve
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
 from dgpo.rewards import load_rewards
@@ -321,7 +321,7 @@ def test_what_the_command_refuses(tmp_path, monkeypatch):
     import typer
 
     app = typer.Typer()
-    app.command()(dgpo.cli_serve.serve)
+    app.command()(dgpo.cli.serve.serve)
 
     def refused(*arguments):
         return str(CliRunner().invoke(app, ["--reward", "redness", *arguments]).exception)
@@ -330,5 +330,5 @@ def test_what_the_command_refuses(tmp_path, monkeypatch):
     (tmp_path / "empty").write_text("\n")
     assert "one word" in refused("--token-file", str(tmp_path / "empty"))
     assert "token file" in refused("--token-file", str(tmp_path / "none"))
-    monkeypatch.setattr(dgpo.cli_serve.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(dgpo.cli.serve.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'dgpo[serve]'" in refused()

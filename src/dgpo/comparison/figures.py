@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from dgpo.tracking import read_jsonl
+from dgpo.run.tracking import read_jsonl
 
 COSTS = ("minutes", "images", "forwards", "backwards")
 """Training time; pictures; samples that a denoiser evaluated; samples it was differentiated for."""

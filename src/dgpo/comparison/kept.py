@@ -13,9 +13,9 @@ import yaml
 from dgpo.comparison.plan import Run
 from dgpo.comparison.runs import ENDED
 from dgpo.errors import UserError
-from dgpo.recipe_files import read_recipe
-from dgpo.run_manifest import FILE
-from dgpo.tracking import read_jsonl
+from dgpo.recipe.files import read_recipe
+from dgpo.run.manifest import FILE
+from dgpo.run.tracking import read_jsonl
 
 SETTINGS_UNKNOWN = "settings-unknown"
 """In a run's folder: its measurements were kept without the recipe that they were made with."""

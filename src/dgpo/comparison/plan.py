@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dgpo.errors import UserError
-from dgpo.plain_yaml import parse_yaml
 from dgpo.recipe import Recipe
-from dgpo.recipe_files import find_recipe
+from dgpo.recipe.files import find_recipe
+from dgpo.recipe.plain_yaml import parse_yaml
 
 OWNED = {
     "seed": "use --seeds N",

@@ -16,7 +16,7 @@ from dgpo.comparison.picture import draw
 from dgpo.comparison.plan import Run, lag
 from dgpo.comparison.runs import read_machines, state
 from dgpo.comparison.table import Table, as_json, notes, tables
-from dgpo.run_manifest import facts
+from dgpo.run.manifest import facts
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem;

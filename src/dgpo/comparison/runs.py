@@ -10,9 +10,9 @@ from typing import Any, Literal
 from dgpo.comparison.plan import Run
 from dgpo.errors import UserError
 from dgpo.recipe import Recipe
-from dgpo.recipe_files import read_recipe
-from dgpo.run_manifest import FILE
-from dgpo.tracking import read_jsonl
+from dgpo.recipe.files import read_recipe
+from dgpo.run.manifest import FILE
+from dgpo.run.tracking import read_jsonl
 from dgpo.trainer import Trainer
 
 State = Literal["new", "interrupted", "finished"]

@@ -13,8 +13,8 @@ from dgpo.comparison.figures import Figure, Summary
 from dgpo.comparison.table import Table, cell
 from dgpo.errors import UserError
 from dgpo.recipe import Recipe
-from dgpo.recipe_files import apply_overrides, find_recipe, read_recipe
-from dgpo.recipe_sections import Section
+from dgpo.recipe.files import apply_overrides, find_recipe, read_recipe
+from dgpo.recipe.sections import Section
 
 
 class Variant(Section):

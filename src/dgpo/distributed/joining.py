@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dgpo.caption import pictures_of
 from dgpo.distributed.processes import Processes
 from dgpo.distributed.sharding import shard
 from dgpo.distributed.shares import Share
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
+from dgpo.prompts.caption import pictures_of
 from dgpo.recipe import Recipe
 from dgpo.rewards import RewardSet
 

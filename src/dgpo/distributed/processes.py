@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dgpo.distributed.watch import Watch
 from dgpo.errors import UserError
-from dgpo.interrupts import Terminated
+from dgpo.run.interrupts import Terminated
 
 T = TypeVar("T")
 BUCKET = 1 << 26

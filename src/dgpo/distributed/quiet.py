@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 
 from dgpo.distributed.processes import Processes
-from dgpo.progress import Progress
 from dgpo.recipe import Recipe
-from dgpo.tracking import Tracker
+from dgpo.run.progress import Progress
+from dgpo.run.tracking import Tracker
 
 
 class NoTracker(Tracker):

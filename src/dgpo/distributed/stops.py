@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from dgpo.distributed.processes import Processes
-from dgpo.interrupts import raise_terminated
+from dgpo.run.interrupts import raise_terminated
 
 
 @contextmanager

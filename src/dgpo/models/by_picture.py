@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dgpo.caption import Caption, pictures_of
 from dgpo.errors import UserError
 from dgpo.models.loop import replaced
 from dgpo.models.text import Conditioning
+from dgpo.prompts.caption import Caption, pictures_of
 
 if TYPE_CHECKING:
     from dgpo.models.pipeline import Rollout

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dgpo.distributed.sharding import is_sharded
 from dgpo.errors import UserError
-from dgpo.interrupts import all_or_nothing
+from dgpo.run.interrupts import all_or_nothing
 
 ADAPTER = "default"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

@@ -106,7 +106,7 @@ class PipelineModel:
 
     def encode(self, prompts: Sequence[str], guidance: bool) -> Conditioning:
         """Prompt embeddings, one row a prompt; with ``guidance`` the negative prompt's as well.
-        A :class:`~dgpo.caption.Caption` brings its pictures along.
+        A :class:`~dgpo.prompts.caption.Caption` brings its pictures along.
 
         Each distinct prompt is encoded once in the life of this object, while memory allows.
         """

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dgpo.distributed.sharding import is_sharded, local
 from dgpo.errors import UserError
-from dgpo.interrupts import all_or_nothing
+from dgpo.run.interrupts import all_or_nothing
 
 
 @contextmanager

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from dgpo.caption import pictures_of
 from dgpo.errors import UserError
 from dgpo.models.arguments import fixed_arguments, parameters_of
 from dgpo.models.families import family_of
 from dgpo.models.loop import Evaluated, replaced
 from dgpo.models.prompt_cache import Embedding, PromptCache
 from dgpo.models.text import Conditioning, PromptEncoder
+from dgpo.prompts.caption import pictures_of
 
 
 def encoder_of(pipe: Any, call: Mapping[str, Any], disk: PromptCache | None) -> Any:

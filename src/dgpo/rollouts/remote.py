@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgpo.caption import Caption
 from dgpo.errors import UserError
 from dgpo.models.pipeline import Rollout
 from dgpo.models.policy import Policy, RollingWeights
+from dgpo.prompts.caption import Caption
 from dgpo.rewards.loading import need
 from dgpo.rollouts.engine import LocalEngine, RolloutRequest
 from dgpo.rollouts.wire import Ask, unpack

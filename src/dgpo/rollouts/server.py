@@ -173,7 +173,7 @@ def main(
     """Make rollouts for a run elsewhere."""
     import uvicorn
 
-    from dgpo.cli_common import load
+    from dgpo.cli.common import load
 
     try:
         token = token_for(host, token_file)

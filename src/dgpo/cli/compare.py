@@ -1,0 +1,127 @@
+"""`dgpo compare`: recipes against each other on one machine."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dgpo.cli.common import INTERRUPTED, quiet
+from dgpo.errors import UserError
+
+if TYPE_CHECKING:
+    from dgpo.comparison.figures import Summary
+    from dgpo.comparison.report import Comparison
+
+
+def compare(
+    recipes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE... [KEY=VALUE...]",
+            help="Files or names; ratios are over the first one's costs. Then settings to change "
+            "in all of them.",
+        ),
+    ],
+    seeds: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Runs of each recipe: seeds 0 to N-1.")
+    ] = 1,
+    target: Annotated[
+        list[float] | None,
+        typer.Option("--target", metavar="X", help="A held-out score; may be repeated."),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(metavar="MINUTES", help="Of training for each run; default: the recipe's."),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Runs and results.")] = Path(
+        "runs/compare"
+    ),
+    stop_at_target: Annotated[
+        bool,
+        typer.Option(
+            "--stop-at-target",
+            help="End a run once two evaluations in a row reach the highest target.",
+        ),
+    ] = False,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep the metrics of finished runs here, small files to commit, and take the runs "
+            "that are kept here as finished.",
+        ),
+    ] = None,
+    redraw: Annotated[
+        bool,
+        typer.Option("--redraw", help="Train nothing: write the files from the runs there are."),
+    ] = False,
+) -> None:
+    """Train recipes one after the other and say which is faster, by how much.
+
+    Prompts and evaluation must be the same. Only training time counts. Finished runs in DIR are
+    used again and interrupted ones go on, so the same command may be given as often as needed.
+    """
+    sources = [each for each in recipes if "=" not in each or Path(each).is_file()]
+    overrides = [each for each in recipes if each not in sources]
+    targets = sorted(set(target or []))
+    if not sources:
+        raise UserError(f"{recipes[0]!r} is a setting: name a recipe or more to compare")
+    if budget is not None and budget <= 0:
+        raise UserError(f"--budget {budget:g}: needs minutes above 0")
+    if stop_at_target and not targets:
+        raise UserError("--stop-at-target: give the score by --target X")
+    from dgpo.comparison.plan import plan
+    from dgpo.comparison.report import Comparison
+
+    runs = plan(sources, seeds, out, budget, overrides)
+    stop_at = targets[-1] if stop_at_target else None
+    typed = ["dgpo", "compare", *sources, "--seeds", str(seeds)]
+    typed += [word for each in targets for word in ("--target", f"{each:g}")]
+    typed += [] if budget is None else ["--budget", f"{budget:g}"]
+    typed += ["--out", str(out), *(["--stop-at-target"] if stop_at_target else [])]
+    typed += [] if results is None else ["--results", str(results)]
+    command = shlex.join([*typed, *(["--redraw"] if redraw else []), *overrides])
+    if not carry_out(Comparison(runs, targets, stop_at, command, out, results, not redraw)):
+        places = out if results is None else f"{out} or {results}"
+        raise UserError(f"there is no run to draw in {places}: leave --redraw out to train")
+    typer.echo((out / "table.md").read_text(encoding="utf-8"))
+    typer.echo(f"written to {out}: table.md, table.json, compare.png, compare.html, commands.txt")
+
+
+def carry_out(comparison: Comparison) -> list[Summary]:
+    """Make all runs of a comparison that are not made yet, and write its files after each.
+
+    Raises:
+        UserError: a run's folder holds another run.
+        typer.Exit: after Ctrl-C; the run is saved.
+    """
+    from dgpo.comparison.kept import keep, take
+    from dgpo.comparison.report import write
+    from dgpo.comparison.runs import make, state
+
+    runs, stop_at, results = comparison.runs, comparison.stop_at, comparison.results
+    for run in runs:
+        if results is not None and take(run, results):
+            typer.echo(f"{run.name}, seed {run.seed}: taken from {results}")
+        state(run, stop_at)  # what would be refused is refused before hours are spent
+    if not comparison.train:
+        return write(comparison)
+    quiet()
+    for number, run in enumerate(runs, start=1):
+        where = f"[{number}/{len(runs)}] {run.name}, seed {run.seed}"
+        typer.echo(f"{where}: {run.folder}")
+        try:
+            found = make(run, stop_at)
+        except KeyboardInterrupt:
+            write(comparison)
+            typer.echo("\nstopped; the same command goes on", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        if found == "finished":
+            typer.echo(f"{where}: found finished")
+        if results is not None:
+            keep(run, results)
+        write(comparison)
+    return write(comparison)

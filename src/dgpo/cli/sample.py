@@ -1,0 +1,94 @@
+"""`dgpo sample`: pictures, videos or sounds of prompts, as files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dgpo.cli.common import Device, Lora, Model, Precision, check_folder, load, prompt_rows
+from dgpo.errors import UserError
+from dgpo.recipe.sections import SampleSettings
+
+
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
+def sample(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where pictures go.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", metavar="TEXT", help="May be repeated.")
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="TEXT", hidden=True)] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option("--prompts", metavar="FILE", help=".txt, .jsonl, or a built-in set."),
+    ] = None,
+    lora: Lora = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Default: the pipeline's.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="G", callback=_finite, help="Default: the pipeline's."),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, metavar="S", help="Row i gets seed S + i.")
+    ] = 0,
+    height: Annotated[int | None, typer.Option(min=1, metavar="PX", help="In pixels.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, metavar="PX", help="In pixels.")] = None,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures made at once.")] = 8,
+    precision: Precision = "float32",
+    device: Device = None,
+) -> None:
+    """Make one picture, video or sound of each prompt: DIR/00000.png (mp4, wav), 00001.png, ..."""
+    rows = prompt_rows(prompt or [], more or [], prompts)
+    check_folder("--out", out)
+    pipe = load(model, lora, precision, device)
+    chosen = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "height": height,
+        "width": width,
+    }
+    call = {key: value for key, value in chosen.items() if value is not None}
+    from dgpo.media import media_of, save_media
+
+    how, done = SampleSettings(), 0
+    for texts in _batches([row.text for row in rows], batch):
+        seeds = range(seed + done, seed + done + len(texts))
+        made = media_of(_called(pipe, texts, seeds, call), pipe)
+        done += len(save_media(made, out, how.video, how.fps, first=done))
+    typer.echo(f"{done} pictures in {out}")
+
+
+def _batches(texts: Sequence[str], size: int) -> list[Sequence[str]]:
+    """Texts that are sampled in one call; those that start from a picture have one each."""
+    from dgpo.prompts.caption import pictures_of
+
+    if any(pictures_of(text) for text in texts):
+        size = 1
+    return [texts[start : start + size] for start in range(0, len(texts), size)]
+
+
+def _called(pipe: Any, texts: Sequence[str], seeds: Sequence[int], call: dict[str, Any]) -> Any:
+    import torch
+
+    from dgpo.models.by_picture import pictures_for
+
+    # one generator a row: a picture does not depend on the batch it was made in
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    pictures = pictures_for(pipe, texts)
+    given = {"prompt": list(texts), "generator": generators, "return_dict": False}
+    try:
+        return pipe(**given, **pictures, **call)[0]
+    except (TypeError, ValueError) as error:  # how pipelines refuse arguments
+        asked = ", ".join(f"{key}={value}" for key, value in call.items()) or "its defaults"
+        raise UserError(f"{type(pipe).__name__} cannot sample with {asked}: {error}") from error

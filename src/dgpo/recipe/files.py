@@ -1,0 +1,120 @@
+"""Finding and reading recipe files; light, so that ``dgpo list recipes`` is quick."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dgpo.errors import UserError
+from dgpo.recipe.plain_yaml import parse_yaml
+from dgpo.registry import nearest
+
+PACKAGED = Path(__file__).parents[1] / "recipes"
+"""The recipes that are installed with the package."""
+_SUFFIXES = (".yaml", ".yml")
+DEEPEST = 16
+"""Parts that the dotted key of an override may have."""
+
+
+def recipe_names() -> dict[str, Path]:
+    """Recipes that can be named without a path: ``./recipes`` first, then the packaged ones."""
+    found: dict[str, Path] = {}
+    for folder in (PACKAGED, Path("recipes")):
+        for file in sorted(folder.glob("*.yaml")):
+            found[file.stem] = file
+    return dict(sorted(found.items()))
+
+
+def summary(file: Path) -> str:
+    """The first comment line of a recipe: what it is."""
+    first = file.read_text(encoding="utf-8").partition("\n")[0]
+    return first.lstrip("# ").strip() if first.startswith("#") else ""
+
+
+def find_recipe(path_or_name: str | Path) -> Path:
+    """The file behind a path, or behind the name of a recipe with or without ``.yaml``.
+
+    Raises:
+        UserError: neither a file nor a known name.
+    """
+    path = Path(path_or_name)
+    try:
+        if path.is_file():
+            return path
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise UserError(f"recipe {str(path_or_name)!r:.200}: {error}") from error
+    names = recipe_names()
+    stem = path.stem if path.suffix in _SUFFIXES else path.name
+    if stem in names and path.parent in (Path("."), Path("recipes")):
+        return names[stem]
+    what = "is a folder" if path.is_dir() else "is neither a file nor a recipe"
+    raise UserError(
+        f"recipe {str(path_or_name)!r} {what}{nearest(stem, names)}; "
+        f"recipes: {', '.join(names) or 'none'}"
+    )
+
+
+def resumed(recipe: str, words: Sequence[str]) -> tuple[str, list[str]]:
+    """Recipe and overrides of ``dgpo train RECIPE --resume [RUN]``; the run alone will do, for its
+    folder holds its recipe.
+
+    Raises:
+        UserError: a folder that was named holds no run.
+    """
+    folders = [w for w in words if "=" not in w]
+    overrides = [w for w in words if "=" in w]
+    if Path(recipe).is_dir():
+        folders = [recipe, *folders]
+        recipe = str(Path(recipe) / "recipe.yaml")
+    if len(folders) > 1:
+        raise UserError(f"--resume goes on with one run, got {' and '.join(folders)}")
+    for folder in folders:
+        if not (Path(folder) / "recipe.yaml").is_file():
+            raise UserError(f"--resume {folder}: this folder holds no run (no recipe.yaml)")
+        overrides.append(f"run.dir={folder}")
+    return recipe, overrides
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A recipe file as plain nested dicts, not yet validated.
+
+    Raises:
+        UserError: unreadable, not UTF-8, not YAML, or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path}: cannot be read: {error}") from error
+    data = parse_yaml(text, f"recipe {path}")
+    if data is None:
+        raise UserError(f"recipe {path} is empty")
+    if not isinstance(data, dict):
+        raise UserError(f"recipe {path} holds a {type(data).__name__}, not keys and values")
+    return data
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Set dotted keys, ``a.b=c`` with a YAML value, in a copy.
+
+    Raises:
+        UserError: one without ``=``, a broken value, or a key below something that is a value.
+    """
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        path = key.strip().split(".")
+        if not equals or not all(path) or len(path) > DEEPEST:
+            raise UserError(f"override {item!r} is not KEY=VALUE, for example train.lr=1e-4")
+        data = _set(data, path, parse_yaml(value, f"override {item!r}"), key.strip())
+    return data
+
+
+def _set(data: Any, path: list[str], value: Any, key: str) -> dict[str, Any]:
+    if isinstance(data, str) and key.startswith("algorithm."):
+        data = {"name": data}  # `algorithm: dgpo` is short for `algorithm: {name: dgpo}`
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise UserError(f"override {key}: there is nothing below it, it is the value {data!r}")
+    head, *rest = path
+    return {**data, head: _set(data.get(head), rest, value, key) if rest else value}

@@ -1,0 +1,223 @@
+"""Recipes: every setting of a run, validated before any compute is spent."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from dgpo.algorithms.base import Algorithm, BaseAlgorithm, TrajectoryAlgorithm
+from dgpo.errors import UserError
+from dgpo.recipe.conflicts import contradictions
+from dgpo.recipe.errors import key_tree, problems, raise_problems
+from dgpo.recipe.files import apply_overrides, find_recipe, read_recipe
+from dgpo.recipe.sections import (
+    CheckpointSettings,
+    DataSettings,
+    EmaSettings,
+    EvalSettings,
+    GuardSettings,
+    LoraSettings,
+    MemorySettings,
+    PromptSettings,
+    RolloutSettings,
+    RunSettings,
+    SampleSettings,
+    Section,
+    TrainSettings,
+)
+from dgpo.registry import ALGORITHMS, known, resolve, unknown
+from dgpo.rewards.terms import AnyReward, RewardTerm, weight_of
+
+
+def _algorithm(value: Any) -> Any:
+    """An algorithm from ``{name: ..., settings}``; its own problems are handed on one by one."""
+    if isinstance(value, BaseAlgorithm):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping):
+        _fail([f"algorithm = {value!r:.80}: should hold a name and settings"])
+    settings = {str(key): setting for key, setting in value.items()}
+    name = settings.pop("name", "dgpo")
+    if not isinstance(name, str) or not known("algorithm", name):
+        _fail([f"algorithm.name: {unknown('algorithm', str(name))}"])
+    kind = resolve("algorithm", name)
+    if not (isinstance(kind, type) and issubclass(kind, BaseAlgorithm)):
+        _fail([f"algorithm.name = {name!r}: {kind!r:.80} is no dgpo.algorithms.Algorithm"])
+    try:
+        return kind(**settings)
+    except ValidationError as error:
+        valid = [*key_tree(Recipe), *key_tree(kind, "algorithm.")]
+        _fail(problems(error, valid, "algorithm."))
+
+
+def _fail(lines: list[str]) -> Any:
+    # braces: pydantic formats the message with the context
+    raise PydanticCustomError("problems", "see the list", {"lines": lines})
+
+
+def _algorithm_name(kind: type[BaseAlgorithm]) -> str:
+    """The name that finds this class again."""
+    if ALGORITHMS.get(kind.name) == f"{kind.__module__}:{kind.__qualname__}":
+        return kind.name
+    module = kind.__module__
+    if module.startswith("dgpo_user_"):  # it came from a file, not from the import path
+        module = str(sys.modules[module].__file__)
+    return f"{module}:{kind.__qualname__}"
+
+
+class Recipe(Section):
+    """Every setting of a run, immutable.
+
+    Build one from a file (:meth:`load`), from nested dicts (:meth:`from_dict`), or by keyword.
+    """
+
+    model: str = Field(default="pocket", min_length=1)
+    """``pocket``, a hub id, or a folder with a diffusers pipeline."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    algorithm: Annotated[SerializeAsAny[BaseAlgorithm], BeforeValidator(_algorithm)] = Field(
+        default_factory=lambda: _algorithm("dgpo")
+    )
+    rewards: dict[str, AnyReward] = Field(default_factory=dict)
+    """Names with a weight each, or with the settings of a RewardTerm."""
+    combine: Literal["sum", "gdpo"] = "sum"
+    """Several rewards: add them up, or (gdpo) the deviations of each from its group's mean."""
+    prompts: PromptSettings = PromptSettings()
+    data: DataSettings = DataSettings()
+    group_size: int = 16
+    """Images of one prompt that are compared with each other."""
+    groups_per_iteration: int = Field(default=8, ge=1)
+    rollout: RolloutSettings = RolloutSettings()
+    train: TrainSettings = TrainSettings()
+    lora: LoraSettings | None = LoraSettings()
+    """null: full fine-tuning of the denoiser."""
+    memory: MemorySettings = MemorySettings()
+    ema: EmaSettings = EmaSettings()
+    eval: EvalSettings = EvalSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    samples: SampleSettings = SampleSettings()
+    guards: GuardSettings = GuardSettings()
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    run: RunSettings = RunSettings()
+
+    @field_validator("group_size")
+    @classmethod
+    def _a_group_compares(cls, value: int) -> int:
+        if value < 2:
+            raise ValueError(f"group_size = {value}: a group needs 2 or more images to compare")
+        return value
+
+    @model_validator(mode="after")
+    def _possible(self) -> Recipe:
+        lines = contradictions(self)
+        if lines:
+            _fail(lines)
+        return self
+
+    @classmethod
+    def load(cls, path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a recipe file and apply overrides.
+
+        Args:
+            path_or_name: a file, or the name of a recipe in ``./recipes`` or in the package, with
+                or without ``.yaml``.
+            overrides: ``a.b=c``, the values in YAML.
+
+        Raises:
+            UserError: all that is wrong with it, with the keys, the values and what would work.
+        """
+        file = find_recipe(path_or_name)
+        data = apply_overrides(read_recipe(file), overrides)
+        run = data.get("run")
+        if run is None or (isinstance(run, dict) and "dir" not in run):
+            data = {**data, "run": {**(run or {}), "dir": f"runs/{file.stem}"}}
+        recipe = cls.from_dict(data, f"recipe {file}")
+        missing = []
+        offline = recipe.data.preferences is not None
+        if not recipe.rewards and not offline:
+            missing.append("rewards is missing: what shall be learned? e.g. {pocket_geneval: 1.0}")
+        if recipe.prompts.train is None and not offline:
+            missing.append("prompts.train is missing: a file or a set such as pocket-geneval/train")
+        raise_problems(missing, f"recipe {file}")
+        return recipe
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "recipe") -> Recipe:
+        """Validate nested dicts.
+
+        Raises:
+            UserError: all problems at once, each with its key, the value got and what would work.
+        """
+        if not isinstance(data, Mapping):
+            raise UserError(f"{where}: needs keys and values, got {data!r:.80}")
+        odd = [f"key {key!r} is no text" for key in data if not isinstance(key, str)]
+        raise_problems(odd, where)
+        try:
+            return cls.model_validate(dict(data))
+        except ValidationError as error:
+            rewards = data.get("rewards")
+            names = rewards if isinstance(rewards, Mapping) else ()
+            own = [key for name in names for key in key_tree(RewardTerm, f"rewards.{name}.")]
+            raise_problems(problems(error, [*key_tree(cls), *own]), where)
+            raise
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested data that :meth:`from_dict` reads back to an equal recipe."""
+        data = self.model_dump(mode="json")
+        name = _algorithm_name(type(self.algorithm))
+        return {**data, "algorithm": {"name": name, **data["algorithm"]}}
+
+    def to_yaml(self) -> str:
+        """The resolved recipe: every key, defaults included."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    @property
+    def updates_per_iteration(self) -> int:
+        """Optimiser steps of an iteration in which every group has spread."""
+        if isinstance(self.algorithm, TrajectoryAlgorithm):
+            return self.algorithm.updates
+        if self.train.optimizer_step == "timestep" and isinstance(self.algorithm, Algorithm):
+            return self.algorithm.timesteps.count
+        return 1
+
+    @property
+    def prompt_cache(self) -> str | None:
+        """The folder of prompt embeddings, if there is one."""
+        if self.memory.prompt_cache is None and self.memory.free_text_encoders:
+            return str(Path(self.run.dir) / "prompt_embeddings")
+        return self.memory.prompt_cache
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """The weight of each reward."""
+        return {name: weight_of(reward) for name, reward in self.rewards.items()}
+
+    @property
+    def overlaps_rewards(self) -> bool:
+        """Whether rewards are asked while the next pictures are sampled."""
+        asked, batch = self.rollout.overlap_rewards, self.rollout.batch
+        if self.rollout.ahead:
+            return False
+        return asked is not False and batch is not None and batch < self.images_per_iteration
+
+    @property
+    def images_per_iteration(self) -> int:
+        return self.group_size * self.groups_per_iteration
+
+    @property
+    def images_sampled(self) -> int:
+        """Pictures that the model makes in an iteration; none where they were ranked before."""
+        return 0 if self.data.preferences is not None else self.images_per_iteration

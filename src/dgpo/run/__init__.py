@@ -1,0 +1,1 @@
+"""The run folder: checkpoints, metrics, pictures, the model card, and writing that survives."""

@@ -1,0 +1,316 @@
+"""Checkpoints: all that the future of a run depends on, as safetensors and JSON.
+
+Random numbers and the order of prompts are functions of the seed and the iteration
+(:mod:`dgpo.core.seeds`), so what has to be kept is the weights, their averages, the optimiser and
+the counters. A checkpoint is a folder named by its iteration::
+
+    checkpoints/00000050/tensors.safetensors   weights, averages, moments of the optimiser
+    checkpoints/00000050/state.json            counters
+    checkpoints/00000050/manifest.json         size and hash of both, score, base weights
+
+It is written under another name, brought to the disk, and renamed: whatever stops the run, what
+has the name is whole. What was damaged later is found by the hashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dgpo.distributed.processes import ALONE, Processes
+from dgpo.distributed.sharding import like, put, whole
+from dgpo.errors import UserError
+from dgpo.models.policy import Policy
+from dgpo.run.disk import replace_folder
+from dgpo.training.updating import Updater
+
+MANIFEST = "manifest.json"
+_STATE = "state.json"
+_TENSORS = "tensors.safetensors"
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a manifest raises that is not what was written."""
+_NAME = re.compile(r"(\d{8})(\.old)?")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A whole checkpoint.
+
+    Args:
+        folder: where it is.
+        manifest: what its manifest says.
+        damaged: what is wrong with the later ones, each with its file.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    damaged: tuple[str, ...] = ()
+
+    @property
+    def iteration(self) -> int:
+        return self.manifest["iteration"]
+
+
+def save_checkpoint(
+    folder: Path,
+    policy: Policy,
+    updater: Updater,
+    counters: Mapping[str, Any],
+    *,
+    score: float | None = None,
+    base: Mapping[str, str] | None = None,
+    processes: Processes = ALONE,
+) -> Path:
+    """Write the checkpoint of an iteration; one of the same iteration is replaced once the new one
+    is whole. Of several processes, all of which call this, the main one writes.
+
+    Args:
+        folder: of all checkpoints of the run.
+        counters: JSON values, at least ``iteration``.
+        score: of the held-out prompts at this iteration, if it is known.
+        base: :func:`dgpo.models.snapshots.base_fingerprints` before training.
+        processes: of the run; what is sharded over them is gathered.
+
+    Raises:
+        OSError: it could not be written; the checkpoints before it are as they were.
+    """
+    place = folder / f"{counters['iteration']:08d}"
+    tensors = _tensors(policy, updater, processes.main)
+    if not processes.main:
+        return place
+    for left in folder.glob("*.new"):  # by a run that was killed
+        shutil.rmtree(left)
+
+    def write(new: Path) -> None:
+        save_file(tensors, new / _TENSORS)
+        steps = {"optimizer_step": updater.step, "nonfinite": updater.nonfinite}
+        _write_json(new / _STATE, {**steps, **counters})
+        files = {name: _facts(new / name) for name in (_TENSORS, _STATE)}
+        manifest = {"format": 1, "iteration": counters["iteration"], "score": score}
+        manifest |= {"base": dict(base or {}), "files": files}
+        _write_json(new / MANIFEST, {**manifest, "sha256": _hash_of(manifest)})
+
+    replace_folder(place, write)
+    return place
+
+
+def prune(folder: Path, keep_last: int, keep_best: int) -> None:
+    """Delete all checkpoints but the last and the best: of equal scores the earlier is better.
+
+    To be called once a checkpoint was saved: what is left of replaced ones is deleted as well.
+    """
+    for left in folder.glob("*.old"):
+        shutil.rmtree(left, ignore_errors=True)
+    iterations = {place: int(place.name) for place in folder.iterdir() if place.name.isdigit()}
+    latest = sorted(iterations, key=iterations.__getitem__, reverse=True)
+    scores = {place: _score(place) for place in latest}
+    scored = {place: score for place, score in scores.items() if score is not None}
+    best = sorted(scored, key=lambda place: (-scored[place], iterations[place]))
+    kept = {*latest[:keep_last], *best[:keep_best]}
+    for place in latest:
+        if place not in kept:
+            # renamed first: a folder with the name of a checkpoint is never half of one
+            gone = place.rename(place.with_name(f"{place.name}.old"))
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def find_checkpoint(folder: Path, best: bool = False) -> Found:
+    """The last whole checkpoint of a run, or the one with the best score.
+
+    Args:
+        folder: of all checkpoints of the run.
+
+    Raises:
+        UserError: there is none; damaged files are named.
+    """
+
+    def order(place: Path) -> tuple[float, int, bool]:
+        score = _score(place) if best else None
+        iteration = int(place.name[:8])
+        kept = not place.name.endswith(".old")
+        if best:  # of equal scores the earlier
+            return float("-inf") if score is None else score, -iteration, kept
+        return 0.0, iteration, kept
+
+    damaged: list[str] = []
+    for place in sorted(_places(folder), key=order, reverse=True):
+        manifest = _read_manifest(place, damaged)
+        if manifest is not None:
+            return Found(place, manifest, tuple(damaged))
+    if damaged:
+        raise UserError(
+            f"{folder}: no checkpoint is whole: {'; '.join(damaged)}. Bring these files back, or "
+            "start anew without --resume (resume=True) in another run.dir"
+        )
+    raise UserError(
+        f"{folder} holds no checkpoint to go on from: start without --resume (resume=True), in "
+        "another run.dir if this one holds a run"
+    )
+
+
+def any_checkpoint(folder: Path) -> bool:
+    """Whether a checkpoint of the run was ever finished, whatever has become of its files."""
+    return bool(_places(folder))
+
+
+def load_checkpoint(
+    folder: Path | None, policy: Policy, updater: Updater, processes: Processes = ALONE
+) -> dict[str, Any]:
+    """Put a checkpoint's weights, averages and optimiser back; returns its counters.
+
+    Args:
+        folder: ``Found.folder``; only the main process reads it, and tells the others.
+        processes: of the run, all of which call this.
+
+    Raises:
+        UserError: it belongs to other settings.
+    """
+    state, facts = processes.from_main(lambda: _contents(folder), "a checkpoint to go on from")
+    shapes = {name: tuple(shape) for name, (_, shape) in facts.items()}
+    policy.refuse_other({n: shape for n, shape in shapes.items() if not n.startswith("optimizer.")})
+    own = policy.state_dict()
+    moments: dict[int, dict[str, Tensor]] = {}
+    # one by one: sharded weights need not fit whole into the memory of a process
+    for name, value in _read(folder, facts, processes):
+        if name in own:
+            put(own[name], value)
+            continue
+        _, place, field = name.split(".", 2)
+        parameter = updater.parameters[int(place)]
+        same = value.shape == parameter.shape  # the number of steps is one for all pieces
+        moments.setdefault(int(place), {})[field] = like(parameter, value) if same else value
+    updater.optimizer.load_state_dict({**updater.optimizer.state_dict(), "state": moments})
+    updater.step, updater.nonfinite = state["optimizer_step"], state["nonfinite"]
+    return state
+
+
+def refuse_other_base(found: Found, base: Mapping[str, str]) -> None:
+    """Refuse to go on with a pipeline whose untrained weights are not those of the run.
+
+    Raises:
+        UserError: they are not, e.g. because the pipeline has been trained already.
+    """
+    began = found.manifest["base"]
+    other = sorted(name for name in began if base.get(name) != began[name])
+    if other:
+        raise UserError(
+            f"resume: the weights of {', '.join(other)} are not those that the run in "
+            f"{found.folder.parent.parent} began with. What was trained goes "
+            "on top of the untrained model: give a pipeline that was just loaded, not one that was "
+            "trained or has a LoRA, of the same model and precision"
+        )
+
+
+def _places(folder: Path) -> list[Path]:
+    """The folders with the name of a checkpoint, which a half-written one has not."""
+    return [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
+
+
+def _tensors(policy: Policy, updater: Updater, keep: bool) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, whole; none where they are not to be kept. Collective if some
+    are sharded."""
+    tensors = policy.state_dict() | {
+        f"optimizer.{index}.{name}": torch.as_tensor(value)
+        for index, state in updater.optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+    kept: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        gathered = whole(tensor)
+        if keep:
+            kept[name] = gathered.cpu().contiguous()
+    return kept
+
+
+def _contents(folder: Path | None) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """The counters of a checkpoint, and dtype and shape of every tensor."""
+    assert folder is not None, "the main process knows the folder"
+    with safe_open(folder / _TENSORS, "pt") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        facts = {name: [part.get_dtype(), part.get_shape()] for name, part in parts.items()}
+    return json.loads((folder / _STATE).read_text(encoding="utf-8")), facts
+
+
+def _read(
+    folder: Path | None, facts: Mapping[str, list[Any]], processes: Processes
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint by name, in every process."""
+    with ExitStack() as stack:
+        file: Any = None
+        if processes.main:
+            file = stack.enter_context(safe_open(Path(folder or "") / _TENSORS, "pt"))
+        for name, (dtype, shape) in facts.items():
+            if file is None:
+                value = torch.empty(shape, dtype=_DTYPES[dtype])
+            else:
+                value = file.get_tensor(name)
+            yield name, processes.spread(value)
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _hash_of(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _score(place: Path) -> float | None:
+    """What the manifest says, without a look at the files; None as well if it cannot be read."""
+    try:
+        return json.loads((place / MANIFEST).read_text(encoding="utf-8"))["score"]
+    except DAMAGED:
+        return None  # whoever loads it is told
+
+
+def _read_manifest(place: Path, damaged: list[str]) -> dict[str, Any] | None:
+    """The manifest of a whole checkpoint, or None and what is wrong added to ``damaged``."""
+    file = place / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        claimed = manifest.pop("sha256")
+        if claimed != _hash_of(manifest):
+            raise ValueError("its content is not what was written")
+    except DAMAGED as error:
+        why = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
+        damaged.append(f"{file} {why}")
+        return None
+    for name, wanted in manifest["files"].items():
+        part = place / name
+        if not part.is_file():
+            damaged.append(f"{part} is missing")
+        elif (size := part.stat().st_size) != wanted["bytes"]:
+            damaged.append(f"{part} has {size} bytes, not {wanted['bytes']}")
+        elif _facts(part) != wanted:
+            damaged.append(f"{part} is damaged: its hash is not that of the manifest")
+        else:
+            continue
+        return None
+    return manifest

@@ -1,0 +1,120 @@
+"""``run.json``: on what, with what, and by which command a run was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dgpo.errors import UserError
+from dgpo.run.disk import replace_text
+
+FILE = "run.json"
+_PACKAGES = ("dgpo", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy")
+_SECRET = re.compile(r"(?i)(token|secret|passw|api.?key|credential)|^(hf_|sk-|ghp_)")
+
+
+def record_start(folder: Path, seed: int, iteration: int) -> None:
+    """Add a start of the run (the first, or one that goes on) to ``run.json``.
+
+    Args:
+        folder: of the run.
+        seed: of the recipe; every random number of the run comes from it.
+        iteration: done before this start.
+
+    Raises:
+        UserError: ``run.json`` is there and is not what was written.
+    """
+    file = folder / FILE
+    try:
+        starts = json.loads(file.read_text(encoding="utf-8"))["starts"] if file.exists() else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error}); delete it, it is a record only") from error
+    starts.append({"iteration": iteration, "seed": seed, **facts()})
+    replace_text(file, json.dumps({"starts": starts}, indent=2) + "\n")
+
+
+def facts() -> dict[str, Any]:
+    """Time, command, versions, commit and machine; what looks like a secret is left out."""
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": _without_secrets(sys.argv),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "machine": {
+            "system": platform.platform(),
+            "processor": _processor(),
+            "cpus": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+    }
+
+
+def _without_secrets(words: list[str]) -> list[str]:
+    shown, hide = [], False
+    for word in words:
+        key, equals, value = word.partition("=")
+        if hide or _SECRET.search(value):
+            shown.append(f"{key}=***" if equals and not hide else "***")
+            hide = False
+        elif _SECRET.search(key):
+            shown.append(f"{key}=***" if equals else (key if key.startswith("--") else "***"))
+            hide = key.startswith("--") and not equals
+        else:
+            shown.append(word)
+    return shown
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that dgpo runs from, ``+changes`` if files differ from it."""
+    place = Path(__file__).resolve().parents[1]
+    if not any((parent / ".git").exists() for parent in place.parents[:2]):
+        return None  # installed: another project's checkout may lie around it
+
+    def git(*words: str) -> str:
+        # constant words, and the git that the user has
+        done = subprocess.run(  # nosec B603 B607
+            ["git", "-C", str(place), *words],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(place))
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None  # no git here: the record says that it is not known
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()

@@ -1,0 +1,181 @@
+"""Training on clean samples that are noised again: levels, noise, predictions, and the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dgpo.algorithms.base import Algorithm
+from dgpo.core.points import Forward
+from dgpo.core.process import Level
+from dgpo.core.seeds import stream
+from dgpo.models.policy import Policy, Weights
+from dgpo.recipe import Recipe
+from dgpo.training.batch import Batch
+from dgpo.training.rounds import Round, Term, idle
+
+
+class ForwardRounds:
+    """The rounds of an algorithm on noised samples: one for all levels of an iteration together, or
+    one for each, as ``train.optimizer_step`` says."""
+
+    def __init__(self, policy: Policy, algorithm: Algorithm, recipe: Recipe) -> None:
+        self.policy, self.algorithm, self.recipe = policy, algorithm, recipe
+        self._lockstep = policy.sharded
+        self._old_is_policy = False
+
+    def rounds(self, batch: Batch, iteration: int) -> Iterator[Round]:
+        generator = stream(self.recipe.seed, "levels", iteration)
+        chosen = self.algorithm.timesteps.choose(batch.levels, generator)
+        together = 1 if self.recipe.train.optimizer_step == "timestep" else len(chosen)
+        places = list(enumerate(chosen))
+        for start in range(0, len(places), together):
+            self._old_is_policy = start == 0 and old_is_policy(self.algorithm, iteration)
+            yield self._terms(batch, iteration, places[start : start + together])
+
+    def _terms(self, batch: Batch, iteration: int, places: Sequence[tuple[int, int]]) -> Round:
+        for order, index in places:
+            noise = self._noise(batch, iteration, order)
+            for points, counts in self._micro_batches(batch, batch.levels[index], noise):
+                if not counts:
+                    yield idle(points)
+                    continue
+                share = len(points.pred) / batch.count
+                # every micro-batch's mean counts with its size: their sum is the batch's mean
+                weight = share * batch.share / len(places)
+                yield Term(*self.algorithm.loss(points), share, weight)
+
+    def _noise(self, batch: Batch, iteration: int, order: int) -> Tensor:
+        """Noise [B, ...], fresh for every level, one for each group if the algorithm shares it.
+
+        It depends on a row's place in the iteration alone: neither micro-batches nor groups that
+        are left out change what the others are given.
+        """
+        places = batch.places
+        if not len(places):
+            return batch.x0.clone()
+        if self.algorithm.shared_noise:
+            places = places // self.recipe.group_size
+        drawn = {
+            place: torch.randn(
+                batch.x0.shape[1:],
+                generator=stream(self.recipe.seed, "noise", iteration, order, place),
+            )
+            for place in places.unique().tolist()
+        }
+        return torch.stack([drawn[place] for place in places.tolist()]).to(batch.x0.device)
+
+    def _micro_batches(
+        self, batch: Batch, level: Level, noise: Tensor
+    ) -> Iterator[tuple[Forward, bool]]:
+        """The points of one level, micro-batch by micro-batch, predicted with gradients, and
+        whether they count: not where only another process still has some."""
+        size = self.recipe.train.micro_batch or batch.most
+        parts = batch.parts(size)
+        missing = -(-batch.most // size) - len(parts) if self._lockstep else 0
+        at_once = size >= batch.most
+        whole_groups = not batch.split and (at_once or size % batch.groups.size == 0)
+        if whole_groups or type(self.algorithm).weights is Algorithm.weights:
+            for rows in parts:
+                yield self._points(batch, level, noise, rows, with_gradient=True), True
+            for _ in range(missing):
+                yield self._spare(batch, level, with_gradient=True), False
+            return
+        # A part of a group cannot weigh the group: all parts are predicted first, without gradients
+        # if there are several. Snapshots are not asked again; only the policy runs a second time.
+        seen = [self._points(batch, level, noise, rows, with_gradient=at_once) for rows in parts]
+        spare = [self._spare(batch, level, with_gradient=at_once) for _ in range(missing)]
+        # a process without rows takes part in the sums over the groups
+        nothing = torch.arange(0)
+        every = seen or [self._points(batch, level, noise, nothing, with_gradient=False)]
+        weights = self.algorithm.weights(_joined(every, batch))
+        assert weights is not None
+        for rows, points in zip(parts, seen, strict=True):
+            pred = points.pred
+            if not at_once:
+                pred = self.policy.predict(points.xt, level, batch.conditioning(rows))
+            yield replace(points, pred=pred, weights=weights[rows]), True
+        for points in spare:
+            pred = points.pred
+            if not at_once and batch.spare is not None:
+                pred = self.policy.predict(points.xt, level, batch.spare.prompts)
+            yield replace(points, pred=pred), False
+
+    def _points(
+        self, batch: Batch, level: Level, noise: Tensor, rows: Tensor, with_gradient: bool
+    ) -> Forward:
+        """Some rows noised to a level, and the predictions that the algorithm declares there."""
+        process = self.policy.model.process
+        x0, noise = batch.x0[rows], noise[rows]
+        xt = process.corrupt(x0, noise, level)
+        cond = batch.conditioning(rows)
+
+        def snapshot(weights: Weights, guidance: float = 1.0) -> Tensor:
+            if not len(rows):
+                return xt
+            return self.policy.predict(xt, level, cond, weights, guidance)
+
+        declared, kl_guidance = self.algorithm.snapshots, self.algorithm.kl_guidance
+        ref = snapshot("ref") if "ref" in declared else None
+        kl_ref = None if kl_guidance is None else snapshot("ref", kl_guidance)
+        with torch.set_grad_enabled(with_gradient):
+            pred = snapshot("policy")
+        old = None
+        if "old" in declared:
+            old = pred.detach() if self._old_is_policy else snapshot("old")
+        return Forward(
+            x0=x0,
+            noise=noise,
+            xt=xt,
+            target=process.target(x0, noise, level),
+            level=level,
+            process=process,
+            pred=pred,
+            ref=ref,
+            old=old,
+            kl_ref=kl_ref,
+            advantages=batch.advantages[rows],
+            groups=batch.here.subset(rows),
+        )
+
+    def _spare(self, batch: Batch, level: Level, with_gradient: bool) -> Forward:
+        """The passes of a micro-batch for nothing, as other processes have one more."""
+        assert batch.spare is not None
+        noise, first = torch.zeros_like(batch.spare.x0), torch.arange(1)
+        return self._points(batch.spare, level, noise, first, with_gradient)
+
+
+def old_is_policy(algorithm: Algorithm, iteration: int) -> bool:
+    """Whether the old policy is the policy when an iteration's update begins, so that one pass
+    serves both: before the first, and where it becomes the policy after every iteration."""
+    if algorithm.old_moves != "iteration":
+        return False
+    return iteration == 0 or algorithm.old_decay(iteration - 1) == 0
+
+
+def _joined(parts: Sequence[Forward], batch: Batch) -> Forward:
+    """The points of all micro-batches as one, in the batch's order."""
+
+    def cat(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])
+
+    def cat_if_declared(name: str) -> Tensor | None:
+        return None if getattr(parts[0], name) is None else cat(name)
+
+    return Forward(
+        x0=cat("x0"),
+        noise=cat("noise"),
+        xt=cat("xt"),
+        target=cat("target"),
+        level=parts[0].level,
+        process=parts[0].process,
+        pred=cat("pred"),
+        ref=cat_if_declared("ref"),
+        old=cat_if_declared("old"),
+        kl_ref=cat_if_declared("kl_ref"),
+        advantages=batch.advantages,
+        groups=batch.groups,
+    )

@@ -1,0 +1,150 @@
+"""What a :class:`dgpo.trainer.Trainer` is built of: rewards, prompts, the model, the collector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dgpo.distributed.joining import place
+from dgpo.distributed.processes import Processes
+from dgpo.errors import UserError
+from dgpo.evaluation import Metrics
+from dgpo.models.arguments import denoisers_of
+from dgpo.models.load import load_pipeline
+from dgpo.models.memory import save_memory
+from dgpo.models.pipeline import PipelineModel
+from dgpo.models.policy import Policy
+from dgpo.models.sde_schedulers import SdeScheduler
+from dgpo.prompts import Prompt, PromptSampler, load_prompts
+from dgpo.recipe import Recipe
+from dgpo.rewards import RewardSet, load_rewards
+from dgpo.run.run_checkpoints import RunCheckpoints
+from dgpo.training.ahead import Collector
+from dgpo.training.arguments import is_pipeline
+from dgpo.training.collection import rollout_scheduler
+from dgpo.training.held_out import eval_sampler
+from dgpo.training.offline import RankedCollector, ranked_prompts
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is learned and measured, and on which prompts."""
+
+    rewards: RewardSet
+    metrics: Metrics
+    prompts: Sequence[Prompt]
+    eval_prompts: list[Prompt]
+    offline: bool
+    """Whether the prompts are those of groups that were ranked before."""
+
+    @property
+    def texts(self) -> list[str]:
+        return [prompt.text for prompt in (*self.prompts, *self.eval_prompts)]
+
+
+def load_data(
+    recipe: Recipe, reward_funcs: Any = None, train_dataset: Any = None, eval_dataset: Any = None
+) -> Data:
+    """Load rewards, metrics and prompts, and let the first two refuse the third.
+
+    Args:
+        recipe: of the run.
+        reward_funcs, train_dataset, eval_dataset: as of the trainer; None for the recipe's.
+
+    Raises:
+        UserError: something is missing or does not fit.
+    """
+    offline = recipe.data.preferences is not None
+    if offline and train_dataset is not None:
+        raise UserError("train_dataset: data.preferences brings its own prompts; give one")
+    asked = recipe.rewards if reward_funcs is None else reward_funcs
+    rewards = load_rewards(asked) if asked or not offline else RewardSet([])
+    metrics = Metrics(recipe.eval.metrics or rewards)
+    source, held_out = recipe.prompts.train, recipe.prompts.eval
+    prompts: Sequence[Prompt] = (
+        ranked_prompts(recipe)
+        if offline
+        else load_prompts(source if train_dataset is None else train_dataset)
+    )
+    held_out = held_out if eval_dataset is None else eval_dataset
+    eval_prompts = [] if held_out is None else load_prompts(held_out)[: recipe.eval.limit]
+    if eval_prompts and not metrics.names:
+        raise UserError("eval.metrics is missing: what shall be measured on prompts.eval?")
+    if recipe.memory.offload_rewards:
+        rewards.offload()
+        metrics.offload()
+    if not offline:
+        rewards.check(prompts)
+    metrics.check(eval_prompts)
+    return Data(rewards, metrics, prompts, eval_prompts, offline)
+
+
+def load_model(
+    recipe: Recipe, model: Any, checkpoints: RunCheckpoints, processes: Processes
+) -> PipelineModel:
+    """The pipeline where this process computes, sharded and saving memory as the recipe says.
+
+    Args:
+        recipe: of the run.
+        model: a pipeline, which stays where it is, or anything else for the recipe's.
+        checkpoints: see the weights before anything is done to them.
+        processes: of the run.
+
+    Raises:
+        UserError: it cannot be loaded, or not be trained.
+    """
+    given = is_pipeline(model)
+    pipe = model
+    if not given:
+        pipe = load_pipeline(recipe.model, recipe.precision, recipe.memory.quantization)
+    checkpoints.look_at(pipe.components)
+    place(pipe, denoisers_of(pipe), recipe, processes, not given)
+    made = PipelineModel(pipe, call=recipe.rollout.call, prompt_cache=recipe.prompt_cache)
+    save_memory(pipe, made.denoisers, recipe.memory)
+    return made
+
+
+def check_model(
+    recipe: Recipe, model: PipelineModel, prompts: Sequence[Prompt], scheduler: Any
+) -> None:
+    """See that training would train what samples: with the run's own samplers and guidance.
+
+    Args:
+        recipe: of the run.
+        model: before any weight is trained.
+        prompts: a few, with which it is tried.
+        scheduler: the deterministic sampler.
+
+    Raises:
+        UserError: it would not, or a sampler does not fit the pipeline; see
+            :func:`dgpo.models.check.self_check`.
+    """
+    samplers = [scheduler]
+    if recipe.data.preferences is None:
+        noisy = rollout_scheduler(recipe, model.pipe.scheduler)
+        samplers += [noisy] if isinstance(noisy, SdeScheduler) else []
+    if recipe.eval.scheduler is not None:
+        samplers.append(eval_sampler(recipe.eval.scheduler, model.pipe.scheduler))
+    cond = model.encode([prompt.text for prompt in prompts], guidance=True)
+    model.self_check(cond, samplers, recipe.rollout.guidance_scale)
+
+
+def make_collector(
+    recipe: Recipe,
+    data: Data,
+    sampler: PromptSampler,
+    policy: Policy,
+    scheduler: Any,
+    processes: Processes,
+) -> Collector | RankedCollector:
+    """What gives each iteration its batch: the policy's own pictures, or ranked ones.
+
+    Args:
+        scheduler: the deterministic sampler.
+    """
+    algorithm, model = recipe.algorithm, policy.model
+    if data.offline:
+        return RankedCollector(model, algorithm, sampler, recipe, scheduler, processes)
+    noisy = rollout_scheduler(recipe, model.pipe.scheduler)
+    return Collector(policy, data.rewards, algorithm, sampler, recipe, noisy, processes)

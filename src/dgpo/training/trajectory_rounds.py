@@ -1,0 +1,115 @@
+"""Training on the steps of the rollouts: predictions where they began, and the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dgpo.algorithms.base import TrajectoryAlgorithm
+from dgpo.core.points import Trajectory
+from dgpo.errors import UserError
+from dgpo.models.loop import Step
+from dgpo.models.policy import Policy
+from dgpo.recipe import Recipe
+from dgpo.training.batch import Batch
+from dgpo.training.rounds import Round, Term, idle
+
+RATIO_TOLERANCE = 1e-5
+"""Largest ``|ratio - 1|`` before the first optimiser step on a rollout, for weights in float32. The
+same weights at the same points differ by rounding alone (another batch size may take another
+kernel); a tenth of the narrowest published clip range."""
+RATIO_TOLERANCE_HALF = 2e-3
+"""The same for weights in half precision, whose rounding is 1e-3 to 8e-3 of each output."""
+
+
+class TrajectoryRounds:
+    """The rounds of a policy gradient: ``algorithm.updates`` for an iteration, each over all
+    trained steps of its own part of the groups."""
+
+    def __init__(self, policy: Policy, algorithm: TrajectoryAlgorithm, recipe: Recipe) -> None:
+        self.policy, self.algorithm, self.recipe = policy, algorithm, recipe
+        parameters = (p for d in policy.model.denoisers.values() for p in d.parameters())
+        narrow = any(p.dtype.itemsize < 4 for p in parameters)
+        self._lockstep = policy.sharded
+        self.tolerance = RATIO_TOLERANCE_HALF if narrow else RATIO_TOLERANCE
+
+    def rounds(self, batch: Batch, iteration: int) -> Iterator[Round]:
+        """Part after part of the iteration's groups; one of which no group is left is skipped.
+
+        Raises:
+            UserError: before the first optimiser step the policy is not that of the rollouts.
+        """
+        updates, groups = self.algorithm.updates, self.recipe.groups_per_iteration
+
+        def part_of(places: Tensor) -> Tensor:
+            return (places // self.recipe.group_size) * updates // groups
+
+        fresh, mine = True, part_of(batch.places)
+        everywhere = [part_of(places) for places in batch.everyone]
+        for part in range(updates):
+            rows = (mine == part).nonzero()[:, 0]
+            counts = [int((parts == part).sum()) for parts in everywhere]
+            if any(counts):
+                yield self._terms(batch, rows, counts, iteration, fresh)
+                fresh = False
+
+    def _terms(
+        self, batch: Batch, rows: Tensor, counts: list[int], iteration: int, fresh: bool
+    ) -> Round:
+        """The terms of a part: of ``rows``, while every process has as many as ``counts`` says."""
+        share = sum(counts) * self.algorithm.updates / batch.total
+        size = self.recipe.train.micro_batch or max(counts)
+        parts = [some for some in rows.split(size) if len(some)]
+        missing = -(-max(counts) // size) - len(parts) if self._lockstep else 0
+        for place, step in enumerate(batch.steps):
+            for some in parts:
+                points = self._points(batch, step, some)
+                if fresh:
+                    self._refuse_other_policy(points, iteration)
+                part = len(some) / sum(counts)
+                weight = part * share / len(batch.steps)
+                yield Term(*self.algorithm.loss(points), part, weight)
+            for _ in range(missing):
+                assert batch.spare is not None
+                spare = batch.spare
+                yield idle(self._points(spare, spare.steps[place], torch.arange(1)))
+
+    def _points(self, batch: Batch, step: Step, rows: Tensor) -> Trajectory:
+        """Some rows of one step, and the predictions that the algorithm declares there."""
+        xt, cond = step.sample[rows], batch.conditioning(rows)
+        guidance = self.recipe.rollout.guidance_scale
+        ref = None
+        if "ref" in self.algorithm.snapshots:
+            ref = self.policy.predict(xt, step.level, cond, "ref", guidance)
+        return Trajectory(
+            xt=xt,
+            xnext=step.previous[rows],
+            level=step.level,
+            next_level=batch.levels[step.index + 1],
+            process=self.policy.model.process,
+            sde=self.algorithm.sde,
+            pred=self.policy.predict(xt, step.level, cond, guidance_scale=guidance),
+            old=step.output[rows],
+            ref=ref,
+            advantages=batch.advantages[rows],
+            groups=batch.here.subset(rows),
+        )
+
+    @torch.no_grad()
+    def _refuse_other_policy(self, points: Trajectory, iteration: int) -> None:
+        now, old = (points.log_prob(points.moments(out)) for out in (points.pred, points.old))
+        off = float(((now - old).exp() - 1).abs().max())
+        if off <= self.tolerance:
+            return
+        apart = float((points.pred.float() - points.old.float()).abs().max())
+        raise UserError(
+            f"iteration {iteration + 1}: before the first update the ratio must be 1, but at sigma "
+            f"{points.level.sigma:.4f} it is off by {off:.1e} (allowed {self.tolerance:.0e}): "
+            f"predictions at the rollout's own points differ from those it was made with by up to "
+            f"{apart:.1e}, so the ratio would not measure the update. Something makes the model "
+            "answer differently from call to call: a module in training mode, a hook, weights "
+            "changed since the rollout, or arithmetic that depends on the batch size (TF32, "
+            "quantised layers): use train.micro_batch = rollout.batch, or precision: float32"
+        )

@@ -1,0 +1,188 @@
+"""Update: the forward passes that an algorithm declares, and the optimiser's steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dgpo.algorithms.base import Algorithm, BaseAlgorithm, TrajectoryAlgorithm
+from dgpo.distributed.processes import ALONE, Processes
+from dgpo.distributed.sharding import is_sharded, whole
+from dgpo.errors import UserError
+from dgpo.models.policy import Policy
+from dgpo.recipe import Recipe
+from dgpo.training.batch import Batch
+from dgpo.training.forward_rounds import ForwardRounds
+from dgpo.training.rounds import Round
+from dgpo.training.trajectory_rounds import TrajectoryRounds
+
+
+@dataclass
+class Means:
+    """Weighted means of named figures."""
+
+    totals: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+
+    def add(self, figures: Mapping[str, Tensor], weight: float) -> None:
+        for name, value in figures.items():
+            self.totals[name] = self.totals.get(name, 0.0) + weight * float(value)
+            self.weights[name] = self.weights.get(name, 0.0) + weight
+
+    def join(self, other: Means) -> None:
+        """Add what another has added up."""
+        for name, total in other.totals.items():
+            self.totals[name] = self.totals.get(name, 0.0) + total
+            self.weights[name] = self.weights.get(name, 0.0) + other.weights[name]
+
+    def over(self, processes: Processes, problem: str | None) -> tuple[Means, str | None]:
+        """The means over all processes, and the first problem that one of them has. Collective."""
+        if processes.alone:
+            return self, problem
+        means, first = Means(), None
+        said = [self.totals, self.weights, problem]
+        for totals, weights, other in processes.gather(said, "the loss of an optimiser step"):
+            means.join(Means(totals, weights))
+            first = first or other
+        return means, first
+
+    def result(self) -> dict[str, float]:
+        return {name: total / self.weights[name] for name, total in self.totals.items()}
+
+
+class NonFinite(UserError):
+    """Too many losses or gradients in a row were not finite."""
+
+
+class Updater:
+    """Turns a batch into optimiser steps.
+
+    Args:
+        policy: what is trained.
+        algorithm: which points, which snapshots, and the loss; an :class:`Algorithm` or a
+            :class:`TrajectoryAlgorithm`.
+        recipe: learning rate and its schedule, micro-batch, clipping of gradients, slow EMA.
+        processes: of the run; each brings the gradients of its own rows, and their sum is the step.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        algorithm: BaseAlgorithm,
+        recipe: Recipe,
+        processes: Processes = ALONE,
+    ) -> None:
+        self.policy, self.algorithm, self.recipe = policy, algorithm, recipe
+        self._processes = processes
+        train = recipe.train
+        self.parameters = policy.parameters()
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=train.lr,
+            betas=train.betas,
+            weight_decay=train.weight_decay,
+            fused=True,
+        )
+        self.step = 0
+        """Optimiser steps taken so far."""
+        self.nonfinite = 0
+        """Steps left out in a row because a loss or a gradient was not finite."""
+        self._all_steps = train.iterations * recipe.updates_per_iteration
+        self._rounds = rounds_of(policy, algorithm, recipe)
+
+    def update(self, batch: Batch, iteration: int) -> dict[str, float]:
+        """Train on a batch; returns the means of the loss's figures over the iteration.
+
+        A step whose loss or gradient is not finite is left out and counted in
+        ``nonfinite_steps``.
+
+        Raises:
+            NonFinite: ``guards.nonfinite`` steps in a row were left out.
+            UserError: the policy of a policy gradient is not the one that its rollouts came from.
+        """
+        means, skipped = Means(), 0
+        self.optimizer.zero_grad()
+        for terms in self._rounds(batch, iteration):
+            figures = Means()
+            problem = self._backward(terms, figures)
+            figures, problem = figures.over(self._processes, problem)
+            problem = problem or self._optimize(figures)
+            if problem is None:
+                self.nonfinite = 0
+                means.join(figures)
+                continue
+            skipped += 1
+            self.nonfinite += 1
+            self.optimizer.zero_grad()
+            if self.nonfinite >= self.recipe.guards.nonfinite:
+                raise NonFinite(
+                    f"iteration {iteration + 1}: the {problem}, and no step was taken with it, "
+                    f"{self.nonfinite} times in a row (guards.nonfinite): lower train.lr and go on "
+                    "from the last checkpoint"
+                )
+        self._move_old("iteration", iteration)
+        found = means.result() or {"loss": math.nan}
+        return {**found, "nonfinite_steps": float(skipped)} if skipped else found
+
+    def _backward(self, terms: Round, figures: Means) -> str | None:
+        """Gradients of all terms of a step; what is not finite, if something is not."""
+        problem = None
+        for term in terms:
+            if not math.isfinite(loss := term.loss.item()):
+                problem = problem or f"loss is {loss}"  # to the end: other processes run along
+            (term.loss * term.weight).backward()
+            if term.share:
+                figures.add({"loss": term.loss.detach(), **term.figures}, term.share)
+        return problem
+
+    def _optimize(self, figures: Means) -> str | None:
+        """One optimiser step; both averages are moved once for it.  None is taken, and what is not
+        finite is returned, if the gradient is not."""
+        train = self.recipe.train
+        if not any(is_sharded(p) for p in self.parameters):  # which are summed by their backward
+            self._processes.sum_gradients(self.parameters)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm))
+        if not math.isfinite(number := norm.item()):
+            return f"gradient norm is {number}"
+        for group in self.optimizer.param_groups:
+            group["lr"] = train.lr * self._factor(self.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._move_old("step", self.step)
+        self.step += 1
+        if self.step % self.recipe.ema.every == 0:
+            self.policy.slow.update(self.recipe.ema.decay)
+        figures.add({"grad_norm": norm}, 1.0)
+        return None
+
+    def _move_old(self, when: Literal["step", "iteration"], count: int) -> None:
+        """Move the old policy if the algorithm has one that moves now."""
+        algorithm = self.algorithm
+        if isinstance(algorithm, Algorithm) and algorithm.old_moves == when:
+            self.policy.old.update(algorithm.old_decay(count))
+
+    def _factor(self, step: int) -> float:
+        """The learning rate's factor: warm-up, then constant, linear to 0, or half a cosine."""
+        train = self.recipe.train
+        warm = min(1.0, (step + 1) / train.warmup) if train.warmup else 1.0
+        part = min(1.0, step / self._all_steps)
+        if train.lr_schedule == "linear":
+            return warm * (1 - part)
+        if train.lr_schedule == "cosine":
+            return warm * 0.5 * (1 + math.cos(math.pi * part))
+        return warm
+
+
+def rounds_of(
+    policy: Policy, algorithm: BaseAlgorithm, recipe: Recipe
+) -> Callable[[Batch, int], Iterator[Round]]:
+    """How an algorithm's batch and iteration become the terms of optimiser steps."""
+    if isinstance(algorithm, TrajectoryAlgorithm):
+        return TrajectoryRounds(policy, algorithm, recipe).rounds
+    assert isinstance(algorithm, Algorithm)
+    return ForwardRounds(policy, algorithm, recipe).rounds

@@ -1,0 +1,224 @@
+"""Recipes: they load, they are refused with all that is wrong, they survive a round trip."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dgpo.algorithms.dgpo import DGPO
+from dgpo.errors import UserError
+from dgpo.recipe import Recipe
+from dgpo.recipe.files import PACKAGED, recipe_names
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"rewards": {"redness": 1.0}, "prompts": {"train": "pocket-geneval/train"}}
+
+
+def problem(data) -> str:
+    with pytest.raises(UserError) as error:
+        Recipe.from_dict(data)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGED.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_loads_by_name_and_survives_a_round_trip(file):
+    recipe = Recipe.load(file.stem)
+    assert recipe == Recipe.load(file)
+    assert recipe.run.dir == f"runs/{file.stem}"
+    assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert file.read_text().startswith("# ")
+
+
+def test_the_recipes_of_the_clone_are_those_of_the_package():
+    assert (ROOT / "recipes").resolve() == PACKAGED.resolve()
+    assert {"pocket-geneval", "pocket-ocr", "sd35m-geneval", "sd35m-ocr"} <= set(recipe_names())
+
+
+@pytest.mark.parametrize(
+    ("name", "beta", "kl", "clip", "std", "last", "group", "switch"),
+    [
+        ("geneval", 100, 0.02, 1e-2, "group", 4, 16, 500),
+        ("ocr", 100, 0.02, 1e-2, "batch", 6, 16, 200),
+        ("pickscore", 10, 0.001, 5e-2, "batch", 6, 24, 200),
+    ],
+)
+def test_published_presets(name, beta, kl, clip, std, last, group, switch):
+    guided = Recipe.load(f"sd35m-{name}")
+    free = Recipe.load(f"sd35m-{name}-cfgfree")
+    ema = Recipe.load(f"sd35m-{name}-cfgfree-ema")
+
+    def said(recipe):
+        a, r = recipe.algorithm, recipe.rollout
+        return (r.guidance_scale, a.kl_cfg, a.beta, a.kl, a.clip, a.reference)
+
+    assert said(guided) == (4.5, 1.0, beta, kl, clip, "frozen")
+    assert said(free) == (1.0, 4.5, 100, 0.02, 1e-3, "frozen")
+    assert said(ema) == (1.0, 1.0, 2000, 0.001, 1e-5, "ema")
+    for recipe in (guided, free, ema):
+        assert recipe.algorithm.advantage_std == std
+        assert recipe.algorithm.timesteps.indices == (0, last)
+        assert recipe.algorithm.timesteps.count == 4
+        assert (recipe.group_size, recipe.groups_per_iteration) == (group, 8)
+        assert recipe.rollout.switch_to_old_after == switch
+        assert (recipe.rollout.steps, recipe.train.lr) == (10, 3e-4)
+        assert recipe.lora is not None and (recipe.lora.rank, recipe.lora.alpha) == (64, 128)
+
+
+def test_overrides_are_yaml_and_reach_into_sections():
+    recipe = Recipe.load(
+        "pocket-geneval",
+        [
+            "algorithm.clip=null",
+            "algorithm.timesteps={count: 2, t_min: 0.3}",
+            "train.lr=5e-5",
+            "rewards={redness: 2}",
+            "rollout.call.max_sequence_length=0",
+            "lora=null",
+            "run.dir=runs/x=y",
+        ],
+    )
+    assert recipe.algorithm.clip is None
+    assert recipe.algorithm.timesteps.indices is None and recipe.algorithm.timesteps.t_min == 0.3
+    assert recipe.train.lr == 5e-5 and type(recipe.train.lr) is float
+    assert recipe.rewards == {"redness": 2.0}
+    assert recipe.rollout.call == {"max_sequence_length": 0}
+    assert recipe.lora is None and recipe.run.dir == "runs/x=y"
+
+
+def test_an_override_goes_below_a_section_that_the_file_leaves_out(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump({**SMALL, "algorithm": "dgpo", "lora": None}))
+    recipe = Recipe.load(file, ["algorithm.beta=7", "lora.rank=4", "ema.every=1"])
+    assert (recipe.algorithm.beta, recipe.lora.rank, recipe.ema.every) == (7.0, 4, 1)
+
+
+@pytest.mark.parametrize("override", ["train.lr", "=3", "train..lr=1", "model.x=1", "train.lr=[1"])
+def test_broken_overrides(override):
+    with pytest.raises(UserError, match="override"):
+        Recipe.load("pocket-geneval", [override])
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"train": {"learning_rate": 1}}, ["unknown key train.learning_rate", "train.lr?"]),
+        ({"algorithm": {"bta": 3}}, ["unknown key algorithm.bta", "algorithm.beta?"]),
+        ({"algorithm": {"timesteps": {"cout": 3}}}, ["algorithm.timesteps.count?"]),
+        ({"lr": 1}, ["unknown key lr", "train.lr?"]),
+        ({"grup_size": 4}, ["group_size?"]),
+        ({"lora": {"lora_alpha": 4}}, ["lora.alpha?"]),
+        ({"algorithm": {"name": "dgop"}}, ["algorithm.name", "'dgop'", "'dgpo'"]),
+        ({"algorithm": {"name": "torch:Tensor"}}, ["algorithm.name", "Tensor"]),
+        ({"algorithm": {"beta": -1}}, ["algorithm.beta = -1", "greater than 0"]),
+        ({"algorithm": 5}, ["algorithm = 5"]),
+        ({"group_size": 1}, ["group_size = 1", "2 or more"]),
+        ({"group_size": "x"}, ["group_size = 'x'", "integer"]),
+        ({"train": {"lr": float("nan")}}, ["train.lr", "finite"]),
+        ({"train": {"betas": [0.9]}}, ["train.betas"]),
+        ({"lora": 5}, ["lora = 5"]),
+        ({"rollout": 5}, ["rollout = 5"]),
+        ({"precision": "fp16"}, ["precision = 'fp16'", "bfloat16"]),
+        ({"rewards": {"redness": 0}}, ["rewards.redness", "weight of 0"]),
+        ({"rewards": {"rednes": 1}}, ["'rednes'", "did you mean 'redness'"]),
+        ({"rewards": ["redness"]}, ["rewards"]),
+        ({"eval": {"metrics": ["nope"]}}, ["eval.metrics", "'nope'"]),
+        ({"rollout": {"steps": 4}}, ["timesteps.indices = [0, 6]", "rollout.steps", "0 to 3"]),
+        (
+            {"rollout": {"steps": 3}, "algorithm": {"timesteps": {"indices": None}}},
+            ["timesteps.count = 4", "rollout.steps = 3"],
+        ),
+        (
+            {"algorithm": {"timesteps": {"indices": [0, 3], "t_min": 0.3}}},
+            ["timesteps.indices", "t_min", "not both"],
+        ),
+        ({"algorithm": {"timesteps": {"count": 6, "indices": [0, 3]}}}, ["4 levels", "count=6"]),
+        ({"rollout": {"call": {"num_inference_steps": 3}}}, ["rollout.call", "rollout.steps"]),
+        ({"train": {"warmup": 100}}, ["train.warmup = 100", "100 optimiser steps"]),
+        ({1: 2}, ["key 1"]),
+    ],
+)
+def test_what_is_wrong_is_said_with_the_key_and_the_way_out(data, words):
+    message = problem(data)
+    for word in words:
+        assert word in message
+    assert "pydantic" not in message
+
+
+def test_all_problems_are_listed_at_once():
+    message = problem(
+        {
+            "train": {"lr": -1, "learning_rate": 2},
+            "algorithm": {"beta": 0, "klx": 1},
+            "seed": -3,
+            "group_size": 0,
+        }
+    )
+    assert "6 problems" in message
+    for key in ("train.lr", "train.learning_rate", "algorithm.beta", "algorithm.klx", "seed"):
+        assert key in message
+
+
+def test_defaults_are_the_agreed_ones():
+    recipe = Recipe()
+    assert isinstance(recipe.algorithm, DGPO)
+    assert (recipe.group_size, recipe.groups_per_iteration, recipe.images_per_iteration) == (
+        16,
+        8,
+        128,
+    )
+    assert recipe.lora is not None and len(recipe.lora.targets) == 8
+    assert recipe.eval.every == 20 and recipe.checkpoint.every == 50
+
+
+def test_recipes_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe().seed = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_an_algorithm_object_is_taken_as_it_is():
+    algorithm = DGPO(beta=3, clip=None)
+    assert Recipe(algorithm=algorithm).algorithm is algorithm
+
+
+def test_an_algorithm_of_a_file_is_found_again(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from dgpo.algorithms.dgpo import DGPO\n"
+        "class Mine(DGPO):\n    name = 'mine'\n    extra: float = 1.0\n"
+    )
+    recipe = Recipe.from_dict({"algorithm": {"name": f"{file}:Mine", "extra": 2}})
+    assert recipe.algorithm.extra == 2.0
+    assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["empty"]),
+        ("- a\n", ["list"]),
+        ("seed: 1\nmodel: [\n", ["line 3", "not YAML"]),
+        ("seed: 1\nmodel: pocket\nseed: 2\n", ["line 3", "'seed'", "twice"]),
+        ("model: pocket\n", ["rewards is missing", "prompts.train is missing"]),
+        ("a: !!python/object/apply:os.system ['true']\n", ["line 1", "no plain value"]),
+    ],
+)
+def test_broken_files(tmp_path, text, words):
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        Recipe.load(file)
+    for word in (*words, "r.yaml"):
+        assert word in str(error.value)
+
+
+def test_a_missing_recipe_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'pocket-geneval'"):
+        Recipe.load("pocket-genevl")
+    with pytest.raises(UserError, match="neither a file nor a recipe"):
+        Recipe.load("no/such/pocket-geneval.yaml")
+
+
+def test_numbers_without_a_dot_are_numbers(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(SMALL) + "rollout: {call: {a: 3e-4, b: 1e3, c: 12}}\n")
+    assert Recipe.load(file).rollout.call == {"a": 3e-4, "b": 1000.0, "c": 12}

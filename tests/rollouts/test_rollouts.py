@@ -1,0 +1,198 @@
+"""Rollouts by a server in a process of its own: the same training, or one clear error."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+from dgpo.core.process import Level
+from dgpo.errors import UserError
+from dgpo.models.pipeline import Rollout
+from dgpo.models.text import Conditioning
+from dgpo.prompts.caption import Caption
+from dgpo.recipe import Recipe
+from dgpo.rollouts import RolloutRequest
+from dgpo.rollouts.remote import RemoteEngine
+from dgpo.rollouts.wire import pack, unpack
+from families import tiny
+from families.tiny import sd3_small
+from reliable import tensors
+from tiny_runs import light, rows, settings, trainer
+
+TOKEN = "engine-token"
+
+
+@pytest.fixture(autouse=True)
+def _light(monkeypatch: pytest.MonkeyPatch) -> None:
+    light(monkeypatch)
+    monkeypatch.setenv("DGPO_ROLLOUT_TOKEN", TOKEN)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subprocess.Popen]]:
+    folder = tmp_path_factory.mktemp("engine")
+    (folder / "token").write_text(TOKEN)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = f"{Path(tiny.__file__)}:sd3_small"
+    words = ["-m", "dgpo.rollouts.server", place, "--token-file", folder / "token"]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, words), "--port", str(port)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    url = f"http://127.0.0.1:{port}"
+    while process.poll() is None:
+        try:
+            httpx.get(url, timeout=5)
+            break
+        except httpx.TransportError:
+            time.sleep(0.1)
+    assert process.poll() is None, "the server has ended"
+    yield url, process
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture
+def url(started: tuple[str, subprocess.Popen]) -> str:
+    return started[0]
+
+
+RUN: dict[str, Any] = {
+    "train": {"iterations": 2, "lr": 1e-2},
+    "rollout": {"batch": 3, "guidance_scale": 2.0, "scheduler": "euler"},
+}
+
+
+def with_engine(url: str, **changes: Any) -> dict[str, Any]:
+    return {**RUN, "rollout": {**RUN["rollout"], "engine": url, **changes}}
+
+
+def test_a_run_with_an_engine_is_the_run_without(url: str, tmp_path: Path) -> None:
+    trainer(tmp_path / "here", **RUN).train()
+    run = trainer(tmp_path / "there", **with_engine(url))
+    run.train()
+    for one, two in zip(rows(tmp_path / "here"), rows(tmp_path / "there"), strict=True):
+        assert one["reward_mean"] == two["reward_mean"] and one["loss"] == two["loss"]
+    here, there = tensors(tmp_path / "here"), tensors(tmp_path / "there")
+    assert here.keys() == there.keys()
+    assert all(torch.equal(tensor, there[name]) for name, tensor in here.items())
+    first, last = rows(tmp_path / "there")
+    assert first["reward_mean"] != last["reward_mean"]  # the weights that were sent had changed
+    engine: Any = run.policy.engine
+    assert engine.difference < 1e-5  # of one picture and a batch of three
+    lora = sum(p.numel() * 4 for p in run.policy.parameters())
+    assert 2 * lora < engine.bytes_sent < 2 * (lora + 20_000)
+    assert 0 < engine.bytes_received < 2 * 8 * (4 * 16 * 16 * 16 + 3 * 16 * 16)
+
+
+@pytest.mark.slow
+def test_the_average_that_samples_is_the_one_that_is_sent(url: str, tmp_path: Path) -> None:
+    old = {"switch_to_old_after": 0}
+    here = {**RUN, "rollout": {**RUN["rollout"], **old}}
+    trainer(tmp_path / "here", **here).train()
+    trainer(tmp_path / "there", **with_engine(url, **old)).train()
+    one, two = tensors(tmp_path / "here"), tensors(tmp_path / "there")
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def test_another_model_is_refused(url: str, tmp_path: Path) -> None:
+    pipe = sd3_small()
+    with torch.no_grad():
+        for parameter in pipe.transformer.parameters():
+            parameter.mul_(1.7)
+    with pytest.raises(UserError, match=r"the first picture differs.*same sampler"):
+        trainer(tmp_path, model=pipe, **with_engine(url)).train()
+
+
+def test_a_wrong_token_and_no_server_are_told(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DGPO_ROLLOUT_TOKEN", "wrong-one")
+    with pytest.raises(UserError, match=r"401.*set DGPO_ROLLOUT_TOKEN") as error:
+        trainer(tmp_path / "a", **with_engine(url)).train()
+    assert "wrong-one" not in str(error.value)
+    with pytest.raises(UserError, match=r"no answer.*python -m dgpo.rollouts.server"):
+        trainer(tmp_path / "b", **with_engine("http://127.0.0.1:9")).train()
+
+
+def test_a_server_refuses_what_it_cannot_do_and_goes_on(url: str) -> None:
+    ask = {
+        "texts": ["a"], "seeds": [1], "steps": 2, "guidance_scale": 1.0, "scheduler": None,
+        "call": {"height": 16, "width": 16}, "weights": None,
+    }  # fmt: skip
+    other = save({"transformer.no.such.layer.lora_A.weight": torch.zeros(2, 2)})
+    head = {"Authorization": f"Bearer {TOKEN}"}
+    with httpx.Client(base_url=url, headers=head, timeout=60) as client:
+        for data, name in ((b"x", "0" * 64), (b"x", None), (b"", None), (other, None)):
+            name = name or hashlib.sha256(data).hexdigest()
+            assert client.put(f"/v1/weights/{name}", content=data).status_code == 422
+        assert client.post("/v1/rollout", json={**ask, "weights": "0" * 64}).status_code == 409
+        for wrong in (
+            {"seeds": [1, 2]}, {"seeds": [-1]}, {"texts": []}, {"steps": 0}, {"scheduler": "eular"},
+            {"call": {"hight": 16}}, {"guidance_scale": "x"}, {"more": 1}, {"call": {"height": 7}},
+        ):  # fmt: skip
+            response = client.post("/v1/rollout", json={**ask, **wrong})
+            assert response.status_code == 422, (wrong, response.text)
+        assert client.post("/v1/rollout", content=b"\x80\x04").status_code == 422
+        made = unpack(client.post("/v1/rollout", json=ask).raise_for_status().content, 1)
+    assert made.images is not None and made.images[0].size == (16, 16)
+
+
+def test_what_travels_comes_back_bit_for_bit() -> None:
+    levels = [Level(torch.tensor(t), s) for t, s in ((1000.0, 1.0), (333.3, 1 / 3))]
+    images = [Image.effect_noise((5, 4), 90).convert("RGB") for _ in range(3)]
+    made = Rollout(torch.randn(3, 2, 4, 4), images, levels)
+    data = pack(made)
+    again = unpack(data, 3)
+    assert torch.equal(again.x0, made.x0) and again.images is not None
+    assert [image.tobytes() for image in again.images] == [image.tobytes() for image in images]
+    assert [(float(level.timestep), level.sigma) for level in again.levels] == [
+        (float(level.timestep), level.sigma) for level in levels
+    ]
+    for broken, count in ((data[:-9], 3), (b"", 3), (data, 2), (save({"x0": made.x0}), 3)):
+        with pytest.raises(UserError, match="no rollout"):
+            unpack(broken, count)
+
+
+def test_prompts_with_pictures_do_not_travel() -> None:
+    policy: Any = SimpleNamespace(lora=1)
+    texts = ["a", Caption("make it blue", {"image": Image.new("RGB", (2, 2))})]
+    request = RolloutRequest(texts, Conditioning({}, 2), [0, 1], steps=2)
+    with pytest.raises(UserError, match="pictures of prompt rows"):
+        RemoteEngine(policy, "http://127.0.0.1:9").rollout(request)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"algorithm": "flow_grpo"}, "needs the steps"),
+        ({"lora": None}, "a LoRA"),
+        ({"rollout": {"sde": {"kind": "flow"}}}, "rollout.sde"),
+        ({"rollout": {"engine": "me:pw@host"}}, "without a password"),
+        ({"rollout": {"engine": "http://me:pw@host"}}, "without a password"),
+        ({"rollout": {"engine": "10.0.0.1:80"}}, "should be an address"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused_at_once(changes: dict[str, Any], words: str) -> None:
+    given = {key: value for key, value in changes.items() if key != "rollout"}
+    rollout = {"engine": "http://10.0.0.1:8770", **changes.get("rollout", {})}
+    with pytest.raises(UserError, match=words) as error:
+        Recipe.from_dict({**settings(**given), "rollout": {"steps": 10, **rollout}})
+    assert "pw" not in str(error.value)

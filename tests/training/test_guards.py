@@ -1,0 +1,167 @@
+"""Guards: each is provoked in a run or by rows that it reads."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dgpo.errors import UserError
+from dgpo.recipe.sections import GuardSettings
+from dgpo.rewards.stand_in import brightness
+from dgpo.training.guards import Guards
+from tiny_runs import PROMPTS, TIMESTEPS, Spy, light, rows, trainer
+
+
+@pytest.fixture(autouse=True)
+def _light(monkeypatch: pytest.MonkeyPatch) -> None:
+    light(monkeypatch)
+
+
+class Broken(Spy):
+    """DGPO whose loss is not finite in some calls; two levels are two calls and one step."""
+
+    bad: tuple[int, ...] = ()
+
+    def loss(self, points: Any) -> Any:
+        number = len(self.seen)
+        loss, figures = super().loss(points)
+        return loss * (math.nan if number in self.bad else 1.0), figures
+
+
+def broken(*bad: int) -> Any:
+    Spy.seen.clear()
+    return Broken(timesteps=TIMESTEPS, bad=bad)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path: Path) -> None:
+    # call 0 (no step), then 1 and 2 are an iteration of which the second is bad, then 3 and 4
+    run = trainer(tmp_path, algorithm=broken(0, 2), train={"iterations": 3})
+    run.train()
+    found = rows(tmp_path)
+    assert [row.get("nonfinite_steps", 0) for row in found] == [1, 1, 0]
+    assert found[0]["loss"] is None and found[2]["loss"] is not None
+    assert run.updater.step == 1 and run.updater.nonfinite == 0
+    assert all(bool(torch.isfinite(p).all()) for p in run.policy.parameters())
+    warned = rows(tmp_path, "warnings.jsonl")
+    assert [row["iteration"] for row in warned] == [1, 2]
+    assert "1 optimiser steps were left out" in warned[0]["warning"]
+
+
+def test_steps_in_a_row_that_are_not_finite_stop_the_run_with_the_batch(tmp_path: Path) -> None:
+    run = trainer(
+        tmp_path, algorithm=broken(*range(9)), guards={"nonfinite": 2}, train={"iterations": 9}
+    )
+    before = [p.detach().clone() for p in run.policy.parameters()]
+    with pytest.raises(UserError, match=r"iteration 2: the loss is nan.*2 times.*The batch is in"):
+        run.train()
+    place = tmp_path / "nonfinite" / "00000002.safetensors"
+    saved, said = load_file(place), json.loads(place.with_suffix(".json").read_text())
+    assert saved["x0"].shape[0] == len(saved["advantages"]) == 8
+    assert said["prompts"] == [p.text for p in run.sampler.at(1)] and said["not_finite"] == []
+    for mine, theirs in zip(before, run.policy.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_equal_rewards_warn_and_may_stop_the_run(tmp_path: Path) -> None:
+    def equal(images: Any, prompts: Any) -> list[float]:
+        return [1.0] * len(images)
+
+    settings: dict[str, Any] = {"train": {"iterations": 5}}
+    trainer(tmp_path / "on", equal, guards={"collapse": 2}, **settings).train()
+    assert [row["iteration"] for row in rows(tmp_path / "on", "warnings.jsonl")] == [2, 4]
+    assert len(rows(tmp_path / "on")) == 5
+    trainer(tmp_path / "stop", equal, guards={"collapse": 2, "stop": True}, **settings).train()
+    assert len(rows(tmp_path / "stop")) == 2
+    # it is stopped still, and goes on if it is told to
+    again = trainer(tmp_path / "stop", equal, resume=True, guards={"collapse": 2}, **settings)
+    again.train()
+    assert len(rows(tmp_path / "stop")) == 5
+    assert (tmp_path / "stop/warnings.jsonl").read_text() == (
+        tmp_path / "on/warnings.jsonl"
+    ).read_text()
+
+
+def watch(**settings: Any) -> Guards:
+    return Guards(GuardSettings(**settings), groups=2, trained=["reward"])
+
+
+def test_a_measure_that_is_not_trained_falls() -> None:
+    def said(*values: float, **settings: Any) -> list[int]:
+        guards = watch(falling=2, **settings)
+        found = [
+            guards.evaluation({"rewards": {"quality": v, "reward": -v, "none": None}})
+            for v in values
+        ]
+        return [i for i, texts in enumerate(found) if texts]
+
+    assert said(0.5, 0.4, 0.3, 0.2) == [2]
+    assert said(0.5, 0.4, 0.45, 0.3) == []  # not in a row
+    assert said(0.5, 0.9, 0.8, 0.7) == []  # still above the first
+    guards = watch(falling=2, stop=True)
+    for value in (0.5, 0.4):
+        guards.evaluation({"rewards": {"quality": value}})
+        assert guards.reason_to_stop is None
+    guards.evaluation({"rewards": {"quality": 0.3}})
+    assert "quality fell in 2 evaluations" in str(guards.reason_to_stop)
+
+
+def test_a_spike_of_the_gradient_norm() -> None:
+    guards = watch()
+    for norm in (1.0, 1.1, 0.9, None, 1.0, 1.0):
+        assert not guards.iteration({"grad_norm": norm})
+    (text,) = guards.iteration({"grad_norm": 30.0})
+    assert "30 times the usual 1" in text
+    assert not guards.iteration({"grad_norm": 9.0})  # one spike does not become the usual
+    assert not watch(gradient_spike=0).iteration({"grad_norm": 1e9})
+
+
+def test_a_saturated_clip() -> None:
+    guards = watch()
+    found = [bool(guards.iteration({"clipped": 0.95})) for _ in range(20)]
+    assert [i for i, said in enumerate(found, 1) if said] == [10, 20]
+    assert not guards.iteration({"clipped": 0.5})
+    assert not any(guards.iteration({"clipped": 0.95}) for _ in range(9))
+    # a run that goes on counts on
+    rows = [{"clipped": 0.95}] * 9
+    after = Guards(GuardSettings(), groups=2, trained=[], rows=rows)
+    assert after.iteration({"clipped": 0.95})
+
+
+def test_an_early_stop_saves_the_weights_of_the_best(tmp_path: Path) -> None:
+    """The reward collapses after the third iteration; the best score is that of the second."""
+    scores = iter([0.1, 0.2, 0.9, 0.4])
+
+    def reward(images: Any, prompts: Any) -> list[float]:
+        if len(images) == 2:  # the held-out prompts
+            return [run_scores[0]] * 2
+        return [1.0] * len(images) if run.iteration >= 3 else brightness(images, prompts)
+
+    run_scores = [0.0]
+    run = trainer(
+        tmp_path,
+        reward,
+        eval_dataset=PROMPTS[:2],
+        eval={"every": 1, "at_start": True},
+        guards={"collapse": 2, "stop": True},
+        train={"iterations": 9, "lr": 1e-2},
+    )
+    right = run._held_out.score
+
+    def score(*given: Any) -> Any:
+        run_scores[0] = next(scores, 0.3)
+        return right(*given)
+
+    run._held_out.score = score  # pyright: ignore[reportAttributeAccessIssue]
+    run.train()
+    assert len(rows(tmp_path)) == 5
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["00000002", "00000005"]
+    best = load_file(tmp_path / "checkpoints/00000002/tensors.safetensors")
+    for name, tensor in run.policy.state_dict().items():
+        assert torch.equal(tensor, best[name]), name
