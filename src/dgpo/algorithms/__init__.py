@@ -2,7 +2,7 @@
 points it trains on, which snapshots it needs, how rewards become advantages, and the loss."""
 
 from dgpo.algorithms.awm import AWM
-from dgpo.algorithms.base import Algorithm, BaseAlgorithm, Settings, TrajectoryAlgorithm
+from dgpo.algorithms.base import Algorithm, BaseAlgorithm, TrajectoryAlgorithm
 from dgpo.algorithms.best_of_n import BestOfN
 from dgpo.algorithms.crd import CRD
 from dgpo.algorithms.ddpo import DDPO
@@ -28,6 +28,5 @@ __all__ = [
     "FlowDPPO",
     "FlowGRPO",
     "GRPOGuard",
-    "Settings",
     "TrajectoryAlgorithm",
 ]

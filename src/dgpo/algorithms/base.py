@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dgpo.core.groups import Groups
@@ -13,14 +13,7 @@ from dgpo.core.points import Forward, Trajectory
 from dgpo.core.sde import AnySde, FlowSDE
 from dgpo.core.timesteps import TimestepChoice
 from dgpo.core.window import StepWindow
-
-
-class Settings(BaseModel):
-    """Frozen settings: an unknown key, an infinite number or a NaN is refused."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
+from dgpo.recipe.settings import Settings
 
 
 class BaseAlgorithm(Settings, ABC):

@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dgpo.algorithms.base import Settings
 from dgpo.core.groups import Groups
 from dgpo.core.points import Forward
 from dgpo.core.precision import mean_square
+from dgpo.recipe.settings import Settings
 
 
 def uniform_advantages(advantages: Tensor, groups: Groups) -> Tensor:

@@ -14,17 +14,17 @@ from dgpo.comparison.table import Table, cell
 from dgpo.errors import UserError
 from dgpo.recipe import Recipe
 from dgpo.recipe.files import apply_overrides, find_recipe, read_recipe
-from dgpo.recipe.sections import Section
+from dgpo.recipe.settings import Settings
 
 
-class Variant(Section):
+class Variant(Settings):
     what: str
     """What differs, in words."""
     set: list[str] = Field(default_factory=list)
     """The settings that differ, ``a.b=c``."""
 
 
-class Variants(Section):
+class Variants(Settings):
     base: str
     """A recipe's name or file."""
     offline_groups: int = Field(default=0, ge=0)

@@ -35,9 +35,9 @@ from dgpo.recipe.sections import (
     RolloutSettings,
     RunSettings,
     SampleSettings,
-    Section,
     TrainSettings,
 )
+from dgpo.recipe.settings import Settings
 from dgpo.registry import ALGORITHMS, known, resolve, unknown
 from dgpo.rewards.terms import AnyReward, RewardTerm, weight_of
 
@@ -79,7 +79,7 @@ def _algorithm_name(kind: type[BaseAlgorithm]) -> str:
     return f"{module}:{kind.__qualname__}"
 
 
-class Recipe(Section):
+class Recipe(Settings):
     """Every setting of a run, immutable.
 
     Build one from a file (:meth:`load`), from nested dicts (:meth:`from_dict`), or by keyword.

@@ -6,14 +6,14 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     TypeAdapter,
     ValidationError,
     field_validator,
 )
+
+from dgpo.recipe.settings import Settings
 
 SD3_ATTENTION = [
     "attn.to_q",
@@ -46,22 +46,14 @@ def _sde(value: Any) -> Any:
         ) from error
 
 
-class Section(BaseModel):
-    """Settings: immutable, no unknown keys, no NaN."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-class PromptSettings(Section):
+class PromptSettings(Settings):
     train: str | None = None
     """A .txt or .jsonl file or a registered set, such as pocket-geneval/train."""
     eval: str | None = None
     """Held-out prompts, likewise."""
 
 
-class DataSettings(Section):
+class DataSettings(Settings):
     preferences: str | None = None
     """Folder of groups that were ranked before (docs/offline.md): they are trained on, nothing is
     sampled, and prompts.train and the rewards are not asked in training; null: train on the
@@ -71,7 +63,7 @@ class DataSettings(Section):
     each time (random), or take the best, the worst, the second best, ... (extremes)."""
 
 
-class RolloutSettings(Section):
+class RolloutSettings(Settings):
     scheduler: str | None = None
     """Sampler by name (euler, heun, dpmsolver++, unipc, ddim, pndm, deis); null: the pipeline's."""
     steps: int = Field(default=10, ge=1)
@@ -108,7 +100,7 @@ class RolloutSettings(Section):
         return value
 
 
-class TrainSettings(Section):
+class TrainSettings(Settings):
     iterations: int = Field(default=100, ge=1)
     max_minutes: float | None = Field(default=None, gt=0)
     """Training time after which the run ends, if that is sooner; evaluation does not count."""
@@ -131,7 +123,7 @@ class TrainSettings(Section):
     """Of the denoiser's weights over several processes; none: each has them all."""
 
 
-class LoraSettings(Section):
+class LoraSettings(Settings):
     rank: int = Field(default=64, ge=1)
     alpha: float = Field(default=128, gt=0)
     targets: list[str] = Field(default=SD3_ATTENTION, min_length=1)
@@ -139,7 +131,7 @@ class LoraSettings(Section):
     init: Literal["gaussian", "default"] = "gaussian"
 
 
-class MemorySettings(Section):
+class MemorySettings(Settings):
     gradient_checkpointing: bool = False
     """Compute the denoiser's activations again at backward: less memory, more time."""
     vae_slicing: bool = False
@@ -159,14 +151,14 @@ class MemorySettings(Section):
     """Of the frozen denoiser, under a LoRA; null: none. The LoRA stays in float32."""
 
 
-class EmaSettings(Section):
+class EmaSettings(Settings):
     decay: float = Field(default=0.9, ge=0, lt=1)
     """Of the slow average of the weights, which is evaluated and saved."""
     every: int = Field(default=8, ge=1)
     """Optimiser steps between its updates."""
 
 
-class EvalSettings(Section):
+class EvalSettings(Settings):
     every: int = Field(default=20, ge=0)
     """Iterations between evaluations; 0: only at the end."""
     metrics: list[str] = Field(default_factory=list)
@@ -183,7 +175,7 @@ class EvalSettings(Section):
     at_start: bool = True
 
 
-class CheckpointSettings(Section):
+class CheckpointSettings(Settings):
     every: int = Field(default=50, ge=0)
     """Iterations between checkpoints; 0: only at the end."""
     keep_last: int = Field(default=2, ge=1)
@@ -193,7 +185,7 @@ class CheckpointSettings(Section):
     than all before it makes one."""
 
 
-class GuardSettings(Section):
+class GuardSettings(Settings):
     nonfinite: int = Field(default=3, ge=1)
     """Optimiser steps in a row whose loss or gradients are not finite, each left out, after which
     the run stops; the batch is saved in the run folder."""
@@ -214,7 +206,7 @@ class GuardSettings(Section):
     a measure falls."""
 
 
-class SampleSettings(Section):
+class SampleSettings(Settings):
     count: int = Field(default=16, ge=0)
     """Pictures in the grids of fixed prompts and seeds; 0: no grids."""
     every: int | None = Field(default=None, ge=0)
@@ -225,6 +217,6 @@ class SampleSettings(Section):
     """Frames a second of these files."""
 
 
-class RunSettings(Section):
+class RunSettings(Settings):
     dir: str = Field(default="runs/run", min_length=1)
     """The run's folder; a recipe file's default is runs/<its name>."""
