@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from dgpo.errors import UserError
 from dgpo.recipe import Recipe
-from dgpo.recipe.errors import key_tree
 from dgpo.recipe.files import PACKAGED, apply_overrides
 from dgpo.recipe.plain_yaml import MOST_NODES, parse_yaml
+from dgpo.settings import key_tree
 from fuzz.parts import NASTY, PROFILE, VALUES, changed_bytes, value_or_error
 
 FILES = sorted(PACKAGED.glob("*.yaml"))

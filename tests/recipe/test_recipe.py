@@ -20,6 +20,23 @@ def problem(data) -> str:
     return str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DGPO(bta=3), r"^DGPO: unknown key bta \(did you mean beta\?\)$"),  # pyright: ignore
+        (lambda: DGPO(beta=-1), r"^DGPO: beta = -1: should be greater than 0$"),
+        (lambda: Recipe(groupsize=1), r"^Recipe: unknown key groupsize .*group_size"),  # pyright: ignore
+        (
+            lambda: Recipe(model="pocket", train={"lr": -1}),  # pyright: ignore
+            r"^Recipe: train\.lr = -1: should be greater than 0$",
+        ),
+    ],
+)
+def test_settings_made_in_python_are_refused_as_those_of_a_file(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
 @pytest.mark.parametrize("file", sorted(PACKAGED.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_recipe_loads_by_name_and_survives_a_round_trip(file):
     recipe = Recipe.load(file.stem)

@@ -13,7 +13,7 @@ from dgpo.core.points import Forward, Trajectory
 from dgpo.core.sde import AnySde, FlowSDE
 from dgpo.core.timesteps import TimestepChoice
 from dgpo.core.window import StepWindow
-from dgpo.recipe.settings import Settings
+from dgpo.settings import Settings
 
 
 class BaseAlgorithm(Settings, ABC):

@@ -11,7 +11,7 @@ from torch import Tensor
 from dgpo.core.groups import Groups
 from dgpo.core.points import Forward
 from dgpo.core.precision import mean_square
-from dgpo.recipe.settings import Settings
+from dgpo.settings import Settings
 
 
 def uniform_advantages(advantages: Tensor, groups: Groups) -> Tensor:

@@ -14,7 +14,7 @@ from dgpo.comparison.table import Table, cell
 from dgpo.errors import UserError
 from dgpo.recipe import Recipe
 from dgpo.recipe.files import apply_overrides, find_recipe, read_recipe
-from dgpo.recipe.settings import Settings
+from dgpo.settings import Settings
 
 
 class Variant(Settings):

@@ -21,7 +21,6 @@ from pydantic_core import PydanticCustomError
 from dgpo.algorithms.base import Algorithm, BaseAlgorithm, TrajectoryAlgorithm
 from dgpo.errors import UserError
 from dgpo.recipe.conflicts import contradictions
-from dgpo.recipe.errors import key_tree, problems, raise_problems
 from dgpo.recipe.files import apply_overrides, find_recipe, read_recipe
 from dgpo.recipe.sections import (
     CheckpointSettings,
@@ -37,9 +36,9 @@ from dgpo.recipe.sections import (
     SampleSettings,
     TrainSettings,
 )
-from dgpo.recipe.settings import Settings
 from dgpo.registry import ALGORITHMS, known, resolve, unknown
 from dgpo.rewards.terms import AnyReward, RewardTerm, weight_of
+from dgpo.settings import Settings, key_tree, problems, raise_problems
 
 
 def _algorithm(value: Any) -> Any:

@@ -13,7 +13,7 @@ from pydantic import (
     field_validator,
 )
 
-from dgpo.recipe.settings import Settings
+from dgpo.settings import Settings
 
 SD3_ATTENTION = [
     "attn.to_q",

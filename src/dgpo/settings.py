@@ -1,14 +1,44 @@
-"""Turns what pydantic found wrong in a recipe into lines that say how to put it right."""
+"""What all settings are, and what is said of wrong ones: one line each that puts them right."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dgpo.errors import UserError
+
+
+class _Clear(type(BaseModel)):
+    """``DGPO(bta=3)`` is answered as a recipe's file would be.
+
+    Only a call by name comes through here; within a recipe pydantic validates its sections itself,
+    and the recipe gathers what is wrong in all of them.
+    """
+
+    if not TYPE_CHECKING:  # type checkers shall see the fields
+
+        def __call__(cls, *given: Any, **settings: Any) -> Any:
+            try:
+                return super().__call__(*given, **settings)
+            except ValidationError as error:
+                raise_problems(problems(error, key_tree(cls)), cls.__name__)
+                raise
+
+
+class Settings(BaseModel, metaclass=_Clear):
+    """Frozen settings: an unknown key, an infinite number or a NaN is refused.
+
+    Raises:
+        UserError: all that is wrong, with the keys, the values and what would work.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
 
 SYNONYMS = {
     "learning_rate": "lr",
