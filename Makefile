@@ -31,7 +31,7 @@ help:
 	@echo 'make fuzz         1000 odd recipes, files, answers and requests each (slow)'
 	@echo 'make audit        bandit over the code, pip-audit over constraints.txt (needs the network)'
 	@echo 'make bench        where the time of a training iteration goes (5 minutes)'
-	@echo 'make ablations    what each part of DGPO is worth; 11 runs of 15 minutes each; goes on where it was stopped'
+	@echo 'make ablations    what each part of DGPO is worth; 12 runs of 15 minutes each; goes on where it was stopped'
 	@echo 'make papers       write docs/papers.md from the recipes and benchmarks/results'
 	@echo 'make clean-env    delete $(VENV)'
 
