@@ -44,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--groups", type=int, default=200, help="to write")
     parser.add_argument("--iterations", type=int, default=60, help="of training")
+    parser.add_argument("--limit", type=int, default=240, help="held-out prompts to score")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/from-renders"), help="the run folder"
     )

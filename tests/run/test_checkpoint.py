@@ -150,7 +150,7 @@ def test_a_checkpoint_is_whole_or_not_there(
 
     for name in ("checkpoint.save_file", "checkpoint._write_json", "disk.sync"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"dgpo.{name}", full)
+            patch.setattr(f"dgpo.run.{name}", full)
             with pytest.raises(OSError, match="No space"):
                 save(2)
         assert names() == ["00000001"]

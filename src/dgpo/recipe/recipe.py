@@ -57,7 +57,7 @@ def _algorithm(value: Any) -> Any:
     if not (isinstance(kind, type) and issubclass(kind, BaseAlgorithm)):
         _fail([f"algorithm.name = {name!r}: {kind!r:.80} is no dgpo.algorithms.Algorithm"])
     try:
-        return kind(**settings)
+        return kind.model_validate(settings)
     except ValidationError as error:
         valid = [*key_tree(Recipe), *key_tree(kind, "algorithm.")]
         _fail(problems(error, valid, "algorithm."))
