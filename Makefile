@@ -86,7 +86,7 @@ bench: $(STAMP)
 
 # One table of the recipe with one thing changed at a time, in docs/results.md. OPTIONS: --budget MINUTES --seeds N --out DIR
 ablations: $(STAMP)
-	$(call step,ablations: 11 variants of pocket-geneval (15 minutes of training each; finished runs are used again),OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ablations.py $(OPTIONS))
+	$(call step,ablations: 12 variants of pocket-geneval (15 minutes of training each; finished runs are used again),OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ablations.py $(OPTIONS))
 
 papers: $(STAMP)
 	@$(BIN)/python benchmarks/papers.py

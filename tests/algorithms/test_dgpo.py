@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from dgpo.algorithms import DGPO
 from dgpo.algorithms.dgpo import clip_where_done
 from dgpo.core import FlowMatching, Groups, Level, TimestepChoice
+from dgpo.errors import UserError
 from oracles.toy import Toy
 
 CLOSE = {"rtol": 1e-11, "atol": 1e-13}
@@ -194,7 +195,7 @@ def test_settings_are_the_published_ones_and_frozen():
     ],
 )
 def test_wrong_settings_are_refused(wrong):
-    with pytest.raises(ValidationError, match=next(iter(wrong))):
+    with pytest.raises(UserError, match=next(iter(wrong))):
         DGPO(**wrong)
 
 

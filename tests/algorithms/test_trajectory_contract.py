@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from dgpo.algorithms import DDPO, FlowDPPO, FlowGRPO, GRPOGuard, TrajectoryAlgorithm
 from dgpo.algorithms.policy_gradient import PolicyGradient
 from dgpo.core import CPS, DanceSDE, FlowSDE, Groups, Moments, StepWindow, Trajectory
+from dgpo.errors import UserError
 from oracles.toy_trajectory import Steps
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-13}
@@ -200,5 +200,5 @@ def test_settings_are_the_published_ones() -> None:
     ],
 )
 def test_wrong_settings_are_refused(kind: Any, wrong: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValidationError, match=words):
+    with pytest.raises(UserError, match=words):
         kind(**wrong)
