@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,7 +36,7 @@ SETTINGS: dict[str, Any] = {
 
 def settings(**changes: Any) -> dict[str, Any]:
     """``SETTINGS`` with changes, sections merged key by key."""
-    merged = dict(SETTINGS)
+    merged = deepcopy(SETTINGS)  # a test may change what it gets
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = {**merged[key], **value} if both else value
