@@ -18,6 +18,7 @@ from dgpo.models.pipeline import PipelineModel
 from dgpo.models.policy import Policy
 from dgpo.prompts import Prompt
 from dgpo.recipe import Recipe
+from dgpo.recipe.sections import EmaSettings
 from dgpo.rewards import load_rewards
 from dgpo.rewards.stand_in import brightness
 from dgpo.training.batch import Batch
@@ -339,6 +340,23 @@ def test_averages_move_once_for_an_optimiser_step(
     monkeypatch.setattr(Updater, "_optimize", twice)
     with pytest.raises(AssertionError):
         check_averages(case())
+
+
+def test_a_warm_average_forgets_the_base_model_sooner() -> None:
+    ema = {"decay": 0.25, "every": 2, "warmup": True}
+    case = Case(train={"iterations": 20}, ema=ema)
+    slow = [t.clone() for t in case.policy.slow.tensors]
+    for iteration in range(8):
+        case.updater.update(case.batch, iteration)
+        if iteration % 2:
+            decay = (2 / 11, 3 / 12, 0.25, 0.25)[iteration // 2]
+            now = case.policy.parameters()
+            slow = [decay * a + (1 - decay) * b.detach() for a, b in zip(slow, now, strict=True)]
+            for mine, theirs in zip(slow, case.policy.slow.tensors, strict=True):
+                assert torch.allclose(mine, theirs, atol=1e-7)
+    with_it, without = EmaSettings(decay=0.9, warmup=True), EmaSettings(decay=0.9)
+    assert [with_it.decay_of(n) for n in (1, 80, 81)] == pytest.approx([2 / 11, 0.9, 0.9])
+    assert without.decay_of(1) == 0.9
 
 
 def test_the_learning_rate_follows_its_schedule() -> None:

@@ -57,7 +57,8 @@ def protocol(recipe: Recipe) -> dict[str, Any]:
 
 def lag(recipe: Recipe) -> float:
     """By how many iterations the weights that are evaluated lag behind those that are trained: the
-    memory ``every / (1 - decay)`` of the slow average, which counts optimiser steps."""
+    memory ``every / (1 - decay)`` of the slow average, which counts optimiser steps. With
+    ``ema.warmup`` it is less at first."""
     return recipe.ema.every / (1 - recipe.ema.decay) / recipe.updates_per_iteration
 
 

@@ -117,7 +117,11 @@ def _remarks(comparison: Comparison, machines: Sequence[dict[str, Any]]) -> list
     lags = {run.name: lag(run.recipe) for run in made if not settings_unknown(run)}
     lines: list[str] = []
     if lags:
-        named = ", ".join(f"{name} {iterations:.3g}" for name, iterations in lags.items())
+        warm = {run.name for run in made if run.recipe.ema.warmup}
+        named = ", ".join(
+            f"{name} {iterations:.3g}{' (less at first)' if name in warm else ''}"
+            for name, iterations in lags.items()
+        )
         lines.append(
             "Scored is the slow average of the weights (ema); the iterations by which it lags "
             f"behind the policy: {named}."

@@ -156,6 +156,13 @@ class EmaSettings(Settings):
     """Of the slow average of the weights, which is evaluated and saved."""
     every: int = Field(default=8, ge=1)
     """Optimiser steps between its updates."""
+    warmup: bool = False
+    """Hold the decay of its nth update to (1 + n) / (10 + n), so that a young average does not
+    remember the base model."""
+
+    def decay_of(self, update: int) -> float:
+        """The decay of an update; they count from 1."""
+        return min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay
 
 
 class EvalSettings(Settings):

@@ -155,8 +155,9 @@ class Updater:
         self.optimizer.zero_grad()
         self._move_old("step", self.step)
         self.step += 1
-        if self.step % self.recipe.ema.every == 0:
-            self.policy.slow.update(self.recipe.ema.decay)
+        ema = self.recipe.ema
+        if self.step % ema.every == 0:
+            self.policy.slow.update(ema.decay_of(self.step // ema.every))
         figures.add({"grad_norm": norm}, 1.0)
         return None
 
