@@ -19,7 +19,7 @@ define step
 @printf '\n==> %s\n' "$(1)"; begin=$$(date +%s); $(2); printf '    done in %s s\n' "$$(( $$(date +%s) - begin ))"
 endef
 
-.PHONY: help install quickstart test test-all lint format fuzz audit bench ablations papers clean-env
+.PHONY: help install quickstart test test-all lint format fuzz audit bench ablations results papers clean-env
 
 help:
 	@echo 'make install      create $(VENV) with the pinned versions (1 to 4 minutes the first time, then nothing)'
@@ -32,6 +32,7 @@ help:
 	@echo 'make audit        bandit over the code, pip-audit over constraints.txt (needs the network)'
 	@echo 'make bench        where the time of a training iteration goes (5 minutes)'
 	@echo 'make ablations    what each part of DGPO is worth; 12 runs of 15 minutes each; goes on where it was stopped'
+	@echo 'make results      write the comparison of docs/results.md and its picture from benchmarks/results'
 	@echo 'make papers       write docs/papers.md from the recipes and benchmarks/results'
 	@echo 'make clean-env    delete $(VENV)'
 
@@ -87,6 +88,10 @@ bench: $(STAMP)
 # One table of the recipe with one thing changed at a time, in docs/results.md. OPTIONS: --budget MINUTES --seeds N --out DIR
 ablations: $(STAMP)
 	$(call step,ablations: 12 variants of pocket-geneval (15 minutes of training each; finished runs are used again),OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ablations.py $(OPTIONS))
+
+# The comparison of docs/results.md, from what finished runs have left in benchmarks/results
+results: $(STAMP)
+	@$(BIN)/python benchmarks/comparison.py
 
 papers: $(STAMP)
 	@$(BIN)/python benchmarks/papers.py

@@ -2,10 +2,12 @@
 
     make ablations
     python benchmarks/ablations.py [--budget 15] [--seeds 1] [--out runs/ablations] [key=value ...]
+    python benchmarks/ablations.py --variants benchmarks/turbo.yaml --budget 4 --out runs/turbo
 
 The variants are those of ablations.yaml, the runs those of ``dgpo compare``: the same command
-again uses finished runs and goes on with interrupted ones. The table is written to the part
-"ablations" of docs/results.md.
+again uses finished runs and goes on with interrupted ones. What finished runs have measured is kept
+in benchmarks/results, and the table is written to a part of docs/results.md; with ``--redraw`` that
+is all.
 """
 
 from __future__ import annotations
@@ -32,12 +34,15 @@ NOTE = """\
 {seeds} of each, {budget:g} minutes of training for a run (evaluations do not count). Scores are
 those of the held-out prompts, at the evaluation with the best one; changes of the other measures,
 which are not trained, are from the base model to that evaluation. Brackets: Student's 95% interval
-over seeds; of one seed there is none. Offline variants train on {groups} groups sampled from the
-untrained model, which cost no training time here. Resolution: `eval.every`. Curves: `compare.html`
-in the folder of the runs. Made with
+over seeds; of one seed there is none. {offline}Resolution: `eval.every`.
+Curves: `compare.html` in the folder of the runs. Made with
 
     {command}
 """
+OFFLINE = (
+    "Offline variants train on {groups} groups sampled from the untrained model, which cost no "
+    "training time here. "
+)
 
 
 def main() -> None:
@@ -47,24 +52,30 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "results.md")
+    parser.add_argument("--results", type=Path, help="default: benchmarks/results/SECTION")
+    parser.add_argument("--redraw", action="store_true", help="train nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all variants")
     given = parser.parse_args()
     variants = read_variants(given.variants)
     sources = write_recipes(variants, given.out)
     quiet()
-    sample_groups(variants, given.out, given.overrides)
+    if not given.redraw:
+        sample_groups(variants, given.out, given.overrides)
     runs = plan(sources, given.seeds, given.out, given.budget, given.overrides)
     command = shlex.join(["python", "benchmarks/ablations.py", *sys.argv[1:]])
-    summaries = carry_out(Comparison(runs, [], None, command, given.out))
+    results = given.results or HERE / "results" / variants.section
+    asked = Comparison(runs, variants.targets, None, command, given.out, results, not given.redraw)
+    if not (summaries := carry_out(asked)):
+        raise UserError(f"there is no run to draw in {given.out} or {results}")
     metric = next(iter(summaries[0].records[0].points[0].metrics))
-    made = table(variants.variants, summaries, metric, "Ablations")
+    made = table(variants.variants, summaries, metric, variants.title)
     note = NOTE.format(
         seeds="1 seed" if given.seeds == 1 else f"{given.seeds} seeds",
         budget=given.budget,
-        groups=variants.offline_groups,
+        offline=OFFLINE.format(groups=variants.offline_groups) if variants.offline_groups else "",
         command=command,
     )
-    put_section(given.page, "ablations", f"{made.markdown()}\n{note}", "Results")
+    put_section(given.page, variants.section, f"{made.markdown()}\n{note}", "Results")
     print(made.markdown(), f"written to {given.page}", sep="\n")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -106,18 +107,20 @@ def test_the_ablations_run_and_are_resumable(
         "plain": {"what": "as it is"},
         "offline": {"what": "nothing sampled", "set": ["data.preferences={groups}"]},
     }
-    spec = {"base": "base.yaml", "offline_groups": 2, "variants": variants}
+    spec = {"targets": [0.01, 0.99], "base": "base.yaml", "offline_groups": 2, "variants": variants}
     Path("variants.yaml").write_text(yaml.safe_dump(spec))
     place = importlib.util.spec_from_file_location("ablations", BENCHMARKS / "ablations.py")
     assert place is not None and place.loader is not None
     module = importlib.util.module_from_spec(place)
     place.loader.exec_module(module)
     words = ["--variants", "variants.yaml", "--out", "out", "--page", "results.md"]
+    words += ["--results", "kept"]
     monkeypatch.setattr(sys, "argv", ["ablations.py", *words])
     module.main()
     page = Path("results.md").read_text()
     # minutes, iterations, score
-    assert re.search(r"\| plain: as it is \| \d+\.\d \| 1 \| 0\.\d", page)
+    assert re.search(r"\| plain: as it is \| \d+\.\d \| 1 \| 0\.\d+ \| 0\.00 \| >= 0\.0", page)
+    assert "| minutes to 0.01 | minutes to 0.99 |" in page
     assert "| offline: nothing sampled |" in page
     assert "change of redness" in page and "--variants variants.yaml" in page
     files = {file: file.stat().st_mtime_ns for file in Path("out").rglob("checkpoints/*/*")}
@@ -127,3 +130,13 @@ def test_the_ablations_run_and_are_resumable(
     assert capsys.readouterr().out.count("found finished") == 2
     assert {file: file.stat().st_mtime_ns for file in files} == files
     assert Path("results.md").read_text() == page
+    shutil.rmtree("out")
+    monkeypatch.setattr(sys, "argv", ["ablations.py", *words, "--redraw"])
+    module.main()
+    again = Path("results.md").read_text()
+    assert _rows(again) == _rows(page) and len(_rows(page)) == 4
+    assert not list(Path("out").rglob("checkpoints"))
+
+
+def _rows(page: str) -> list[str]:
+    return [line for line in page.splitlines() if line.startswith("|")]

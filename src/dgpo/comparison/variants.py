@@ -25,8 +25,14 @@ class Variant(Settings):
 
 
 class Variants(Settings):
+    title: str = "Ablations"
+    """Of the table."""
+    section: str = "ablations"
+    """The part of the page that holds it; see :func:`put_section`."""
     base: str
     """A recipe's name or file."""
+    targets: list[float] = Field(default_factory=list)
+    """Held-out scores: the table says how long each variant took to reach them."""
     offline_groups: int = Field(default=0, ge=0)
     """How many groups are sampled from the untrained model, for variants that ask for them."""
     variants: dict[str, Variant]
@@ -77,9 +83,11 @@ def write_recipes(variants: Variants, out: Path) -> list[str]:
 def table(
     variants: Mapping[str, Variant], summaries: Sequence[Summary], metric: str, title: str
 ) -> Table:
-    """What each variant has reached, and what it cost out of the domain of what is trained."""
+    """What each variant has reached, how soon it reached the comparison's targets, and what it cost
+    out of the domain of what is trained."""
     others = list(dict.fromkeys(name for summary in summaries for name in summary.change))
     header = ["variant", "training minutes", "iterations", f"best {metric}"]
+    header += [f"minutes to {target:g}" for target in summaries[0].to_target]
     header += [f"change of {name}" for name in others]
     rows = []
     for summary in summaries:
@@ -88,7 +96,8 @@ def table(
         made = _range([end.iteration for end in ends], "d")
         changes = [cell(summary.change.get(name, Figure(None)), 3, sign=True) for name in others]
         name = f"{summary.name}: {variants[summary.name].what}"
-        rows.append([name, spent, made, cell(summary.best, 3), *changes])
+        times = [cell(costs["minutes"]) for costs in summary.to_target.values()]
+        rows.append([name, spent, made, cell(summary.best, 3), *times, *changes])
     return Table(title, header, rows)
 
 

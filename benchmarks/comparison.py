@@ -1,0 +1,96 @@
+"""DGPO and its rivals on the task of pocket-geneval: the first part of docs/results.md.
+
+    make results                                           # draw it again from benchmarks/results
+    python benchmarks/comparison.py --train [--group N]    # make the runs that are missing (hours)
+
+The runs are those of ``dgpo compare``: finished ones are kept in benchmarks/results and used again,
+interrupted ones go on. The published figures have one thread each (OMP_NUM_THREADS=1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from dgpo.cli.common import quiet
+from dgpo.cli.compare import carry_out
+from dgpo.comparison.plan import Run, plan
+from dgpo.comparison.report import Comparison
+from dgpo.comparison.variants import put_section
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs"
+TARGETS = (0.7, 0.8, 0.9)
+
+
+class Group(NamedTuple):
+    """Recipes that are given the same time."""
+
+    recipes: tuple[str, ...]
+    minutes: float
+    stop: bool = False
+    """Whether a run ends once two evaluations in a row reach the last target."""
+
+
+def _rivals(*names: str) -> tuple[str, ...]:
+    return tuple(f"pocket-geneval-{name}" for name in names)
+
+
+GROUPS = (
+    Group(_rivals("turbo"), 8),
+    Group(("pocket-geneval",), 60),
+    Group(_rivals("diffusion_nft", "awm"), 12),
+    Group(_rivals("flow_grpo", "flow_grpo_fast"), 40, stop=True),
+)
+ABOUT = """\
+Every recipe trains the same LoRA of the same model on the same prompts and pictures an iteration,
+and is scored alike (660 held-out prompts). Each run had one thread of a machine with two cores,
+beside one other run. How each method's settings were found: [LOG.md](../LOG.md). Made with
+
+    {command}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--train", action="store_true", help="make the runs that are missing")
+    parser.add_argument("--group", type=int, choices=range(len(GROUPS)), help="train these alone")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("runs/comparison"))
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--page", type=Path, default=DOCS / "results.md")
+    given = parser.parse_args()
+    quiet()
+    command = shlex.join(["python", "benchmarks/comparison.py", *sys.argv[1:]])
+
+    def comparison(runs: list[Run], stop_at: float | None, train: bool, out: Path) -> Comparison:
+        return Comparison(runs, TARGETS, stop_at, command, out, given.results, train)
+
+    chosen = GROUPS if given.group is None else GROUPS[given.group : given.group + 1]
+    for number, group in enumerate(chosen if given.train else ()):
+        runs = plan(group.recipes, given.seeds, given.out, group.minutes)
+        stop_at = TARGETS[-1] if group.stop else None
+        carry_out(comparison(runs, stop_at, True, given.out / f"group-{number}"))
+    longest = max(group.minutes for group in GROUPS)
+    names = [name for group in GROUPS for name in group.recipes]
+    with TemporaryDirectory() as place:
+        drawn = Path(place)
+        runs = plan(names, given.seeds, drawn, longest)
+        if not carry_out(comparison(runs, None, False, drawn)):
+            raise SystemExit(f"there is no finished run in {given.results}")
+        text = (drawn / "table.md").read_text(encoding="utf-8").partition("\n")[2]
+        shutil.copy(drawn / "compare.png", DOCS / "images" / "comparison.png")
+    text = text.replace("\n## ", "\n### ").replace("](compare.png)", "](images/comparison.png)")
+    tables, _, rest = text.partition("\nMade with:")
+    machine = rest.rpartition("```\n")[2]
+    about = ABOUT.format(command=command)
+    put_section(given.page, "comparison", f"{about}\n{tables}\n{machine}", "Results")
+
+
+if __name__ == "__main__":
+    main()
