@@ -109,7 +109,7 @@ FACTS: dict[str, Facts] = {
     "pocket_geneval_strict": Facts("pocket scenes: all or nothing", "0 or 1"),
     "pocket_match": Facts("pocket scenes: caption and picture", "-1 to 1"),
     "pocket_quality": Facts("pocket scenes: cleanly drawn", "0 to 1"),
-    "pocket_kid": Facts("pocket: distance to drawn scenes (lower is better)", "0 up"),
+    "pocket_kid": Facts("pocket: distance to drawn scenes (lower is better)", "about 0 up"),
     "pocket_ocr": Facts("pocket signs: wanted digits are read", "0 to 1", "Apache-2.0", **_READER),
     "pocket_ocr_exact": Facts("pocket signs: read and no more", "0 or 1", "Apache-2.0", **_READER),
     "http": Facts(

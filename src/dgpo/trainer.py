@@ -7,7 +7,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from dgpo.algorithms.base import BaseAlgorithm
+from dgpo.algorithms.base import Algorithm, BaseAlgorithm
 from dgpo.distributed.joining import join
 from dgpo.distributed.processes import here
 from dgpo.distributed.quiet import outputs
@@ -130,6 +130,8 @@ class Trainer:
         self._before: list | None = None
         self._goes_on = resume
         self._between_updates = True
+        self._stopped_early = False
+        """A guard has ended the run, and the best weights have taken the place of the last."""
         if counters := self._checkpoints.restore(self.policy, self.updater):
             self.iteration, self.seconds = counters["iteration"], counters["seconds"]
             self.counter.totals = {name: counters.get(name, 0) for name in COUNTED}
@@ -183,8 +185,13 @@ class Trainer:
         """Score the held-out prompts with the slow average of the weights (or others).
 
         Raises:
-            UserError: there are no held-out prompts.
+            UserError: there are no held-out prompts, or no such weights.
         """
+        if weights == "old" and not isinstance(self.algorithm, Algorithm):
+            raise UserError(
+                f"evaluate('old'): {self.algorithm.name} keeps no old policy; use 'slow' or "
+                "'policy'"
+            )
         return self._held_out.score(weights)
 
     def save_model(self, directory: str | Path) -> None:
@@ -217,6 +224,8 @@ class Trainer:
             figures: dict[str, float] = {"loss": 0.0}
             if collected.batch is not None:
                 figures = self._update(collected.batch)
+            else:
+                self.updater.pass_by(self.iteration)
             ended = monotonic()
             self.iteration += 1
             self.seconds += ended - began
@@ -287,6 +296,8 @@ class Trainer:
             self._save_checkpoint()
 
     def _end(self) -> None:
+        if self._stopped_early:
+            return self._progress.say(f"the run was stopped early; results in {self.folder}")
         steps, every = self.updater.step, self.recipe.ema.every
         if 0 < steps < every:
             self._journal.warn(
@@ -295,23 +306,25 @@ class Trainer:
                 "evaluated and saved, has not moved; lower ema.every or train for longer",
             )
         self._evaluate()
+        self._save_checkpoint()
+        reason = self.processes.from_main(lambda: self._journal.reason_to_stop, "the end")
+        delivered = None if reason is None else self._stop_early(reason)
         after = self._journal.draw("after")
         if after is not None:
             before = self._before or self._held_out.pictures(base=True)
             self._tracker.compare(before, after, self._held_out.captions)
-        self._save_checkpoint()
-        reason = self.processes.from_main(lambda: self._journal.reason_to_stop, "the end")
-        if reason is not None:
-            self._stop_early(reason)
-        self._tracker.summarize()
+        self._tracker.summarize(delivered)
         took = clock(self.seconds)
         self._progress.say(f"{self.iteration} iterations in {took}; results in {self.folder}")
 
-    def _stop_early(self, reason: str) -> None:
-        """A guard has ended the run: the weights of the best checkpoint are those that count."""
+    def _stop_early(self, reason: str) -> int | None:
+        """A guard has ended the run: the weights of the best checkpoint are those that count. Its
+        iteration, or None where no checkpoint has a score."""
+        self._stopped_early = True
         best = self._checkpoints.take_best(self.policy, self.updater)
         what = "there is no score" if best is None else f"the best weights are of iteration {best}"
         self._progress.say(f"stopped early, for {reason} (guards.stop); {what}")
+        return best
 
     def _stop(self) -> None:
         """After Ctrl-C or SIGTERM."""
@@ -330,6 +343,8 @@ class Trainer:
             self.last_report = report or self.last_report
 
     def _save_checkpoint(self) -> None:
+        if self._stopped_early:
+            return  # the last iteration's checkpoint keeps the last weights
         self._progress.stage("saving")
         counters = {"iteration": self.iteration, "seconds": self.seconds, **self.counter.totals}
         score = self._journal.score(self.iteration)

@@ -123,6 +123,18 @@ def test_a_block_is_whole_before_ctrl_c_is_heard() -> None:
         signal.raise_signal(signal.SIGINT)
         done.append(1)
     assert done and signal.getsignal(signal.SIGINT) is before
+    heard: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    try:
+        with (
+            all_or_nothing()
+        ):  # launchers send it twice: who has a handler is asked, not interrupted
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            assert not heard
+        assert heard == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)
     with pytest.raises(ValueError, match="inner"), all_or_nothing():
         raise ValueError("inner")
     assert signal.getsignal(signal.SIGINT) is before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,39 @@ def test_an_early_stop_saves_the_weights_of_the_best(tmp_path: Path) -> None:
     assert len(rows(tmp_path)) == 5
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["00000002", "00000005"]
+    last = (tmp_path / "checkpoints/00000005/tensors.safetensors").read_bytes()
+    card = (tmp_path / "README.md").read_text()
+    assert "after 2 iterations" in card and "**0.900**" in card and "0.300" not in card
     best = load_file(tmp_path / "checkpoints/00000002/tensors.safetensors")
     for name, tensor in run.policy.state_dict().items():
         assert torch.equal(tensor, best[name]), name
+    run.train()  # there is nothing left to do, and nothing is overwritten
+    assert (tmp_path / "checkpoints/00000005/tensors.safetensors").read_bytes() == last
+    assert (tmp_path / "README.md").read_text() == card
+
+
+def test_a_score_that_is_no_number_ends_no_run(tmp_path: Path) -> None:
+    run = trainer(
+        tmp_path,
+        brightness,
+        eval_dataset=PROMPTS[:2],
+        eval={"every": 1, "at_start": True},
+        train={"iterations": 2},
+    )
+    right, calls = run._held_out.score, iter((1.0, math.nan, 1.0))
+
+    def score(*given: Any) -> Any:
+        return replace(right(*given), overall=next(calls))
+
+    run._held_out.score = score  # pyright: ignore[reportAttributeAccessIssue]
+    run.train()
+    assert [row["overall"] for row in rows(tmp_path, "evaluations.jsonl")] == [1.0, None, 1.0]
+    assert "from **1.000** to **1.000**" in (tmp_path / "README.md").read_text()
+
+
+def test_groups_that_were_lost_do_not_hide_a_collapse() -> None:
+    guards = watch(collapse=2)
+    assert not guards.iteration({"groups_dropped": 1, "groups_skipped": 1})
+    assert guards.iteration({"groups_dropped": 2, "groups_skipped": 0})
+    assert not guards.iteration({"groups_dropped": 0, "groups_skipped": 2})  # nothing was scored
+    assert guards._collapsed == 0

@@ -67,7 +67,8 @@ class Case:
 
     def collect(self, reward: Any = brightness, iteration: int = 0) -> Collected:
         prompts = [Prompt(text) for text in PROMPTS]
-        algorithm, rewards = self.recipe.algorithm, load_rewards([reward])
+        algorithm = self.recipe.algorithm
+        rewards = load_rewards(reward if isinstance(reward, dict) else [reward])
         return collect(
             self.policy, rewards, algorithm, prompts, self.recipe, iteration, self.scheduler
         )
@@ -133,6 +134,24 @@ def test_two_updates_average_to_one() -> None:
         (one,), two = steps(1, reward), steps(2, reward)
         mean = [(a + b) / 2 for a, b in zip(*two, strict=True)]
         assert difference(one, mean) < 1e-10
+
+
+@pytest.mark.filterwarnings("ignore:a group is left out")
+def test_a_part_that_has_lost_groups_is_the_mean_of_the_rest() -> None:
+    def breaks(images: Any, prompts: list[str]) -> list[float]:
+        if PROMPTS[0] in prompts:
+            raise ValueError("no answer")
+        return brightness(images, prompts)
+
+    def steps(updates: int) -> list[list[Tensor]]:
+        algorithm = {"updates": updates, "kl": 0.0}
+        rollout = {"batch": SIZE}  # one call of the reward for each group
+        case = Case(torch.float64, lora=None, train=FREE, algorithm=algorithm, rollout=rollout)
+        return case.gradients({breaks: {"on_error": "skip_group"}})
+
+    (one,), (first, second) = steps(1), steps(2)
+    mean = [(a + 2 * b) / 3 for a, b in zip(first, second, strict=True)]  # one group and two
+    assert difference(one, mean) < 1e-10
 
 
 def test_a_part_without_groups_takes_no_step() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dgpo.algorithms.base import Algorithm
 from dgpo.algorithms.shared import NormalizedRewards
-from dgpo.algorithms.surrogate import clipped_surrogate
+from dgpo.algorithms.surrogate import clipped_surrogate, stopped_by_clip
 from dgpo.core.groups import Groups
 from dgpo.core.points import Forward
 from dgpo.core.precision import mean_square
@@ -59,10 +59,11 @@ class AWM(NormalizedRewards, Algorithm):
         level = points.process.noise_level(points.level)
         logp, old_logp = (matching_logp(d, level, self.power) for d in (error, old_error))
         ratio = (logp - old_logp).exp()
-        terms = clipped_surrogate(ratio, points.advantages.to(ratio), self.clip)
+        advantages = points.advantages.to(ratio)
+        terms = clipped_surrogate(ratio, advantages, self.clip)
         loss, metrics = terms.mean(), {"error": error, "ratio": ratio}
         if self.clip is not None:
-            metrics["clipped"] = ((ratio - 1).abs() > self.clip).to(ratio)
+            metrics["clipped"] = stopped_by_clip(ratio, advantages, self.clip)
         if self.kl > 0:
             metrics["kl"] = mean_square(points.pred, points.snapshot("ref").detach())
             loss = loss + self.kl * metrics["kl"].mean()

@@ -5,13 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from dgpo.algorithms.base import TrajectoryAlgorithm
 from dgpo.algorithms.shared import NormalizedRewards
-from dgpo.algorithms.surrogate import clipped_surrogate
+from dgpo.algorithms.surrogate import clipped_surrogate, stopped_by_clip
 from dgpo.core.points import Trajectory
 from dgpo.core.precision import mean_square
 from dgpo.core.sde import Moments
@@ -21,8 +20,7 @@ def ppo(log_ratio: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, dic
     """PPO's terms of ``r = exp(log_ratio)``, all ``[B]``, the ratio, and where the clip stopped the
     gradient."""
     ratio = log_ratio.exp()
-    stopped = torch.where(advantages > 0, ratio > 1 + clip, ratio < 1 - clip)
-    figures = {"ratio": ratio, "clipped": stopped.to(ratio)}
+    figures = {"ratio": ratio, "clipped": stopped_by_clip(ratio, advantages, clip)}
     return clipped_surrogate(ratio, advantages, clip), figures
 
 

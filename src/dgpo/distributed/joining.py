@@ -13,6 +13,7 @@ from dgpo.distributed.processes import Processes
 from dgpo.distributed.sharding import shard
 from dgpo.distributed.shares import Share
 from dgpo.errors import UserError
+from dgpo.models.text_by_call import encodes_itself
 from dgpo.prompts import Prompt
 from dgpo.prompts.caption import pictures_of
 from dgpo.recipe import Recipe
@@ -65,11 +66,20 @@ def place(
         denoisers: of it.
         recipe: ``train.sharding`` and ``lora`` are read.
         moves: whether it goes to this process's device; else it stays where it is.
+
+    Raises:
+        UserError: such a pipeline cannot be sharded.
     """
     if recipe.train.sharding == "none":
         if moves:
             pipe.to(processes.device)
         return
+    if encodes_itself(pipe):
+        raise UserError(
+            f"train.sharding = 'fsdp2': {type(pipe).__name__} is given one text a call, so "
+            "processes with other texts make other numbers of passes, and with sharded weights all "
+            "must make the same; use train.sharding = none"
+        )
     device = processes.device
     for name, module in pipe.components.items():
         if not isinstance(module, nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dgpo.core.process import Level
-from dgpo.distributed.sharding import any_sharded, plain_class, put, whole
+from dgpo.distributed.sharding import any_sharded, plain_class, whole
 from dgpo.errors import UserError
 from dgpo.models import lora as lora_weights
 from dgpo.models.lora import LoraSettings
@@ -30,8 +30,8 @@ class Policy:
     """A pipeline of which a LoRA, or the whole denoiser, is trained.
 
     The reference is the model as it was: the LoRA switched off, or a frozen copy of the denoiser.
-    ``old`` and ``slow`` are moving averages; the trainer calls ``old.update`` after each optimiser
-    step and ``slow.update`` as often as the recipe says.
+    ``old`` and ``slow`` are moving averages: the algorithm says when ``old`` moves and how far
+    (policy gradients have none), the recipe's ``ema`` when ``slow`` does.
 
     Args:
         model: the pipeline. All its modules are frozen and put into evaluation mode; only what
@@ -191,17 +191,6 @@ class Policy:
             for name, tensor in zip(self._named, snapshot.tensors, strict=True):
                 state[f"{kind}.{name}"] = tensor
         return state
-
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what :meth:`state_dict` gave, whole tensors.
-
-        Raises:
-            UserError: names or shapes are not those of this policy.
-        """
-        self.refuse_other({name: tuple(tensor.shape) for name, tensor in state.items()})
-        for name, tensor in self.state_dict().items():
-            put(tensor, state[name])
 
     def refuse_other(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """See that a state's names and shapes are those of this policy.

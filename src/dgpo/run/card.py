@@ -66,8 +66,8 @@ def _lead(
     if len(evaluations) > 1 and evaluations[0]["iteration"] == 0:
         first, last = evaluations[0], evaluations[-1]
         text += (
-            f"\nOn {last['n']} held-out prompts the score went from **{first['overall']:.3f}** to "
-            f"**{last['overall']:.3f}**"
+            f"\nOn {last['n']} held-out prompts the score went from "
+            f"**{_with_interval(first['overall'])}** to **{_with_interval(last['overall'])}**"
         )
         text += f" in {last['seconds'] / 60:.1f} minutes of training." if rows else "."
     return text + "\n"

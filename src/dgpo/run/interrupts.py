@@ -51,20 +51,23 @@ def terminable() -> Iterator[None]:
 def all_or_nothing() -> Iterator[None]:
     """A Ctrl-C or SIGTERM during the block is heard once the block is done.
 
-    A second Ctrl-C is raised at once. Outside the main thread, which alone hears of signals, the
-    block runs as it is.
+    A second Ctrl-C is raised at once, unless the program has a handler of its own for them. Outside
+    the main thread, which alone hears of signals, the block runs as it is.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     heard: list[int] = []
+    before: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in _STOPS}
 
     def wait(number: int, frame: Any) -> None:
-        if number == signal.SIGINT and number in heard:
+        usual = before[signal.SIGINT] is signal.default_int_handler
+        if number == signal.SIGINT and number in heard and usual:
             raise KeyboardInterrupt
         heard.append(number)
 
-    before = {number: signal.signal(number, wait) for number in _STOPS}
+    for number in _STOPS:
+        signal.signal(number, wait)
     try:
         yield
     finally:

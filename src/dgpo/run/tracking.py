@@ -164,11 +164,18 @@ class Tracker:
         before_after(before, after, captions).save(file)
         return file
 
-    def summarize(self) -> None:
-        """Draw ``curve.png`` and write ``README.md`` from what was measured; may be repeated."""
+    def summarize(self, delivered: int | None = None) -> None:
+        """Draw ``curve.png`` and write ``README.md`` from what was measured; may be repeated.
+
+        Args:
+            delivered: the iteration whose weights are the run's result; None for the last.
+        """
         rows, evaluations = self.rows, self.evaluations
         if rows or evaluations:
             curve(rows, evaluations, self.folder / "curve.png")
+        if delivered is not None:
+            evaluations = [row for row in evaluations if row["iteration"] <= delivered]
+            rows = [row for row in rows if row["iteration"] <= delivered]
         card = model_card(self.recipe, rows, evaluations, self.folder)
         (self.folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -34,6 +34,7 @@ class Batch:
         places: [B], the position of each row among all pictures of the iteration.
         total: number of pictures of the iteration that would be trained if every group had spread;
             groups that a reward has failed do not count.
+        lost: the groups that a reward has failed.
         steps: the rollout's steps that a policy gradient trains on, rows as in ``x0``.
         shares: the places of the rows of every process, if there are several; ``groups`` then
             counts those of all, and the rest is this process's.
@@ -48,6 +49,7 @@ class Batch:
     groups: Groups
     places: Tensor
     total: int
+    lost: tuple[int, ...] = ()
     steps: Sequence[Step] = ()
     shares: tuple[Tensor, ...] = ()
     split: bool = False
@@ -56,8 +58,7 @@ class Batch:
     @property
     def share(self) -> float:
         """Rows of all processes over ``total``: groups without spread are left out of every forward
-        pass, and the share keeps the loss the mean over all pictures, as if they had been there
-        with A = 0."""
+        pass, and the share keeps the loss the mean over all pictures, as if their terms were 0."""
         return self.count / self.total
 
     @property
@@ -139,7 +140,7 @@ def learnable(
     kept = trained.nonzero()[:, 0]
     chosen = replace(groups.subset(kept), size=size)
     batch = _batch(rows[kept], chosen, advantages[kept], groups.count * size, made, cond, share)
-    return batch, figures
+    return replace(batch, lost=tuple(sorted(scored.lost))), figures
 
 
 def _batch(

@@ -107,7 +107,8 @@ class Guards:
         return None
 
     def _collapse(self, row: Mapping[str, Any]) -> str | None:
-        dropped = row.get("groups_dropped") == self._groups
+        equal, lost = row.get("groups_dropped", 0), row.get("groups_skipped", 0)
+        dropped = equal > 0 and equal + lost == self._groups
         self._collapsed = self._collapsed + 1 if dropped else 0
         if dropped and self.settings.collapse and self._collapsed % self.settings.collapse == 0:
             return (

@@ -104,7 +104,9 @@ class Journal:
 
     @property
     def _scores(self) -> dict[int, float]:
-        return {row["iteration"]: row["overall"] for row in self.tracker.evaluations}
+        """By iteration; an evaluation without a number has none."""
+        rows = self.tracker.evaluations
+        return {r["iteration"]: r["overall"] for r in rows if r["overall"] is not None}
 
     def warn(self, iteration: int, *texts: str) -> None:
         """Keep what the user should know in ``warnings.jsonl``, and say it."""

@@ -127,7 +127,9 @@ class RankedCollector:
 
         Raises:
             UserError: a picture cannot be read, or has another size than the pipeline's.
+            KeyboardInterrupt, Terminated: a signal has asked one of several processes to stop.
         """
+        self._processes.stop_if_asked("reading an iteration's groups")
         began, recipe, algorithm = monotonic(), self._recipe, self._algorithm
         chosen = cast(list[RankedGroup], self._prompts.at(iteration))
         size, pick = recipe.group_size, recipe.data.pick

@@ -52,14 +52,23 @@ class TrajectoryRounds:
             rows = (mine == part).nonzero()[:, 0]
             counts = [int((parts == part).sum()) for parts in everywhere]
             if any(counts):
-                yield self._terms(batch, rows, counts, iteration, fresh)
+                scored = groups // updates - sum(n * updates // groups == part for n in batch.lost)
+                whole = batch.total // (groups - len(batch.lost)) * scored
+                yield self._terms(batch, rows, counts, whole, iteration, fresh)
                 fresh = False
 
     def _terms(
-        self, batch: Batch, rows: Tensor, counts: list[int], iteration: int, fresh: bool
+        self,
+        batch: Batch,
+        rows: Tensor,
+        counts: list[int],
+        whole: int,
+        iteration: int,
+        fresh: bool,
     ) -> Round:
-        """The terms of a part: of ``rows``, while every process has as many as ``counts`` says."""
-        share = sum(counts) * self.algorithm.updates / batch.total
+        """The terms of a part: of ``rows``, while every process has as many as ``counts`` says, and
+        all had ``whole`` if every group had spread."""
+        share = sum(counts) / whole
         size = self.recipe.train.micro_batch or max(counts)
         parts = [some for some in rows.split(size) if len(some)]
         missing = -(-max(counts) // size) - len(parts) if self._lockstep else 0

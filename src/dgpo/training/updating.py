@@ -125,9 +125,13 @@ class Updater:
                     f"{self.nonfinite} times in a row (guards.nonfinite): lower train.lr and go on "
                     "from the last checkpoint"
                 )
-        self._move_old("iteration", iteration)
+        self.pass_by(iteration)
         found = means.result() or {"loss": math.nan}
         return {**found, "nonfinite_steps": float(skipped)} if skipped else found
+
+    def pass_by(self, iteration: int) -> None:
+        """The end of an iteration, with or without a batch: move the old policy if it moves now."""
+        self._move_old("iteration", iteration)
 
     def _backward(self, terms: Round, figures: Means) -> str | None:
         """Gradients of all terms of a step; what is not finite, if something is not."""
@@ -141,8 +145,8 @@ class Updater:
         return problem
 
     def _optimize(self, figures: Means) -> str | None:
-        """One optimiser step; both averages are moved once for it.  None is taken, and what is not
-        finite is returned, if the gradient is not."""
+        """One optimiser step; the averages that move with steps are moved once for it. None is
+        taken, and what is not finite is returned, if the gradient is not."""
         train = self.recipe.train
         if not any(is_sharded(p) for p in self.parameters):  # which are summed by their backward
             self._processes.sum_gradients(self.parameters)
