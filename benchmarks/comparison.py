@@ -29,10 +29,11 @@ TARGETS = (0.7, 0.8, 0.9)
 
 
 class Group(NamedTuple):
-    """Recipes that are given the same time."""
+    """Recipes that are trained alike."""
 
     recipes: tuple[str, ...]
-    minutes: float
+    minutes: float | None = None
+    """Of training for a run; None for the recipe's end."""
     stop: bool = False
     """Whether a run ends once two evaluations in a row reach the last target."""
 
@@ -42,10 +43,10 @@ def _rivals(*names: str) -> tuple[str, ...]:
 
 
 GROUPS = (
-    Group(_rivals("turbo"), 8),
-    Group(("pocket-geneval",), 60),
-    Group(_rivals("diffusion_nft", "awm"), 12),
-    Group(_rivals("flow_grpo", "flow_grpo_fast"), 40, stop=True),
+    Group(_rivals("turbo", "diffusion_nft", "awm")),
+    Group(("pocket-geneval",)),
+    Group(_rivals("flow_grpo"), 22, stop=True),
+    Group(_rivals("flow_grpo_fast"), 12, stop=True),
 )
 ABOUT = """\
 Every recipe trains the same LoRA of the same model on the same prompts and pictures an iteration,
@@ -76,11 +77,10 @@ def main() -> None:
         runs = plan(group.recipes, given.seeds, given.out, group.minutes)
         stop_at = TARGETS[-1] if group.stop else None
         carry_out(comparison(runs, stop_at, True, given.out / f"group-{number}"))
-    longest = max(group.minutes for group in GROUPS)
     names = [name for group in GROUPS for name in group.recipes]
     with TemporaryDirectory() as place:
         drawn = Path(place)
-        runs = plan(names, given.seeds, drawn, longest)
+        runs = plan(names, given.seeds, drawn)
         if not carry_out(comparison(runs, None, False, drawn)):
             raise SystemExit(f"there is no finished run in {given.results}")
         text = (drawn / "table.md").read_text(encoding="utf-8").partition("\n")[2]

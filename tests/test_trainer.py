@@ -21,7 +21,7 @@ import dgpo.models.policy
 import dgpo.models.snapshots
 import dgpo.trainer
 import dgpo.training.setup
-from dgpo.algorithms.dgpo import DGPO
+from dgpo.algorithms import DGPO, FlowGRPO
 from dgpo.core.groups import Groups
 from dgpo.errors import UserError
 from dgpo.evaluation import sample_images
@@ -198,6 +198,20 @@ def test_the_slow_average_is_what_is_evaluated(tmp_path: Path) -> None:
     assert run.evaluate() == base != run.evaluate("policy")
     run.policy.slow.update(0.0)
     assert run.evaluate() == run.evaluate("policy")
+
+
+def test_a_policy_gradient_has_no_old_policy_to_evaluate(tmp_path: Path) -> None:
+    run = trainer(tmp_path, algorithm=FlowGRPO(updates=1), eval_dataset=PROMPTS[:2])
+    with pytest.raises(UserError, match=r"evaluate\('old'\): flow_grpo keeps no old policy"):
+        run.evaluate("old")
+
+
+def test_the_model_can_be_saved_anywhere(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "run", lora={"rank": 4, "alpha": 12})
+    run.train()
+    run.save_model(tmp_path / "mine")
+    for file in (tmp_path / "run/lora").iterdir():
+        assert (tmp_path / "mine" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_the_saved_lora_draws_the_same_pictures(tmp_path: Path) -> None:

@@ -242,7 +242,8 @@ def test_the_files_are_written_from_runs_that_are_there(races, monkeypatch):
 
 def test_every_file_can_be_made_again_from_what_was_kept(races, monkeypatch):
     sources, runs = races
-    start = {"iteration": 0, "command": ["/home/me/dgpo"], "machine": {"processor": "abacus"}}
+    start = {"iteration": 0, "command": ["/home/me/dgpo"], "machine": {}}
+    start["machine"] = {"processor": "abacus", "system": "Linux-6.1-of-my-firm"}
     for run in runs:
         (run.folder / "run.json").write_text(json.dumps({"starts": [start]}))
         keep(run, Path("results"))
@@ -253,7 +254,7 @@ def test_every_file_can_be_made_again_from_what_was_kept(races, monkeypatch):
     assert "slow, seed 1: taken from results" in output
     first, again = (json.loads(Path(out, "table.json").read_text()) for out in ("out", "again"))
     assert again["recipes"] == first["recipes"]
-    assert again["machines"] == [{"processor": "abacus"}]
+    assert again["machines"] == [{"processor": "abacus", "system": "Linux"}]
     assert Path("again/compare.png").stat().st_size > 10_000
     assert "fast 2, slow 2." in Path("again/table.md").read_text()
     assert "settings of these runs were not kept" not in Path("again/table.md").read_text()

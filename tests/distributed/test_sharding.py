@@ -9,8 +9,14 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
+from dgpo.distributed.joining import place
+from dgpo.distributed.processes import ALONE
 from dgpo.errors import UserError
+from dgpo.models.denoisers import denoisers_of
+from dgpo.recipe import Recipe
 from distributed.together import all_well, alone, apart, check_figures, run, train, weights
+from families.audio import stable_audio
+from tiny_runs import settings
 
 SHARDED: dict[str, Any] = {"train": {"sharding": "fsdp2"}}
 LORA: dict[str, Any] = {"lora": {"rank": 4, "alpha": 12}}
@@ -53,6 +59,13 @@ def test_a_lora_on_a_frozen_base_in_pieces(name: str, tmp_path: Path) -> None:
     print(f"{name}, a LoRA on a base in two pieces: {off:.1e}")  # docs/scaling.md quotes it
     assert off < 1e-5
     check_figures(whole, pieces, 1e-3, counts=False)
+
+
+def test_pipelines_that_are_given_the_text_at_every_call_are_refused(tmp_path: Path) -> None:
+    pipe = stable_audio()
+    recipe = Recipe.from_dict(settings(lora=None, **SHARDED))
+    with pytest.raises(UserError, match="StableAudioPipeline is given one text a call"):
+        place(pipe, denoisers_of(pipe), recipe, ALONE, True)
 
 
 def test_one_process_has_nothing_to_shard(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dgpo.algorithms import AWM
-from dgpo.algorithms.awm import clipped_surrogate, matching_logp
+from dgpo.algorithms.awm import clipped_surrogate, matching_logp, stopped_by_clip
 from dgpo.core import FlowMatching, Groups, Level
 from oracles.toy import LEVEL, Toy
 
@@ -66,6 +66,10 @@ def test_the_clip_stops_samples_that_moved_far_in_their_own_direction():
     assert slope.tolist() == [0, -1, -1, 0, 1, 1, 0]
     assert terms.tolist() == pytest.approx([-1.2, -1.1, -0.5, 0.8, 0.9, 1.5, 0])
     assert torch.equal(clipped_surrogate(ratio, advantages, None), -advantages * ratio)
+    # what is counted as clipped is what has no gradient, and no more
+    has_a_side = advantages != 0
+    stopped = stopped_by_clip(ratio.detach(), advantages, 0.2).bool()
+    assert torch.equal(stopped[has_a_side], slope[has_a_side] == 0)
 
 
 def test_the_noise_level_of_an_inverted_schedule_is_its_complement():

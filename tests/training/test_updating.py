@@ -359,6 +359,18 @@ def test_a_warm_average_forgets_the_base_model_sooner() -> None:
     assert without.decay_of(1) == 0.9
 
 
+def test_an_iteration_without_a_batch_moves_the_old_policy_too() -> None:
+    case = Case()
+    updater = Updater(case.policy, DiffusionNFT(), case.recipe)
+    before = [t.clone() for t in case.policy.old.tensors]
+    updater.pass_by(300)
+    for old, was, now in zip(
+        case.policy.old.tensors, before, case.policy.parameters(), strict=True
+    ):
+        assert torch.allclose(old, 0.3 * was + 0.7 * now.detach(), atol=1e-6)
+    assert updater.step == 0
+
+
 def test_the_learning_rate_follows_its_schedule() -> None:
     def rates(**train: Any) -> list[float]:
         case = Case(train={"iterations": 4, **train})

@@ -41,7 +41,7 @@ def keep(run: Run, results: Path) -> None:
     _write_jsonl(_file(run, results, "evaluations.jsonl"), evaluations)
     if (run.folder / FILE).exists():
         starts = json.loads((run.folder / FILE).read_text(encoding="utf-8"))["starts"]
-        kept = [{k: v for k, v in start.items() if k not in _LEFT_OUT} for start in starts]
+        kept = [_public(start) for start in starts]
         text = json.dumps({"starts": kept}, indent=1) + "\n"
         _write(_file(run, results, FILE), text)
 
@@ -86,6 +86,14 @@ def settings_unknown(run: Run) -> bool:
 
 def _file(run: Run, results: Path, name: str) -> Path:
     return results / f"{run.name}-seed{run.seed}-{name}"
+
+
+def _public(start: Mapping[str, Any]) -> dict[str, Any]:
+    """What others need of a start: of the machine's system its kind alone."""
+    machine = dict(start["machine"])
+    if "system" in machine:
+        machine["system"] = machine["system"].partition("-")[0]
+    return {**{k: v for k, v in start.items() if k not in _LEFT_OUT}, "machine": machine}
 
 
 def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:

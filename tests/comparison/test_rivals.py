@@ -1,0 +1,47 @@
+"""The comparison of docs/results.md: its recipes may be compared, and train the same thing."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from dgpo.comparison.plan import plan
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def comparison() -> ModuleType:
+    file = ROOT / "benchmarks" / "comparison.py"
+    place = importlib.util.spec_from_file_location("comparison", file)
+    assert place is not None and place.loader is not None
+    module = importlib.util.module_from_spec(place)
+    place.loader.exec_module(module)
+    return module
+
+
+def test_all_train_the_same_layers_on_the_same_pictures(
+    comparison: ModuleType, tmp_path: Path
+) -> None:
+    names = [name for group in comparison.GROUPS for name in group.recipes]
+    runs = plan(names, 1, tmp_path)  # refuses what cannot be compared
+    assert len(runs) == len(set(names)) >= 6
+    for run in runs:
+        recipe, first = run.recipe, runs[0].recipe
+        assert recipe.lora == first.lora and recipe.reward_weights == first.reward_weights
+        assert (recipe.group_size, recipe.groups_per_iteration) == (16, 8)
+
+
+def test_who_is_called_alike_differs_in_the_method_alone(
+    comparison: ModuleType, tmp_path: Path
+) -> None:
+    """DGPO, DiffusionNFT and AWM: rollouts, levels and steps are the same."""
+    dgpo, *others = (run.recipe for run in plan(comparison.GROUPS[0].recipes, 1, tmp_path))
+    for other in others:
+        assert other.algorithm.timesteps == dgpo.algorithm.timesteps
+        assert (other.rollout, other.ema, other.eval) == (dgpo.rollout, dgpo.ema, dgpo.eval)
+        own = {"lr", "max_grad_norm"}
+        assert other.train.model_dump(exclude=own) == dgpo.train.model_dump(exclude=own)
