@@ -40,7 +40,8 @@ PAPERS = [
         "2510.08425",
         [
             *(name for task in TASKS for name in _sd35(task)),
-            *("pocket-geneval", "pocket-ocr", "pocket-sd-ddim", "pocket-sd-plms"),
+            *("pocket-geneval", "pocket-geneval-turbo", "pocket-ocr"),
+            *("pocket-sd-ddim", "pocket-sd-plms"),
         ],
         {"sd35m-geneval": "0.97", "sd35m-ocr": "0.96", "sd35m-pickscore": "23.89"},
     ),

@@ -12,7 +12,7 @@ from diffusers import SD3Transformer2DModel
 from dgpo.distributed.joining import place
 from dgpo.distributed.processes import ALONE
 from dgpo.errors import UserError
-from dgpo.models.denoisers import denoisers_of
+from dgpo.models.arguments import denoisers_of
 from dgpo.recipe import Recipe
 from distributed.together import all_well, alone, apart, check_figures, run, train, weights
 from families.audio import stable_audio
