@@ -45,8 +45,7 @@ def _rivals(*names: str) -> tuple[str, ...]:
 GROUPS = (
     Group(_rivals("turbo", "diffusion_nft", "awm")),
     Group(("pocket-geneval",)),
-    Group(_rivals("flow_grpo"), 22, stop=True),
-    Group(_rivals("flow_grpo_fast"), 12, stop=True),
+    Group(_rivals("flow_grpo", "flow_grpo_fast"), stop=True),
 )
 ABOUT = """\
 Every recipe trains the same LoRA of the same model on the same prompts and pictures an iteration,
