@@ -62,7 +62,8 @@ def write_run(run, scores, seconds=60.0, forwards=100, last=None):
         )
         if n:
             counts = {"images": 8 * n, "forwards": forwards * n, "backwards": 16 * n}
-            rows.append({"iteration": n, "seconds": n * seconds, **counts})
+            times = {"seconds": n * seconds, "seconds_iteration": seconds}
+            rows.append({"iteration": n, **times, **counts})
     for name, lines in (("metrics", rows[:last]), ("evaluations", evaluations)):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (run.folder / f"{name}.jsonl").write_text(text)
@@ -128,8 +129,12 @@ def test_scores_and_changes_of_the_other_metrics(races):
     assert summary.best.value == pytest.approx((0.9 + 0.95) / 2)
     # at the evaluation with the best score, against the base model's
     assert summary.change["redness"].value == pytest.approx(-0.1 * (0.7 + 0.75) / 2)
-    (table,) = tables([summary], "brightness")
+    table, iteration = tables([summary], "brightness")
     assert table.header[-1] == "change of redness" and table.rows[0][-1].startswith("-0.07")
+    # medians of 60 s and 90 s; sampling was not noted; counts are those of one iteration
+    row = dict(zip(iteration.header, iteration.rows[0], strict=True))
+    assert (row["seconds"], row["rollouts"], row["images"]) == ("75.0", "not known", "8.00")
+    assert (row["denoiser forwards"], row["denoiser backwards"]) == ("100", "16.0")
 
 
 def test_what_a_run_did_not_count_is_not_known(races):

@@ -10,13 +10,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any, Literal
 
 from dgpo.run.tracking import read_jsonl
 
 COSTS = ("minutes", "images", "forwards", "backwards")
 """Training time; pictures; samples that a denoiser evaluated; samples it was differentiated for."""
+PHASES = ("seconds_iteration", "seconds_rollout", "seconds_reward", "seconds_train")
+"""Of an iteration: all of it; sampling; the rewards; the update."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Record:
     seed: int
     points: list[Point]
     finished: bool = True
+    phases: dict[str, float] = field(default_factory=dict)
+    """Medians over the iterations, by :data:`PHASES`; without those that a run did not note."""
 
     @property
     def best(self) -> Point | None:
@@ -87,7 +91,9 @@ def read_record(folder: Path, seed: int, finished: bool = True) -> Record:
         cost: dict[str, float | None] = {name: spent.get(name) for name in COSTS}
         cost["minutes"] = row["seconds"] / 60
         points.append(Point(row["iteration"], row["overall"], row["rewards"], cost))
-    return Record(seed, points, finished)
+    noted = {name: [row[name] for row in rows.values() if name in row] for name in PHASES}
+    phases = {name: median(found) for name, found in noted.items() if found}
+    return Record(seed, points, finished, phases)
 
 
 def summarize(

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
-from dgpo.comparison.figures import COSTS, Figure, Record, Summary
+from dgpo.comparison.figures import COSTS, PHASES, Figure, Record, Summary
 
 TITLES = {
     "minutes": "training minutes",
@@ -31,14 +32,14 @@ class Table:
 
 
 def tables(summaries: Sequence[Summary], metric: str) -> list[Table]:
-    """One table for each target, and one of the best scores.
+    """One table for each target, one of the best scores, and one of what an iteration costs.
 
     Args:
         summaries: of all recipes; ratios are over the first one's.
         metric: the name of the held-out score.
     """
     made = [_target(summaries, metric, target) for target in summaries[0].to_target]
-    return [*made, _scores(summaries, metric)]
+    return [*made, _scores(summaries, metric), _iterations(summaries)]
 
 
 def notes(summaries: Sequence[Summary]) -> list[str]:
@@ -56,6 +57,7 @@ def notes(summaries: Sequence[Summary]) -> list[str]:
         f"An arrival is so rounded up to the next evaluation, by up to: {', '.join(gaps)} minutes.",
         "Changes of the other metrics are from the base model to the evaluation with the best "
         "score.",
+        "An iteration: means over seeds of each run's median time and of its mean counts.",
     ]
     partial = [
         f"{summary.name} seed {run.seed}"
@@ -132,6 +134,23 @@ def _scores(summaries: Sequence[Summary], metric: str) -> Table:
         row = [summary.name, str(len(spent)), most, cell(summary.best, 3), *changes]
         rows.append(row)
     return Table("Best scores", header, rows)
+
+
+def _iterations(summaries: Sequence[Summary]) -> Table:
+    titles = ["seconds", "rollouts", "rewards", "update"]
+    header = ["recipe", *titles, *(TITLES[cost] for cost in COSTS[1:])]
+    rows = []
+    for summary in summaries:
+        records = summary.records
+        times = [[run.phases[name] for run in records if name in run.phases] for name in PHASES]
+        ends = [run.points[-1] for run in records if run.points and run.points[-1].iteration]
+        counts = [
+            [value / end.iteration for end in ends if (value := end.cost[cost]) is not None]
+            for cost in COSTS[1:]
+        ]
+        cells = [cell(Figure(fmean(found) if found else None)) for found in (*times, *counts)]
+        rows.append([summary.name, *cells])
+    return Table("An iteration", header, rows)
 
 
 def _widest_gap(records: Sequence[Record]) -> float:
