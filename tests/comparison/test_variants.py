@@ -45,6 +45,20 @@ def test_the_ablations_are_one_change_each_and_comparable(tmp_path: Path) -> Non
     assert recipes["offline-pairs"].data == recipes["offline"].data
 
 
+def test_the_turbo_without_each_of_its_changes(tmp_path: Path) -> None:
+    variants = read_variants(BENCHMARKS / "turbo.yaml")
+    recipes = {Path(f).stem: Recipe.load(f) for f in write_recipes(variants, tmp_path)}
+    base = recipes.pop("turbo")
+    assert base.to_dict() | {"run": {}} == Recipe.load("pocket-geneval-turbo").to_dict() | {
+        "run": {}
+    }
+    assert all(protocol(recipe) == protocol(base) for recipe in recipes.values())
+    assert variants.section != read_variants(BENCHMARKS / "ablations.yaml").section
+    changed = {name: _differing(r.to_dict(), base.to_dict()) for name, r in recipes.items()}
+    assert changed["guided"] == {"rollout.guidance_scale"}
+    assert changed["cold-average"] == {"ema.warmup"}
+
+
 def _differing(one: dict, other: dict, prefix: str = "") -> set[str]:
     keys: set[str] = set()
     for key in one.keys() | other.keys():
