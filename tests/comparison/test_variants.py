@@ -55,7 +55,7 @@ def test_the_turbo_without_each_of_its_changes(tmp_path: Path) -> None:
     assert all(protocol(recipe) == protocol(base) for recipe in recipes.values())
     assert variants.section != read_variants(BENCHMARKS / "ablations.yaml").section
     changed = {name: _differing(r.to_dict(), base.to_dict()) for name, r in recipes.items()}
-    assert changed["guided"] == {"rollout.guidance_scale"}
+    assert changed["unguided"] == {"rollout.guidance_scale", "eval.guidance_scale"}
     assert changed["cold-average"] == {"ema.warmup"}
 
 
