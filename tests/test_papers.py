@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -10,19 +9,14 @@ from types import ModuleType
 
 import pytest
 
+from benchmark_files import ROOT, benchmark
 from dgpo.recipe import Recipe
 from dgpo.recipe.files import PACKAGED
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def papers() -> ModuleType:
-    place = importlib.util.spec_from_file_location("papers", ROOT / "benchmarks" / "papers.py")
-    assert place is not None and place.loader is not None
-    module = importlib.util.module_from_spec(place)
-    place.loader.exec_module(module)
-    return module
+    return benchmark("papers")
 
 
 def without_figures(page: str) -> str:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from benchmark_files import benchmark
 from dgpo.comparison.plan import plan
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def comparison() -> ModuleType:
-    file = ROOT / "benchmarks" / "comparison.py"
-    place = importlib.util.spec_from_file_location("comparison", file)
-    assert place is not None and place.loader is not None
-    module = importlib.util.module_from_spec(place)
-    place.loader.exec_module(module)
-    return module
+    return benchmark("comparison")
 
 
 def test_all_train_the_same_layers_on_the_same_pictures(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 import sys
@@ -11,14 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmark_files import BENCHMARKS, benchmark
 from dgpo.comparison.plan import protocol
 from dgpo.comparison.variants import put_section, read_variants, write_recipes
 from dgpo.errors import UserError
 from dgpo.recipe import Recipe
 from tiny_runs import PROMPTS, light, settings
-
-ROOT = Path(__file__).parents[2]
-BENCHMARKS = ROOT / "benchmarks"
 
 
 def test_the_ablations_are_one_change_each_and_comparable(tmp_path: Path) -> None:
@@ -123,10 +120,7 @@ def test_the_ablations_run_and_are_resumable(
     }
     spec = {"targets": [0.01, 0.99], "base": "base.yaml", "offline_groups": 2, "variants": variants}
     Path("variants.yaml").write_text(yaml.safe_dump(spec))
-    place = importlib.util.spec_from_file_location("ablations", BENCHMARKS / "ablations.py")
-    assert place is not None and place.loader is not None
-    module = importlib.util.module_from_spec(place)
-    place.loader.exec_module(module)
+    module = benchmark("ablations")
     words = ["--variants", "variants.yaml", "--out", "out", "--page", "results.md"]
     words += ["--results", "kept"]
     monkeypatch.setattr(sys, "argv", ["ablations.py", *words])

@@ -1,0 +1,19 @@
+"""The programs of ``benchmarks``, which are in no package, as modules."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def benchmark(name: str) -> ModuleType:
+    """``benchmarks/NAME.py``, loaded anew."""
+    place = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert place is not None and place.loader is not None
+    module = importlib.util.module_from_spec(place)
+    place.loader.exec_module(module)
+    return module
