@@ -31,7 +31,7 @@ help:
 	@echo 'make fuzz         1000 odd recipes, files, answers and requests each (slow)'
 	@echo 'make audit        bandit over the code, pip-audit over constraints.txt (needs the network)'
 	@echo 'make bench        where the time of a training iteration goes (5 minutes)'
-	@echo 'make ablations    what each part of DGPO is worth; 12 runs of 15 minutes each; goes on where it was stopped'
+	@echo 'make ablations    what each part of DGPO is worth; 13 runs of about 5 minutes each; goes on where it was stopped'
 	@echo 'make results      write the comparison of docs/results.md and its picture from benchmarks/results'
 	@echo 'make papers       write docs/papers.md from the recipes and benchmarks/results'
 	@echo 'make clean-env    delete $(VENV)'
@@ -87,7 +87,7 @@ bench: $(STAMP)
 
 # One table of the recipe with one thing changed at a time, in docs/results.md. OPTIONS: --budget MINUTES --seeds N --out DIR
 ablations: $(STAMP)
-	$(call step,ablations: 12 variants of pocket-geneval (15 minutes of training each; finished runs are used again),OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ablations.py $(OPTIONS))
+	$(call step,ablations: 13 variants of pocket-geneval-turbo (about 5 minutes each; finished runs are used again),OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ablations.py $(OPTIONS))
 
 # The comparison of docs/results.md, from what finished runs have left in benchmarks/results
 results: $(STAMP)

@@ -1,8 +1,8 @@
 """What each part of the method is worth: one table of a recipe with one thing changed at a time.
 
     make ablations
-    python benchmarks/ablations.py [--budget 15] [--seeds 1] [--out runs/ablations] [key=value ...]
-    python benchmarks/ablations.py --variants benchmarks/turbo.yaml --budget 4 --out runs/turbo
+    python benchmarks/ablations.py [--seeds 1] [--budget MINUTES] [--out runs/ablations] [key=value ...]
+    python benchmarks/ablations.py --variants benchmarks/turbo.yaml --out runs/turbo
 
 The variants are those of ablations.yaml, the runs those of ``dgpo compare``: the same command
 again uses finished runs and goes on with interrupted ones. What finished runs have measured is kept
@@ -31,10 +31,10 @@ from dgpo.recipe import Recipe
 
 HERE = Path(__file__).parent
 NOTE = """\
-{seeds} of each, {budget:g} minutes of training for a run (evaluations do not count). Scores are
-those of the held-out prompts, at the evaluation with the best one; changes of the other measures,
-which are not trained, are from the base model to that evaluation. Brackets: Student's 95% interval
-over seeds; of one seed there is none. {offline}Resolution: `eval.every`.
+{seeds} of each{budget}. Scores are those of the held-out prompts, at the evaluation with the best
+one; changes of the other measures, which are not trained, are from the base model to that
+evaluation, and so are minutes, which count training alone. Brackets: Student's 95% interval over
+seeds; of one seed there is none. {offline}Resolution: `eval.every`.
 Curves: `compare.html` in the folder of the runs. Made with
 
     {command}
@@ -48,7 +48,7 @@ OFFLINE = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variants", type=Path, default=HERE / "ablations.yaml")
-    parser.add_argument("--budget", type=float, default=15.0, help="minutes of training for a run")
+    parser.add_argument("--budget", type=float, help="minutes of training; default: the recipe's")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "results.md")
@@ -71,7 +71,7 @@ def main() -> None:
     made = table(variants.variants, summaries, metric, variants.title)
     note = NOTE.format(
         seeds="1 seed" if given.seeds == 1 else f"{given.seeds} seeds",
-        budget=given.budget,
+        budget=f", {given.budget:g} minutes of training for a run" if given.budget else "",
         offline=OFFLINE.format(groups=variants.offline_groups) if variants.offline_groups else "",
         command=command,
     )
