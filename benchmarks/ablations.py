@@ -1,7 +1,7 @@
 """What each part of the method is worth: one table of a recipe with one thing changed at a time.
 
     make ablations
-    python benchmarks/ablations.py [--seeds 1] [--budget MINUTES] [--out runs/ablations] [key=value ...]
+    python benchmarks/ablations.py [--seeds 1] [--budget MINUTES] [--out DIR] [KEY=VALUE ...]
     python benchmarks/ablations.py --variants benchmarks/turbo.yaml --out runs/turbo
 
 The variants are those of ablations.yaml, the runs those of ``dgpo compare``: the same command

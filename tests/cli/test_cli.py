@@ -12,7 +12,8 @@ from PIL import Image
 
 import dgpo.cli.list
 from commands import run
-from families.tiny import sd3
+from families.parts import TEXT
+from families.tiny import build, sd3
 
 SAMPLE = ["sample", "--model", "x/y", "--prompt", "a", "--out"]
 EVAL = ["eval", "--model", "x/y", "--benchmark", "pocket-geneval"]
@@ -165,6 +166,21 @@ def test_sample_writes_a_picture_for_each_row_in_order(folder, tmp_path):
     for name, picture in made.items():
         assert (pictures(tmp_path / "b")[name] == picture).all()
         assert (pictures(tmp_path / "c")[name] != picture).any()
+
+
+def test_sample_finds_out_what_guidance_is(tmp_path):
+    """Qwen-Image takes it as true_cfg_scale, with a negative prompt; guidance_scale is another."""
+    folder = str(tmp_path / "qwen")
+    build("qwen").save_pretrained(folder)
+    common = ["sample", "--model", folder, "--steps", "2", "--prompt", PROMPTS[0]]
+    common += [word for key, value in TEXT.items() for word in ("--call", f"{key}={value}")]
+    made = []
+    for scale in ("1", "7"):
+        run(*common, "--guidance-scale", scale, "--out", str(tmp_path / scale))
+        made.append(pictures(tmp_path / scale)["00000.png"])
+    assert made[0].shape[0] == TEXT["height"] and (made[0] != made[1]).any()
+    said = run(*common, "--call", "no", "--out", str(tmp_path / "x"), code=2).stderr
+    assert "'no' is not KEY=VALUE" in said
 
 
 def test_a_size_that_the_pipeline_refuses(folder, tmp_path):

@@ -9,17 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 from dgpo.cli import app
 from dgpo.errors import UserError
+from dgpo.models import PipelineModel
 from dgpo.models.load import load_pipeline
 from dgpo.planning import make_plan
 from dgpo.planning.counts import calls_of
 from dgpo.planning.live import peak_bytes
 from dgpo.planning.skeleton import bytes_of, skeleton
+from dgpo.prompts import load_prompts
 from dgpo.recipe import Recipe
 from dgpo.trainer import Trainer
 from families.tiny import TINY, build
@@ -160,6 +163,12 @@ def test_the_command_prints_it(prompts: Path) -> None:
         ({"lora": {"targets": ["to_kk"]}}, r"lora\.targets: .*'to_kk'.*to_k"),
         ({"rollout": {"call": {"height": 50, "width": 48}}}, r"rollout\.call: .*height=50"),
         ({"rollout": {"scheduler": "ddim"}}, r"rollout\.scheduler: 'ddim'"),
+        ({"rollout": {"sde": {"kind": "ddim"}}}, r"rollout\.sde"),
+        ({"eval": {"scheduler": "ddim"}}, r"eval\.scheduler: 'ddim'"),
+        (
+            {"memory": {"free_text_encoders": True}, "model": "families.audio:ace_step"},
+            r"memory\.free_text_encoders: AceStepPipeline is given the text at every call",
+        ),
         ({"rollout": {"call": {"hight": 16}}}, r"rollout\.call\.hight.*height"),
         ({"prompts": {"train": "nowhere.txt"}}, r"nowhere\.txt"),
         ({"model": "nowhere"}, "nowhere"),
@@ -227,10 +236,30 @@ def test_checkpointing_holds_less(prompts: Path, tmp_path: Path) -> None:
     assert needs[1] < 0.8 * needs[0]
 
 
-def test_samplers_of_second_order_call_twice() -> None:
-    from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+def test_calls_of_the_denoiser_are_those_of_the_schedule() -> None:
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        FlowMatchHeunDiscreteScheduler,
+        PNDMScheduler,
+    )
 
-    for kind in (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler):
-        scheduler = kind()
-        scheduler.set_timesteps(7)
-        assert calls_of(scheduler, 7) == len(scheduler.timesteps)
+    assert calls_of(FlowMatchEulerDiscreteScheduler(), 7) == 7
+    assert calls_of(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), 7) == 7
+    assert calls_of(FlowMatchHeunDiscreteScheduler(), 7) == 13
+    assert calls_of(PNDMScheduler(skip_prk_steps=True), 7) == 8
+    assert calls_of(FlowMatchEulerDiscreteScheduler(), 7, strength=0.5) == 3
+
+
+@pytest.mark.parametrize("strength", [0.5, None])
+def test_a_part_of_the_noise_is_a_part_of_the_steps(strength: float | None, tmp_path: Path) -> None:
+    """Image to image: what is planned is what a rollout of the real pipeline takes."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "one.png")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "red dog", "image": "one.png"}\n')
+    folder = str(saved("sd15_img2img", tmp_path / "model", weights=True))
+    call = {} if strength is None else {"strength": strength}
+    model = PipelineModel(load_pipeline(folder, "float32"), call=call)
+    cond = model.encode([load_prompts(str(rows))[0].text], guidance=False)
+    taken = model.rollout(cond, steps=6, generators=[torch.Generator()], decode=False).levels
+    planned = make_plan(recipe(folder, rows, rollout={"steps": 6, "call": call}), 0)
+    assert planned.counts.rollout == planned.counts.images * len(taken)

@@ -24,7 +24,7 @@ from dgpo.rewards.stand_in import brightness
 from dgpo.training.batch import Batch
 from dgpo.training.collection import collect
 from dgpo.training.forward_rounds import old_is_policy
-from dgpo.training.updating import NonFinite, Updater
+from dgpo.training.updating import SCALE_GROWS, NonFinite, Updater
 from families.tiny import sd3_small
 from tiny_runs import PROMPTS, Calls, Spy, settings
 
@@ -398,3 +398,40 @@ def test_numbers_that_are_not_finite_change_no_weight() -> None:
     for mine, theirs in zip(before, case.policy.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert case.updater.step == 0
+
+
+def _flat(gradients: list[Tensor]) -> Tensor:
+    return torch.cat([gradient.double().flatten() for gradient in gradients])
+
+
+def test_small_gradients_survive_float16() -> None:
+    """Losses of large pictures and batches are small: here of small advantages."""
+
+    def gradient(dtype: torch.dtype, scale: float | None = None) -> Tensor:
+        precision = str(dtype).removeprefix("torch.")
+        case = Case(dtype, precision=precision, train=FREE, guards={"nonfinite": 1})
+        if scale is not None:
+            case.updater.gradient_scale = scale
+        small = {**vars(case.batch), "advantages": case.batch.advantages * 1e-5}
+        return _flat(case.gradients(Batch(**small)))
+
+    wanted = gradient(torch.float32)
+    likeness = torch.nn.functional.cosine_similarity
+    assert likeness(gradient(torch.float16), wanted, dim=0) > 0.99
+    assert float(gradient(torch.float16).norm()) == pytest.approx(float(wanted.norm()), rel=0.02)
+    assert likeness(gradient(torch.float16, 1.0), wanted, dim=0) < 0.9  # why it is scaled
+
+
+def test_an_overflow_in_float16_halves_the_scale() -> None:
+    case = Case(torch.float16, precision="float16", train=FREE, guards={"nonfinite": 1})
+    case.updater.gradient_scale = 2.0**60
+    figures = case.updater.update(case.batch, 0)
+    assert figures["nonfinite_steps"] == 1 and case.updater.step == 0
+    assert case.updater.gradient_scale == 2.0**59 and case.updater.nonfinite == 0
+    while case.updater.step == 0:
+        case.updater.update(case.batch, 0)
+    assert 1 < case.updater.gradient_scale < 2.0**50
+    case.updater.scaled = SCALE_GROWS - 1
+    before = case.updater.gradient_scale
+    case.updater.update(case.batch, 0)
+    assert case.updater.gradient_scale == 2 * before and case.updater.scaled == 0

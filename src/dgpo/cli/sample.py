@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,11 @@ import typer
 
 from dgpo.cli.common import Device, Lora, Model, Precision, check_folder, load, prompt_rows
 from dgpo.errors import UserError
+from dgpo.recipe.files import apply_overrides
 from dgpo.recipe.sections import SampleSettings
+
+Sampler = Callable[[Sequence[str], Sequence[int]], Any]
+"""Texts and a seed for each to what was made of them."""
 
 
 def _finite(value: float | None) -> float | None:
@@ -37,13 +42,27 @@ def sample(
     ] = None,
     guidance_scale: Annotated[
         float | None,
-        typer.Option(min=0, metavar="G", callback=_finite, help="Default: the pipeline's."),
+        typer.Option(
+            min=0,
+            metavar="G",
+            callback=_finite,
+            help="Classifier-free guidance, as rollout.guidance_scale; 1: none. Default: the "
+            "pipeline's own arguments.",
+        ),
     ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, metavar="S", help="Row i gets seed S + i.")
     ] = 0,
     height: Annotated[int | None, typer.Option(min=1, metavar="PX", help="In pixels.")] = None,
     width: Annotated[int | None, typer.Option(min=1, metavar="PX", help="In pixels.")] = None,
+    call: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--call",
+            metavar="KEY=VALUE",
+            help="Another argument of the pipeline's call, as rollout.call; may be repeated.",
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures made at once.")] = 8,
     precision: Precision = "float32",
     device: Device = None,
@@ -51,20 +70,23 @@ def sample(
     """Make one picture, video or sound of each prompt: DIR/00000.png (mp4, wav), 00001.png, ..."""
     rows = prompt_rows(prompt or [], more or [], prompts)
     check_folder("--out", out)
-    pipe = load(model, lora, precision, device)
-    chosen = {
-        "num_inference_steps": steps,
-        "guidance_scale": guidance_scale,
-        "height": height,
-        "width": width,
+    size = {"height": height, "width": width}
+    given = {
+        **{key: value for key, value in size.items() if value},
+        **apply_overrides({}, call or []),
     }
-    call = {key: value for key, value in chosen.items() if value is not None}
-    from dgpo.media import media_of, save_media
+    pipe = load(model, lora, precision, device)
+    if guidance_scale is not None:
+        make = _guided(pipe, given, steps, guidance_scale)
+    else:
+        own = given if steps is None else {**given, "num_inference_steps": steps}
+        make = partial(_called, pipe, own)
+    from dgpo.media import save_media
 
     how, done = SampleSettings(), 0
     for texts in _batches([row.text for row in rows], batch):
         seeds = range(seed + done, seed + done + len(texts))
-        made = media_of(_called(pipe, texts, seeds, call), pipe)
+        made = make(texts, seeds)
         done += len(save_media(made, out, how.video, how.fps, first=done))
     typer.echo(f"{done} pictures in {out}")
 
@@ -78,17 +100,38 @@ def _batches(texts: Sequence[str], size: int) -> list[Sequence[str]]:
     return [texts[start : start + size] for start in range(0, len(texts), size)]
 
 
-def _called(pipe: Any, texts: Sequence[str], seeds: Sequence[int], call: dict[str, Any]) -> Any:
+def _generators(seeds: Sequence[int]) -> list[Any]:
+    """One a row: a picture does not depend on the batch it was made in."""
     import torch
 
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def _guided(pipe: Any, call: Mapping[str, Any], steps: int | None, scale: float) -> Sampler:
+    """Pictures as rollouts make them: which argument of the pipeline is its guidance, and whether
+    that needs a negative prompt, is found out."""
+    from dgpo.models import PipelineModel
+
+    model = PipelineModel(pipe, call=call)
+    if steps is None:
+        steps = int(model.parameters["num_inference_steps"].default)
+
+    def make(texts: Sequence[str], seeds: Sequence[int]) -> Any:
+        cond = model.encode(list(texts), guidance=scale != 1)
+        generators = _generators(seeds)
+        return model.rollout(cond, steps=steps, guidance_scale=scale, generators=generators).images
+
+    return make
+
+
+def _called(pipe: Any, call: Mapping[str, Any], texts: Sequence[str], seeds: Sequence[int]) -> Any:
+    from dgpo.media import media_of
     from dgpo.models.by_picture import pictures_for
 
-    # one generator a row: a picture does not depend on the batch it was made in
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     pictures = pictures_for(pipe, texts)
-    given = {"prompt": list(texts), "generator": generators, "return_dict": False}
+    given = {"prompt": list(texts), "generator": _generators(seeds), "return_dict": False}
     try:
-        return pipe(**given, **pictures, **call)[0]
+        return media_of(pipe(**given, **pictures, **call)[0], pipe)
     except (TypeError, ValueError) as error:  # how pipelines refuse arguments
         asked = ", ".join(f"{key}={value}" for key, value in call.items()) or "its defaults"
         raise UserError(f"{type(pipe).__name__} cannot sample with {asked}: {error}") from error

@@ -41,7 +41,7 @@ from dgpo.models.prompt_cache import PromptCache
 from dgpo.models.rollout import Rollout
 from dgpo.models.schedulers import fresh, middle_timestep, process_of
 from dgpo.models.text import Conditioning
-from dgpo.models.text_by_call import encoder_of
+from dgpo.models.text_by_call import check_text_is_given_once, encoder_of
 
 if TYPE_CHECKING:
     from dgpo.models.check import CheckReport
@@ -135,11 +135,9 @@ class PipelineModel:
         Raises:
             UserError: there is no prompt cache, or the pipeline encodes at every call.
         """
+        check_text_is_given_once(self.pipe)
         if self._encoder.disk is None:
-            raise UserError(
-                f"memory.free_text_encoders: {type(self.pipe).__name__} is given the text at every "
-                "call and needs its text encoders; use false"
-            )
+            raise UserError("memory.free_text_encoders: set memory.prompt_cache, a folder")
         for prompt in prompts:
             self.encode([prompt], guidance=True)
         free_text_encoders(self.pipe)

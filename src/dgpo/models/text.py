@@ -21,6 +21,8 @@ from dgpo.errors import UserError
 from dgpo.models.families import family_of
 from dgpo.models.prompt_cache import Embedding, PromptCache
 
+CACHE_BYTES = 4 * 2**30
+"""What embeddings may take in memory, on the denoiser's device."""
 _NEGATIVE = "negative_"
 _WHICH = "text_encoder_index"
 
@@ -82,7 +84,7 @@ class PromptEncoder:
         self,
         pipe: Any,
         call: Mapping[str, Any],
-        cache_bytes: int = 4 * 2**30,
+        cache_bytes: int = CACHE_BYTES,
         disk: PromptCache | None = None,
     ) -> None:
         self._pipe = pipe

@@ -31,6 +31,19 @@ def encoder_of(pipe: Any, call: Mapping[str, Any], disk: PromptCache | None) -> 
     return PromptEncoder(pipe, call, disk=disk)
 
 
+def check_text_is_given_once(pipe: Any) -> None:
+    """See that a pipeline can do without its text encoders once all prompts are encoded.
+
+    Raises:
+        UserError: it encodes the text at every call.
+    """
+    if encodes_itself(pipe):
+        raise UserError(
+            f"memory.free_text_encoders: {type(pipe).__name__} is given the text at every call "
+            "and needs its text encoders; use false"
+        )
+
+
 def encodes_itself(pipe: Any) -> bool:
     """Whether every call of the pipeline is given the text."""
     return family_of(pipe).encodes_itself or "prompt_embeds" not in parameters_of(pipe)

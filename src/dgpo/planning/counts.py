@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,25 +39,43 @@ class Counts:
         return self.rollout + self.training
 
 
-def count(recipe: Recipe, scheduler: Any, has_guidance: bool, held_out: int) -> Counts:
+@dataclass(frozen=True)
+class Samplers:
+    """What samples.
+
+    Args:
+        rollout: the scheduler of the rollouts.
+        evaluation: that of evaluations.
+        strength: the pipeline's ``strength``, of those that start from a picture with a part of the
+            noise and take that part of the steps; else 1.
+        has_guidance: whether the pipeline has classifier-free guidance.
+    """
+
+    rollout: Any
+    evaluation: Any
+    strength: float
+    has_guidance: bool
+
+
+def count(recipe: Recipe, samplers: Samplers, held_out: int) -> Counts:
     """The counts of a recipe.
 
     Args:
         recipe: the run.
-        scheduler: the sampler.
-        has_guidance: whether the pipeline has classifier-free guidance.
+        samplers: of its rollouts and evaluations.
         held_out: number of prompts that are evaluated.
     """
     images, rollout = recipe.images_per_iteration, recipe.rollout
     own = recipe.eval
     eval_guidance = rollout.guidance_scale if own.guidance_scale is None else own.guidance_scale
-    eval_steps = calls_of(scheduler, own.steps or rollout.steps)
-    sampled = images * calls_of(scheduler, rollout.steps) * _passes(rollout.guidance_scale)
+    eval_steps = calls_of(samplers.evaluation, own.steps or rollout.steps, samplers.strength)
+    steps = calls_of(samplers.rollout, rollout.steps, samplers.strength)
+    sampled = images * steps * _passes(rollout.guidance_scale)
     points = _points(recipe)
     return Counts(
         images=images,
         rollout=sampled,
-        training=points * _forwards_at_a_point(recipe, has_guidance),
+        training=points * _forwards_at_a_point(recipe, samplers.has_guidance),
         backward=points * _policy_passes(recipe.algorithm, recipe),
         evaluation=held_out * eval_steps * _passes(eval_guidance),
         evaluations=_evaluations(recipe) if held_out else 0,
@@ -64,9 +83,14 @@ def count(recipe: Recipe, scheduler: Any, has_guidance: bool, held_out: int) -> 
     )
 
 
-def calls_of(scheduler: Any, steps: int) -> int:
-    """Calls of the denoiser for one sample: samplers of second order call it twice a step."""
-    return steps if getattr(scheduler, "order", 1) == 1 else 2 * steps - 1
+def calls_of(scheduler: Any, steps: int, strength: float = 1.0) -> int:
+    """Calls of the denoiser for one sample, as the scheduler counts them: those of second order
+    take two a step, PLMS one more in all."""
+    tried = deepcopy(scheduler)
+    shift = {"mu": 1.0} if getattr(tried.config, "use_dynamic_shifting", False) else {}
+    tried.set_timesteps(steps, **shift)
+    left_out = steps - min(int(steps * strength), steps)
+    return len(tried.timesteps) - left_out * getattr(tried, "order", 1)
 
 
 def _passes(guidance: float) -> int:

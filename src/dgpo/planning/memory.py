@@ -18,7 +18,7 @@ from dgpo.models.loop import StandIn, replaced
 from dgpo.models.memory import save_memory, text_encoders
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.policy import Policy
-from dgpo.models.text import Conditioning
+from dgpo.models.text import CACHE_BYTES, Conditioning
 from dgpo.planning.live import Numbers, peak_bytes
 from dgpo.planning.skeleton import bytes_of
 from dgpo.recipe import Recipe
@@ -198,7 +198,8 @@ class Estimate:
     def _prompts(self, prompts: int) -> int:
         if self._cond is None:
             return 0
-        return prompts * sum(_size(value) for value in self._cond.call_kwargs(False).values())
+        one = sum(_size(value) for value in self._cond.call_kwargs(False).values())
+        return min(prompts * one, CACHE_BYTES)
 
     def _samples(self) -> int:
         """Clean samples and pictures of an iteration."""

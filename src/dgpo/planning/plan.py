@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,19 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from dgpo.algorithms.base import TrajectoryAlgorithm
 from dgpo.errors import UserError
 from dgpo.evaluation import Metrics
 from dgpo.models.lora import adapted_layers
-from dgpo.models.schedulers import make_scheduler
-from dgpo.models.sde_schedulers import make_sde_scheduler
-from dgpo.planning.counts import Counts, count
+from dgpo.models.text_by_call import check_text_is_given_once
+from dgpo.planning.counts import Counts, Samplers, count
 from dgpo.planning.memory import Estimate, Memory
 from dgpo.planning.process import libraries
 from dgpo.planning.skeleton import parameters_in, skeleton
 from dgpo.prompts import load_prompts
 from dgpo.recipe import Recipe
 from dgpo.rewards import load_rewards
+from dgpo.training.collection import rollout_scheduler
+from dgpo.training.held_out import eval_sampler
 
 _WAYS_OUT = {
     "training": "train.micro_batch, memory.gradient_checkpointing",
@@ -151,10 +152,13 @@ def make_plan(recipe: Recipe, process: int | None = None) -> Plan:
         for name, part in pipe.components.items()
         if isinstance(part, nn.Module)
     }
-    scheduler = make_scheduler(recipe.rollout.scheduler, pipe.scheduler)
-    if isinstance(recipe.algorithm, TrajectoryAlgorithm):
-        make_sde_scheduler(recipe.algorithm.sde, pipe.scheduler)
+    rollout = rollout_scheduler(recipe, pipe.scheduler)
+    own = recipe.eval.scheduler
+    evaluation = rollout if own is None else eval_sampler(own, pipe.scheduler)
     estimate = Estimate(recipe, pipe, [row.text for row in rows], len(held_out))
+    samplers = Samplers(rollout, evaluation, _strength(recipe, pipe), estimate.has_guidance)
+    if recipe.memory.free_text_encoders:
+        check_text_is_given_once(pipe)
     if process is None:
         process = 0 if torch.cuda.is_available() else libraries()
     distinct = len({row.text for row in (*rows, *held_out)})
@@ -165,6 +169,14 @@ def make_plan(recipe: Recipe, process: int | None = None) -> Plan:
         sum(parameter.numel() for parameter in estimate.policy.parameters()),
         adapted_layers(estimate.model.denoisers),
         (len(rows), len(held_out)),
-        count(recipe, scheduler, estimate.has_guidance, len(held_out)),
+        count(recipe, samplers, len(held_out)),
         estimate.memory(process, distinct),
     )
+
+
+def _strength(recipe: Recipe, pipe: Any) -> float:
+    """The part of the steps that is taken: that of the recipe, or the pipeline's own default."""
+    known = inspect.signature(pipe.__call__).parameters.get("strength")
+    if known is None:
+        return 1.0
+    return float(recipe.rollout.call.get("strength", known.default))

@@ -103,6 +103,7 @@ def save_checkpoint(
     def write(new: Path) -> None:
         save_file(tensors, new / _TENSORS)
         steps = {"optimizer_step": updater.step, "nonfinite": updater.nonfinite}
+        steps |= {"gradient_scale": updater.gradient_scale, "scaled": updater.scaled}
         _write_json(new / _STATE, {**steps, **counters})
         files = {name: _facts(new / name) for name in (_TENSORS, _STATE)}
         manifest = {"format": 1, "iteration": counters["iteration"], "score": score}
@@ -200,6 +201,8 @@ def load_checkpoint(
         moments.setdefault(int(place), {})[field] = like(parameter, value) if same else value
     updater.optimizer.load_state_dict({**updater.optimizer.state_dict(), "state": moments})
     updater.step, updater.nonfinite = state["optimizer_step"], state["nonfinite"]
+    updater.gradient_scale = state.get("gradient_scale", updater.gradient_scale)
+    updater.scaled = state.get("scaled", 0)
     return state
 
 

@@ -21,6 +21,11 @@ from dgpo.training.forward_rounds import ForwardRounds
 from dgpo.training.rounds import Round
 from dgpo.training.trajectory_rounds import TrajectoryRounds
 
+FIRST_SCALE = 2.0**16
+"""Of losses in float16, at first. It is halved after a step with an overflow, and doubled after
+SCALE_GROWS steps without one, as is usual for mixed precision (arXiv 1710.03740, section 3.2)."""
+SCALE_GROWS = 2000
+
 
 @dataclass
 class Means:
@@ -92,6 +97,12 @@ class Updater:
         """Optimiser steps taken so far."""
         self.nonfinite = 0
         """Steps left out in a row because a loss or a gradient was not finite."""
+        self.gradient_scale = FIRST_SCALE if recipe.precision == "float16" else 1.0
+        """What losses are multiplied with for their backward passes: the gradients of activations
+        in float16 would be rounded to nothing without it. Those of the weights, which are wider,
+        are divided by it."""
+        self.scaled = 0
+        """Steps taken since it changed."""
         self._all_steps = train.iterations * recipe.updates_per_iteration
         self._rounds = rounds_of(policy, algorithm, recipe)
 
@@ -99,7 +110,8 @@ class Updater:
         """Train on a batch; returns the means of the loss's figures over the iteration.
 
         A step whose loss or gradient is not finite is left out and counted in
-        ``nonfinite_steps``.
+        ``nonfinite_steps``. In float16 the first such steps lower the scale of losses instead of
+        being counted towards ``guards.nonfinite``.
 
         Raises:
             NonFinite: ``guards.nonfinite`` steps in a row were left out.
@@ -117,8 +129,11 @@ class Updater:
                 means.join(figures)
                 continue
             skipped += 1
-            self.nonfinite += 1
             self.optimizer.zero_grad()
+            if self.gradient_scale > 1 and problem.startswith("gradient"):  # too large for float16
+                self.gradient_scale, self.scaled = self.gradient_scale / 2, 0
+                continue
+            self.nonfinite += 1
             if self.nonfinite >= self.recipe.guards.nonfinite:
                 raise NonFinite(
                     f"iteration {iteration + 1}: the {problem}, and no step was taken with it, "
@@ -139,7 +154,7 @@ class Updater:
         for term in terms:
             if not math.isfinite(loss := term.loss.item()):
                 problem = problem or f"loss is {loss}"  # to the end: other processes run along
-            (term.loss * term.weight).backward()
+            (term.loss * (term.weight * self.gradient_scale)).backward()
             if term.share:
                 figures.add({"loss": term.loss.detach(), **term.figures}, term.share)
         return problem
@@ -150,6 +165,7 @@ class Updater:
         train = self.recipe.train
         if not any(is_sharded(p) for p in self.parameters):  # which are summed by their backward
             self._processes.sum_gradients(self.parameters)
+        self._unscale()
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm))
         if not math.isfinite(number := norm.item()):
             return f"gradient norm is {number}"
@@ -157,6 +173,7 @@ class Updater:
             group["lr"] = train.lr * self._factor(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self._grow_scale()
         self._move_old("step", self.step)
         self.step += 1
         ema = self.recipe.ema
@@ -164,6 +181,20 @@ class Updater:
             self.policy.slow.update(ema.decay_of(self.step // ema.every))
         figures.add({"grad_norm": norm}, 1.0)
         return None
+
+    def _unscale(self) -> None:
+        """Divide the gradients by the scale of their losses, a power of two."""
+        if self.recipe.precision != "float16":
+            return
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(self.gradient_scale)
+
+    def _grow_scale(self) -> None:
+        """Double the scale of losses after many steps without an overflow."""
+        self.scaled += 1
+        if self.recipe.precision == "float16" and self.scaled >= SCALE_GROWS:
+            self.gradient_scale, self.scaled = self.gradient_scale * 2, 0
 
     def _move_old(self, when: Literal["step", "iteration"], count: int) -> None:
         """Move the old policy if the algorithm has one that moves now."""
