@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -117,9 +118,12 @@ def _guided(pipe: Any, call: Mapping[str, Any], steps: int | None, scale: float)
         steps = int(model.parameters["num_inference_steps"].default)
 
     def make(texts: Sequence[str], seeds: Sequence[int]) -> Any:
-        cond = model.encode(list(texts), guidance=scale != 1)
-        generators = _generators(seeds)
-        return model.rollout(cond, steps=steps, guidance_scale=scale, generators=generators).images
+        with _said(pipe, call):
+            cond = model.encode(list(texts), guidance=scale != 1)
+            made = model.rollout(
+                cond, steps=steps, guidance_scale=scale, generators=_generators(seeds)
+            )
+        return made.images
 
     return make
 
@@ -130,8 +134,15 @@ def _called(pipe: Any, call: Mapping[str, Any], texts: Sequence[str], seeds: Seq
 
     pictures = pictures_for(pipe, texts)
     given = {"prompt": list(texts), "generator": _generators(seeds), "return_dict": False}
-    try:
+    with _said(pipe, call):
         return media_of(pipe(**given, **pictures, **call)[0], pipe)
+
+
+@contextmanager
+def _said(pipe: Any, call: Mapping[str, Any]) -> Iterator[None]:
+    """What a pipeline has against its arguments as one error that names them."""
+    try:
+        yield
     except (TypeError, ValueError) as error:  # how pipelines refuse arguments
         asked = ", ".join(f"{key}={value}" for key, value in call.items()) or "its defaults"
         raise UserError(f"{type(pipe).__name__} cannot sample with {asked}: {error}") from error
