@@ -15,7 +15,6 @@ import shutil
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 from dgpo.cli.common import quiet
 from dgpo.cli.compare import carry_out
@@ -28,24 +27,17 @@ DOCS = HERE.parent / "docs"
 TARGETS = (0.7, 0.8, 0.9)
 
 
-class Group(NamedTuple):
-    """Recipes that are trained alike."""
-
-    recipes: tuple[str, ...]
-    minutes: float | None = None
-    """Of training for a run; None for the recipe's end."""
-    stop: bool = False
-    """Whether a run ends once two evaluations in a row reach the last target."""
-
-
 def _rivals(*names: str) -> tuple[str, ...]:
     return tuple(f"pocket-geneval-{name}" for name in names)
 
 
 GROUPS = (
-    Group(_rivals("turbo", "diffusion_nft", "awm")),
-    Group(("pocket-geneval",)),
-    Group(_rivals("flow_grpo", "flow_grpo_fast"), stop=True),
+    _rivals("turbo", "diffusion_nft", "awm"),
+    ("pocket-geneval",),
+    _rivals("flow_grpo"),
+    _rivals("flow_grpo_fast"),
+    _rivals("crd", "diffusion_dpo", "best_of_n", "rwr"),
+    _rivals("grpo_guard", "mix_grpo"),
 )
 ABOUT = """\
 Every recipe trains the same LoRA of the same model on the same prompts and pictures an iteration,
@@ -68,19 +60,18 @@ def main() -> None:
     quiet()
     command = shlex.join(["python", "benchmarks/comparison.py", *sys.argv[1:]])
 
-    def comparison(runs: list[Run], stop_at: float | None, train: bool, out: Path) -> Comparison:
-        return Comparison(runs, TARGETS, stop_at, command, out, given.results, train)
+    def comparison(runs: list[Run], train: bool, out: Path) -> Comparison:
+        return Comparison(runs, TARGETS, None, command, out, given.results, train)
 
-    chosen = GROUPS if given.group is None else GROUPS[given.group : given.group + 1]
-    for number, group in enumerate(chosen if given.train else ()):
-        runs = plan(group.recipes, given.seeds, given.out, group.minutes)
-        stop_at = TARGETS[-1] if group.stop else None
-        carry_out(comparison(runs, stop_at, True, given.out / f"group-{number}"))
-    names = [name for group in GROUPS for name in group.recipes]
+    chosen = range(len(GROUPS)) if given.group is None else [given.group]
+    for number in chosen if given.train else ():
+        runs = plan(GROUPS[number], given.seeds, given.out)
+        carry_out(comparison(runs, True, given.out / f"group-{number}"))
+    names = [name for group in GROUPS for name in group]
     with TemporaryDirectory() as place:
         drawn = Path(place)
         runs = plan(names, given.seeds, drawn)
-        if not carry_out(comparison(runs, None, False, drawn)):
+        if not carry_out(comparison(runs, False, drawn)):
             raise SystemExit(f"there is no finished run in {given.results}")
         text = (drawn / "table.md").read_text(encoding="utf-8").partition("\n")[2]
         shutil.copy(drawn / "compare.png", DOCS / "images" / "comparison.png")

@@ -19,7 +19,7 @@ def comparison() -> ModuleType:
 def test_all_train_the_same_layers_on_the_same_pictures(
     comparison: ModuleType, tmp_path: Path
 ) -> None:
-    names = [name for group in comparison.GROUPS for name in group.recipes]
+    names = [name for group in comparison.GROUPS for name in group]
     runs = plan(names, 1, tmp_path)  # refuses what cannot be compared
     assert len(runs) == len(set(names)) >= 6
     for run in runs:
@@ -32,7 +32,7 @@ def test_who_is_called_alike_differs_in_the_method_alone(
     comparison: ModuleType, tmp_path: Path
 ) -> None:
     """DGPO, DiffusionNFT and AWM: rollouts, levels and steps are the same."""
-    dgpo, *others = (run.recipe for run in plan(comparison.GROUPS[0].recipes, 1, tmp_path))
+    dgpo, *others = (run.recipe for run in plan(comparison.GROUPS[0], 1, tmp_path))
     for other in others:
         assert other.algorithm.timesteps == dgpo.algorithm.timesteps
         assert (other.rollout, other.ema, other.eval) == (dgpo.rollout, dgpo.ema, dgpo.eval)
