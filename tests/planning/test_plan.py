@@ -21,6 +21,7 @@ from dgpo.models.load import load_pipeline
 from dgpo.planning import make_plan
 from dgpo.planning.counts import calls_of
 from dgpo.planning.live import peak_bytes
+from dgpo.planning.memory import Memory
 from dgpo.planning.skeleton import bytes_of, skeleton
 from dgpo.prompts import load_prompts
 from dgpo.recipe import Recipe
@@ -72,6 +73,12 @@ def test_sizes_come_from_configs_alone(name: str, tmp_path: Path, prompts: Path)
     assert not made.memory.notes
     assert made.memory.phases["training"] > made.memory.parts["gradients"]
     assert made.memory.peak == sum(made.memory.parts.values()) + max(made.memory.phases.values())
+
+
+def test_on_the_cpu_training_adds_to_what_other_phases_have_freed() -> None:
+    phases = {"rollout": 30, "training": 50, "evaluation": 20}
+    assert Memory({"libraries": 100}, phases, kept=True).peak == 180
+    assert Memory({"transformer": 100}, phases).peak == 150
 
 
 def test_nothing_of_a_skeleton_has_numbers(tmp_path: Path) -> None:

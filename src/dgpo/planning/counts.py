@@ -8,6 +8,7 @@ from typing import Any
 
 from dgpo.algorithms.base import Algorithm, BaseAlgorithm, TrajectoryAlgorithm
 from dgpo.recipe import Recipe
+from dgpo.training.forward_rounds import old_is_policy
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def count(recipe: Recipe, samplers: Samplers, held_out: int) -> Counts:
     return Counts(
         images=images,
         rollout=sampled,
-        training=points * _forwards_at_a_point(recipe, samplers.has_guidance),
+        training=points * _forwards_at_a_point(recipe, samplers.has_guidance) - _shared(recipe),
         backward=points * _policy_passes(recipe.algorithm, recipe),
         evaluation=held_out * eval_steps * _passes(eval_guidance),
         evaluations=_evaluations(recipe) if held_out else 0,
@@ -121,6 +122,18 @@ def _forwards_at_a_point(recipe: Recipe, has_guidance: bool) -> int:
     kl = algorithm.kl_guidance
     extra = 0 if kl is None else _passes(kl if has_guidance else 1.0)
     return policy + splits_groups(recipe) + len(algorithm.snapshots) + extra
+
+
+def _shared(recipe: Recipe) -> int:
+    """Passes of the old policy that are those of the policy: before the first step of an iteration
+    (the last one, for which the old policy has settled)."""
+    algorithm, train = recipe.algorithm, recipe.train
+    if not isinstance(algorithm, Algorithm) or "old" not in algorithm.snapshots:
+        return 0
+    if not old_is_policy(algorithm, train.iterations - 1):
+        return 0
+    rounds = algorithm.timesteps.count if train.optimizer_step == "timestep" else 1
+    return _points(recipe) // rounds
 
 
 def splits_groups(recipe: Recipe) -> bool:

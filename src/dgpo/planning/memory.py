@@ -37,15 +37,21 @@ class Memory:
         parts: what is there from the start of training to its end.
         phases: what each phase needs on top; only one of them runs at a time.
         notes: what could not be found out, and why.
+        kept: whether training cannot use again what other phases have freed. So it is on the CPU:
+            backward passes run in a thread of their own, for which the C library's allocator has
+            other arenas.
     """
 
     parts: Mapping[str, int]
     phases: Mapping[str, int]
     notes: Sequence[str] = ()
+    kept: bool = False
 
     @property
     def peak(self) -> int:
-        return sum(self.parts.values()) + max(self.phases.values(), default=0)
+        training = self.phases.get("training", 0)
+        other = max((size for name, size in self.phases.items() if name != "training"), default=0)
+        return sum(self.parts.values()) + (training + other if self.kept else max(training, other))
 
 
 class Estimate:
@@ -88,7 +94,7 @@ class Estimate:
         """The estimate.
 
         Args:
-            libraries: what the process holds before anything is loaded.
+            libraries: what the process holds before anything is loaded; 0 on a GPU.
             prompts: number of distinct prompts, whose embeddings are kept.
         """
         recipe, trained = self.recipe, self.trained
@@ -116,6 +122,7 @@ class Estimate:
             {name: size for name, size in parts.items() if size},
             {name: size for name, size in phases.items() if size},
             self._notes,
+            kept=libraries > 0,
         )
 
     def _encoded(self, text: str) -> Conditioning | None:
