@@ -1,5 +1,6 @@
 """The page in a real browser: Debian's Chromium without a window, by mouse and by keyboard."""
 
+import re
 import shutil
 import time
 from pathlib import Path
@@ -167,6 +168,33 @@ def test_a_session_by_mouse_and_keyboard(page, desk):
     page.keyboard.press("s")
     assert said(page, desk, fourth) == Skip()
     assert desk.store.counts() == {"Ann": 4}
+    assert page.errors == []
+    server.stop()
+
+
+def test_keys_are_not_heard_before_the_next_group_is_there(page, desk):
+    server = PageServer(port=0)
+    server.start(desk, "likes")
+    first, second = desk.post("a cat", pictures(1)), desk.post("a dog", pictures(2))
+    enter(page, server)
+    where = tiles(page, "a cat")
+    held = []
+    page.route(re.compile(r"/v1/(groups|last)\?"), lambda route: held.append(route))
+    page.keyboard.press("1234"[where[RED]])
+    page.keyboard.press("Enter")
+    wait_for(lambda: page.wait_for_timeout(20) or held)
+    for key in ("s", "Enter", "Backspace"):
+        page.keyboard.press(key)
+    page.wait_for_timeout(300)
+    assert len(held) == 1 and page.is_disabled("#skip") and page.is_disabled("#back")
+    held[0].continue_()
+    page.unroute_all()
+    where = tiles(page, "a dog")
+    page.wait_for_selector("#skip:enabled")
+    assert desk.store.answers(first)["Ann"] == Likes(liked=[RED]), "not skipped afterwards"
+    page.keyboard.press("1234"[where[BLUE]])
+    page.keyboard.press("Enter")
+    assert said(page, desk, second) == Likes(liked=[BLUE])
     assert page.errors == []
     server.stop()
 

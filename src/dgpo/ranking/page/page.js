@@ -22,7 +22,8 @@ let mode = ""; // what the server asks for, until the person chooses
 let current = null; // the group on the page
 let at = 0; // the outlined tile
 let since = 0;
-let busy = false;
+let busy = false; // from an answer, or a step back, until the next group is on the page
+let sent = ""; // the group whose answer was saved last, until another is on the page
 let timer = 0;
 const pictures = new Map(); // address -> promise of an object URL
 
@@ -141,6 +142,7 @@ async function open(group) {
   const urls = await Promise.all(group.places.map((place) => picture(group, place)));
   const sources = await Promise.all(group.sources.map((source) => picture(group, under(source))));
   current = { ...group, likes: new Set(), order: [], stars: new Map() };
+  sent = "";
   take(group.answer);
   at = 0;
   $("prompt").textContent = group.prompt;
@@ -314,36 +316,52 @@ function answer() {
 }
 
 async function send(said) {
-  if (busy || !current) return;
+  if (busy || !current || current.id === sent) return;
   busy = true;
+  clearTimeout(timer);
   paint();
   const seconds = (performance.now() - since) / 1000;
-  await post({ rater, answer: said, seconds: Math.min(seconds, 86400) });
+  await post(current.id, { rater, answer: said, seconds: Math.min(seconds, 86400) });
 }
 
-async function post(body) {
+async function post(id, body) {
+  let note = "";
   try {
-    const { in_time: inTime } = await asJson(`v1/groups/${current.id}`, body);
-    busy = false;
-    await load();
-    if (!inTime) problem("Saved. Training had used your earlier answer already; the dataset has the new one.");
+    const { in_time: inTime } = await asJson(`v1/groups/${id}`, body);
+    sent = id;
+    if (!inTime) note = "Saved. Training had used your earlier answer already; the dataset has the new one.";
   } catch (error) {
-    if (!error.status || error.status >= 500) return failed(error, () => post(body)); // kept until it is saved
-    busy = false;
-    if (error.status === 401) return failed(error);
-    await load(); // the server does not know this group any more
-    problem(error.message);
+    if (!error.status || error.status >= 500) return failed(error, () => post(id, body)); // kept until it is saved
+    if (error.status === 401) { busy = false; return failed(error); }
+    note = error.message; // the server does not know this group any more
   }
+  await loaded(load);
+  if (note) problem(note);
 }
 
 async function back() {
   if (busy) return;
+  busy = true;
+  clearTimeout(timer);
+  paint();
+  await loaded(async () => {
+    try {
+      const work = await asJson(named("v1/last"));
+      problem("");
+      await open(work.groups[0]);
+    } catch (error) {
+      failed(error, load);
+    }
+  });
+}
+
+/** Keys speak of the group on the page: none is heard until the next one has taken its place. */
+async function loaded(next) {
   try {
-    const work = await asJson(named("v1/last"));
-    problem("");
-    await open(work.groups[0]);
-  } catch (error) {
-    failed(error, load);
+    await next();
+  } finally {
+    busy = false;
+    paint();
   }
 }
 
