@@ -105,6 +105,28 @@ def test_what_a_recipe_may_not_say(reward, message):
         load_rewards({"human": reward})
 
 
+def test_a_group_of_which_nobody_has_an_opinion_is_left_out(tmp_path):
+    """It is no zero, beside another reward neither."""
+    from PIL import Image
+
+    from dgpo.ranking.answers import Likes, Skip
+
+    options = {"folder": str(tmp_path), "port": 0}
+    rewards = load_rewards({"redness": 1.0, "human": {"options": options, "retries": 3}})
+    images = [Image.new("RGB", (4, 4), (40 * shade, 0, 0)) for shade in range(6)]
+    store = Store(tmp_path)
+    for first, answer in ((0, Skip()), (3, Likes(liked=[2]))):
+        store.answer(store.add("a cat", images[first : first + 3]), "ann", answer)
+    store.close()
+    try:
+        scored = rewards.score(images, _prompts() * 6, [0] * 3 + [1] * 3)
+    finally:
+        rewards.close()
+    assert list(scored.lost) == [0] and "nobody has an opinion of 'a cat'" in scored.lost[0]
+    assert scored.by_name["human"][3:].tolist() == [0.0, 0.0, 1.0]
+    assert scored.by_name["human"][:3].isnan().all()
+
+
 def test_what_is_refused_before_a_run(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"options.host 0\.0\.0\.0.*give rewards.human.options"):
         load_rewards({"human": {"options": {"host": "0.0.0.0"}}}).check([*_prompts()])

@@ -75,17 +75,15 @@ class Desk:
         for group in self.store.groups():
             self._queue(group)
 
-    def rewards(self, group: Group) -> list[float]:
-        """Wait until enough people have answered, and give the mean of their rewards.
-
-        All 0 if none of them has an opinion.
-        """
+    def rewards(self, group: Group) -> list[float] | None:
+        """Wait until enough people have answered, and give the mean of their rewards; None if none
+        of them has an opinion."""
         with self._changed:
             while not self._done(group):
                 self._changed.wait(_TICK)
             self._used.add(group.id)
             given = self.store.rewards(group)
-            return mean(given.values()) if given else [0.0] * group.size
+            return mean(given.values()) if given else None
 
     def wait_for_room(self, most: int) -> None:
         """Wait until fewer than ``most`` groups are in the queue."""

@@ -27,7 +27,7 @@ class RewardFailure(UserError):
     Args:
         message: which reward, and why.
         gone: it hangs or cannot be reached, so that asking about fewer pictures is no use.
-        skips: the recipe lets the run go on without the groups concerned.
+        skips: the run goes on without the groups concerned, as the recipe or the reward says.
     """
 
     def __init__(self, message: str, gone: bool = False, skips: bool = False) -> None:
@@ -51,7 +51,8 @@ class Guard:
 
         Raises:
             RewardFailure: it raised or was too late at every try, or it raised a ``UserError`` of
-                its own, which says what to do and is not tried again.
+                its own, which says what to do and is not tried again; nor is a failure that lets
+                the run go on by itself.
         """
         term = self._term
         failure = RewardFailure("")
@@ -61,6 +62,8 @@ class Guard:
             try:
                 return self._in_time(call)
             except RewardFailure as error:
+                if error.skips:
+                    raise
                 failure = error
             except UserError as error:
                 raise RewardFailure(str(error), skips=term.on_error == "skip_group") from error

@@ -15,6 +15,7 @@ from PIL import Image
 from dgpo.errors import UserError
 from dgpo.ranking.answers import KINDS, Kind
 from dgpo.ranking.server import PORT, PageServer
+from dgpo.rewards.guard import RewardFailure
 
 if TYPE_CHECKING:
     from dgpo.ranking.desk import Desk
@@ -99,11 +100,16 @@ class HumanReward:
         """The rewards of a group, [0, 1] each, as soon as enough people have ranked it.
 
         Raises:
+            RewardFailure: nobody has an opinion; the run goes on without the group.
             UserError: it cannot be kept or shown.
         """
         group = self._post(images, prompts, columns)
         assert self._desk is not None
-        return self._desk.rewards(group)
+        rewards = self._desk.rewards(group)
+        if rewards is None:
+            text = f"reward 'human': nobody has an opinion of {prompts[0]!r:.80}"
+            raise RewardFailure(text, skips=True)
+        return rewards
 
     def close(self) -> None:
         """Take the page away, and write the dataset of all that was ranked."""
