@@ -125,7 +125,7 @@ def test_published_metadata_is_read_as_it_is(tmp_path: Path) -> None:
         check_row(row.metadata["include"], row.metadata.get("exclude"))
     quoted = tmp_path / "train.txt"
     quoted.write_text('A wall with "Keep Out" on it\n')
-    assert wanted_text("ocr", 0, load_prompts(quoted)[0].text) == "Keep Out"
+    assert wanted_text("ocr", "row 0", load_prompts(quoted)[0].text) == "Keep Out"
 
 
 def test_tables_of_the_datasets_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +185,7 @@ def test_generated_rows_say_what_their_reward_reads() -> None:
             words = f"{one(moved['class'])} {moved['position'][0]} {one(fixed['class'])}"
             assert words in row["prompt"]
     for row in make_rows("ocr", 1000, seed=1):
-        assert wanted_text("ocr", 0, row["prompt"]) == row["text"]
+        assert wanted_text("ocr", "row 0", row["prompt"]) == row["text"]
     assert not any(held_out(row) for row in make_rows("pocket", 300, seed=1))
 
 

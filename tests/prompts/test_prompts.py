@@ -21,6 +21,23 @@ def test_text_files_with_bom_windows_line_ends_and_blank_lines(tmp_path):
     assert load_prompts(str(file)) == load_prompts(file)
 
 
+def test_splits_of_a_dataset_are_no_prompts():
+    import datasets
+
+    table = datasets.Dataset.from_list([{"prompt": "a"}])
+    both = datasets.DatasetDict(train=table, test=table)
+    with pytest.raises(UserError, match=r"DatasetDict holds the splits 'train', 'test'; give one"):
+        load_prompts(both)
+    assert load_prompts(both["train"]) == [Prompt("a")]
+
+
+@pytest.mark.parametrize("coding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_files_with_a_mark_of_other_encodings(tmp_path, coding):
+    file = tmp_path / "p.txt"
+    file.write_bytes("\ufeffa cat\r\nzwei B\u00e4ren".encode(coding))
+    assert load_prompts(file) == [Prompt("a cat"), Prompt("zwei B\u00e4ren")]
+
+
 def test_jsonl_keeps_what_else_a_row_has(tmp_path):
     file = tmp_path / "p.jsonl"
     rows = [
@@ -48,6 +65,11 @@ def test_rows_and_datasets():
     [
         ("e.txt", b"", ["e.txt", "empty"]),
         ("blank.txt", b"\n \r\n", ["empty"]),
+        ("zero.txt", b"a cat\na d\0og\n", ["line 2", "zero bytes", "UTF-8"]),
+        ("le.txt", "a cat\n".encode("utf-16-le"), ["line 1", "UTF-16 without a mark"]),
+        ("be.txt", "a cat\n".encode("utf-16-be"), ["line 1", "UTF-16 without a mark"]),
+        ("le32.txt", "a cat\n".encode("utf-32-le"), ["line 1", "zero bytes"]),
+        ("half.txt", b"\xff\xfe\0\0a\0", ["mark says UTF-32"]),
         ("latin.txt", b"fine\ncaf\xe9\n", ["line 2", "UTF-8"]),
         ("j.jsonl", b'{"prompt": "a"}\n{"prompt": \n', ["line 2", "not JSON"]),
         ("l.jsonl", b'["a"]', ["line 1", "object"]),

@@ -1,5 +1,6 @@
 """A set of rewards: weights, columns, and answers that are refused."""
 
+import json
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from dgpo.errors import UserError
-from dgpo.prompts import Prompt
+from dgpo.prompts import Prompt, load_prompts
 from dgpo.rewards import load_rewards
 
 IMAGES = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "red")]
@@ -91,6 +92,22 @@ def test_an_answer_that_is_not_one_finite_number_an_image(answer, words):
 def test_rewards_that_cannot_be_used(spec, word):
     with pytest.raises(UserError, match=word):
         load_rewards(spec)
+
+
+def test_errors_name_the_row_as_the_user_counts_it(tmp_path):
+    rewards = load_rewards(["redness", "pocket_geneval"])
+    rows = [{"prompt": f"a cat {i}", "rewards": ["redness"]} for i in range(9)]
+    rows.append({"prompt": "a dog", "rewards": ["pocket_geneval"]})
+    with pytest.raises(UserError, match=r"'pocket_geneval', prompt row 9: "):
+        rewards.check([Prompt(row["prompt"], {"rewards": row["rewards"]}) for row in rows])
+    with pytest.raises(UserError, match=r"'pocket_geneval', prompt row 9: "):
+        rewards.check(load_prompts(rows))
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r"'pocket_geneval', .*rows.jsonl, line 19: "):
+        rewards.check(load_prompts(file))
+    with pytest.raises(UserError, match=r"'pocket_geneval', .*rows.jsonl, line 19: "):
+        load_rewards("pocket_geneval").check(load_prompts(file)[9:])
 
 
 def test_check_is_asked_before_a_run():

@@ -224,6 +224,7 @@ def _group(folder: Path, line: str, where: str) -> RankedGroup:
         tuple(_inside(folder, name, where) for name in row.images),
         tuple(row.rewards),
         {name: tuple(values) for name, values in row.raters.items()},
+        where=where,
     )
 
 

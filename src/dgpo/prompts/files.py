@@ -11,7 +11,12 @@ from typing import Any
 from dgpo.errors import UserError
 from dgpo.registry import PROMPTS, nearest
 
-_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16's, which it begins with
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 Row = tuple[str, dict[str, Any]]
 """Where it stands (the file and the line), and what it says."""
 
@@ -19,7 +24,7 @@ Row = tuple[str, dict[str, Any]]
 def read_rows(path: Path) -> Iterator[Row]:
     """The rows of a file that are not blank, as ``{"prompt": ..., ...}``.
 
-    UTF-8 with or without a byte order mark, UTF-16 with one, Unix and Windows line ends.
+    UTF-8 with or without a byte order mark, UTF-16 and UTF-32 with one, Unix and Windows line ends.
 
     Raises:
         UserError: no such file, a kind that is not known, or a line that cannot be read.
@@ -56,11 +61,14 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"prompts {path}: cannot be read: {error.strerror}") from error
-    if data.startswith(_UTF16):
+    coding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
+    if coding is not None:
         try:
-            data = data.decode("utf-16").encode("utf-8")
+            data = data.decode(coding).encode("utf-8")
         except UnicodeError as error:
-            raise UserError(f"prompts {path}: its mark says UTF-16, and it is not") from error
+            raise UserError(
+                f"prompts {path}: its mark says {coding.upper()}, and it is not"
+            ) from error
     # split on newline bytes alone: str.splitlines would also cut at U+2028 inside a prompt
     for number, raw in enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         where = f"{path}, line {number}"
@@ -68,6 +76,10 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
             line = raw.decode("utf-8").strip()
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: not UTF-8 ({error.reason}); save it as UTF-8") from error
+        if "\0" in line:
+            raise UserError(
+                f"{where}: it holds zero bytes, as UTF-16 without a mark does; save it as UTF-8"
+            )
         if line:
             yield where, line
 

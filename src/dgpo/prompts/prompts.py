@@ -30,6 +30,12 @@ class Prompt:
 
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False, repr=False, kw_only=True)
+    """Where it stands, for errors: ``rows.jsonl, line 3``; empty: not known."""
+
+    def place(self, row: int) -> str:
+        """What errors call it: where it stands, else its number in a list."""
+        return self.where or f"prompt row {row}"
 
     def column(self, key: str) -> Any:
         """What a reward is given of this row: pictures as pictures, the rest as it is written."""
@@ -64,9 +70,15 @@ def load_prompts(
         return _from_dataset(source)
     if isinstance(source, str):
         return _from_rows(_made_by(source), source)
+    if isinstance(splits := getattr(source, "column_names", None), dict):
+        names = ", ".join(map(repr, splits))
+        raise UserError(
+            f"prompts: {type(source).__name__} holds the splits {names}; give one of them, such as "
+            f"dataset[{next(iter(splits), 'train')!r}]"
+        )
     if hasattr(source, "column_names"):  # a datasets.Dataset
-        return _from_rows(map(without_gaps, source), "prompts")
-    return _from_rows(source, "prompts")
+        return _from_rows(map(without_gaps, source))
+    return _from_rows(source)
 
 
 def _made_by(name: str) -> Any:
@@ -117,7 +129,7 @@ def _row(row: dict[str, Any], where: str, folder: Path = Path()) -> Prompt:
         key: _picture(key, row[key], where, folder) for key in PICTURES if row.get(key) is not None
     }
     metadata = {key: value for key, value in row.items() if key != "prompt"}
-    return Prompt(Caption(text, files) if files else text, {**metadata, **files})
+    return Prompt(Caption(text, files) if files else text, {**metadata, **files}, where=where)
 
 
 def _picture(key: str, given: Any, where: str, folder: Path) -> Any:
@@ -142,12 +154,14 @@ def _picture(key: str, given: Any, where: str, folder: Path) -> Any:
         raise UserError(f"{where}: {key!r}: {file} is no picture that can be read") from error
 
 
-def _from_rows(rows: Any, name: str) -> list[Prompt]:
+def _from_rows(rows: Any, name: str = "") -> list[Prompt]:
     if not isinstance(rows, Iterable):
-        raise UserError(f"{name}: {rows!r:.80} holds no rows; give texts, or dicts with 'prompt'")
+        raise UserError(
+            f"{name or 'prompts'}: {rows!r:.80} holds no rows; give texts, or dicts with 'prompt'"
+        )
     prompts = []
     for index, row in enumerate(rows):
-        where = f"{name}, row {index}"
+        where = f"{name}, row {index}" if name else f"prompt row {index}"
         if isinstance(row, Prompt):
             prompts.append(row)
         elif isinstance(row, dict):
@@ -155,7 +169,7 @@ def _from_rows(rows: Any, name: str) -> list[Prompt]:
         else:
             prompts.append(_row({"prompt": row}, where))
     if not prompts:
-        raise UserError(f"{name}: no prompts; at least one is needed")
+        raise UserError(f"{name or 'prompts'}: no prompts; at least one is needed")
     return prompts
 
 

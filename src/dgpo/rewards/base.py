@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -97,9 +97,9 @@ class RewardSet:
         asked = routed(prompts, self.weights) != 0
         for place, entry in enumerate(self._entries):
             check = getattr(entry.function, "check", None)
-            mine = [prompt for prompt, ask in zip(prompts, asked[:, place], strict=True) if ask]
+            mine = asked[:, place].nonzero()[:, 0].tolist()
             if check is not None and mine:
-                check(mine)
+                check(prompts if len(mine) == len(prompts) else _told(prompts, mine))
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
         """Score images that are in no group; no failure is passed over.
@@ -238,6 +238,11 @@ class RewardSet:
                 _ask_groups(entry, ask, asked, groups, values, scored.lost)
             scored.by_name[entry.name] = values
         return scored
+
+
+def _told(prompts: Sequence[Prompt], rows: Sequence[int]) -> list[Prompt]:
+    """Some of the rows, which know their place among all: a reward counts those it is given."""
+    return [replace(prompts[row], where=prompts[row].place(row)) for row in rows]
 
 
 def _columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:

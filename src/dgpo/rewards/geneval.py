@@ -252,17 +252,18 @@ class GenEval:
         Raises:
             UserError: the first such row, or a model that cannot be loaded.
         """
-        wanted: dict[str, int] = {}
+        wanted: dict[str, str] = {}
         for row, prompt in enumerate(prompts):
-            self._check_row(row, prompt.metadata.get("include"), prompt.metadata.get("exclude"))
+            where = prompt.place(row)
+            self._check_row(where, prompt.metadata.get("include"), prompt.metadata.get("exclude"))
             clauses = [*prompt.metadata["include"], *(prompt.metadata.get("exclude") or ())]
             for clause in clauses:
-                wanted.setdefault(clause["class"], row)
+                wanted.setdefault(clause["class"], where)
         classes = self._eyes().detector.classes
-        for name, row in wanted.items():
+        for name, where in wanted.items():
             if name not in classes:
                 raise UserError(
-                    f"reward {self.__name__!r}, prompt row {row}: the detector does not know "
+                    f"reward {self.__name__!r}, {where}: the detector does not know "
                     f"{name!r}, only {', '.join(sorted(classes))[:160]}"
                 )
 
@@ -291,15 +292,15 @@ class GenEval:
             for i, e, t in zip(include or none, exclude or none, tag or none, strict=True)
         ]
         for number, row in enumerate(rows):
-            self._check_row(number, row["include"], row["exclude"])
+            self._check_row(f"prompt row {number}", row["include"], row["exclude"])
         return [self._value(verdict) for verdict in self._eyes().verdicts(images, rows)]
 
-    def _check_row(self, row: int, include: Any, exclude: Any) -> None:
+    def _check_row(self, where: str, include: Any, exclude: Any) -> None:
         try:
             check_row(include, exclude)
         except ValueError as error:
             raise UserError(
-                f"reward {self.__name__!r}, prompt row {row}: {error}; the prompts are GenEval's "
+                f"reward {self.__name__!r}, {where}: {error}; the prompts are GenEval's "
                 "jsonl with tag, include, exclude and prompt"
             ) from error
 

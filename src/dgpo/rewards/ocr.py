@@ -51,8 +51,13 @@ def quoted(prompt: str) -> str | None:
     return None
 
 
-def wanted_text(name: str, row: int, prompt: str, text: Any = None) -> str:
+def wanted_text(name: str, where: str, prompt: str, text: Any = None) -> str:
     """What a picture should say: the row's ``text`` where it has one, else what is quoted.
+
+    Args:
+        name: of the reward.
+        where: what an error calls the row.
+        prompt, text: of the row.
 
     Raises:
         UserError: ``text`` is no text, or the row has neither.
@@ -61,12 +66,12 @@ def wanted_text(name: str, row: int, prompt: str, text: Any = None) -> str:
         text = quoted(prompt)
         if text is None:
             raise UserError(
-                f"reward {name!r}, prompt row {row}: {prompt!r:.120} quotes no text to be read; "
+                f"reward {name!r}, {where}: {prompt!r:.120} quotes no text to be read; "
                 "write it in quotes, as in: a sign that says \"407\", or give the row a 'text'"
             )
     if not isinstance(text, str) or not compact(text):
         raise UserError(
-            f"reward {name!r}, prompt row {row}: text = {text!r:.80} must be a text with at least "
+            f"reward {name!r}, {where}: text = {text!r:.80} must be a text with at least "
             'one character, for example "407" (in quotes)'
         )
     return text
@@ -192,7 +197,7 @@ class OCR:
         """
         self.find_engine()
         for row, prompt in enumerate(prompts):
-            wanted_text(self.__name__, row, prompt.text, prompt.metadata.get("text"))
+            wanted_text(self.__name__, prompt.place(row), prompt.text, prompt.metadata.get("text"))
 
     def __call__(
         self,
@@ -213,7 +218,7 @@ class OCR:
         """
         texts = text if text is not None else [None] * len(prompts)
         rows = enumerate(zip(prompts, texts, strict=True))
-        wanted = [wanted_text(self.__name__, row, *pair) for row, pair in rows]
+        wanted = [wanted_text(self.__name__, f"prompt row {row}", *pair) for row, pair in rows]
         return [self._score(r, w) for r, w in zip(self.read(images), wanted, strict=True)]
 
     def find_engine(self) -> None:

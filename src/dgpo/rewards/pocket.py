@@ -41,13 +41,13 @@ class PocketGenEval:
         for row, prompt in enumerate(prompts):
             include = prompt.metadata.get("include")
             if not include:
-                _parse(self.__name__, row, prompt.text)
+                _parse(self.__name__, prompt.place(row), prompt.text)
                 continue
             try:
                 judge([], {"include": include})
             except (KeyError, TypeError, IndexError, ZeroDivisionError, AttributeError) as error:
                 raise UserError(
-                    f"reward {self.__name__!r}, prompt row {row}: include = {include!r:.120} is "
+                    f"reward {self.__name__!r}, {prompt.place(row)}: include = {include!r:.120} is "
                     'not a list of clauses such as {"class": "circle", "count": 1, '
                     '"color": "red", "position": ["left of", 1]}'
                 ) from error
@@ -77,16 +77,18 @@ class PocketGenEval:
                     f"reward {self.__name__!r} reads {SIDE} x {SIDE} pictures of the pocket model, "
                     f"row {row} is {image.width} x {image.height}; use another reward for it"
                 )
-            metadata = {"include": wanted} if wanted else _parse(self.__name__, row, text)
+            metadata = (
+                {"include": wanted} if wanted else _parse(self.__name__, f"prompt row {row}", text)
+            )
             scores.append(self._value(verify(np.asarray(image.convert("RGB")), metadata)))
         return scores
 
 
-def _parse(name: str, row: int, text: str) -> dict[str, Any]:
+def _parse(name: str, where: str, text: str) -> dict[str, Any]:
     try:
         return parse_caption(text)
     except ValueError as error:
-        raise UserError(f"reward {name!r}, prompt row {row}: {error}") from error
+        raise UserError(f"reward {name!r}, {where}: {error}") from error
 
 
 def _soft(verdict: Verdict) -> float:

@@ -114,8 +114,8 @@ class VLMJudge:
             for name in self._sources:
                 if not isinstance(prompt.column(name), Image.Image):
                     raise UserError(
-                        f"reward {self.__name__!r} shows the column {name!r}, and row {row} "
-                        f"({prompt.text!r:.80}) has no picture there"
+                        f"reward {self.__name__!r} shows the column {name!r}, and "
+                        f"{prompt.place(row)} ({prompt.text!r:.80}) has no picture there"
                     )
         self._setting(1, "MODEL")
         with self._client() as client:
