@@ -196,6 +196,9 @@ def test_nouns_are_english() -> None:
     assert [one("orange", "red"), one("orange"), one("car", "orange"), one("skis", "blue")] == [
         "a red orange", "an orange", "an orange car", "a blue pair of skis",
     ]  # fmt: skip
+    assert one("skis", "orange") == "an orange pair of skis" and one("scissors") == (
+        "a pair of scissors"
+    )
     assert len({plural(name) for name in CLASSES}) == len(CLASSES)
 
 

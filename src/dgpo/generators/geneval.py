@@ -35,9 +35,9 @@ _IRREGULAR = {
     "broccoli": "heads of broccoli",
 }
 _ONE = {
-    "skis": "a pair of skis",
-    "scissors": "a pair of scissors",
-    "broccoli": "a head of broccoli",
+    "skis": "pair of skis",
+    "scissors": "pair of scissors",
+    "broccoli": "head of broccoli",
 }
 _UNPAINTED = {"person"}
 """Classes that no colour is asked of."""
@@ -71,9 +71,8 @@ def plural(name: str) -> str:
 
 def one(name: str, color: str | None = None) -> str:
     """One of a class with its article: ``an orange car``, ``a pair of skis``."""
-    if name in _ONE:
-        return f"a {color} {_ONE[name][2:]}" if color else _ONE[name]
-    words = f"{color} {name}" if color else name
+    thing = _ONE.get(name, name)
+    words = f"{color} {thing}" if color else thing
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
