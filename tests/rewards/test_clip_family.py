@@ -13,7 +13,7 @@ from dgpo.rewards.aesthetic import Aesthetic
 from dgpo.rewards.clip import ClipScore
 from dgpo.rewards.hpsv2 import HPSv2, pad_square
 from dgpo.rewards.video import PerFrame
-from rewards.tiny import clip_vectors, pictures, save_clip, save_clip_processors
+from rewards.tiny import clip_vectors, held, pictures, save_clip, save_clip_processors
 
 TEXTS = ["a cat", "two dogs", "x", "a long text with many words"]
 IMAGES = pictures(4)
@@ -67,7 +67,9 @@ def test_the_aesthetic_head_is_affine_on_the_unit_vector(kind, folder, tmp_path)
         file = tmp_path / "aesthetic-model.pth"
         torch.save(state, file)
     place = tmp_path if kind == "folder" else file
-    got = Aesthetic(str(place), folder, batch=3)(IMAGES, TEXTS)
+    reward = Aesthetic(str(place), folder, batch=3)
+    got = reward(IMAGES, TEXTS)
+    assert len(held(reward)) == 2
     seen, _ = clip_vectors(folder, IMAGES, [])
     assert got == pytest.approx([apply_head(state, vector) for vector in seen], abs=1e-3)
     assert np.std(got) > 1e-3
@@ -185,7 +187,9 @@ def test_hpsv2_reads_an_open_clip_checkpoint(tmp_path, monkeypatch):
     state = open_clip_state()
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "HPS_v2.1_compressed.pt")
     monkeypatch.setenv("DGPO_HPSV2_BASE", str(tmp_path / "base"))
-    got = HPSv2(str(tmp_path), batch=3)(IMAGES, TEXTS)
+    reward = HPSv2(str(tmp_path), batch=3)
+    got = reward(IMAGES, TEXTS)
+    assert len(held(reward)) == 1
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "base")
     processor = CLIPImageProcessor.from_pretrained(tmp_path / "base")
     for image, text, score in zip(IMAGES, TEXTS, got, strict=True):

@@ -27,9 +27,13 @@ from dgpo.rewards.geneval import (
     Eyes,
     GenEval,
     cut_out,
+    geneval,
+    geneval_strict,
     published,
 )
 from dgpo.rewards.geneval_judge import COLORS, Detection, judge
+from dgpo.rewards.group_wise import Ranked
+from dgpo.rewards.residence import networks
 from rewards.tiny import clip_vectors, pictures, save_clip
 
 LABELS = dict(enumerate(["dog", "sofa", "cat"]))
@@ -194,6 +198,22 @@ def test_both_rewards_are_the_verdict_on_what_was_seen(mask2former, clip_folder,
         verdict = judge(objects, {"exclude": None, **prompt.metadata}, name)
         assert scores["geneval"][place] == pytest.approx(verdict.partial)
         assert scores["geneval_strict"][place] == float(verdict.strict)
+
+
+def test_the_networks_of_both_rewards_are_found(mask2former, clip_folder, monkeypatch):
+    monkeypatch.setenv("DGPO_GENEVAL_DETECTOR", mask2former)
+    monkeypatch.setenv("DGPO_CLIP", clip_folder)
+    published.cache_clear()
+    try:
+        for reward in (geneval, geneval_strict):
+            reward(IMAGES[:1], ["a dog"], include=[rows()[0].metadata["include"]])
+        each = [networks([Ranked(reward)]) for reward in (geneval, geneval_strict)]
+        assert [len(found) for found in each] == [2, 2]
+        assert len(networks([geneval, geneval_strict])) == 2, "one detector and one CLIP for both"
+    finally:
+        published.cache_clear()
+        for reward in (geneval, geneval_strict):
+            vars(reward).pop("_eyes", None)
 
 
 def test_rows_are_refused_before_models_are_loaded():

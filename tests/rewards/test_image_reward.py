@@ -8,7 +8,7 @@ from transformers import BertTokenizer, CLIPImageProcessor
 
 from dgpo.errors import UserError
 from dgpo.rewards.image_reward import MEAN, STD, ImageReward
-from rewards.tiny import pictures
+from rewards.tiny import held, pictures
 
 WIDTH, HIDDEN, LAYERS = 128, 64, 2  # two heads of 64 in the picture's tower, one in the text's
 IMAGES = pictures(3, (40, 48))
@@ -133,7 +133,9 @@ def folder(tmp_path_factory):
 
 
 def test_the_score_is_the_published_formula(folder):
-    got = ImageReward(folder, folder, batch=2)(IMAGES, TEXTS)  # texts of two lengths in a batch
+    reward = ImageReward(folder, folder, batch=2)
+    got = reward(IMAGES, TEXTS)  # texts of two lengths in a batch
+    assert held(reward)
     tokenizer = BertTokenizer.from_pretrained(folder)
     processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
     for image, text, score in zip(IMAGES, TEXTS, got, strict=True):

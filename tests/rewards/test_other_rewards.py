@@ -36,7 +36,7 @@ from dgpo.rewards.deqa import DeQA
 from dgpo.rewards.hpsv3 import HPSv3
 from dgpo.rewards.loading import Lazy
 from dgpo.rewards.vqascore import VQAScore
-from rewards.tiny import pictures
+from rewards.tiny import held, pictures
 
 IMAGES = pictures(3, (32, 32))
 
@@ -93,7 +93,9 @@ def llava(tmp_path_factory):
 
 def test_vqascore_is_the_probability_of_yes(llava):
     prompts = ["a cat", "a dog", "a cat"]
-    got = VQAScore(llava)(IMAGES, prompts)
+    reward = VQAScore(llava)
+    got = reward(IMAGES, prompts)
+    assert len(held(reward)) == 1
     model = LlavaForConditionalGeneration.from_pretrained(llava).eval()
     processor = LlavaProcessor.from_pretrained(llava)
     yes = processor.tokenizer.convert_tokens_to_ids("Yes")
@@ -173,6 +175,7 @@ def clap_cosine(folder, part, prompt):
 
 def test_clap_is_the_mean_cosine_of_the_stretches(clap):
     reward = ClapScore(clap, rate=8000)
+    assert len(held(reward)) == 1
     short, long = sounds(0.7, 8000), sounds(2.7, 8000, 1)
     got = reward([short, torch.from_numpy(np.stack([long, long]))], ["a dog barks", "rain"])
     assert got[0] == pytest.approx(clap_cosine(clap, short, "a dog barks"), abs=1e-4)
@@ -240,7 +243,9 @@ def test_deqa_runs_no_foreign_code_unless_asked_by_name(remote, monkeypatch):
     with pytest.raises(UserError, match="DGPO_TRUST_REMOTE_CODE=deqa"):
         DeQA(remote)
     monkeypatch.setenv("DGPO_TRUST_REMOTE_CODE", "other, deqa")
-    got = DeQA(remote, batch=2)(IMAGES, ["a"] * 3)
+    reward = DeQA(remote, batch=2)
+    got = reward(IMAGES, ["a"] * 3)
+    assert len(held(reward)) == 1
     assert got == pytest.approx([3.0] * 3)
     assert DeQA(remote, trust_remote_code=True)(IMAGES[:1], ["a"]) == pytest.approx([3.0])
 
@@ -252,6 +257,7 @@ def test_hpsv3_asks_its_package(monkeypatch):
     class Inferencer:
         def __init__(self, config_path=None, checkpoint_path=None, device="cuda"):
             seen.append((config_path, checkpoint_path, device))
+            self.model = torch.nn.Linear(1, 1)
 
         def reward(self, prompts, image_paths):
             sizes = [Image.open(file).size[0] for file in image_paths]
@@ -264,7 +270,9 @@ def test_hpsv3_asks_its_package(monkeypatch):
     module.__spec__ = types.SimpleNamespace()
     monkeypatch.setitem(sys.modules, "hpsv3", module)
     monkeypatch.setenv("DGPO_HPSV3", "weights.safetensors")
-    assert HPSv3(batch=2)(IMAGES, ["a", "bb", "ccc"]) == [33.0, 34.0, 35.0]
+    reward = HPSv3(batch=2)
+    assert reward(IMAGES, ["a", "bb", "ccc"]) == [33.0, 34.0, 35.0]
+    assert len(held(reward)) == 1
     assert seen[0][:2] == (None, "weights.safetensors")
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from torch import nn
 
+from dgpo import registry
 from dgpo.prompts import load_prompts
+from dgpo.reward_facts import FACTS
 from dgpo.rewards import load_rewards
 from dgpo.rewards.residence import networks
+from rewards.tiny import pictures, save_clip
 
 
 class Far(nn.Linear):
@@ -69,3 +74,29 @@ def test_networks_are_found_once_wherever_they_are_held() -> None:
 
     assert {id(n) for n in networks([Holder([Holder({"a": other})])])} == {id(one), id(other)}
     assert networks([lambda images, prompts: one]) == []
+
+
+@pytest.mark.parametrize("name", ["clip", "pickscore", "video_clip", "video_pickscore"])
+def test_the_network_of_a_registered_reward_is_found(name, tmp_path, monkeypatch) -> None:
+    folder = save_clip(tmp_path)
+    monkeypatch.setenv("DGPO_CLIP", folder)
+    monkeypatch.setenv("DGPO_PICKSCORE", folder)
+    lazy = registry.resolve("reward", name.removeprefix("video_"))
+    before = vars(lazy).pop("reward", None)
+    reward = registry.resolve("reward", name)
+    try:
+        given = [pictures(2)] if name.startswith("video_") else pictures(1)
+        assert networks([reward]) == [], "not loaded yet"
+        load_rewards([name])(given, load_prompts(["a cat"]))
+        assert [type(network).__name__ for network in networks([reward])] == ["CLIPModel"]
+    finally:
+        vars(lazy).pop("reward", None)
+        if before is not None:
+            vars(lazy)["reward"] = before
+
+
+def test_no_registered_reward_hides_its_network_from_the_search() -> None:
+    """A function's cache cannot be looked into: rewards with weights are objects."""
+    for name, facts in FACTS.items():
+        if facts.weights:
+            assert not isinstance(registry.resolve("reward", name), FunctionType), name

@@ -244,7 +244,11 @@ class GenEval:
     ) -> None:
         self.__name__ = name
         self._value = value
-        self._eyes = eyes
+        self._make = eyes
+
+    @functools.cached_property
+    def _eyes(self) -> Eyes:
+        return self._make()  # kept here too: networks are looked for in a reward's attributes
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Refuse rows that are not GenEval's, then load the models and compare the class names.
@@ -259,7 +263,7 @@ class GenEval:
             clauses = [*prompt.metadata["include"], *(prompt.metadata.get("exclude") or ())]
             for clause in clauses:
                 wanted.setdefault(clause["class"], where)
-        classes = self._eyes().detector.classes
+        classes = self._eyes.detector.classes
         for name, where in wanted.items():
             if name not in classes:
                 raise UserError(
@@ -293,7 +297,7 @@ class GenEval:
         ]
         for number, row in enumerate(rows):
             self._check_row(f"prompt row {number}", row["include"], row["exclude"])
-        return [self._value(verdict) for verdict in self._eyes().verdicts(images, rows)]
+        return [self._value(verdict) for verdict in self._eyes.verdicts(images, rows)]
 
     def _check_row(self, where: str, include: Any, exclude: Any) -> None:
         try:

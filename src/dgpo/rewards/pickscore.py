@@ -6,7 +6,6 @@ Source: Kirstain et al., "Pick-a-Pic" (arXiv 2305.01569). Weights: MIT licence o
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from PIL import Image
 
 from dgpo.errors import UserError
+from dgpo.rewards.loading import Lazy
 
 WEIGHTS = "yuvalkirstain/PickScore_v1"
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -57,7 +57,9 @@ class PickScore:
         self._batch = batch
 
     @torch.no_grad()
-    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    def __call__(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], **columns: Any
+    ) -> list[float]:
         """One score for each picture."""
         # the first call comes after the policy's device is in use: follow it to the GPU
         self._model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,18 +79,5 @@ class PickScore:
         return (self._model.logit_scale.exp() * cosine).float().tolist()
 
 
-@functools.cache
-def _published() -> PickScore:
-    return PickScore()
-
-
-def pickscore(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-    """The published model's score; its weights are loaded at the first call or check."""
-    return _published()(images, prompts)
-
-
-def _check(prompts: Sequence[Any]) -> None:
-    _published()  # a download that fails does so before the run starts
-
-
-pickscore.check = _check  # pyright: ignore[reportFunctionMemberAccess]
+pickscore = Lazy("pickscore", PickScore)
+"""The published model's score; its weights are loaded at the first call or check."""

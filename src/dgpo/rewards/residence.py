@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-_DEPTH = 4
+_DEPTH = 6
+"""As deep as the CLIP of a ranked GenEval lies."""
 
 
 class Residence:
