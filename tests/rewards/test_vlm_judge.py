@@ -11,6 +11,8 @@ from PIL import Image
 
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
+from dgpo.rewards import load_rewards
+from dgpo.rewards.guard import RewardFailure
 from dgpo.rewards.unified_reward import unified_judge
 from dgpo.rewards.vlm_judge import VLMJudge
 
@@ -114,7 +116,13 @@ def test_bad_answers_are_asked_again(serve, first, reason):
     with pytest.raises(UserError, match="row 0") as error:
         VLMJudge(server.url, "m", **options)(IMAGES[:1], ["a"])
     assert reason in str(error.value) and "after 3 tries" in str(error.value)
-    assert VLMJudge(server.url, "m", fallback=0.0, **options)(IMAGES[:1], ["a"]) == [0.0]
+    judge = VLMJudge(server.url, "m", fallback=0.0, **options)
+    if "status" not in reason:
+        assert judge(IMAGES[:1], ["a"]) == [0.0]
+        return
+    with pytest.raises(RewardFailure, match=reason) as failure:  # no answer is not a bad one
+        judge(IMAGES[:1], ["a"])
+    assert failure.value.gone
 
 
 def test_a_refusal_is_not_asked_again(serve):
@@ -130,6 +138,50 @@ def test_a_slow_server_is_a_reason_to_try_again(serve):
     judge = VLMJudge(server.url, "m", timeout=0.5, pause=0.0)
     assert judge(IMAGES[:1], ["a"]) == [3.0]
     wait.set()
+
+
+def test_a_judge_that_is_gone_is_not_asked_about_each_group_again(serve, monkeypatch):
+    server = serve(lambda body, count: "Score: 3")
+    judge = VLMJudge(server.url, "m", pause=0.0, retries=1, workers=4)
+    server.close()
+    asked = []
+    ask = judge._ask
+    monkeypatch.setattr(judge, "_ask", lambda *given: asked.append(1) or ask(*given))
+    rewards = load_rewards({judge: {"on_error": "skip_group"}})
+    images = [Image.new("RGB", (4, 4))] * 32
+    lost = rewards.score(images, [Prompt("a")] * 32, [row // 4 for row in range(32)]).lost
+    assert sorted(lost) == list(range(8)) and "Connect" in lost[0]
+    assert len(asked) <= 2 * 32
+
+
+def test_a_judge_that_is_gone_is_never_a_score(serve):
+    server = serve(lambda body, count: "Score: 3")
+    judge = VLMJudge(server.url, "m", pause=0.0, retries=1, fallback=0.0)
+    server.close()
+    images, rows = [Image.new("RGB", (4, 4))] * 4, [Prompt("a")] * 4
+    scored = load_rewards({judge: {"on_error": "skip_group"}}).score(images, rows, [0, 0, 1, 1])
+    assert sorted(scored.lost) == [0, 1] and scored.by_name["vlm_judge"].isnan().all()
+    with pytest.raises(RewardFailure, match=r"no score after 2 tries; the last: Connect"):
+        load_rewards({judge: 1.0}).score(images, rows, [0, 0, 1, 1])
+
+
+def test_as_many_connections_as_workers_and_an_address_that_is_none(serve):
+    server = serve(by_color)
+    with VLMJudge(server.url, "m", workers=150)._client() as client:
+        assert client._transport._pool._max_connections == 150
+    with pytest.raises(UserError, match=r"'vlm_judge': 'http://\[::'"):
+        VLMJudge("http://[::", "m").check([Prompt("a")])
+
+
+def test_one_picture_that_cannot_be_judged_costs_its_own_group(serve):
+    def unsure(body, count):
+        return "I cannot tell." if parts(body)[0].getpixel((0, 0))[0] > 99 else "Score: 3"
+
+    judge = VLMJudge(serve(unsure).url, "m", pause=0.0, retries=0)
+    rewards = load_rewards({judge: {"on_error": "skip_group"}})
+    images = [IMAGES[1]] * 4 + [IMAGES[0], IMAGES[1]]
+    scored = rewards.score(images, [Prompt("a")] * 6, [0, 0, 1, 1, 2, 2])
+    assert list(scored.lost) == [2] and scored.by_name["vlm_judge"][:4].tolist() == [3.0] * 4
 
 
 def test_what_is_not_set_or_not_there(serve, monkeypatch):

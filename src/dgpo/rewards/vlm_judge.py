@@ -18,6 +18,7 @@ from typing import Any
 from PIL import Image
 
 from dgpo.errors import UserError
+from dgpo.rewards.guard import RewardFailure
 from dgpo.rewards.loading import need
 
 TEMPLATE = """\
@@ -26,10 +27,20 @@ How well does the picture show what the description asks for, and how well is it
 Answer with one line: Score: <a number from 0 (not at all) to 10 (perfectly)>"""
 PATTERN = r"[Ss]core\W*?(-?\d+(?:\.\d+)?)"
 NUMBERS = (0.0, 10.0)
+_AWAY = (408, 429, 502, 503, 504)
+"""Statuses of a server that is busy, or of a proxy whose server is gone."""
 
 
 class _Retry(Exception):
-    """An answer that may be better the next time."""
+    """An answer that may be better the next time.
+
+    Args:
+        gone: no answer came, so that asking about other pictures is no use either.
+    """
+
+    def __init__(self, reason: str, gone: bool = False) -> None:
+        super().__init__(reason)
+        self.gone = gone
 
 
 class VLMJudge:
@@ -44,7 +55,8 @@ class VLMJudge:
             judged, such as ``image``, the picture that was to be edited.
         pattern: regular expression; group 1 of its last match in the answer is the score.
         limits: least and greatest score; another number counts as no answer.
-        fallback: score where no answer can be read after all tries; None: the run stops.
+        fallback: score where an answer came and no number could be read in it after all tries;
+            None: the reward has failed. A server that does not answer is a failure in any case.
         retries: further tries after a broken connection, a busy server or an unreadable answer.
         timeout: seconds for one answer.
         pause: seconds before the first further try; each next one waits twice as long.
@@ -101,7 +113,16 @@ class VLMJudge:
 
         url, key = self._setting(0, "URL"), self._setting(2, "KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        return httpx.Client(base_url=url, headers=headers, timeout=self._timeout)
+        try:
+            return httpx.Client(
+                base_url=url,
+                headers=headers,
+                timeout=self._timeout,
+                # as many as may be asked at once: httpx's own limit would make the others too late
+                limits=httpx.Limits(max_connections=self._workers),
+            )
+        except httpx.InvalidURL as error:
+            raise UserError(f"reward {self.__name__!r}: {url!r}: {error}") from error
 
     def check(self, prompts: Sequence[Any]) -> None:
         """See that the endpoint is set, that something answers there, and that every row has the
@@ -135,7 +156,8 @@ class VLMJudge:
         """One score for each picture.
 
         Raises:
-            UserError: no readable answer after all tries, and no ``fallback``.
+            RewardFailure: no answer from the server after all tries.
+            UserError: none that could be read, and no ``fallback``.
         """
         model = self._setting(1, "MODEL")
         shown = [
@@ -147,7 +169,12 @@ class VLMJudge:
                 pool.submit(self._score, client, model, row, pictures, text)
                 for row, (pictures, text) in enumerate(zip(shown, prompts, strict=True))
             ]
-            return [job.result() for job in jobs]
+            try:
+                return [job.result() for job in jobs]
+            except UserError:
+                for job in jobs:
+                    job.cancel()  # the answers of the others would not be used
+                raise
 
     def _score(
         self, client: Any, model: str, row: int, pictures: Sequence[Image.Image], text: str
@@ -158,20 +185,23 @@ class VLMJudge:
         ]
         messages = [{"role": "user", "content": content}]
         body = {"model": model, "messages": messages, **self._options}
-        reason = ""
+        reason, gone = "", False
         for attempt in range(self._retries + 1):
             if attempt:
                 time.sleep(self._pause * 2 ** (attempt - 1))
             try:
                 return self._read(self._ask(client, body))
             except _Retry as error:
-                reason = str(error)
-        if self._fallback is not None:
-            return self._fallback
-        raise UserError(
+                reason, gone = str(error), error.gone
+        failure = (
             f"reward {self.__name__!r}, row {row} (prompt {text!r:.80}): no score after "
-            f"{self._retries + 1} tries; the last: {reason}; give a fallback to go on without"
+            f"{self._retries + 1} tries; the last: {reason}"
         )
+        if gone:  # no fallback: every picture would get it, and nothing would tell
+            raise RewardFailure(failure, gone=True)
+        if self._fallback is None:
+            raise UserError(f"{failure}; give a fallback to go on without")
+        return self._fallback
 
     def _ask(self, client: Any, body: dict[str, Any]) -> str:
         import httpx
@@ -179,9 +209,11 @@ class VLMJudge:
         try:
             response = client.post("/chat/completions", json=body)
         except httpx.HTTPError as error:
-            raise _Retry(f"{type(error).__name__} {error}") from error
-        if response.status_code in (408, 429) or response.status_code >= 500:
-            raise _Retry(f"status {response.status_code}: {response.text[:160]}")
+            gone = isinstance(error, httpx.TransportError)
+            raise _Retry(f"{type(error).__name__} {error}", gone) from error
+        if response.status_code in _AWAY or response.status_code >= 500:
+            reason = f"status {response.status_code}: {response.text[:160]}"
+            raise _Retry(reason, response.status_code in _AWAY)
         if response.status_code != 200:
             raise UserError(
                 f"reward {self.__name__!r}: {client.base_url} refused the request with status "
