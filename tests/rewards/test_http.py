@@ -12,9 +12,11 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import httpx
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -24,6 +26,7 @@ from dgpo.prompts import Prompt
 from dgpo.rewards import load_rewards
 from dgpo.rewards.http import HttpReward
 from dgpo.rewards.stand_in import redness
+from rewards.tiny import pictures
 
 pytest.importorskip("fastapi")
 import uvicorn
@@ -56,11 +59,10 @@ class Picky:
         return [float(len(one)) for one in text]
 
 
-@pytest.fixture(scope="module")
-def url():
-    sets = [load_rewards([one]) for one in (redness, counted, Picky())]
-    limits = Limits(body=200_000, images=8, pixels=10_000, seconds=0.7)
-    app = make_app(sets, TOKEN, limits, batch=16, linger=0.05, waiting=20)
+@contextmanager
+def served(*rewards, **limits):
+    sets = [load_rewards([one]) for one in rewards]
+    app = make_app(sets, TOKEN, Limits(**limits), batch=16, linger=0.05, waiting=20)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -69,6 +71,13 @@ def url():
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
     thread.join()
+
+
+@pytest.fixture(scope="module")
+def url():
+    limits = {"body": 200_000, "images": 8, "pixels": 10_000, "seconds": 0.7}
+    with served(redness, counted, Picky(), **limits) as address:
+        yield address
 
 
 @pytest.fixture
@@ -104,6 +113,38 @@ def test_scores_are_the_very_numbers_of_the_reward(url, client):
     assert webp["scores"]["redness"] == pytest.approx([1.0, 1.0, 1.0], abs=0.02)
     both = ask(client, [picture()], rewards=["redness", "counted"], metadata=[{"k": 7}]).json()
     assert both == {"scores": {"redness": [1.0], "counted": [7.0]}}
+
+
+@pytest.mark.parametrize(
+    ("limits", "most"),
+    [({"images": 3}, 3), ({"pixels": 5 * 256}, 5), ({"body": 6000}, 4), ({}, 16)],
+)
+def test_requests_are_cut_to_what_the_server_takes(limits, most):
+    noise = pictures(20, (16, 16))
+    notes = ["x" * (100 * (row % 3)) for row in range(20)]
+    asked = []
+
+    def near(images, prompts, note):
+        return [
+            image.getpixel((3, 3))[0] + len(text) for image, text in zip(images, note, strict=True)
+        ]
+
+    with served(near, **limits) as url:
+        reward = HttpReward(url, connections=1)
+        score = reward._score
+        reward._score = lambda files, *rest: asked.append(len(files)) or score(files, *rest)
+        assert reward(noise, ["a"] * 20, note=notes) == near(noise, None, notes)
+    assert sum(asked) == 20 and max(asked) <= most and len(asked) <= -(-20 // most) + 3
+
+
+def test_a_picture_that_is_too_large_by_itself_and_what_is_none(url):
+    reward = HttpReward(url, "redness")
+    with pytest.raises(UserError, match=r"row 1: the picture has 10100 pixels.*--max-megapixels"):
+        reward([REDS[0], Image.new("RGB", (101, 100))], ["a", "a"])
+    rewards = load_rewards({"http": {"options": {"url": url, "reward": "redness"}}})
+    for made in (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), [REDS[0], REDS[1]]):
+        with pytest.raises(UserError, match=r"row 1 is (Tensor|list), no picture: videos"):
+            rewards([REDS[0], made], [Prompt("a")] * 2)
 
 
 def test_health_and_the_description(url, client):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,46 @@ class _Retry(Exception):
     """Something that may be better the next time."""
 
 
+_HEADERS = 512
+"""Bytes of a request, and of each part of it, that are neither a picture nor a prompt row; or less.
+"""
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """What the server takes at once: pictures, their pixels, and bytes."""
+
+    images: float = math.inf
+    pixels: float = math.inf
+    bytes: float = math.inf
+
+    def cut(self, sizes: Sequence[tuple[int, int]], batch: int) -> Iterator[slice]:
+        """Rows of one request after the other.
+
+        Args:
+            sizes: pixels and bytes of each row.
+            batch: the most rows of a request.
+
+        Raises:
+            UserError: a row is too large for a request of its own.
+        """
+        first, count, pixels, size = 0, 0, 0, _HEADERS
+        for row, (more, heavier) in enumerate(sizes):
+            if more > self.pixels or _HEADERS + heavier > self.bytes:
+                raise UserError(
+                    f"reward 'http', row {row}: the picture has {more} pixels and takes {heavier} "
+                    f"bytes; the server takes {self.pixels} pixels and {self.bytes} bytes at once: "
+                    "start it with more --max-megapixels and --max-mb"
+                )
+            full = count == min(batch, self.images)
+            if full or pixels + more > self.pixels or size + heavier > self.bytes:
+                yield slice(first, row)
+                first, count, pixels, size = row, 0, 0, _HEADERS
+            count, pixels, size = count + 1, pixels + more, size + heavier
+        if count:
+            yield slice(first, len(sizes))
+
+
 class HttpReward:
     """Asks a reward server.
 
@@ -38,7 +80,7 @@ class HttpReward:
         timeout: seconds for one answer.
         retries: further tries after a broken connection or a busy server.
         pause: seconds before the first further try; each next one waits twice as long.
-        batch: pictures of one request.
+        batch: pictures of one request; fewer where the server takes fewer.
         connections: requests at once, over as many connections, which are kept open.
     """
 
@@ -59,6 +101,7 @@ class HttpReward:
         self._timeout, self._retries, self._pause = timeout, retries, pause
         self._batch, self._connections = batch, connections
         self._pool: Any = None
+        self._bounds: _Bounds | None = None
 
     def check(self, prompts: Sequence[Any]) -> None:
         """See that the server is there and serves the reward.
@@ -66,7 +109,7 @@ class HttpReward:
         Raises:
             UserError: it is not, or the token is not the right one.
         """
-        served = self._json(lambda client: client.get("/v1/rewards")).get("rewards", [])
+        served = self._offer().get("rewards", [])
         wanted = self._name()
         if wanted is None and len(served) != 1:
             raise UserError(
@@ -85,31 +128,37 @@ class HttpReward:
 
         Raises:
             RewardFailure: the server could not be reached, or did not answer, at any try.
-            UserError: it has refused the request.
+            UserError: it has refused the request, a row is no picture, or one alone is too large.
         """
-        starts = range(0, len(images), self._batch)
+        if self._bounds is None:
+            self._offer()
+        texts = [str(text) for text in prompts]
+        rows = [{key: column[row] for key, column in columns.items()} for row in range(len(texts))]
         with ThreadPoolExecutor(self._connections) as pool:
+            files = list(pool.map(_png, range(len(images)), images))
+            sizes = [
+                (image.width * image.height, len(file) + len(_json_of([text, own])) + _HEADERS)
+                for image, file, text, own in zip(images, files, texts, rows, strict=True)
+            ]
+            assert self._bounds is not None
             jobs = [
-                pool.submit(self._score, images, prompts, columns, slice(at, at + self._batch))
-                for at in starts
+                pool.submit(self._score, files[part], texts[part], rows[part])
+                for part in self._bounds.cut(sizes, self._batch)
             ]
             return [number for job in jobs for number in job.result()]
 
-    def _score(self, images: Any, prompts: Any, columns: Any, part: slice) -> list[float]:
-        texts, name = [str(text) for text in prompts[part]], self._name()
-        cut = {key: column[part] for key, column in columns.items()}
-        rows = [{key: cut[key][row] for key in cut} for row in range(len(texts))]
+    def _offer(self) -> dict[str, Any]:
+        """What the server serves, and how much it takes at once."""
+        offer = self._json(lambda client: client.get("/v1/rewards"))
+        given = (offer.get(f"max_{what}") for what in ("images", "pixels", "bytes"))
+        self._bounds = _Bounds(*(one if isinstance(one, int) else math.inf for one in given))
+        return offer
+
+    def _score(self, pngs: list[bytes], texts: list[str], rows: list[Any]) -> list[float]:
+        name = self._name()
         question = {"prompts": texts, "metadata": rows, "rewards": None if name is None else [name]}
-        try:
-            form = {"request": json.dumps(question, allow_nan=False)}
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"reward 'http': the prompt rows hold what JSON cannot: {error}; leave it out"
-            ) from error
-        files = [
-            ("images", (f"{row}.png", _png(image), "image/png"))
-            for row, image in enumerate(images[part])
-        ]
+        form = {"request": _json_of(question)}
+        files = [("images", (f"{row}.png", png, "image/png")) for row, png in enumerate(pngs)]
         answer = self._json(lambda client: client.post("/v1/score", data=form, files=files))
         scores = answer.get("scores")
         if not isinstance(scores, dict) or len(scores) != 1:
@@ -206,7 +255,21 @@ class HttpReward:
             raise UserError(f"reward 'http': token file {file}: {error}") from error
 
 
-def _png(image: Image.Image) -> bytes:
+def _json_of(given: Any) -> str:
+    try:
+        return json.dumps(given, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"reward 'http': the prompt rows hold what JSON cannot: {error}; leave it out"
+        ) from error
+
+
+def _png(row: int, image: Any) -> bytes:
+    if not isinstance(image, Image.Image):
+        raise UserError(
+            f"reward 'http', row {row} is {type(image).__name__}, no picture: videos and sounds "
+            "cannot be sent; ask their reward in this process"
+        )
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
