@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -26,6 +27,7 @@ from dgpo.prompts import Prompt
 from dgpo.rewards import load_rewards
 from dgpo.rewards.http import HttpReward
 from dgpo.rewards.stand_in import redness
+from dgpo.rewards.video import PerFrame
 from rewards.tiny import pictures
 
 pytest.importorskip("fastapi")
@@ -139,12 +141,48 @@ def test_requests_are_cut_to_what_the_server_takes(limits, most):
 
 def test_a_picture_that_is_too_large_by_itself_and_what_is_none(url):
     reward = HttpReward(url, "redness")
-    with pytest.raises(UserError, match=r"row 1: the picture has 10100 pixels.*--max-megapixels"):
+    with pytest.raises(UserError, match=r"row 1 has 1 pictures of 10100 pixels.*--max-megapixels"):
         reward([REDS[0], Image.new("RGB", (101, 100))], ["a", "a"])
-    rewards = load_rewards({"http": {"options": {"url": url, "reward": "redness"}}})
-    for made in (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), [REDS[0], REDS[1]]):
-        with pytest.raises(UserError, match=r"row 1 is (Tensor|list), no picture: videos"):
-            rewards([REDS[0], made], [Prompt("a")] * 2)
+    for made in (torch.zeros(2, 8000), np.zeros(8000, np.float32), []):
+        with pytest.raises(UserError, match=r"row 1 is (Tensor|ndarray|list), neither.*sounds"):
+            reward([REDS[0], made], ["a"] * 2)
+    with pytest.raises(UserError, match=r"some rows are pictures and some are videos"):
+        reward([REDS[0], [REDS[1]]], ["a"] * 2)
+
+
+def test_videos_are_scored_as_in_the_same_process():
+    lists = [REDS[:3], REDS[3:4], REDS[4:9], REDS[9:11]]
+    arrays = [np.stack([np.asarray(frame) for frame in video]) for video in lists]
+    tensors = [torch.from_numpy(video).permute(0, 3, 1, 2) for video in arrays]
+    rows = [Prompt("a", {"k": row}) for row in range(4)]
+
+    def tall(images, prompts, k):
+        return [image.getpixel((0, 0))[0] + number for image, number in zip(images, k, strict=True)]
+
+    near = load_rewards([PerFrame(tall)])(tensors, rows).total.tolist()
+    assert near == pytest.approx([10 + 0, 30 + 1, 60 + 2, 95 + 3])
+    with served(PerFrame(tall), redness, images=6) as url:
+        far = load_rewards({"http": {"options": {"url": url, "reward": "video_tall"}}})
+        for videos in (tensors, arrays, lists):
+            assert far(videos, rows).total.tolist() == near
+        with pytest.raises(UserError, match=r"row 0 has 7 pictures of 448 pixels.*--max-images"):
+            far([REDS[:7]], rows[:1])
+        with pytest.raises(UserError, match=r"422: reward 'video_tall' scores videos; a request"):
+            far(REDS[:1], rows[:1])
+        with pytest.raises(UserError, match=r"422: reward 'redness' scores pictures; a request"):
+            HttpReward(url, "redness")([REDS[:2]], ["a"])
+        head = {"Authorization": f"Bearer {TOKEN}"}
+        with httpx.Client(base_url=url, headers=head) as client:
+            common = {"rewards": ["video_tall"], "metadata": [{"k": 0}]}
+            for frames, status in (
+                ([2], 200),
+                ([1], 400),
+                ([0], 400),
+                ([1, 1], 400),
+                ([-1, 3], 400),
+            ):
+                answer = ask(client, [picture()] * 2, prompts=["a"], frames=frames, **common)
+                assert answer.status_code == status, (frames, answer.text)
 
 
 def test_health_and_the_description(url, client):

@@ -128,6 +128,18 @@ class RewardSet:
         if lost:
             raise RewardFailure(lost[0])
 
+    @property
+    def media(self) -> str:
+        """What its rewards score, by their attribute ``media``: pictures (default), videos, ...
+
+        Raises:
+            UserError: not the same.
+        """
+        found = {getattr(entry.function, "media", "pictures") for entry in self._entries}
+        if len(found) != 1:
+            raise UserError(f"rewards of {' and '.join(sorted(found))} cannot be asked together")
+        return found.pop()
+
     def run_in(self, folder: Path) -> None:
         """Tell rewards that keep something where the run's folder is."""
         for entry in self._entries:

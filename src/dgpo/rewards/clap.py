@@ -103,4 +103,4 @@ def _mono(sound: Any, row: int, rate: int, wanted: int) -> np.ndarray:
     return resample_poly(wave, wanted // shared, rate // shared).astype(np.float32)
 
 
-clap = Lazy("clap", ClapScore)
+clap = Lazy("clap", ClapScore, media="sounds")

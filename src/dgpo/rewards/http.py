@@ -1,7 +1,8 @@
 """A reward that is computed by `dgpo serve`, here or on another machine.
 
-Licence, range and direction: those of the reward that is served. Pictures travel as PNG, scores as
-JSON numbers, so that a score is the very number that the server has computed.
+Licence, range and direction: those of the reward that is served. Pictures and the frames of videos
+travel as PNG, scores as JSON numbers, so that a score is the very number that the server has
+computed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import operator
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +25,7 @@ from dgpo.errors import UserError
 from dgpo.rewards.guard import RewardFailure
 from dgpo.rewards.loading import need
 from dgpo.rewards.terms import PASSWORD
+from dgpo.rewards.video import frames_of
 
 
 class _Retry(Exception):
@@ -36,36 +39,38 @@ _HEADERS = 512
 
 @dataclass(frozen=True)
 class _Bounds:
-    """What the server takes at once: pictures, their pixels, and bytes."""
+    """What the server takes at once: pictures (frames of videos too), their pixels, and bytes."""
 
     images: float = math.inf
     pixels: float = math.inf
     bytes: float = math.inf
 
-    def cut(self, sizes: Sequence[tuple[int, int]], batch: int) -> Iterator[slice]:
+    def cut(self, sizes: Sequence[tuple[int, int, int]], batch: int) -> Iterator[slice]:
         """Rows of one request after the other.
 
         Args:
-            sizes: pixels and bytes of each row.
+            sizes: pictures, pixels and bytes of each row.
             batch: the most rows of a request.
 
         Raises:
             UserError: a row is too large for a request of its own.
         """
-        first, count, pixels, size = 0, 0, 0, _HEADERS
-        for row, (more, heavier) in enumerate(sizes):
-            if more > self.pixels or _HEADERS + heavier > self.bytes:
+        first, sums = 0, (0, 0, _HEADERS)
+        most = (self.images, self.pixels, self.bytes)
+        for row, own in enumerate(sizes):
+            if any(map(operator.gt, (*own[:2], _HEADERS + own[2]), most)):
                 raise UserError(
-                    f"reward 'http', row {row}: the picture has {more} pixels and takes {heavier} "
-                    f"bytes; the server takes {self.pixels} pixels and {self.bytes} bytes at once: "
-                    "start it with more --max-megapixels and --max-mb"
+                    f"reward 'http', row {row} has {own[0]} pictures of {own[1]} pixels and "
+                    f"{own[2]} bytes; the server takes {self.images}, {self.pixels} and "
+                    f"{self.bytes} at once: start it with more --max-images, --max-megapixels or "
+                    "--max-mb"
                 )
-            full = count == min(batch, self.images)
-            if full or pixels + more > self.pixels or size + heavier > self.bytes:
+            more = tuple(map(operator.add, sums, own))
+            if row - first == batch or any(map(operator.gt, more, most)):
                 yield slice(first, row)
-                first, count, pixels, size = row, 0, 0, _HEADERS
-            count, pixels, size = count + 1, pixels + more, size + heavier
-        if count:
+                first, more = row, (*own[:2], _HEADERS + own[2])
+            sums = more
+        if sizes:
             yield slice(first, len(sizes))
 
 
@@ -80,7 +85,7 @@ class HttpReward:
         timeout: seconds for one answer.
         retries: further tries after a broken connection or a busy server.
         pause: seconds before the first further try; each next one waits twice as long.
-        batch: pictures of one request; fewer where the server takes fewer.
+        batch: pictures or videos of one request; fewer where the server takes fewer.
         connections: requests at once, over as many connections, which are kept open.
     """
 
@@ -122,27 +127,38 @@ class HttpReward:
             )
 
     def __call__(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], **columns: Sequence[Any]
+        self, images: Sequence[Any], prompts: Sequence[str], **columns: Sequence[Any]
     ) -> list[float]:
-        """One score for each picture.
+        """One score for each picture or video.
+
+        Args:
+            images: B pictures, or B videos as :class:`dgpo.rewards.video.PerFrame` takes them.
+            prompts: the caption of each.
+            columns: metadata, which goes along as JSON.
 
         Raises:
             RewardFailure: the server could not be reached, or did not answer, at any try.
-            UserError: it has refused the request, a row is no picture, or one alone is too large.
+            UserError: it has refused the request, a row is neither a picture nor a video, or one
+                alone is too large.
         """
         if self._bounds is None:
             self._offer()
         texts = [str(text) for text in prompts]
         rows = [{key: column[row] for key, column in columns.items()} for row in range(len(texts))]
+        frames, videos = _frames(images)
         with ThreadPoolExecutor(self._connections) as pool:
-            files = list(pool.map(_png, range(len(images)), images))
+            files = [list(pool.map(_png, pictures)) for pictures in frames]
             sizes = [
-                (image.width * image.height, len(file) + len(_json_of([text, own])) + _HEADERS)
-                for image, file, text, own in zip(images, files, texts, rows, strict=True)
+                (
+                    len(pictures),
+                    sum(picture.width * picture.height for picture in pictures),
+                    sum(len(png) + _HEADERS for png in pngs) + len(_json_of([text, own])),
+                )
+                for pictures, pngs, text, own in zip(frames, files, texts, rows, strict=True)
             ]
             assert self._bounds is not None
             jobs = [
-                pool.submit(self._score, files[part], texts[part], rows[part])
+                pool.submit(self._score, files[part], texts[part], rows[part], videos)
                 for part in self._bounds.cut(sizes, self._batch)
             ]
             return [number for job in jobs for number in job.result()]
@@ -154,11 +170,16 @@ class HttpReward:
         self._bounds = _Bounds(*(one if isinstance(one, int) else math.inf for one in given))
         return offer
 
-    def _score(self, pngs: list[bytes], texts: list[str], rows: list[Any]) -> list[float]:
+    def _score(
+        self, pngs: list[list[bytes]], texts: list[str], rows: list[Any], videos: bool
+    ) -> list[float]:
         name = self._name()
         question = {"prompts": texts, "metadata": rows, "rewards": None if name is None else [name]}
+        if videos:
+            question["frames"] = [len(own) for own in pngs]
         form = {"request": _json_of(question)}
-        files = [("images", (f"{row}.png", png, "image/png")) for row, png in enumerate(pngs)]
+        every = enumerate(png for own in pngs for png in own)
+        files = [("images", (f"{place}.png", png, "image/png")) for place, png in every]
         answer = self._json(lambda client: client.post("/v1/score", data=form, files=files))
         scores = answer.get("scores")
         if not isinstance(scores, dict) or len(scores) != 1:
@@ -264,12 +285,24 @@ def _json_of(given: Any) -> str:
         ) from error
 
 
-def _png(row: int, image: Any) -> bytes:
-    if not isinstance(image, Image.Image):
-        raise UserError(
-            f"reward 'http', row {row} is {type(image).__name__}, no picture: videos and sounds "
-            "cannot be sent; ask their reward in this process"
-        )
+def _frames(images: Sequence[Any]) -> tuple[list[list[Image.Image]], bool]:
+    """The pictures of each row, and whether the rows are videos."""
+    found = []
+    for row, image in enumerate(images):
+        pictures = [image] if isinstance(image, Image.Image) else frames_of(image)
+        if pictures is None:
+            raise UserError(
+                f"reward 'http', row {row} is {type(image).__name__}, neither a picture nor a "
+                "video: sounds cannot be sent; ask their reward in this process"
+            )
+        found.append(pictures)
+    videos = {not isinstance(image, Image.Image) for image in images}
+    if len(videos) > 1:
+        raise UserError("reward 'http': some rows are pictures and some are videos; send one kind")
+    return found, True in videos
+
+
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

@@ -26,10 +26,14 @@ class Lazy:
     Args:
         name: what errors and tables call it.
         build: makes the reward, ``(images, prompts, **columns) -> list of float``.
+        media: what it scores, which a server must know before: pictures, videos or sounds.
     """
 
-    def __init__(self, name: str, build: Callable[[], Callable[..., list[float]]]) -> None:
+    def __init__(
+        self, name: str, build: Callable[[], Callable[..., list[float]]], media: str = "pictures"
+    ) -> None:
         self.__name__ = name
+        self.media = media
         self._build = build
 
     @functools.cached_property

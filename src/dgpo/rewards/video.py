@@ -21,10 +21,14 @@ from dgpo.rewards.base import load_rewards
 class PerFrame:
     """The mean of a picture's reward over the frames of each video.
 
+    Its attribute ``media`` tells a server that it is to be sent videos.
+
     Args:
         reward: a reward's name, or a function ``(images, prompts, **columns) -> list of float``.
         frames: how many frames are scored, spread evenly from the first to the last; None: all.
     """
+
+    media = "videos"
 
     def __init__(self, reward: str | Callable[..., Any], frames: int | None = None) -> None:
         if frames is not None and frames < 1:
@@ -63,7 +67,14 @@ class PerFrame:
         rows: list[Prompt] = []
         counts = []
         for row, (video, text) in enumerate(zip(images, prompts, strict=True)):
-            chosen = self._choose(_pictures(video, row))
+            pictures = frames_of(video)
+            if pictures is None:
+                raise UserError(
+                    f"row {row} is {type(video).__name__}, not a video: a tensor uint8 [frames, 3, "
+                    "height, width], a list of pictures, or an array uint8 [frames, height, "
+                    "width, 3]"
+                )
+            chosen = self._choose(pictures)
             own = {key: column[row] for key, column in columns.items()}
             frames += chosen
             rows += [Prompt(text, own)] * len(chosen)
@@ -80,17 +91,16 @@ class PerFrame:
         return [frames[place] for place in places]
 
 
-def _pictures(video: Any, row: int) -> list[Image.Image]:
+def frames_of(video: Any) -> list[Image.Image] | None:
+    """The frames of a tensor uint8 [T, 3, H, W], a list of pictures, or an array uint8
+    [T, H, W, 3]; None: it is no video."""
     if isinstance(video, Tensor) and video.ndim == 4 and video.shape[1] == 3:
         video = video.permute(0, 2, 3, 1).cpu().numpy()
     if isinstance(video, np.ndarray) and video.ndim == 4 and video.dtype == np.uint8:
         video = [Image.fromarray(frame) for frame in video]
     frames = video if isinstance(video, (list, tuple)) else []
     if not frames or not all(isinstance(frame, Image.Image) for frame in frames):
-        raise UserError(
-            f"row {row} is {type(video).__name__}, not a video: a tensor uint8 [frames, 3, "
-            "height, width], a list of pictures, or an array uint8 [frames, height, width, 3]"
-        )
+        return None
     return list(frames)
 
 

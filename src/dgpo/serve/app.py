@@ -4,12 +4,13 @@ import asyncio
 import math
 from collections.abc import Callable
 from importlib.metadata import version
+from itertools import islice
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, File, Form, HTTPException, UploadFile
 from fastapi.concurrency import run_in_threadpool
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from dgpo.prompts import Prompt
 from dgpo.rewards import RewardSet
@@ -19,6 +20,7 @@ from dgpo.serve.pictures import BadPicture, open_picture, size_of
 
 T = TypeVar("T")
 VERSION = version("dgpo")
+_FRAMES = "; a request about videos has 'frames', the number of pictures of each, others have not"
 
 
 class Question(BaseModel):
@@ -27,11 +29,13 @@ class Question(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     prompts: list[str] = Field(min_length=1)
-    """One a picture, in order."""
+    """One a picture or video, in order."""
     metadata: list[dict[str, Any]] | None = None
-    """What else the prompt rows say, an object a picture."""
+    """What else the prompt rows say, an object a picture or video."""
     rewards: list[str] | None = None
     """Names of rewards that are served; null: all."""
+    frames: list[PositiveInt] | None = None
+    """Of videos: how many of the pictures, one after the other, each has; null: no videos."""
 
 
 class Scores(BaseModel):
@@ -72,6 +76,7 @@ def make_app(
     """
     bounds = limits or Limits()
     batchers = {own.names[0]: Batcher(own, **batching) for own in rewards}
+    media = {own.names[0]: own.media for own in rewards}
     app = FastAPI(
         title="dgpo rewards",
         version=VERSION,
@@ -108,19 +113,26 @@ def make_app(
     @app.post("/v1/score", responses=refusals)
     async def score(
         request: Annotated[str, Form(description="JSON: " + ", ".join(Question.model_fields))],
-        images: Annotated[list[UploadFile], File(description="PNG or WebP, one a prompt")],
+        images: Annotated[
+            list[UploadFile], File(description="PNG or WebP, one a prompt, or one a frame")
+        ],
     ) -> Scores:
-        """Score pictures, in order, with each of the rewards asked for."""
+        """Score pictures or videos, in order, with each of the rewards asked for."""
         question = _question(request)
         names = list(dict.fromkeys(question.rewards or batchers))
         for name in names:
             if name not in batchers:
                 raise HTTPException(404, f"no reward {name!r:.80}; served: {', '.join(batchers)}")
+            if (media[name] == "videos") != (question.frames is not None):
+                raise HTTPException(422, f"reward {name!r} scores {media[name]}{_FRAMES}")
         if len(images) > bounds.images:
             raise HTTPException(413, f"{len(images)} pictures; at most {bounds.images} at once")
         rows = _rows(question, len(images))
         data = [await image.read() for image in images]
-        pictures = await run_in_threadpool(_opened, data, bounds.pixels)
+        pictures: list[Any] = await run_in_threadpool(_opened, data, bounds.pixels)
+        if question.frames is not None:
+            rest = iter(pictures)
+            pictures = [list(islice(rest, count)) for count in question.frames]
         try:
             asked = {name: batchers[name].submit(pictures, rows) for name in names}
         except Busy:
@@ -152,11 +164,13 @@ def _rows(question: Question, count: int) -> list[Prompt]:
     metadata = question.metadata
     if metadata is None:
         metadata = [{} for _ in question.prompts]
-    if not count == len(question.prompts) == len(metadata):
+    frames = [1] * count if question.frames is None else question.frames
+    if sum(frames) != count or not len(frames) == len(question.prompts) == len(metadata):
+        videos = "" if question.frames is None else f" for {len(frames)} videos of {sum(frames)}"
         raise HTTPException(
             400,
-            f"{count} pictures, {len(question.prompts)} prompts and {len(metadata)} objects of "
-            "metadata: one of each belongs together",
+            f"{count} pictures{videos}, {len(question.prompts)} prompts and {len(metadata)} "
+            "objects of metadata: one of each belongs together",
         )
     return [
         Prompt(text, {key: value for key, value in own.items() if key != "rewards"})

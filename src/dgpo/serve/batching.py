@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from queue import Empty, Full, Queue
 from threading import Thread
 from time import monotonic
-
-from PIL import Image
+from typing import Any
 
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
@@ -30,7 +29,7 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class _Job:
-    images: Sequence[Image.Image]
+    images: Sequence[Any]
     rows: Sequence[Prompt]
     answer: Future[list[float]] = field(default_factory=Future)
 
@@ -40,7 +39,7 @@ class Batcher:
 
     Args:
         rewards: a set with that one reward.
-        batch: pictures of a call, unless a single request has more.
+        batch: pictures or videos of a call, unless a single request has more.
         linger: seconds that a request may wait for others to come.
         waiting: requests that may wait.
     """
@@ -53,8 +52,12 @@ class Batcher:
         self._jobs: Queue[_Job] = Queue(waiting)
         Thread(target=self._run, daemon=True, name=f"reward-{self.name}").start()
 
-    def submit(self, images: Sequence[Image.Image], rows: Sequence[Prompt]) -> Future[list[float]]:
+    def submit(self, images: Sequence[Any], rows: Sequence[Prompt]) -> Future[list[float]]:
         """The scores to come; the future may raise :class:`Refused` or :class:`Failed`.
+
+        Args:
+            images: B pictures, or B videos as lists of pictures.
+            rows: the prompt row of each.
 
         Raises:
             Busy: too many requests wait.
