@@ -331,6 +331,41 @@ def test_what_the_client_says(url, monkeypatch, tmp_path):
         load_rewards({"http": {"options": {"adress": url}}})
 
 
+def test_rewards_are_ready_before_the_port_is_taken(tmp_path, monkeypatch):
+    from dgpo.cli import commands
+
+    listens = []
+    monkeypatch.setattr(uvicorn, "run", lambda *given, **more: listens.append(more["port"]))
+    monkeypatch.setenv("DGPO_CLIP", str(tmp_path / "none"))
+    (tmp_path / "own.py").write_text(
+        "class Loads:\n    loaded = 0\n"
+        "    def check(self, prompts): Loads.loaded += 1\n"
+        "    def __call__(self, images, prompts): return [0.0] * len(images)\n"
+        "def odd(images, prompts): return [0.0]\n"
+        "odd.check = lambda prompts: prompts[0]\n"
+        "loads = Loads()\n"
+    )
+
+    def serve(*names):
+        arguments = [part for name in names for part in ("--reward", name)]
+        return CliRunner().invoke(commands.app, ["serve", *arguments])
+
+    mine = f"{tmp_path / 'own.py'}:loads"
+    for name, reason in (
+        ("rednes", "did you mean 'redness'"),
+        ("clip", "cannot load"),
+        ("human", "dgpo rank"),
+        ("variety", "compares the pictures of a group"),
+        ("clap", "scores sounds"),
+        (f"{tmp_path / 'own.py'}:odd", "check of no prompts raised IndexError"),
+    ):
+        answer = serve("redness", mine, name)
+        assert answer.exit_code == 2 and reason in answer.stderr, (name, answer.output)
+        assert not listens
+    answer = serve(mine, mine, "redness")
+    assert answer.exit_code == 0 and f"serving {mine}, redness;" in answer.output and listens
+
+
 def free_port():
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -405,6 +440,7 @@ def test_what_the_command_refuses(tmp_path, monkeypatch):
     def refused(*arguments):
         return str(CliRunner().invoke(app, ["--reward", "redness", *arguments]).exception)
 
+    monkeypatch.setattr(uvicorn, "run", lambda *given, **more: pytest.fail("it listens"))
     assert "give --token-file" in refused("--host", "0.0.0.0")
     (tmp_path / "empty").write_text("\n")
     assert "one word" in refused("--token-file", str(tmp_path / "empty"))

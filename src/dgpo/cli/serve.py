@@ -44,13 +44,15 @@ def serve(
     token = token_for(host, token_file)
     import uvicorn
 
-    from dgpo.rewards import load_rewards
     from dgpo.serve.app import make_app
     from dgpo.serve.limits import Limits
+    from dgpo.serve.ready import ready
 
-    sets = [load_rewards([name]) for name in dict.fromkeys(reward)]
+    sets = ready(reward)
     limits = Limits(body=max_mb * 2**20, images=max_images, pixels=max_megapixels * 10**6)
     app = make_app(sets, token, limits, batch=batch)
-    typer.echo(f"serving {', '.join(reward)}; the interface is described at /docs")
+    typer.echo(
+        f"serving {', '.join(own.names[0] for own in sets)}; the interface is described at /docs"
+    )
     # more at once are told to come again: their pictures would all be unpacked in memory
     uvicorn.run(app, host=host, port=port, access_log=False, limit_concurrency=CONNECTIONS)

@@ -101,6 +101,16 @@ class RewardSet:
             if check is not None and mine:
                 check(prompts if len(mine) == len(prompts) else _told(prompts, mine))
 
+    def load(self) -> None:
+        """Let every reward load its model and miss what it lacks while there are no prompts yet:
+        its ``check`` is asked about none.
+
+        Raises:
+            UserError: as the reward says.
+        """
+        for entry in self._entries:
+            entry.tell("check", [])
+
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
         """Score images that are in no group; no failure is passed over.
 

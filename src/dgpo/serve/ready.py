@@ -1,0 +1,50 @@
+"""What is seen to before the server takes its port: names, models, and what cannot be served."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dgpo.errors import UserError
+from dgpo.rewards import RewardSet, load_rewards
+
+
+def ready(names: Sequence[str]) -> list[RewardSet]:
+    """Sets of one reward each, their models loaded.
+
+    Args:
+        names: of the rewards; one that is given twice is served once.
+
+    Raises:
+        UserError: an unknown name, a reward that requests cannot be put to, or one that lacks
+            something, such as its weights.
+    """
+    sets = [load_rewards([name]) for name in dict.fromkeys(names)]
+    for own in sets:
+        _servable(own)
+    for own in sets:  # all names first: a model takes its time
+        try:
+            own.load()
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"reward {own.names[0]!r}: its check of no prompts raised {type(error).__name__}: "
+                f"{error}; it is asked so before it is served"
+            ) from error
+    return sets
+
+
+def _servable(own: RewardSet) -> None:
+    (name,) = own.names
+    if own.names_with("asks_people"):
+        raise UserError(f"--reward {name}: people answer on a page of their own: dgpo rank")
+    if own.names_with("group_wise"):
+        raise UserError(
+            f"--reward {name}: it compares the pictures of a group, and a request is none; ask it "
+            "in the process that trains"
+        )
+    if own.media == "sounds":
+        raise UserError(
+            f"--reward {name}: it scores sounds, and only pictures and videos are sent; ask it in "
+            "the process that trains"
+        )
