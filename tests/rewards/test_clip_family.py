@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from dgpo.errors import UserError
 from dgpo.rewards.aesthetic import Aesthetic
 from dgpo.rewards.clip import ClipScore
-from dgpo.rewards.hpsv2 import HPSv2, pad_square
+from dgpo.rewards.hpsv2 import HPSv2
+from dgpo.rewards.loading import pad_square
 from dgpo.rewards.video import PerFrame
 from rewards.tiny import clip_vectors, held, pictures, save_clip, save_clip_processors
 

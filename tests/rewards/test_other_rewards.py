@@ -51,7 +51,8 @@ def word_tokenizer(words, **special):
 
 
 TEMPLATE = (
-    "{% for m in messages %}USER : {% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "{% for m in messages %}{% if m['role'] != 'system' %}USER : {% endif %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}"
     "<image> {% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT :{% endif %}"
 )
@@ -61,6 +62,7 @@ TEMPLATE = (
 def llava(tmp_path_factory):
     place = tmp_path_factory.mktemp("llava")
     words = ["USER", "ASSISTANT", ":", "Yes", "No", "show", "cat", "dog", "a", "yes", "or", "no"]
+    words += ["A", "chat", "curious", "user", "polite"]
     tokenizer = word_tokenizer(words)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -92,24 +94,34 @@ def llava(tmp_path_factory):
 
 
 def test_vqascore_is_the_probability_of_yes(llava):
-    prompts = ["a cat", "a dog", "a cat"]
+    prompts = ["a cat", "a dog", "a cat", "a cat", "a dog"]
+    images = [*IMAGES, *pictures(1, (48, 32), 1), *pictures(1, (20, 40), 2)]
     reward = VQAScore(llava)
-    got = reward(IMAGES, prompts)
+    got = reward(images, prompts)
     assert len(held(reward)) == 1
     model = LlavaForConditionalGeneration.from_pretrained(llava).eval()
     processor = LlavaProcessor.from_pretrained(llava)
     yes = processor.tokenizer.convert_tokens_to_ids("Yes")
-    for image, prompt, score in zip(IMAGES, prompts, got, strict=True):
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions. "
+    )
+    for image, prompt, score in zip(images, prompts, got, strict=True):
         question = f'Does this figure show "{prompt}"? Please answer yes or no.'
-        text = "USER : " + "<image>" * 16 + f" {question} ASSISTANT :"
+        text = system + "USER : " + "<image>" * 16 + f" {question} ASSISTANT :"
         tokens = processor.tokenizer(text, return_tensors="pt")
-        pixels = processor.image_processor(image, return_tensors="pt")
+        side, mean = max(image.size), processor.image_processor.image_mean
+        square = Image.new("RGB", (side, side), tuple(int(255 * one) for one in mean))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        pixels = processor.image_processor(square, return_tensors="pt")
         with torch.no_grad():
             logits = model(**tokens, **pixels).logits[0, -1]
         assert score == pytest.approx(float(logits.exp()[yes] / logits.exp().sum()), abs=1e-5)
     assert min(got) > 0 and max(got) < 1 and np.std(got) > 1e-5
-    no = VQAScore(llava, answer="No")(IMAGES, prompts)
-    assert no != pytest.approx(got)
+    for other in ({"answer": "No"}, {"system": ""}):
+        assert VQAScore(llava, **other)(images, prompts) != pytest.approx(got, abs=1e-6)
+    cropped = VQAScore(llava, pad=False)(images, prompts)
+    assert cropped[:3] == got[:3] and cropped[3] != pytest.approx(got[3], abs=1e-6)
 
 
 def test_vqascore_that_cannot_ask(llava, tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from dgpo.rewards.clip import ClipEncoder
-from dgpo.rewards.loading import Lazy, chosen, loading, read_weights, weights_file
+from dgpo.rewards.loading import Lazy, chosen, loading, pad_square, read_weights, weights_file
 
 WEIGHTS = "xswu/HPSv2"
 FILE = "HPS_v2.1_compressed.pt"
@@ -79,17 +79,6 @@ def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif key != "attn_mask":
             raise ValueError(f"unknown weight {key!r}")
     return renamed
-
-
-def pad_square(image: Image.Image) -> Image.Image:
-    """The picture in the middle of a black square: it is scaled whole, not cropped."""
-    image = image.convert("RGB")
-    side = max(image.size)
-    if image.size == (side, side):
-        return image
-    square = Image.new("RGB", (side, side))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
 
 
 class HPSv2:

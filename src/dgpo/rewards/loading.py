@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dgpo.errors import UserError
@@ -67,6 +68,17 @@ def batches(size: int, *columns: Sequence[Any]) -> Iterator[tuple[list[Any], ...
     """Slices of equal place of all columns, ``size`` rows each."""
     for start in range(0, len(columns[0]), size):
         yield tuple(list(column[start : start + size]) for column in columns)
+
+
+def pad_square(image: Image.Image, color: tuple[int, int, int] = (0, 0, 0)) -> Image.Image:
+    """The picture in the middle of a square of one colour: it is scaled whole, not cropped."""
+    image = image.convert("RGB")
+    side = max(image.size)
+    if image.size == (side, side):
+        return image
+    square = Image.new("RGB", (side, side), color)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
 
 def chosen(given: str | None, variable: str, default: str) -> str:

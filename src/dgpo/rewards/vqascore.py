@@ -4,6 +4,14 @@ Source: Lin et al., "Evaluating Text-to-Visual Generation with Image-to-Text Gen
 (arXiv 2404.01291), with LLaVA-1.5-7B, one of the paper's models (its CLIP-FlanT5 is not in
 transformers). Weights: ``llava-hf/llava-1.5-7b-hf`` (14 GB), Llama 2 community licence. Range
 [0, 1], higher is better.
+
+As in the published program, a picture is padded to a square of the processor's mean colour, and the
+system message that the model was trained with comes before the question.
+
+Differs from the paper: the weights are transformers' conversion, in the 7B size where the paper's
+tables have 13B. The published program scores ``Yes`` and the end of the answer, by the geometric
+mean of their probabilities; here it is the paper's formula, ``P("Yes")`` alone. The published
+weights have not been run here, so that scores have not been compared.
 """
 
 from __future__ import annotations
@@ -15,12 +23,17 @@ import torch
 from PIL import Image
 
 from dgpo.errors import UserError
-from dgpo.rewards.loading import Lazy, chosen, device, loading
+from dgpo.rewards.loading import Lazy, chosen, device, loading, pad_square
 
 WEIGHTS = "llava-hf/llava-1.5-7b-hf"
 VARIABLE = "DGPO_VQASCORE"
 QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'
 """The paper's."""
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+"""What LLaVA-1.5 was trained with."""
 
 
 class VQAScore:
@@ -31,6 +44,8 @@ class VQAScore:
             has a chat template; default: what ``DGPO_VQASCORE`` says, else LLaVA-1.5-7B.
         question: ``{prompt}`` in it becomes the caption.
         answer: the text whose first token is looked at.
+        system: the message before the question; empty: none.
+        pad: pictures are padded to squares, not cropped.
         dtype: of the weights; None: float32 on a CPU, bfloat16 on a GPU.
 
     Raises:
@@ -44,6 +59,8 @@ class VQAScore:
         weights: str | None = None,
         question: str = QUESTION,
         answer: str = "Yes",
+        system: str = SYSTEM,
+        pad: bool = True,
         dtype: torch.dtype | None = None,
     ) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -60,7 +77,10 @@ class VQAScore:
             )
         self._model = model.eval().requires_grad_(False)
         tokens = self._processor.tokenizer.encode(answer, add_special_tokens=False)
-        self._token, self._question = tokens[0], question
+        self._token, self._question, self._system = tokens[0], question, system
+        mean = getattr(getattr(self._processor, "image_processor", None), "image_mean", None)
+        red, green, blue = (int(255 * one) for one in mean or (0.5, 0.5, 0.5))
+        self._color = (red, green, blue) if pad else None
 
     @torch.no_grad()
     def __call__(
@@ -72,11 +92,15 @@ class VQAScore:
 
     def _score(self, image: Image.Image, prompt: str) -> float:
         question = self._question.replace("{prompt}", prompt)
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-        text = self._processor.apply_chat_template([turn], add_generation_prompt=True)
-        inputs = self._processor(
-            text=[text], images=[image.convert("RGB")], return_tensors="pt"
-        ).to(self._model.device, self._model.dtype)
+        said = {"type": "text", "text": self._system}
+        turns = [{"role": "system", "content": [said]}] if self._system else []
+        asked = [{"type": "image"}, {"type": "text", "text": question}]
+        turns.append({"role": "user", "content": asked})
+        text = self._processor.apply_chat_template(turns, add_generation_prompt=True)
+        shown = image.convert("RGB") if self._color is None else pad_square(image, self._color)
+        inputs = self._processor(text=[text], images=[shown], return_tensors="pt").to(
+            self._model.device, self._model.dtype
+        )
         last = self._model(**inputs).logits[0, -1].float()
         return float(last.softmax(-1)[self._token])
 
