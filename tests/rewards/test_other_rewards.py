@@ -217,6 +217,7 @@ class QualityConfig(PretrainedConfig):
 
 class Quality(PreTrainedModel):
     config_class = QualityConfig
+    _supports_sdpa = True
 
     def __init__(self, config):
         super().__init__(config)
@@ -224,6 +225,7 @@ class Quality(PreTrainedModel):
         self.post_init()
 
     def score(self, images, task_="quality", input_="image"):
+        assert self.config._attn_implementation == "eager"
         return torch.stack([self.weight[0] * (1 + i.size[0] / 32) for i in images])
 """
 
@@ -260,6 +262,26 @@ def test_deqa_runs_no_foreign_code_unless_asked_by_name(remote, monkeypatch):
     assert len(held(reward)) == 1
     assert got == pytest.approx([3.0] * 3)
     assert DeQA(remote, trust_remote_code=True)(IMAGES[:1], ["a"]) == pytest.approx([3.0])
+
+
+@pytest.mark.parametrize(
+    ("there", "instead", "when"),
+    [
+        ("import torch\n", "import torch\nfrom transformers import LlamaOld\n", "load"),
+        ("self.post_init()", "self.old_init()", "load"),
+        ("return torch.stack", "self.prepare_old()\n        return torch.stack", "score"),
+    ],
+)
+def test_deqa_whose_files_are_too_old_says_what_can_be_done(remote, there, instead, when):
+    (Path(remote) / "quality.py").write_text(REMOTE.replace(there, instead))
+    advice = r"'deqa'.*do not run with transformers .*4\.36 and eager attention.*reward http"
+    if when == "load":
+        with pytest.raises(UserError, match=advice):
+            DeQA(remote, trust_remote_code=True)
+        return
+    reward = DeQA(remote, trust_remote_code=True)
+    with pytest.raises(UserError, match=advice):
+        reward(IMAGES, ["a"] * 3)
 
 
 def test_hpsv3_asks_its_package(monkeypatch):

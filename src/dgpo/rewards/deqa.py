@@ -6,15 +6,16 @@ mPLUG-Owl2 (16 GB), MIT. Range 1 (bad) to 5 (excellent); higher is better.
 The model's class is not in transformers: it comes as Python files in the weights' repository, and
 loading it runs them with your rights. dgpo does not do that unless it is asked to by name: read the
 files, then set ``DGPO_TRUST_REMOTE_CODE=deqa`` (or ``DeQA(trust_remote_code=True)``), best with
-``DGPO_DEQA`` at a folder whose files do not change. They were written for an older transformers and
-have not been tried with the pinned one here: where they fail, serve the model from an environment
-of its own.
+``DGPO_DEQA`` at a folder whose files do not change. They were written for transformers 4.36 and
+have not been tried with the pinned one here; attention is ``eager``, as the authors load it. Where
+they fail, an error says so: serve the model from an environment of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -61,11 +62,13 @@ class DeQA:
             )
         from transformers import AutoModelForCausalLM
 
-        with loading(self.__name__, place, VARIABLE):
+        self._place = place
+        with loading(self.__name__, place, VARIABLE), _files_run(place):
             model: Any = AutoModelForCausalLM.from_pretrained(
                 place,
                 trust_remote_code=True,
                 revision=revision or "main",
+                attn_implementation="eager",  # the files know no other
                 torch_dtype=torch.float16 if torch.cuda.is_available() else torch.float32,
             )
         if not hasattr(model, "score"):
@@ -77,13 +80,36 @@ class DeQA:
     def __call__(
         self, images: Sequence[Image.Image], prompts: Sequence[str], **columns: Any
     ) -> list[float]:
-        """One score for each picture."""
+        """One score for each picture.
+
+        Raises:
+            UserError: the model's own files do not run with this transformers.
+        """
         self._model.to(device())
         scores: list[float] = []
         for (some,) in batches(self._batch, images):
-            levels = self._model.score([image.convert("RGB") for image in some])
+            with _files_run(self._place):
+                levels = self._model.score([image.convert("RGB") for image in some])
             scores += [float(level) for level in levels]
         return scores
+
+
+@contextlib.contextmanager
+def _files_run(place: str) -> Iterator[None]:
+    """Say what can be done where the files ask transformers for what it has no more."""
+    try:
+        yield
+    except (AttributeError, TypeError, ImportError, NotImplementedError) as error:
+        import transformers
+
+        reason = " ".join(str(error).split())[:240]
+        raise UserError(
+            f"reward 'deqa': the Python files of {place!r} do not run with transformers "
+            f"{transformers.__version__} ({type(error).__name__}: {reason}). They were written for "
+            "4.36 and eager attention, which is set: install what they miss, or let a server in an "
+            "environment with transformers 4.36 answer POST /v1/score (docs/rewards.md, Serve) and "
+            "ask it by the reward http"
+        ) from error
 
 
 deqa = Lazy("deqa", DeQA)
