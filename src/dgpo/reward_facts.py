@@ -15,7 +15,8 @@ class Facts:
         about: what it measures.
         range: its values in practice.
         licence: of code and weights beyond this project's own.
-        weights: size of what is downloaded at the first use.
+        weights: size of what is downloaded at the first use, or where else the weights lie; empty:
+            nothing is downloaded.
         package: a module that must be importable.
         install: the line that installs it.
         setting: an environment variable that must be set, and to what (``NAME=VALUE``).
@@ -64,7 +65,7 @@ FACTS: dict[str, Facts] = {
         "agreement and quality, served",
         "1 to 5",
         "MIT",
-        "17 GB, served",
+        "none: served",
         "httpx",
         "pip install httpx",
         "DGPO_UNIFIED_REWARD_URL=URL",
@@ -73,7 +74,7 @@ FACTS: dict[str, Facts] = {
         "any vision-language model, served",
         "0 to 10",
         "the model's",
-        "",
+        "none: served",
         "httpx",
         "pip install httpx",
         "DGPO_JUDGE_URL=URL",
@@ -116,7 +117,7 @@ FACTS: dict[str, Facts] = {
         "what `dgpo serve` computes elsewhere",
         "as there",
         "as there",
-        "",
+        "none: served",
         "httpx",
         "pip install httpx",
         "DGPO_REWARD_URL=URL",

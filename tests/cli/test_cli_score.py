@@ -9,6 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import dgpo.cli.commands as cli
+from dgpo.reward_facts import FACTS
 
 
 def run(*arguments, code=0):
@@ -42,6 +43,15 @@ def test_scores_are_printed_and_written(folder, tmp_path):
     assert rows[2]["scores"]["brightness"] == pytest.approx(1.0, abs=0.01)
     for word in ("picture", "redness", "a.jpg", "a [red] one", "-0.5000", "mean", "std"):
         assert word in output
+
+
+@pytest.mark.parametrize("place", ["folder", "file/below.jsonl"])
+def test_where_scores_cannot_be_written_is_said_before_they_are_paid_for(folder, tmp_path, place):
+    pictures, prompts = folder
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    common = ["score", "--reward", "no.such:reward", "--images", pictures, "--prompts", prompts]
+    assert f"--json {tmp_path / place}:" in run(*common, "--json", tmp_path / place, code=2).stderr
 
 
 def test_one_picture_and_one_prompt_for_all(folder, tmp_path):
@@ -80,6 +90,13 @@ def test_list_rewards_says_what_is_ready(monkeypatch):
     table = {line.split()[0]: line for line in lines if line.strip()}
     assert " yes " in table["clip"] and "15 to 40" in table["clip"] and "MIT" in table["clip"]
     assert "pip install hpsv3" in table["hpsv3"]
+    at = table["reward"].index("downloads")
+    found = {name: line[at:].strip() for name, line in table.items()}
+    assert found["clip"] == "1.7 GB" and found["redness"] == found["ocr"] == ""
+    assert found["vlm_judge"] == found["unified_reward"] == "none: served"
+    assert {name for name, said in found.items() if said.endswith("GB")} == {
+        name for name, facts in FACTS.items() if facts.weights.endswith("GB")
+    }
     assert "export DGPO_JUDGE_URL=URL" in table["vlm_judge"]
     assert "ready" in lines[-1]
     monkeypatch.setenv("DGPO_JUDGE_URL", "http://localhost:1")

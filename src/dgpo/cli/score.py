@@ -36,12 +36,15 @@ def score(
         ),
     ],
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="OUT", help="Write a line for each picture.")
+        Path | None,
+        typer.Option("--json", metavar="OUT", help="A .jsonl to write, a line for each picture."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures read at once.")] = 64,
 ) -> None:
     """Score pictures that exist already, such as those of `dgpo sample`."""
     files = picture_files(images)
+    if json_file is not None:
+        _writable(json_file)
     from PIL import Image
 
     from dgpo.prompts import load_prompts
@@ -122,10 +125,24 @@ def _print(files: Sequence[Path], rows: Sequence[Prompt], scores: dict[str, list
     console.print(table)
 
 
+def _writable(out: Path) -> None:
+    """Refuse a place that cannot be written before any score is paid for."""
+    if out.is_dir():
+        raise UserError(f"--json {out}: is a folder; name a file in it, such as scores.jsonl")
+    new = not out.exists()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a", encoding="utf-8"):
+            pass
+        if new:
+            out.unlink()  # a score that fails leaves no empty file
+    except OSError as error:
+        raise UserError(f"--json {out}: cannot be written: {error.strerror}") from error
+
+
 def _write(
     out: Path, files: Sequence[Path], rows: Sequence[Prompt], scores: dict[str, list[float]]
 ) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", encoding="utf-8") as stream:
         for place, (file, row) in enumerate(zip(files, rows, strict=True)):
             values = {name: column[place] for name, column in scores.items()}
