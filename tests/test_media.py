@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,16 @@ from PIL import Image
 from scipy.io import wavfile
 
 from dgpo.errors import MissingExtra, UserError
-from dgpo.media import Sound, Video, check_format, media_of, sampling_rate, save_media
+from dgpo.media import (
+    Sound,
+    Video,
+    check_format,
+    media_of,
+    sampling_rate,
+    save_media,
+    stacked,
+    unstacked,
+)
 from dgpo.prompts import load_prompts
 from dgpo.rewards import load_rewards
 from dgpo.rewards.video import PerFrame
@@ -120,3 +130,28 @@ def test_per_frame_rewards_take_frames() -> None:
     assert PerFrame(grey)([video().frames], ["a"]) == pytest.approx([expected])
     with pytest.raises(UserError, match="row 0"):
         PerFrame(grey)([torch.zeros(2, 5)], ["a"])
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        [Image.new("RGB", (5, 4), (1, 2, 3)), Image.new("RGB", (5, 4), (250, 0, 7))],
+        [Image.new("L", (5, 4), 9)],
+        [Image.new("RGBA", (5, 4), (1, 2, 3, 4))],
+        [video(), video()],
+        [sound(), sound()],
+    ],
+    ids=["pictures", "grey", "with alpha", "videos", "sounds"],
+)
+def test_stacked_and_back(made: list[Any]) -> None:
+    tensor, facts = stacked(made)
+    assert len(tensor) == len(made)
+    for one, again in zip(made, unstacked(tensor, json.loads(json.dumps(facts))), strict=True):
+        assert type(again) is (Image.Image if isinstance(one, Image.Image) else type(one))
+        if isinstance(one, Image.Image):
+            assert (again.mode, again.tobytes()) == (one.mode, one.tobytes())
+        elif isinstance(one, Video):
+            assert torch.equal(again.frames, one.frames)
+        else:
+            assert torch.equal(again.waveform, one.waveform)
+            assert again.sampling_rate == one.sampling_rate

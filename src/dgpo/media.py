@@ -146,6 +146,34 @@ def sampling_rate(pipe: Any) -> int:
     raise UserError(f"model: {type(pipe).__name__} does not say the sampling rate of its sounds")
 
 
+def stacked(made: Sequence[Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Pictures, videos or sounds of one size as one tensor, and what else they are.
+
+    Args:
+        made: one or more, all of one kind.
+
+    Returns:
+        pictures [B, H, W] or [B, H, W, channels], videos uint8 [B, T, 3, H, W] or sounds float32
+        [B, channels, samples], and JSON values: :func:`unstacked` makes the same of both again.
+    """
+    first = made[0]
+    if isinstance(first, Video):
+        return torch.stack([one.frames for one in made]), {"kind": "video"}
+    if isinstance(first, Sound):
+        waves = torch.stack([one.waveform for one in made])
+        return waves, {"kind": "sound", "sampling_rate": first.sampling_rate}
+    return torch.from_numpy(np.stack([np.asarray(one) for one in made])), {"kind": "picture"}
+
+
+def unstacked(tensor: Tensor, facts: dict[str, Any]) -> list[Any]:
+    """The pictures, videos or sounds of :func:`stacked`."""
+    if facts["kind"] == "video":
+        return [Video(frames) for frames in tensor]
+    if facts["kind"] == "sound":
+        return [Sound(wave, facts["sampling_rate"]) for wave in tensor]
+    return [Image.fromarray(picture) for picture in tensor.numpy()]
+
+
 def given_to_rewards(
     made: Sequence[Any], columns: dict[str, list[Any]]
 ) -> tuple[list[Any], dict[str, list[Any]]]:

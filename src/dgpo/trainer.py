@@ -132,9 +132,11 @@ class Trainer:
         self._between_updates = True
         self._stopped_early = False
         """A guard has ended the run, and the best weights have taken the place of the last."""
-        if counters := self._checkpoints.restore(self.policy, self.updater):
+        counters, ahead = self._checkpoints.restore(self.policy, self.updater)
+        if counters:
             self.iteration, self.seconds = counters["iteration"], counters["seconds"]
             self.counter.totals = {name: counters.get(name, 0) for name in COUNTED}
+        self._left_aside = self._collect.restore(ahead)
 
     def train(self) -> Report | None:
         """Run to the recipe's end; returns the last evaluation's report, if there was one.
@@ -271,8 +273,9 @@ class Trainer:
 
     def _start(self) -> None:
         """Before the first update: the base model's pictures and score."""
-        for text in self._checkpoints.news():
+        for text in [*self._checkpoints.news(), *self._left_aside]:
             self._progress.say(text)
+        self._left_aside = []
         if self.iteration:
             self._when_due()  # what a stop has left undone
             return
@@ -348,4 +351,5 @@ class Trainer:
         self._progress.stage("saving")
         counters = {"iteration": self.iteration, "seconds": self.seconds, **self.counter.totals}
         score = self._journal.score(self.iteration)
-        self._checkpoints.save(self.policy, self.updater, counters, score)
+        ahead = self._collect.pending(self.iteration)
+        self._checkpoints.save(self.policy, self.updater, counters, score, ahead)

@@ -78,6 +78,20 @@ def test_pictures_ahead_are_shown_before_the_first_are_ranked(tmp_path):
     assert groups(tmp_path / "ahead")[2:] != groups(tmp_path / "moves")[2:]
 
 
+def test_pictures_ahead_outlive_a_stop(tmp_path):
+    port, ahead = free_port(), {"rollout": {"ahead": 1}}
+    with Rater(port, first=4, leave=after(3)) as one, pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", port, **ahead).train()
+    assert len(one.answers) == 3, (
+        "the second iteration, drawn before the first update, is half ranked"
+    )
+    with Rater(port) as two:
+        run(tmp_path / "run", port, resume=True, **ahead).train()
+    assert len(two.answers) == 1 and not set(one.answers) & set(two.answers)
+    trainer(tmp_path / "whole", reward=human, **ahead).train()
+    assert without_times(tmp_path / "run") == without_times(tmp_path / "whole")
+
+
 def keep(folder):
     """The scripted person as a function that keeps the groups, but for the trial's."""
     calls = iter(range(100))

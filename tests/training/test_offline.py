@@ -170,17 +170,16 @@ def test_two_halves_are_the_whole(name: str, folder: Path, tmp_path: Path) -> No
     }
     changes["algorithm"] = changed(changes["algorithm"], timesteps=TIMESTEPS)
     trained(tmp_path / "through", folder, **changes).train()
-    stopped = trained(tmp_path / "stopped", folder, **changes)
-    collect_one = stopped._collect
+    collect_one = RankedCollector.__call__
 
-    def interrupt(iteration: int) -> Any:
+    def interrupt(collector: RankedCollector, iteration: int) -> Any:
         if iteration == 2:
             raise KeyboardInterrupt
-        return collect_one(iteration)
+        return collect_one(collector, iteration)
 
-    stopped._collect = interrupt  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(KeyboardInterrupt):
-        stopped.train()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RankedCollector, "__call__", interrupt)
+        trained(tmp_path / "stopped", folder, **changes).train()
     run = trained(tmp_path / "stopped", folder, resume=True, **changes)
     assert run.iteration == 2
     run.train()

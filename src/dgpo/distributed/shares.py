@@ -90,6 +90,23 @@ class Share:
             self.processes.stop_if_asked("sampling a batch of pictures")
             yield rows[start : start + (size or most)]
 
+    def whole(self, rows: Tensor) -> Tensor:
+        """The rows of all processes in the order of places, bit for bit. Collective.
+
+        Args:
+            rows: [n, ...] of this process, on the CPU.
+
+        Returns:
+            [N, ...].
+        """
+        if self.processes.alone:
+            return rows
+        # bytes, since 0 + -0.0 is 0.0
+        mine = rows.contiguous().view(torch.uint8)
+        every = mine.new_zeros(sum(map(len, self.places)), *mine.shape[1:])
+        every[self.mine] = mine
+        return self.processes.sum(every).view(rows.dtype)
+
     def gather(
         self, values: Mapping[str, Tensor], lost: Mapping[int, str]
     ) -> tuple[dict[str, Tensor], dict[int, str]]:

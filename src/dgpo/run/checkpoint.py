@@ -2,11 +2,13 @@
 
 Random numbers and the order of prompts are functions of the seed and the iteration
 (:mod:`dgpo.core.seeds`), so what has to be kept is the weights, their averages, the optimiser and
-the counters. A checkpoint is a folder named by its iteration::
+the counters, and with ``rollout.ahead`` the pictures that earlier weights have made already. A
+checkpoint is a folder named by its iteration::
 
     checkpoints/00000050/tensors.safetensors   weights, averages, moments of the optimiser
     checkpoints/00000050/state.json            counters
-    checkpoints/00000050/manifest.json         size and hash of both, score, base weights
+    checkpoints/00000050/ahead.safetensors     what was sampled ahead, if anything was
+    checkpoints/00000050/manifest.json         size and hash of all, score, base weights
 
 It is written under another name, brought to the disk, and renamed: whatever stops the run, what
 has the name is whole. What was damaged later is found by the hashes.
@@ -18,14 +20,12 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,21 +34,17 @@ from dgpo.distributed.sharding import like, put, whole
 from dgpo.errors import UserError
 from dgpo.models.policy import Policy
 from dgpo.run.disk import replace_folder
+from dgpo.run.tensor_file import described, read
+from dgpo.training.pending import NOTHING, Packed
 from dgpo.training.updating import Updater
 
 MANIFEST = "manifest.json"
 _STATE = "state.json"
 _TENSORS = "tensors.safetensors"
+_AHEAD = "ahead.safetensors"
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What reading a manifest raises that is not what was written."""
 _NAME = re.compile(r"(\d{8})(\.old)?")
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-}
 
 
 @dataclass(frozen=True)
@@ -78,6 +74,7 @@ def save_checkpoint(
     *,
     score: float | None = None,
     base: Mapping[str, str] | None = None,
+    ahead: Packed = NOTHING,
     processes: Processes = ALONE,
 ) -> Path:
     """Write the checkpoint of an iteration; one of the same iteration is replaced once the new one
@@ -88,6 +85,7 @@ def save_checkpoint(
         counters: JSON values, at least ``iteration``.
         score: of the held-out prompts at this iteration, if it is known.
         base: :func:`dgpo.models.snapshots.base_fingerprints` before training.
+        ahead: pictures of later iterations.
         processes: of the run; what is sharded over them is gathered.
 
     Raises:
@@ -104,8 +102,13 @@ def save_checkpoint(
         save_file(tensors, new / _TENSORS)
         steps = {"optimizer_step": updater.step, "nonfinite": updater.nonfinite}
         steps |= {"gradient_scale": updater.gradient_scale, "scaled": updater.scaled}
+        names = [_TENSORS, _STATE]
+        if ahead.facts:
+            save_file(ahead.tensors, new / _AHEAD)
+            steps |= {"ahead": ahead.facts}
+            names.append(_AHEAD)
         _write_json(new / _STATE, {**steps, **counters})
-        files = {name: _facts(new / name) for name in (_TENSORS, _STATE)}
+        files = {name: _facts(new / name) for name in names}
         manifest = {"format": 1, "iteration": counters["iteration"], "score": score}
         manifest |= {"base": dict(base or {}), "files": files}
         _write_json(new / MANIFEST, {**manifest, "sha256": _hash_of(manifest)})
@@ -191,7 +194,7 @@ def load_checkpoint(
     own = policy.state_dict()
     moments: dict[int, dict[str, Tensor]] = {}
     # one by one: sharded weights need not fit whole into the memory of a process
-    for name, value in _read(folder, facts, processes):
+    for name, value in read(folder and folder / _TENSORS, facts, processes):
         if name in own:
             put(own[name], value)
             continue
@@ -204,6 +207,22 @@ def load_checkpoint(
     updater.gradient_scale = state.get("gradient_scale", updater.gradient_scale)
     updater.scaled = state.get("scaled", 0)
     return state
+
+
+def load_ahead(
+    folder: Path | None, state: Mapping[str, Any], processes: Processes = ALONE
+) -> Packed:
+    """The pictures of later iterations that a checkpoint holds. Collective.
+
+    Args:
+        folder: as of :func:`load_checkpoint`.
+        state: what that one has returned.
+    """
+    if not state.get("ahead"):
+        return NOTHING
+    file = folder and folder / _AHEAD
+    facts = processes.from_main(lambda: described(file), "what was sampled ahead")
+    return Packed(dict(read(file, facts, processes)), state["ahead"])
 
 
 def refuse_other_base(found: Found, base: Mapping[str, str]) -> None:
@@ -247,26 +266,8 @@ def _tensors(policy: Policy, updater: Updater, keep: bool) -> dict[str, Tensor]:
 def _contents(folder: Path | None) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """The counters of a checkpoint, and dtype and shape of every tensor."""
     assert folder is not None, "the main process knows the folder"
-    with safe_open(folder / _TENSORS, "pt") as file:
-        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        facts = {name: [part.get_dtype(), part.get_shape()] for name, part in parts.items()}
-    return json.loads((folder / _STATE).read_text(encoding="utf-8")), facts
-
-
-def _read(
-    folder: Path | None, facts: Mapping[str, list[Any]], processes: Processes
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint by name, in every process."""
-    with ExitStack() as stack:
-        file: Any = None
-        if processes.main:
-            file = stack.enter_context(safe_open(Path(folder or "") / _TENSORS, "pt"))
-        for name, (dtype, shape) in facts.items():
-            if file is None:
-                value = torch.empty(shape, dtype=_DTYPES[dtype])
-            else:
-                value = file.get_tensor(name)
-            yield name, processes.spread(value)
+    state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    return state, described(folder / _TENSORS)
 
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:

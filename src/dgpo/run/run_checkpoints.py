@@ -14,12 +14,14 @@ from dgpo.run.checkpoint import (
     Found,
     any_checkpoint,
     find_checkpoint,
+    load_ahead,
     load_checkpoint,
     prune,
     refuse_other_base,
     save_checkpoint,
 )
 from dgpo.run.disk import replace_folder
+from dgpo.training.pending import NOTHING, Packed
 from dgpo.training.updating import Updater
 
 
@@ -68,12 +70,14 @@ class RunCheckpoints:
         if self.found is not None:
             refuse_other_base(self.found, self._base)
 
-    def restore(self, policy: Policy, updater: Updater) -> dict[str, Any]:
-        """The counters of the checkpoint that the run goes on from; none if it begins."""
+    def restore(self, policy: Policy, updater: Updater) -> tuple[dict[str, Any], Packed]:
+        """The counters of the checkpoint that the run goes on from, none if it begins; and what was
+        sampled ahead."""
         if not self._goes_on:
-            return {}
+            return {}, NOTHING
         folder = None if self.found is None else self.found.folder
-        return load_checkpoint(folder, policy, updater, self._processes)
+        state = load_checkpoint(folder, policy, updater, self._processes)
+        return state, load_ahead(folder, state, self._processes)
 
     def news(self) -> list[str]:
         """What the run goes on from, and what was left aside for damage; said once."""
@@ -91,6 +95,7 @@ class RunCheckpoints:
         updater: Updater,
         counters: Mapping[str, Any],
         score: float | None,
+        ahead: Packed = NOTHING,
     ) -> None:
         """Write a checkpoint, delete those that need not be kept, and write the model."""
         keep = self._recipe.checkpoint
@@ -101,6 +106,7 @@ class RunCheckpoints:
             counters,
             score=score,
             base=self._base,
+            ahead=ahead,
             processes=self._processes,
         )
         if self._processes.main:

@@ -125,18 +125,61 @@ def sample(
         UserError: the samples are not finite, or a reward has failed already.
     """
     began = monotonic()
+    share, held, cond = _asked(policy, algorithm, prompts, recipe, processes)
+    with ExitStack() as on_error:
+        scoring = on_error.enter_context(_scoring(rewards, prompts, share, recipe))
+        made = _roll(policy, algorithm, held, cond, share, recipe, iteration, scheduler, scoring)
+        on_error.pop_all()
+    return Sampled(made, cond, scoring, monotonic() - began, share)
+
+
+def show_again(
+    policy: Sampler,
+    rewards: RewardSet,
+    algorithm: BaseAlgorithm,
+    prompts: Sequence[Prompt],
+    recipe: Recipe,
+    made: Rollout,
+    seconds: float,
+    processes: Processes = ALONE,
+) -> Sampled:
+    """What :func:`sample` has returned, of its pictures alone: rewards are asked about the same
+    batches.
+
+    Args:
+        made: this process's share of the pictures.
+        seconds: that sampling them took.
+    """
+    share, _, cond = _asked(policy, algorithm, prompts, recipe, processes)
+    images = made.images or []
+    with ExitStack() as on_error:
+        scoring = on_error.enter_context(_scoring(rewards, prompts, share, recipe))
+        for rows in share.batches(recipe.rollout.batch):
+            scoring.add([images[row] for row in rows.tolist()])
+        on_error.pop_all()
+    return Sampled(made, cond, scoring, seconds, share)
+
+
+def _asked(
+    policy: Sampler,
+    algorithm: BaseAlgorithm,
+    prompts: Sequence[Prompt],
+    recipe: Recipe,
+    processes: Processes,
+) -> tuple[Share, list[str], Conditioning]:
+    """This process's share of an iteration, the texts of its groups, and their embeddings."""
     guided = recipe.rollout.guidance_scale != 1 or algorithm.kl_guidance is not None
     parts = algorithm.updates if isinstance(algorithm, TrajectoryAlgorithm) else 1
     share = Share.of(len(prompts), recipe.group_size, parts, processes)
     held = [prompts[group].text for group in share.held.tolist()]
-    cond = policy.model.encode(held, guidance=guided)
-    with ExitStack() as on_error:
-        groups, overlap = share.groups.tolist(), recipe.overlaps_rewards
-        scoring = Scoring(rewards, prompts, recipe.group_size, overlap, groups)
-        on_error.enter_context(scoring)
-        made = _roll(policy, algorithm, held, cond, share, recipe, iteration, scheduler, scoring)
-        on_error.pop_all()
-    return Sampled(made, cond, scoring, monotonic() - began, share)
+    return share, held, policy.model.encode(held, guidance=guided)
+
+
+def _scoring(
+    rewards: RewardSet, prompts: Sequence[Prompt], share: Share, recipe: Recipe
+) -> Scoring:
+    overlap, groups = recipe.overlaps_rewards, share.groups.tolist()
+    return Scoring(rewards, prompts, recipe.group_size, overlap, groups)
 
 
 def engine_of(policy: Sampler) -> RolloutEngine:

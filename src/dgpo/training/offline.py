@@ -22,6 +22,7 @@ from dgpo.recipe import Recipe
 from dgpo.rewards import Scored
 from dgpo.training.batch import learnable
 from dgpo.training.collection import Collected
+from dgpo.training.pending import NOTHING, Packed
 
 NAME = "preferences"
 """What the rewards of the folder are called in ``metrics.jsonl``."""
@@ -155,3 +156,11 @@ class RankedCollector:
             share,
         )
         return Collected(batch, figures, {"rollout": monotonic() - began, "reward": 0.0})
+
+    def pending(self, iteration: int) -> Packed:
+        """Nothing: no iteration's pictures are made by the weights of an earlier one."""
+        return NOTHING
+
+    def restore(self, packed: Packed) -> list[str]:
+        """What a checkpoint of the run before it was an offline one holds is not used."""
+        return []
