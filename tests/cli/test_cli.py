@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
     ("arguments", "words"),
     [
         (["--help"], ["train", "eval", "sample", "score", "list", "check", "pocket"]),
-        (["train", "--help"], ["RECIPE", "KEY=VALUE", "--resume"]),
+        (["train", "--help"], ["RECIPE", "KEY=VALUE", "--resume", "run.json"]),
         (["eval", "--help"], ["--model", "--lora", "--benchmark", "--prompts", "--json"]),
         (["score", "--help"], ["--reward", "--images", "--prompts", "--json"]),
         (["sample", "--help"], ["--prompts", "--steps", "--guidance-scale", "--seed"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -77,7 +78,13 @@ app.command("list")(names)
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A file, or a recipe's name.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A file, a recipe's name, or the run.json of a run folder to repeat that run.",
+        ),
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as train.lr=1e-4."),
@@ -87,14 +94,20 @@ def train(
         typer.Option("--resume", help="Go on with the run in run.dir, or in a folder named after."),
     ] = False,
 ) -> None:
-    """Train by a recipe; everything is written to its run folder."""
+    """Train by a recipe; everything is written to its run folder.
+
+    RUN/run.json repeats a run: its recipe and seed in a new folder beside RUN, with a warning for
+    each version that is another one now. On the same machine its numbers are the same.
+    """
     from dgpo.recipe import Recipe
-    from dgpo.recipe.files import resumed
+    from dgpo.recipe.files import is_manifest, resumed
     from dgpo.run.tracking import refuse_existing_run
 
     main_process = is_main_process()
     if resume:
         recipe, overrides = resumed(recipe, overrides or [])
+    elif is_manifest(recipe):
+        overrides = _repeated(Path(recipe), overrides or [])
     settings = Recipe.load(recipe, overrides or [])
     if not resume and main_process:
         refuse_existing_run(settings.run.dir)  # before the seconds that importing torch takes
@@ -115,6 +128,21 @@ def train(
         raise typer.Exit(INTERRUPTED) from None
     if main_process:
         typer.echo(f"done: {folder}/README.md says what was measured, {folder}/curve.png shows it")
+
+
+def _repeated(manifest: Path, overrides: list[str]) -> list[str]:
+    """What repeats the run of a manifest beside its recipe; says what is not as it was then."""
+    from dgpo.distributed import here
+    from dgpo.run.manifest import differences, read_starts
+    from dgpo.run.repeat import free_folder
+
+    processes = here()
+    starts = read_starts(manifest)
+    folder = processes.from_main(lambda: str(free_folder(manifest)), "the folder of the new run")
+    if processes.main:
+        for difference in differences(starts):
+            typer.echo(f"warning: {difference}", err=True)
+    return [f"run.dir={json.dumps(folder, ensure_ascii=False)}", *overrides]
 
 
 @app.command("eval")

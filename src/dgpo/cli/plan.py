@@ -10,7 +10,12 @@ from dgpo.cli.common import quiet
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A file, or a recipe's name.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE", help="A file, a recipe's name, or the run.json of a run folder."
+        ),
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as group_size=24."),

@@ -13,6 +13,8 @@ from dgpo.registry import nearest
 PACKAGED = Path(__file__).parents[1] / "recipes"
 """The recipes that are installed with the package."""
 _SUFFIXES = (".yaml", ".yml")
+MANIFEST = "run.json"
+"""Of a run: versions, seeds, machine and command of its starts."""
 DEEPEST = 16
 """Parts that the dotted key of an override may have."""
 
@@ -33,15 +35,16 @@ def summary(file: Path) -> str:
 
 
 def find_recipe(path_or_name: str | Path) -> Path:
-    """The file behind a path, or behind the name of a recipe with or without ``.yaml``.
+    """The file behind a path, or behind the name of a recipe with or without ``.yaml``; behind a
+    run's manifest it is the recipe that lies beside it.
 
     Raises:
-        UserError: neither a file nor a known name.
+        UserError: neither a file nor a known name, or a manifest without its recipe.
     """
     path = Path(path_or_name)
     try:
         if path.is_file():
-            return path
+            return _recipe_of_run(path) if is_manifest(path) else path
     except (OSError, ValueError) as error:  # a name that no file can have
         raise UserError(f"recipe {str(path_or_name)!r:.200}: {error}") from error
     names = recipe_names()
@@ -55,6 +58,23 @@ def find_recipe(path_or_name: str | Path) -> Path:
     )
 
 
+def is_manifest(path_or_name: str | Path) -> bool:
+    """Whether this names the ``run.json`` of a run folder, or the ``NAME-run.json`` that
+    ``dgpo compare --results`` has kept."""
+    name = Path(path_or_name).name
+    return name == MANIFEST or name.endswith(f"-{MANIFEST}")
+
+
+def _recipe_of_run(manifest: Path) -> Path:
+    file = manifest.with_name(manifest.name.removesuffix(MANIFEST) + "recipe.yaml")
+    if not file.is_file():
+        raise UserError(
+            f"{str(manifest)!r}: the recipe of the run, {file.name}, is not beside it; bring it "
+            "there, or give a recipe"
+        )
+    return file
+
+
 def resumed(recipe: str, words: Sequence[str]) -> tuple[str, list[str]]:
     """Recipe and overrides of ``dgpo train RECIPE --resume [RUN]``; the run alone will do, for its
     folder holds its recipe.
@@ -62,6 +82,11 @@ def resumed(recipe: str, words: Sequence[str]) -> tuple[str, list[str]]:
     Raises:
         UserError: a folder that was named holds no run.
     """
+    if is_manifest(recipe):
+        raise UserError(
+            f"{recipe!r} repeats its run in a new folder: leave --resume out. To go on with the "
+            f"run itself: dgpo train {Path(recipe).parent} --resume"
+        )
     folders = [w for w in words if "=" not in w]
     overrides = [w for w in words if "=" in w]
     if Path(recipe).is_dir():

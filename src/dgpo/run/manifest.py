@@ -1,4 +1,4 @@
-"""``run.json``: on what, with what, and by which command a run was made."""
+"""``run.json``: on what, with what, and by which command a run was made, and what differs here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,10 +17,13 @@ from typing import Any
 import torch
 
 from dgpo.errors import UserError
+from dgpo.recipe.files import MANIFEST
 from dgpo.run.disk import replace_text
 
-FILE = "run.json"
+FILE = MANIFEST
 _PACKAGES = ("dgpo", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy")
+_MACHINE = ("processor", "cpu_capability", "torch_threads", "gpus")
+"""Of a machine, what may move the last bits of a number."""
 _SECRET = re.compile(r"(?i)(token|secret|passw|api.?key|credential)|^(hf_|sk-|ghp_)")
 
 
@@ -41,6 +45,61 @@ def record_start(folder: Path, seed: int, iteration: int) -> None:
         raise UserError(f"{file} is damaged ({error}); delete it, it is a record only") from error
     starts.append({"iteration": iteration, "seed": seed, **facts()})
     replace_text(file, json.dumps({"starts": starts}, indent=2) + "\n")
+
+
+def read_starts(file: Path) -> list[dict[str, Any]]:
+    """The starts of the run that a ``run.json`` is of, the first one first.
+
+    Raises:
+        UserError: it is no such file.
+    """
+    if not file.is_file():
+        raise UserError(f"{str(file)!r} is no file; give the {FILE} of a run folder, or a recipe")
+    try:
+        starts = json.loads(file.read_text(encoding="utf-8"))["starts"]
+        wrong = not starts or not all(
+            isinstance(start["versions"], dict) and isinstance(start.get("machine", {}), dict)
+            for start in starts
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        wrong, starts = True, []
+    if wrong:
+        raise UserError(
+            f"{str(file)!r} is no manifest of a run: give the {FILE} of a run folder, with which "
+            "the run is trained again, or a recipe"
+        )
+    return starts
+
+
+def differences(starts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One sentence for each version, and for each thing of the machine on which the last bits
+    depend, that is another here than at some start of a run."""
+    here = _compared(facts())
+    had: dict[str, list[Any]] = {}
+    for start in starts:
+        for name, value in _compared(start).items():
+            had.setdefault(name, []).append(value)
+    return [
+        f"{name}: the run was made with {_either(values)}, here it is {_said(here.get(name))}"
+        for name, values in had.items()
+        if any(value != here.get(name) for value in values)
+    ]
+
+
+def _compared(start: Mapping[str, Any]) -> dict[str, Any]:
+    machine = start.get("machine", {})
+    commit = {"the commit of dgpo": start["commit"]} if "commit" in start else {}
+    return {**start["versions"], **commit, **{k: machine[k] for k in _MACHINE if k in machine}}
+
+
+def _either(values: Sequence[Any]) -> str:
+    return " and ".join(dict.fromkeys(map(_said, values)))
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
 
 
 def facts() -> dict[str, Any]:

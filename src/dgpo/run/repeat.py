@@ -1,0 +1,29 @@
+"""Where a run is trained again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+from dgpo.recipe.files import MANIFEST
+
+
+def free_folder(manifest: Path) -> Path:
+    """A folder that does not exist, for the repetition of a run: ``RUN-repeat`` beside the folder
+    ``RUN``, or ``RUN-repeat-2``, ...; of ``NAME-run.json`` in ``runs``.
+
+    Args:
+        manifest: the run's ``run.json``.
+    """
+    name = manifest.name.removesuffix(MANIFEST).rstrip("-")
+    run = Path("runs") / name if name else manifest.parent
+    if run.name in ("", ".."):
+        run = run.resolve()
+    return next(place for place in _repeats(run) if not place.exists())
+
+
+def _repeats(run: Path) -> Iterator[Path]:
+    yield run.with_name(f"{run.name}-repeat")
+    for number in count(2):
+        yield run.with_name(f"{run.name}-repeat-{number}")
