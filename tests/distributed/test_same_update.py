@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import pytest
@@ -57,6 +58,23 @@ def test_a_run_goes_on_with_another_number(name: str, tmp_path: Path) -> None:
     alone(train, through, through, name, long)
     all_well(2, train, changed, changed, name)
     all_well(4, train, changed, changed, name, {**long, "resume": True})
+    assert apart(through, changed) < 1e-6
+    check_figures(through, changed, 1e-6)
+
+
+@pytest.mark.slow
+def test_what_was_sampled_ahead_goes_on_with_another_number(tmp_path: Path) -> None:
+    through, changed = tmp_path / "through", tmp_path / "changed"
+    changes: dict[str, Any] = {
+        "train": {"iterations": 4},
+        "rollout": {"batch": 2, "ahead": 1},
+        "checkpoint": {"every": 2},
+    }
+    alone(train, through, through, "dgpo", changes)
+    all_well(2, train, changed, changed, "dgpo", changes)
+    rmtree(changed / "checkpoints" / "00000004")
+    assert (changed / "checkpoints" / "00000002" / "ahead.safetensors").exists()
+    all_well(3, train, changed, changed, "dgpo", {**changes, "resume": True})
     assert apart(through, changed) < 1e-6
     check_figures(through, changed, 1e-6)
 
