@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dgpo.errors import UserError
+from dgpo.models.by_picture import parts
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.text import Conditioning, PromptEncoder, returned_names
 from families.tiny import TINY, build
@@ -104,9 +105,24 @@ def test_prompts_of_different_length_are_padded_and_masked() -> None:
     assert equal.kwargs["prompt_embeds_mask"] is None
 
 
-def test_prompts_of_different_length_without_a_mask_are_refused() -> None:
-    with pytest.raises(UserError, match="length"):
-        PromptEncoder(Unmasked(), {}).encode(["a", "a b"], guidance=False)
+def test_prompts_of_different_length_without_a_mask_stay_apart() -> None:
+    cond = PromptEncoder(Unmasked(), {}).encode(["a", "a b", "c"], guidance=False)
+    assert cond.ragged and [row.shape[1] for row in cond.kwargs["prompt_embeds"]] == [1, 2, 1]
+    assert [part.tolist() for part in parts(cond)] == [[0, 2], [1]]
+    again = cond.repeat(2)
+    assert [part.tolist() for part in parts(again)] == [[0, 1, 4, 5], [2, 3]]
+    picked = cond.rows(torch.tensor([2, 0, 2]))
+    assert not picked.ragged and picked.kwargs["prompt_embeds"].shape == (3, 1, 3)
+    assert cond.rows(torch.tensor([], dtype=torch.long)).kwargs["prompt_embeds"].shape[0] == 0
+
+
+def test_a_mask_that_is_not_returned_says_nothing_of_padding() -> None:
+    class Silent(Ragged):
+        def encode_prompt(self, prompt: str, device: Any = None) -> Tensor:
+            prompt_embeds = torch.ones(1, len(prompt.split()), 3)
+            return prompt_embeds
+
+    assert PromptEncoder(Silent(), {}).encode(["a", "a b"], guidance=False).ragged
 
 
 def test_lists_stay_lists() -> None:

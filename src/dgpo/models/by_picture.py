@@ -1,7 +1,8 @@
-"""Calls of pipelines that are given a picture: one call for each, with the rows that share it.
+"""Rows that cannot share a call of the pipeline: a call for each part that can.
 
 Pipelines disagree about a list of different pictures: some take the size of the first for all, some
-repeat all of them for every row.
+repeat all of them for every row. And embeddings of different length fit into one tensor only where
+a mask says which part of it is padding.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from dgpo.errors import UserError
 from dgpo.models.loop import replaced
-from dgpo.models.text import Conditioning
+from dgpo.models.text import Conditioning, Ragged
 from dgpo.prompts.caption import Caption, pictures_of
 
 if TYPE_CHECKING:
@@ -57,13 +58,16 @@ def pictures_for(pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
 
 
 def parts(cond: Conditioning) -> list[Tensor]:
-    """The rows that share their pictures: [n] for each part, together every row once. Rows that are
-    given as text share that, too: beside a longer text they would be padded."""
+    """The rows that share their pictures, and the length of their prompts where it matters: [n] for
+    each part, together every row once. Rows that are given as text share that, too: beside a longer
+    text they would be padded."""
     lists = [cond.kwargs[name] for name in _ARGUMENTS.values() if name in cond.kwargs]
+    ragged = [value for value in cond.kwargs.values() if isinstance(value, Ragged)]
     texts = cond.kwargs.get("prompt") or [""] * cond.size
     found: dict[tuple[Any, ...], list[int]] = {}
     for row in range(cond.size):
-        shared = (texts[row], *(id(given[row]) for given in lists))
+        shapes = (given[row].shape for given in ragged)
+        shared = (texts[row], *(id(given[row]) for given in lists), *shapes)
         found.setdefault(shared, []).append(row)
     return [torch.tensor(rows) for rows in found.values()]
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dgpo.core.process import Level, Process
+from dgpo.distributed.sharding import any_sharded
 from dgpo.errors import UserError
 from dgpo.media import media_of
 from dgpo.models import by_picture
@@ -109,8 +110,19 @@ class PipelineModel:
         A :class:`~dgpo.prompts.caption.Caption` brings its pictures along.
 
         Each distinct prompt is encoded once in the life of this object, while memory allows.
+
+        Raises:
+            UserError: no prompts, pictures for some of them only, or prompts that need calls of
+                their own while the denoiser is sharded.
         """
         cond = self._encoder.encode(prompts, guidance)
+        if cond.ragged and any_sharded(self.denoisers.values()):
+            raise UserError(
+                f"train.sharding = 'fsdp2': {type(self.pipe).__name__} takes no mask, so that each "
+                "length of a prompt needs a pass of its own, while with sharded weights all "
+                "processes must make the same; give prompts of one length, or use "
+                "train.sharding = none"
+            )
         return by_picture.with_pictures(cond, prompts, self.parameters)
 
     def check_pictures(self, prompts: Sequence[str]) -> None:
@@ -198,7 +210,7 @@ class PipelineModel:
         decode: bool,
         record: bool | Container[int],
     ) -> Rollout:
-        """One call of the pipeline, for rows that share their pictures."""
+        """One call of the pipeline, for rows that can share it."""
         arguments = self.arguments(cond, guidance_scale)
         own = fresh(self.pipe.scheduler if scheduler is None else scheduler)
         recording = Recording(keep=record)
@@ -291,7 +303,7 @@ class PipelineModel:
             yield
 
     def arguments(self, cond: Conditioning, guidance_scale: float) -> dict[str, Any]:
-        """The arguments of one call of the pipeline, for rows that share their pictures."""
+        """The arguments of one call of the pipeline, for rows that can share it."""
         guidance = self.guidance.arguments(guidance_scale, cond)
         on = guidance is not self.guidance.off(cond)
         arguments = {**self._fixed, **cond.call_kwargs(on), **guidance}

@@ -27,12 +27,18 @@ _NEGATIVE = "negative_"
 _WHICH = "text_encoder_index"
 
 
+class Ragged(list[Tensor]):
+    """Rows of different length, ``[1, L, ...]`` each, that cannot be padded: the pipeline takes no
+    mask for them. A call is given rows of one length (:mod:`dgpo.models.by_picture`)."""
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """What the pipeline is told about ``size`` pictures, as keyword arguments of its call.
 
     Args:
-        kwargs: tensors with one row a picture, or lists with one entry a picture, or None.
+        kwargs: tensors with one row a picture, or lists with one entry a picture, or None;
+            :class:`Ragged` where lengths differ and there is no mask.
         size: number of pictures.
     """
 
@@ -43,6 +49,11 @@ class Conditioning:
     def guided(self) -> bool:
         """Whether the embeddings of the negative prompt are here, as guidance needs them."""
         return any(name.startswith(_NEGATIVE) for name in self.kwargs)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the rows need calls of their own, by the length of their prompts."""
+        return any(isinstance(value, Ragged) for value in self.kwargs.values())
 
     def rows(self, index: Tensor) -> Conditioning:
         """The conditioning of some pictures, in the order of ``index`` (integers, [n])."""
@@ -64,9 +75,17 @@ class Conditioning:
 def _take(value: Any, index: Tensor, chosen: list[int]) -> Any:
     if isinstance(value, Tensor):
         return value.index_select(0, index.to(value.device))
+    if isinstance(value, Ragged):
+        return _together([value[row] for row in chosen]) if chosen else value[0][:0]
     if isinstance(value, list):
         return [value[row] for row in chosen]
     return value
+
+
+def _together(rows: Sequence[Tensor]) -> Tensor | Ragged:
+    """Rows [1, L, ...] as one tensor, if they have one length."""
+    alike = all(row.shape == rows[0].shape for row in rows)
+    return torch.cat(list(rows)) if alike else Ragged(rows)
 
 
 class PromptEncoder:
@@ -102,7 +121,7 @@ class PromptEncoder:
         """The conditioning of ``prompts``, one row each (equal prompts share one encoding).
 
         Raises:
-            UserError: no prompts, or prompts of different length for a pipeline without a mask.
+            UserError: no prompts.
         """
         if not prompts:
             raise UserError("no prompts to encode")
@@ -111,7 +130,7 @@ class PromptEncoder:
         rows = [self._row(prompt, guidance) for prompt in distinct.values()]
         position = {key: row for row, key in enumerate(distinct)}
         index = torch.tensor([position[key] for key in keys])
-        return Conditioning(_join(rows, self._call_parameters), len(rows)).rows(index)
+        return Conditioning(_join(rows), len(rows)).rows(index)
 
     def _key(self, prompt: str) -> str:
         """The same for prompts that have the same embedding."""
@@ -224,9 +243,11 @@ def _bytes(embedding: Embedding) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _join(rows: list[Embedding], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Rows of one prompt each, as keyword arguments for all of them."""
+def _join(rows: list[Embedding]) -> dict[str, Any]:
+    """Rows of one prompt each, as keyword arguments for all of them: padded to the longest where
+    there is a mask that says so."""
     joined: dict[str, Any] = {}
+    masked = {_masked_by(name, row) for row in rows for name in row if name.endswith("_mask")}
     for name in {key: None for row in rows for key in row}:
         values = [row[name] for row in rows]
         if isinstance(values[0], list):
@@ -234,7 +255,7 @@ def _join(rows: list[Embedding], parameters: Mapping[str, Any]) -> dict[str, Any
         elif name.endswith("_mask"):
             joined[name] = _join_masks(values, [row[_masked_by(name, row)] for row in rows])
         else:
-            joined[name] = _join_tensors(name, values, parameters)
+            joined[name] = _together(_padded(values) if name in masked else values)
     return joined
 
 
@@ -259,16 +280,10 @@ def _join_masks(masks: list[Tensor | None], embeddings: list[Tensor]) -> Tensor 
     return torch.cat([_pad(m, longest) for m in filled])
 
 
-def _join_tensors(name: str, values: list[Tensor], parameters: Mapping[str, Any]) -> Tensor:
+def _padded(values: list[Tensor]) -> list[Tensor]:
     if all(value.shape == values[0].shape for value in values):
-        return torch.cat(values)
-    masks = (f"{name}_mask", f"{name.removesuffix('_embeds')}_attention_mask")
-    if not any(mask in parameters for mask in masks):
-        raise UserError(
-            f"{name} of these prompts have different lengths and the pipeline takes no mask for "
-            "them: use prompts of one length, or a rollout.call setting that pads them"
-        )
-    return torch.cat([_pad(value, max(v.shape[1] for v in values)) for value in values])
+        return values
+    return [_pad(value, max(v.shape[1] for v in values)) for value in values]
 
 
 def _pad(value: Tensor, length: int) -> Tensor:
