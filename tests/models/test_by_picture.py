@@ -158,6 +158,32 @@ def test_pictures_of_different_size_are_refused_before_the_run() -> None:
     tiny_model("sd3_img2img").check_pictures(texts(ONE, wide))  # its call says height and width
 
 
+def test_every_size_is_tried_by_the_vae_alone() -> None:
+    model = tiny_model("sd15_img2img")
+    alike = [ONE.resize(size) for size in ((32, 32), (33, 32), (32, 33), (33, 33))]
+    model.check_pictures(texts(*alike))
+    asked: list[int] = []
+    model.pipe.unet.register_forward_hook(lambda *_: asked.append(1))
+    with pytest.raises(UserError, match=r"32 x 32 .* 64 x 64 .*rollout\.call\.height"):
+        model.check_pictures(texts(*alike, ONE.resize((64, 64))))
+    assert not asked
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_picture_that_lies_on_its_side(suffix: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide, turned = tmp_path / f"wide.{suffix}", tmp_path / f"turned.{suffix}"
+    ONE.resize((48, 32)).save(wide)
+    ONE.resize((48, 32)).save(turned, exif=exif)
+    rows = load_prompts([{"prompt": "red dog", "image": str(file)} for file in (wide, turned)])
+    captions = [row.text for row in rows if isinstance(row.text, Caption)]
+    assert [one.size_of("image") for one in captions] == [(48, 32), (32, 48)]
+    assert [one.pictures["image"].size for one in captions] == [(48, 32), (32, 48)]
+    with pytest.raises(UserError, match=r"48 x 32 .* 32 x 48"):
+        tiny_model("sd15_img2img").check_pictures(captions)
+
+
 def test_a_pipeline_that_takes_no_picture_leaves_it_to_the_reward() -> None:
     cond = tiny_model("sd3").encode(texts(ONE), guidance=False)
     assert "image" not in cond.kwargs

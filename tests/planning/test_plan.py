@@ -102,6 +102,13 @@ def test_half_precision_is_what_loading_makes_of_it(tmp_path: Path) -> None:
     assert kept == {torch.bfloat16, torch.float32}
 
 
+def test_a_row_with_a_size_of_its_own_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "red dog", "height": 32}')
+    with pytest.raises(UserError, match=r"height = 32.*rollout\.call\.height"):
+        make_plan(recipe("pocket", file), 0)
+
+
 def test_without_tokenizers_sizes_are_still_there(tmp_path: Path, prompts: Path) -> None:
     folder = saved("sd3", tmp_path / "sd3")
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):

@@ -121,3 +121,10 @@ def test_noise_that_cannot_be_is_refused(prompts: str, changes: Any, said: str) 
     timesteps = {"timesteps": {"count": 1, "indices": (0, 0)}}
     with pytest.raises(UserError, match=said):
         recipe_of(prompts, algorithm=timesteps, **changes)
+
+
+def test_a_row_with_a_size_of_its_own_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "red dog", "width": 32}')
+    with pytest.raises(UserError, match=r"width = 32.*rollout\.call\.width"):
+        record(recipe_of(str(file)), sd3_small(), tmp_path / "groups", 1)

@@ -10,7 +10,7 @@ from PIL import Image
 from dgpo.errors import UserError
 from dgpo.pocket import prompts as pocket
 from dgpo.pocket.scenes import CATEGORIES, all_metadata, parse_caption
-from dgpo.prompts import Prompt, PromptSampler, load_prompts
+from dgpo.prompts import Prompt, PromptSampler, load_prompts, refuse_sizes
 from dgpo.prompts.caption import pictures_of
 
 
@@ -234,3 +234,12 @@ def test_a_picture_of_a_dataset_and_what_is_none(tmp_path):
     assert pictures_of(plain.text) == {} and plain.column("image") is None
     with pytest.raises(UserError, match=r"row 0.*must be a file"):
         load_prompts([{"prompt": "a", "image": 3}])
+
+
+@pytest.mark.parametrize("key", ["height", "width"])
+def test_a_row_with_a_size_of_its_own_is_refused(key):
+    rows = load_prompts(["red dog", {"prompt": "a cat", key: 512}])
+    refuse_sizes(rows, {key: 512})
+    for call in ({}, {key: 768}):
+        with pytest.raises(UserError, match=rf"'a cat' has {key} = 512.*rollout\.call\.{key}"):
+            refuse_sizes(rows, call)

@@ -45,3 +45,10 @@ def test_the_samplers_of_the_run_are_checked(
 def test_guidance_that_changes_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="changes nothing in StableDiffusion3"):
         trainer(tmp_path, rollout={"guidance_scale": 0.5})
+
+
+@pytest.mark.parametrize("given", ["train_dataset", "eval_dataset"])
+def test_a_row_with_a_size_of_its_own_is_refused(tmp_path: Path, given: str) -> None:
+    rows = {given: [{"prompt": "red dog", "width": 32}]}
+    with pytest.raises(UserError, match=r"width = 32.*rollout\.call\.width \(now 16\)"):
+        trainer(tmp_path, **rows)

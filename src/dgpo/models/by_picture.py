@@ -82,8 +82,8 @@ def one_picture(arguments: dict[str, Any], parameters: Mapping[str, Any]) -> dic
 
 
 def check_sizes(texts: Sequence[str], shape_of: Callable[[str], tuple[int, ...]]) -> None:
-    """See that pictures of different size lead to samples of one size, as a batch needs it; at most
-    four sizes are tried.
+    """See that pictures of different size lead to samples of one size, as a batch needs it; one
+    picture of every size is tried.
 
     Args:
         texts: of all prompt rows.
@@ -98,16 +98,15 @@ def check_sizes(texts: Sequence[str], shape_of: Callable[[str], tuple[int, ...]]
             first.setdefault(text.size_of("image"), text)
     if len(first) < 2:
         return
-    found: dict[tuple[int, ...], tuple[int, int]] = {}
-    for size, text in list(first.items())[:4]:
-        found.setdefault(shape_of(text), size)
-    if len(found) > 1:
-        one, other = list(found.values())[:2]
-        raise UserError(
-            f"prompts: a picture of {one[0]} x {one[1]} pixels and one of {other[0]} x {other[1]} "
-            "lead to samples of different size: set rollout.call.height and width, or give "
-            "pictures of one size"
-        )
+    (one, text), *others = first.items()
+    shape = shape_of(text)
+    for other, text in others:
+        if shape_of(text) != shape:
+            raise UserError(
+                f"prompts: a picture of {one[0]} x {one[1]} pixels and one of {other[0]} x "
+                f"{other[1]} lead to samples of different size: set rollout.call.height and width, "
+                "or give pictures of one size"
+            )
 
 
 @contextmanager

@@ -53,6 +53,13 @@ _SILENT = {"disable": True}
 _NOMINAL_STEPS = 100
 
 
+class _Prepared(Exception):
+    """Leaves a call of the pipeline once its latents are there."""
+
+    def __init__(self, latents: Tensor) -> None:
+        self.latents = latents
+
+
 class PipelineModel:
     """A text-to-image or text-to-video pipeline of diffusers, for sampling and for training.
 
@@ -136,9 +143,20 @@ class PipelineModel:
 
     @torch.no_grad()
     def _shape_of(self, prompt: str) -> tuple[int, ...]:
-        cond = self.encode([prompt], guidance=False)
-        arguments = self.arguments(cond, 1.0)
-        return tuple(self.evaluate(None, middle_timestep(self.pipe.scheduler), arguments).shape)
+        """The shape of the loop's latents; the denoiser is not asked."""
+        arguments = self.arguments(self.encode([prompt], guidance=False), 1.0)
+        prepare = self.pipe.prepare_latents
+
+        def leave(*given: Any, **named: Any) -> Any:
+            made = prepare(*given, **named)
+            raise _Prepared(made[0] if isinstance(made, tuple) else made)
+
+        try:
+            with replaced(self.pipe, prepare_latents=leave):
+                self.evaluate(None, middle_timestep(self.pipe.scheduler), arguments)
+        except _Prepared as found:
+            return tuple(found.latents.shape)
+        raise UserError(f"{type(self.pipe).__name__} prepared no latents")
 
     def encode_and_free(self, prompts: Iterable[str]) -> None:
         """Encode all prompts, and let go of the text encoders: from then on embeddings come from

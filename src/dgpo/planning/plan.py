@@ -18,7 +18,7 @@ from dgpo.planning.counts import Counts, Samplers, count
 from dgpo.planning.memory import Estimate, Memory
 from dgpo.planning.process import libraries
 from dgpo.planning.skeleton import parameters_in, skeleton
-from dgpo.prompts import load_prompts
+from dgpo.prompts import load_prompts, refuse_sizes
 from dgpo.recipe import Recipe
 from dgpo.rewards import load_rewards
 from dgpo.training.collection import rollout_scheduler
@@ -146,6 +146,7 @@ def make_plan(recipe: Recipe, process: int | None = None) -> Plan:
     rows = load_prompts(recipe.prompts.train)
     held_out = [] if recipe.prompts.eval is None else load_prompts(recipe.prompts.eval)
     held_out = held_out[: recipe.eval.limit]
+    refuse_sizes([*rows, *held_out], recipe.rollout.call)
     pipe = skeleton(recipe.model, recipe.precision)
     parameters = {
         name: parameters_in(part)

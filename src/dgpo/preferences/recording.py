@@ -14,7 +14,7 @@ from dgpo.core.groups import Groups
 from dgpo.errors import UserError
 from dgpo.models.pipeline import PipelineModel
 from dgpo.preferences import FILE, GroupWriter
-from dgpo.prompts import Prompt, PromptSampler, load_prompts
+from dgpo.prompts import Prompt, PromptSampler, load_prompts, refuse_sizes
 from dgpo.recipe import Recipe
 from dgpo.rewards import Scored, load_rewards
 from dgpo.rewards.mixing import mix
@@ -68,6 +68,7 @@ def record(
         raise UserError(f"--out {folder}: it holds groups already; name another folder")
     prompts, rewards = load_prompts(recipe.prompts.train), load_rewards(recipe.rewards)
     rewards.check(prompts)
+    refuse_sizes(prompts, recipe.rollout.call)
     model = _AsItIs(PipelineModel(pipe, call=recipe.rollout.call))
     scheduler = rollout_scheduler(recipe, pipe.scheduler)
     per_round = min(recipe.groups_per_iteration, count)

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from dgpo.errors import UserError
 
 PICTURES = {"image": "RGB", "mask": "L"}
 """Keys of a prompt row that name a picture, and the mode in which it is read."""
+_ORIENTATION = ExifTags.Base.Orientation
+_ON_ITS_SIDE = range(5, 9)  # of EXIF's eight orientations
 
 
 class Caption(str):
@@ -42,12 +44,15 @@ class Caption(str):
         }
 
     def size_of(self, key: str) -> tuple[int, int]:
-        """Width and height of a picture in pixels, as its file says without being read."""
+        """Width and height of a picture in pixels, as its file says without being decoded (but for
+        an oblong PNG, which may say at its end that it lies on its side)."""
         given = self.files[key]
         if not isinstance(given, (str, Path)):
             return given.size
         with Image.open(given) as opened:
-            return opened.size
+            width, height = opened.size
+            turned = width != height and opened.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
+        return (height, width) if turned else (width, height)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Caption, (str(self), dict(self.files))

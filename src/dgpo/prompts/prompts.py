@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +79,28 @@ def load_prompts(
     if hasattr(source, "column_names"):  # a datasets.Dataset
         return _from_rows(map(without_gaps, source))
     return _from_rows(source)
+
+
+def refuse_sizes(prompts: Sequence[Prompt], call: Mapping[str, Any]) -> None:
+    """See that no row asks for a size of its own: all samples of a run have one.
+
+    Args:
+        prompts: of the run.
+        call: the recipe's ``rollout.call``.
+
+    Raises:
+        UserError: a row has a ``height`` or ``width`` that is not the call's.
+    """
+    for prompt in prompts:
+        for key in ("height", "width"):
+            asked = prompt.metadata.get(key)
+            if asked is not None and asked != call.get(key):
+                raise UserError(
+                    f"prompts: the row {str(prompt.text)!r:.80} has {key} = {asked!r:.20}, but all "
+                    f"samples of a run have one size: set rollout.call.{key} (now "
+                    f"{call.get(key)!r}), and take the key out of the rows, or give it another "
+                    "name if a reward needs it"
+                )
 
 
 def _made_by(name: str) -> Any:

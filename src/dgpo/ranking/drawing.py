@@ -12,7 +12,7 @@ from dgpo.models.load import load_pipeline
 from dgpo.models.lora import load as load_lora
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.schedulers import make_scheduler
-from dgpo.prompts import Prompt, PromptSampler, load_prompts
+from dgpo.prompts import Prompt, PromptSampler, load_prompts, refuse_sizes
 from dgpo.recipe import Recipe
 
 
@@ -31,7 +31,9 @@ class Artist:
 
     def __init__(self, recipe: Recipe, lora: Path | None = None) -> None:
         self._recipe = recipe
-        self._prompts = PromptSampler(load_prompts(recipe.prompts.train), 1, recipe.seed)
+        prompts = load_prompts(recipe.prompts.train)
+        refuse_sizes(prompts, recipe.rollout.call)
+        self._prompts = PromptSampler(prompts, 1, recipe.seed)
         pipe = load_pipeline(recipe.model, recipe.precision)
         if lora is not None:
             load_lora(pipe, lora)

@@ -16,7 +16,7 @@ from dgpo.models.memory import save_memory
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.policy import Policy
 from dgpo.models.sde_schedulers import SdeScheduler
-from dgpo.prompts import Prompt, PromptSampler, load_prompts
+from dgpo.prompts import Prompt, PromptSampler, load_prompts, refuse_sizes
 from dgpo.recipe import Recipe
 from dgpo.rewards import RewardSet, load_rewards
 from dgpo.run.run_checkpoints import RunCheckpoints
@@ -69,6 +69,7 @@ def load_data(
     )
     held_out = held_out if eval_dataset is None else eval_dataset
     eval_prompts = [] if held_out is None else load_prompts(held_out)[: recipe.eval.limit]
+    refuse_sizes([*([] if offline else prompts), *eval_prompts], recipe.rollout.call)
     if eval_prompts and not metrics.names:
         raise UserError("eval.metrics is missing: what shall be measured on prompts.eval?")
     if recipe.memory.offload_rewards:
