@@ -6,12 +6,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from dgpo.errors import UserError
-from dgpo.models.load import load_pipeline
+from dgpo.models.load import check_vae, load_pipeline
 from dgpo.models.pipeline import PipelineModel
+from dgpo.prompts.caption import Caption
+from families.edit import picture
 from families.tiny import TINY, build, conditioning
 
 
@@ -33,6 +36,49 @@ def test_a_saved_pipeline_comes_back(tmp_path: Path) -> None:
     torch.testing.assert_close(a, b)
     half = load_pipeline(str(tmp_path), "bfloat16")
     assert next(half.unet.parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd15_img2img", "wan"])
+def test_a_vae_of_its_own_precision(name: str, tmp_path: Path) -> None:
+    own = build(name)
+    own.save_pretrained(tmp_path)
+    pipe = load_pipeline(str(tmp_path), "bfloat16", vae_precision="float32")
+    for part, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module):
+            found = {p.dtype for p in module.parameters()}
+            # of Wan's denoiser a part stays in float32
+            assert found == {torch.float32} if part == "vae" else torch.bfloat16 in found, part
+    # read in its precision, not rounded and widened
+    for key, weight in own.vae.state_dict().items():
+        assert torch.equal(pipe.vae.state_dict()[key], weight), key
+    model = PipelineModel(pipe, call=TINY[name].call)
+    given = [Caption(text, {"image": picture()}) for text in ("red dog", "a photo of cat")]
+    cond = model.encode(given, guidance=True)
+    assert model.self_check(cond).ok
+    generators = [torch.Generator().manual_seed(row) for row in range(2)]
+    made = model.rollout(cond, steps=3, generators=generators)
+    assert made.images is not None and len(made.images) == 2
+    if name == "sd3":
+        x0 = made.x0.float() / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+        with torch.no_grad():
+            decoded = pipe.vae.decode(x0).sample
+        wanted = pipe.image_processor.postprocess(decoded, output_type="pil")
+        pairs = zip(made.images, wanted, strict=True)
+        # the pipeline shifts and scales in half precision before the VAE sees anything
+        apart = [np.abs(np.asarray(a, float) - np.asarray(b, float)).max() for a, b in pairs]
+        assert max(apart) <= 2
+
+
+def test_a_precision_for_a_vae_that_is_made_or_missing() -> None:
+    made = load_pipeline("families.tiny:sd15", "bfloat16", vae_precision="float32")
+    assert made.vae.dtype == torch.float32 and made.unet.dtype == torch.bfloat16
+    with pytest.raises(UserError, match="precision: 'fp16'"):
+        load_pipeline("families.tiny:sd15", vae_precision="fp16")
+    made.register_modules(vae=None)
+    with pytest.raises(UserError, match=r"memory\.vae_precision = 'float32'.*has no vae"):
+        check_vae(made, torch.float32)
+    with pytest.raises(UserError, match=r"one in torch\.float32; use pipe\.vae\.to"):
+        check_vae(build("sd15"), torch.bfloat16)
 
 
 def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path) -> None:

@@ -102,6 +102,17 @@ def test_half_precision_is_what_loading_makes_of_it(tmp_path: Path) -> None:
     assert kept == {torch.bfloat16, torch.float32}
 
 
+def test_a_vae_of_its_own_precision_is_planned(tmp_path: Path, prompts: Path) -> None:
+    folder = str(saved("sd3", tmp_path / "sd3"))
+    call = {"rollout": {"steps": 3, "call": CALLS["sd3"]}, "precision": "bfloat16"}
+    half = make_plan(recipe(folder, prompts, **call), 0)
+    own = make_plan(recipe(folder, prompts, **call, memory={"vae_precision": "float32"}), 0)
+    assert own.memory.parts["vae"] == 2 * half.memory.parts["vae"]
+    assert own.memory.parts["transformer"] == half.memory.parts["transformer"]
+    assert own.memory.phases["rollout"] > half.memory.phases["rollout"]
+    assert not own.memory.notes
+
+
 def test_a_row_with_a_size_of_its_own_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "red dog", "height": 32}')

@@ -90,6 +90,25 @@ def test_the_command_writes_what_a_run_trains_on(
     assert f"ranked groups of pictures in `{folder}`" in (tmp_path / "run/README.md").read_text()
 
 
+def test_the_command_reads_the_vae_in_its_precision(
+    prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Seen(Exception):
+        pass
+
+    def seen(recipe: Recipe, pipe: Any, *_: Any) -> None:
+        assert pipe.vae.dtype == torch.float32 and pipe.transformer.dtype == torch.bfloat16
+        raise Seen
+
+    monkeypatch.setattr("dgpo.preferences.recording.record", seen)
+    data = settings(model="families.tiny:sd3_small", rewards=REWARDS, prompts={"train": prompts})
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(data))
+    words = ["collect", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path), "--groups", "1"]
+    words += ["--device", "cpu", "precision=bfloat16", "memory.vae_precision=float32"]
+    result = CliRunner().invoke(cli.app, words)
+    assert isinstance(result.exception, Seen), result.output
+
+
 def test_rollouts_may_add_noise(prompts: str) -> None:
     """rollout.sde, for any algorithm: other pictures than the ODE's, and nothing recorded."""
     pictures, levels = [], []

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dgpo.errors import UserError
 from dgpo.models.pipeline import PipelineModel
+from families.tiny import sd3_small
 from tiny_runs import trainer
 
 
@@ -52,3 +54,13 @@ def test_a_row_with_a_size_of_its_own_is_refused(tmp_path: Path, given: str) -> 
     rows = {given: [{"prompt": "red dog", "width": 32}]}
     with pytest.raises(UserError, match=r"width = 32.*rollout\.call\.width \(now 16\)"):
         trainer(tmp_path, **rows)
+
+
+def test_the_vae_has_the_precision_of_the_recipe(tmp_path: Path) -> None:
+    how = {"precision": "bfloat16", "memory": {"vae_precision": "float32"}}
+    run = trainer(tmp_path, model="families.tiny:sd3_small", **how)
+    pipe = run.model.pipe
+    assert pipe.vae.dtype == torch.float32 and pipe.text_encoder.dtype == torch.bfloat16
+    given = sd3_small().to(torch.bfloat16)
+    with pytest.raises(UserError, match=r"memory\.vae_precision = 'float32'.*bfloat16"):
+        trainer(tmp_path / "given", model=given, **how)

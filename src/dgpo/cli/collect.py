@@ -28,7 +28,8 @@ def collect(
     from dgpo.recipe import Recipe
 
     settings = Recipe.load(recipe, overrides or [])
-    pipe = load(settings.model, lora, settings.precision, device)
+    own = settings.memory.vae_precision
+    pipe = load(settings.model, lora, settings.precision, device, own)
     from dgpo.preferences.recording import record
 
     written = record(settings, pipe, out, groups, typer.echo)

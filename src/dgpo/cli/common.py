@@ -44,7 +44,13 @@ def prompt_rows(prompt: list[str], more: list[str], source: str | None) -> list[
     return load_prompts(source if source is not None else texts)
 
 
-def load(model: str, lora: Path | None, precision: str, device: str | None) -> Any:
+def load(
+    model: str,
+    lora: Path | None,
+    precision: str,
+    device: str | None,
+    vae_precision: str | None = None,
+) -> Any:
     """A pipeline, with a LoRA if one is named, on its device."""
     folder = None if lora is None else lora_folder(lora)
     import torch
@@ -55,7 +61,11 @@ def load(model: str, lora: Path | None, precision: str, device: str | None) -> A
     quiet()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _try_device(device)
-    pipe = load_pipeline(model, precision)  # pyright: ignore[reportArgumentType]
+    pipe = load_pipeline(
+        model,
+        precision,  # pyright: ignore[reportArgumentType]
+        vae_precision=vae_precision,  # pyright: ignore[reportArgumentType]
+    )
     if folder is not None:
         load_lora(pipe, folder)
     pipe.set_progress_bar_config(disable=True)

@@ -44,6 +44,7 @@ def protocol(recipe: Recipe) -> dict[str, Any]:
     return {
         "model": recipe.model,
         "precision": recipe.precision,
+        "memory.vae_precision": recipe.memory.vae_precision or recipe.precision,
         "prompts.train": recipe.prompts.train,
         "prompts.eval": recipe.prompts.eval,
         "eval.metrics": list(own.metrics or recipe.rewards),

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import nn
 
 from dgpo.errors import UserError
 from dgpo.models.quantization import Quantization, quantized
@@ -17,7 +18,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def load_pipeline(
-    name: str, precision: Precision = "float32", quantization: Quantization | None = None
+    name: str,
+    precision: Precision = "float32",
+    quantization: Quantization | None = None,
+    vae_precision: Precision | None = None,
 ) -> Any:
     """The pipeline that a recipe calls ``model``.
 
@@ -26,11 +30,41 @@ def load_pipeline(
             ``save_pretrained``, or the id of a model on the Hugging Face hub.
         precision: of all weights.
         quantization: of the denoiser's weights, for a folder or a hub id; None: none.
+        vae_precision: of the weights of the autoencoder; None: ``precision``.
 
     Raises:
-        UserError: the folder holds no whole pipeline, or the hub has none of this name.
+        UserError: the folder holds no whole pipeline, the hub has none of this name, or a
+            precision is asked of an autoencoder that is not there.
     """
     dtype = dtype_of(precision)
+    vae_dtype = None if vae_precision is None else dtype_of(vae_precision)
+    pipe = _loaded(name, dtype, quantization, vae_dtype)
+    if vae_dtype is not None:
+        check_vae(pipe, vae_dtype)
+    return pipe
+
+
+def check_vae(pipe: Any, dtype: torch.dtype) -> None:
+    """See that the autoencoder has the precision that ``memory.vae_precision`` asks for.
+
+    Raises:
+        UserError: it has another one, or the pipeline has none.
+    """
+    vae = getattr(pipe, "vae", None)
+    if vae is None or vae.dtype != dtype:
+        found = (
+            "no vae; use null" if vae is None else f"one in {vae.dtype}; use pipe.vae.to({dtype})"
+        )
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(f"memory.vae_precision = {name!r}: {type(pipe).__name__} has {found}")
+
+
+def _loaded(
+    name: str,
+    dtype: torch.dtype,
+    quantization: Quantization | None,
+    vae_dtype: torch.dtype | None,
+) -> Any:
     if name in MODELS or ":" in name:
         if quantization is not None:
             raise UserError(
@@ -39,12 +73,17 @@ def load_pipeline(
             )
         make: Any = resolve("model", name)
         pipe = make()
-        return pipe if dtype == torch.float32 else pipe.to(dtype)
+        if vae_dtype is None:
+            return pipe if dtype == torch.float32 else pipe.to(dtype)
+        for part, module in pipe.components.items():
+            if isinstance(module, nn.Module):
+                module.to(vae_dtype if part == "vae" else dtype)
+        return pipe
     place = place_of(name)
     if isinstance(place, Path):
-        return _read_folder(place, dtype, quantization)
+        return _read_folder(place, dtype, quantization, vae_dtype)
     try:
-        return _read(place, dtype, quantization)
+        return _read(place, dtype, quantization, vae_dtype)
     except OSError as error:
         raise UserError(
             f"model: cannot load {name!r} from the Hugging Face hub ({_first_line(error)}). Is "
@@ -91,9 +130,14 @@ def _refuse_other_folder(folder: Path) -> None:
         )
 
 
-def _read_folder(folder: Path, dtype: torch.dtype, quantization: Quantization | None) -> Any:
+def _read_folder(
+    folder: Path,
+    dtype: torch.dtype,
+    quantization: Quantization | None,
+    vae_dtype: torch.dtype | None,
+) -> Any:
     try:
-        return _read(folder, dtype, quantization)
+        return _read(folder, dtype, quantization, vae_dtype)
     except UserError:
         raise
     except Exception as error:  # a folder can be broken in as many ways as it has files
@@ -104,8 +148,15 @@ def _read_folder(folder: Path, dtype: torch.dtype, quantization: Quantization | 
         ) from error
 
 
-def _read(place: str | Path, dtype: torch.dtype, quantization: Quantization | None) -> Any:
-    how: dict[str, Any] = {"torch_dtype": dtype}
+def _read(
+    place: str | Path,
+    dtype: torch.dtype,
+    quantization: Quantization | None,
+    vae_dtype: torch.dtype | None,
+) -> Any:
+    # weights that were rounded once cannot be widened again: it is read in its own precision
+    by_part = {"default": dtype, "vae": vae_dtype}
+    how: dict[str, Any] = {"torch_dtype": dtype if vae_dtype is None else by_part}
     if quantization is not None:
         how["quantization_config"] = quantized(place, quantization, dtype)
     return DiffusionPipeline.from_pretrained(place, **how)

@@ -43,6 +43,7 @@ from dgpo.models.rollout import Rollout
 from dgpo.models.schedulers import fresh, middle_timestep, process_of
 from dgpo.models.text import Conditioning
 from dgpo.models.text_by_call import check_text_is_given_once, encoder_of
+from dgpo.models.vae_precision import vae_in_its_precision
 
 if TYPE_CHECKING:
     from dgpo.models.check import CheckReport
@@ -317,7 +318,8 @@ class PipelineModel:
     def _with(self, **patches: Any) -> Iterator[None]:
         """The pipeline for one call: silent, with some of its parts replaced."""
         steady = by_picture.steady_encoding(self.pipe, self.parameters)
-        with steady, replaced(self.pipe, _progress_bar_config=_SILENT, **patches):
+        patched = replaced(self.pipe, _progress_bar_config=_SILENT, **patches)
+        with vae_in_its_precision(self.pipe), steady, patched:
             yield
 
     def arguments(self, cond: Conditioning, guidance_scale: float) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from dgpo.models.memory import save_memory, text_encoders
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.policy import Policy
 from dgpo.models.text import CACHE_BYTES, Conditioning
+from dgpo.models.vae_precision import vae_in_its_precision
 from dgpo.planning.live import Numbers, peak_bytes
 from dgpo.planning.skeleton import bytes_of
 from dgpo.recipe import Recipe
@@ -169,7 +170,8 @@ class Estimate:
 
         @torch.no_grad()
         def call() -> Any:
-            with self.policy.rolling("policy"), replaced(self._pipe, **patches):
+            own = vae_in_its_precision(self._pipe)
+            with self.policy.rolling("policy"), own, replaced(self._pipe, **patches):
                 return self._pipe(
                     **arguments,
                     num_inference_steps=_STEPS,

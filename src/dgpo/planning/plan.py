@@ -147,7 +147,7 @@ def make_plan(recipe: Recipe, process: int | None = None) -> Plan:
     held_out = [] if recipe.prompts.eval is None else load_prompts(recipe.prompts.eval)
     held_out = held_out[: recipe.eval.limit]
     refuse_sizes([*rows, *held_out], recipe.rollout.call)
-    pipe = skeleton(recipe.model, recipe.precision)
+    pipe = skeleton(recipe.model, recipe.precision, recipe.memory.vae_precision)
     parameters = {
         name: parameters_in(part)
         for name, part in pipe.components.items()

@@ -21,7 +21,7 @@ from dgpo.registry import MODELS, nearest
 _POCKET = {"pocket": WEIGHTS / "scenes", "pocket-signs": WEIGHTS / "signs"}
 
 
-def skeleton(name: str, precision: Precision) -> Any:
+def skeleton(name: str, precision: Precision, vae_precision: Precision | None = None) -> Any:
     """The pipeline that a recipe calls ``model``, on the meta device.
 
     Of a folder or a hub id only configs and tokenizers are read. What a function makes is made, and
@@ -30,12 +30,13 @@ def skeleton(name: str, precision: Precision) -> Any:
     Args:
         name: as for :func:`dgpo.models.load.load_pipeline`.
         precision: of the weights.
+        vae_precision: of the autoencoder's; None: ``precision``.
 
     Raises:
         UserError: there is no such pipeline, or a part of it cannot be made from its config.
     """
     if name not in _POCKET and (name in MODELS or ":" in name):
-        return load_pipeline(name, precision).to("meta")
+        return load_pipeline(name, precision, vae_precision=vae_precision).to("meta")
     place = _POCKET.get(name) or place_of(name)
     try:
         index: Any = DiffusionPipeline.load_config(place)
@@ -59,9 +60,10 @@ def skeleton(name: str, precision: Precision) -> Any:
         elif not part.startswith("_"):
             parts[part] = value
     pipe = kind(**parts)
-    for module in pipe.components.values():
+    for part, module in pipe.components.items():
         if isinstance(module, nn.Module):
-            _cast(module.requires_grad_(False).eval(), dtype_of(precision))
+            own = vae_precision if part == "vae" and vae_precision is not None else precision
+            _cast(module.requires_grad_(False).eval(), dtype_of(own))
     return pipe
 
 

@@ -34,7 +34,9 @@ class Artist:
         prompts = load_prompts(recipe.prompts.train)
         refuse_sizes(prompts, recipe.rollout.call)
         self._prompts = PromptSampler(prompts, 1, recipe.seed)
-        pipe = load_pipeline(recipe.model, recipe.precision)
+        pipe = load_pipeline(
+            recipe.model, recipe.precision, vae_precision=recipe.memory.vae_precision
+        )
         if lora is not None:
             load_lora(pipe, lora)
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -138,6 +138,8 @@ class MemorySettings(Settings):
     """Decode one sample of a batch after the other."""
     vae_tiling: bool = False
     """Decode in overlapping tiles, for large pictures; the seams differ a little."""
+    vae_precision: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the autoencoder's weights; null: as ``precision``. Wan's is meant for float32."""
     prompt_cache: str | None = None
     """Folder of prompt embeddings, which other runs may share; null: none, or, where text encoders
     are freed, one in the run's folder."""

@@ -11,7 +11,7 @@ from dgpo.distributed.processes import Processes
 from dgpo.errors import UserError
 from dgpo.evaluation import Metrics
 from dgpo.models.arguments import denoisers_of
-from dgpo.models.load import load_pipeline
+from dgpo.models.load import check_vae, dtype_of, load_pipeline
 from dgpo.models.memory import save_memory
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.policy import Policy
@@ -95,10 +95,14 @@ def load_model(
     Raises:
         UserError: it cannot be loaded, or not be trained.
     """
-    given = is_pipeline(model)
+    given, memory = is_pipeline(model), recipe.memory
     pipe = model
     if not given:
-        pipe = load_pipeline(recipe.model, recipe.precision, recipe.memory.quantization)
+        pipe = load_pipeline(
+            recipe.model, recipe.precision, memory.quantization, memory.vae_precision
+        )
+    elif memory.vae_precision is not None:
+        check_vae(pipe, dtype_of(memory.vae_precision))
     checkpoints.look_at(pipe.components)
     place(pipe, denoisers_of(pipe), recipe, processes, not given)
     made = PipelineModel(pipe, call=recipe.rollout.call, prompt_cache=recipe.prompt_cache)
