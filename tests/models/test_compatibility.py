@@ -114,8 +114,10 @@ def test_an_objective_that_rises(monkeypatch: Any) -> None:
 def test_a_reference_that_is_not_the_base(monkeypatch: Any) -> None:
     own = Policy.predict
 
-    def trained(self: Any, xt: Any, level: Any, cond: Any, weights: str = "policy") -> Any:
-        return own(self, xt, level, cond)
+    def trained(
+        self: Any, xt: Any, level: Any, cond: Any, weights: str = "policy", scale: float = 1.0
+    ) -> Any:
+        return own(self, xt, level, cond, "policy", scale)
 
     monkeypatch.setattr(Policy, "predict", trained)
     assert examined().answers["reference"].verdict == "no"
@@ -131,6 +133,66 @@ def test_a_lora_that_is_read_with_another_strength(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(lora, "load", weaker)
     assert examined().answers["LoRA file"].verdict == "no"
+
+
+def test_a_reference_of_one_expert_that_is_not_the_base(monkeypatch: Any) -> None:
+    own = Policy.predict
+    seen: list[str] = []
+
+    def noisy_at_first(self: Any, xt: Any, level: Any, *given: Any, **named: Any) -> Any:
+        answer = own(self, xt, level, *given, **named)
+        if given[1:2] != ("ref",):
+            return answer
+        boundary = 0.875  # of tiny Wan 2.2: above it the first expert is asked
+        seen.append("transformer" if float(level.timestep) >= boundary * 1000 else "transformer_2")
+        return answer + 1e-6 if seen[-1] == "transformer" else answer
+
+    monkeypatch.setattr(Policy, "predict", noisy_at_first)
+    found = examine(partial(build, "wan22"), partial(tiny_model, "wan22"))
+    assert found.answers["reference"].verdict == "no" and "t=999" in found.answers["reference"].note
+
+
+def test_a_lora_of_one_expert_that_is_lost(monkeypatch: Any) -> None:
+    own = lora.load
+
+    def careless(pipe: Any, folder: Any) -> Any:
+        how = own(pipe, folder)
+        for name, tensor in pipe.transformer.state_dict().items():
+            if "lora_B" in name:
+                tensor.zero_()
+        return how
+
+    monkeypatch.setattr(lora, "load", careless)
+    found = examine(partial(build, "wan22"), partial(tiny_model, "wan22"))
+    assert verdicts(found) == {**dict.fromkeys(QUESTIONS, "yes"), "LoRA file": "no"}
+
+
+def test_an_expert_that_is_not_trained(monkeypatch: Any) -> None:
+    own = Updater.__init__
+
+    def forgetful(self: Any, policy: Any, *given: Any) -> None:
+        own(self, policy, *given)
+        second = {id(p) for p in policy.model.pipe.transformer_2.parameters()}
+        (group,) = self.optimizer.param_groups
+        group["params"] = [p for p in group["params"] if id(p) not in second]
+
+    monkeypatch.setattr(Updater, "__init__", forgetful)
+    answer = examine(partial(build, "wan22"), partial(tiny_model, "wan22")).answers["DGPO"]
+    assert answer.verdict == "no" and "no trained weight of transformer_2" in answer.note
+
+
+def test_the_second_iteration_samples_what_the_first_has_trained(monkeypatch: Any) -> None:
+    sampled: list[Any] = []
+    own = Policy.rolling
+
+    def rolling(self: Any, weights: Any = "policy") -> Any:
+        sampled.append([parameter.detach().clone() for parameter in self.parameters()])
+        return own(self, weights)
+
+    monkeypatch.setattr(Policy, "rolling", rolling)
+    assert examined().answers["DGPO"].verdict == "yes"
+    first, second = sampled
+    assert not all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_an_error_in_one_question_leaves_the_others(monkeypatch: Any) -> None:

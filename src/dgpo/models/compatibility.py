@@ -21,9 +21,11 @@ QUESTIONS: dict[str, str] = {
     "guidance": "the same with classifier-free guidance",
     "prompts": "precomputed embeddings give what the pipeline gives for the text, bit for bit",
     "SDE": "with a noisy sampler (Flow-SDE, DDIM) a policy gradient's ratio is exactly 1 at first",
-    "DGPO": "two updates lower its objective on fixed points and move nothing but the LoRA",
-    "reference": "with the LoRA moved, the reference is still the base model, bit for bit",
-    "LoRA file": "a fresh pipeline that loads the saved LoRA answers as the trained one does",
+    "DGPO": "the updates of two iterations, each with rollouts of its own, lower its objective and "
+    "move nothing but the LoRA",
+    "reference": "with the LoRA moved, the reference is still the base model, bit for bit, at each "
+    "step of a rollout",
+    "LoRA file": "a fresh pipeline that loads the saved LoRA samples what the trained one does",
 }
 """What is asked, by the title of its column, in this order."""
 

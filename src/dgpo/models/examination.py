@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,30 +13,29 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from dgpo.algorithms.dgpo import DGPO
 from dgpo.core.sde import DDIM, FlowSDE
-from dgpo.core.timesteps import TimestepChoice
 from dgpo.errors import UserError
 from dgpo.models import lora
 from dgpo.models.by_picture import with_pictures
-from dgpo.models.check import CHECK_PROMPTS, CheckReport
-from dgpo.models.loop import Step
-from dgpo.models.pipeline import PipelineModel
+from dgpo.models.check import CheckReport
+from dgpo.models.pipeline import PipelineModel, Rollout
 from dgpo.models.policy import Policy
 from dgpo.models.schedulers import is_flow_matching
 from dgpo.models.sde_schedulers import make_sde_scheduler, with_noise
 from dgpo.models.snapshots import fingerprints
 from dgpo.models.text import Conditioning
+from dgpo.models.trial import two_iterations
 from dgpo.prompts import Prompt
 from dgpo.prompts.caption import Caption
-from dgpo.recipe import Recipe
 from dgpo.recipe.sections import LoraSettings
-from dgpo.rewards import load_rewards
-from dgpo.rewards.stand_in import level
-from dgpo.training.collection import collect
-from dgpo.training.updating import Updater
 
 Verdict = Literal["yes", "none", "refused", "no"]
+PROMPTS = (
+    "a cat",
+    "a photo of a red square on the big table beside the small blue house of the dog, which looks "
+    "out of the window on a bright day",
+)
+"""What is asked with: a few tokens beside more than sixteen, to which some pipelines pad."""
 _STEPS = 3
 
 
@@ -64,6 +64,19 @@ class Differs(Exception):
     """An answer of no, with what differs."""
 
 
+@dataclass(frozen=True)
+class Base:
+    """What the model makes before it is trained.
+
+    Args:
+        cond: of the prompts.
+        made: a rollout with all its steps for each guidance scale.
+    """
+
+    cond: Conditioning
+    made: Mapping[float, Rollout]
+
+
 @dataclass
 class Case:
     """A pipeline that is being examined, and what earlier questions have left for later ones."""
@@ -73,7 +86,7 @@ class Case:
     model: PipelineModel
     rows: list[Prompt]
     _report: CheckReport | None = None
-    _point: tuple[Step, Conditioning, Tensor] | None = None
+    _base: Base | None = None
     _policy: Policy | None = None
     _targets: list[str] = field(default_factory=list)
 
@@ -100,14 +113,12 @@ class Case:
                     far = float((ours - theirs).abs().max())
                     raise Differs(f"guidance {scale:g}, prompt {prompt!r}: by {far:.1e}")
                 rows.append(ours)
-        try:
-            both = self._encoded(self.texts)
-        except UserError:
-            return Answer("yes", "prompts of different length in batches of their own")
+        both = self._encoded(self.texts)
         far = max(_distance(_rollout(self.model, both, s).x0, torch.cat(alone[s])) for s in alone)
         if not far <= (1e-1 if alone[1.0][0].dtype.itemsize < 4 else 1e-3):
             raise Differs(f"a prompt beside a longer one: by {far:.1e} of the sample")
-        return Answer("yes", figures=f"beside a longer prompt within {far:.0e}")
+        note = "prompts of different length in batches of their own" if both.ragged else ""
+        return Answer("yes", note, f"beside a longer prompt within {far:.0e}")
 
     def noise(self) -> Answer:
         base = self.model.pipe.scheduler
@@ -135,65 +146,77 @@ class Case:
 
     def dgpo(self) -> Answer:
         model = self.model
+        _freeze(model.pipe)  # as the policy will
         cond = self._encoded(self.texts)
-        step = _rollout(model, cond, record=True).steps[1]
-        for module in model.pipe.components.values():
-            if isinstance(module, nn.Module):
-                # as the policy will: torch rounds a product otherwise if weights want gradients
-                module.requires_grad_(False)
-        with torch.no_grad():
-            base = model.predict(step.sample, step.level, cond)
-        self._point = (step, cond, base)
+        with _listening(model) as asked:
+            made = {s: _rollout(model, cond, s, record=True) for s in self._scales()}
+        if missing := [name for name in model.denoisers if name not in asked]:
+            raise UserError(f"{missing[0]} is not asked at any of {_STEPS} steps")
         self._targets = lora.fitting_targets(model.denoisers)
         settings = LoraSettings(rank=4, alpha=12, targets=self._targets)
-        policy = self._policy = Policy(model, settings)
-        trained, modules = policy.parameters(), model.pipe.components.values()
-        frozen = fingerprints(modules, trained)
-        before = [parameter.detach().clone() for parameter in trained]
-        losses = _train(policy, self.rows)
-        if not losses[-1] < losses[0]:
-            raise Differs(f"the objective went from {losses[0]:.6f} to {losses[-1]:.6f}")
-        if all(torch.equal(a, b) for a, b in zip(before, trained, strict=True)):
-            raise Differs("no trained weight moved")
-        after = fingerprints(modules, trained)
+        policy = Policy(model, settings)
+        self._base, self._policy = Base(cond, made), policy
+        modules, trained = model.pipe.components.values(), _trained(model)
+        frozen = fingerprints(modules, policy.parameters())
+        before = {name: [p.detach().clone() for p in those] for name, those in trained.items()}
+        losses = two_iterations(policy, self.rows, len(made[1.0].levels))
+        for first, then in losses:
+            if not then < first:
+                raise Differs(f"the objective went from {first:.6f} to {then:.6f}")
+        for name, those in trained.items():
+            if all(map(torch.equal, before[name], those)):
+                raise Differs(f"no trained weight of {name} moved")
+        after = fingerprints(modules, policy.parameters())
         if moved := [name for name in frozen if frozen[name] != after[name]]:
             raise Differs(f"{moved[0]} moved, and {len(moved) - 1} more that are frozen")
-        targets = f"lora.targets {', '.join(self._targets)}"
-        return Answer("yes", figures=f"{losses[0]:.5f} to {losses[-1]:.5f}; {targets}")
+        went = ", ".join(f"{first:.5f} to {then:.5f}" for first, then in losses)
+        return Answer("yes", figures=f"{went}; lora.targets {', '.join(self._targets)}")
 
     def reference(self) -> Answer:
-        if self._policy is None or self._point is None:
+        if self._policy is None or self._base is None:
             return Answer("refused", "no policy")
         generator = torch.Generator().manual_seed(3)
         for parameter in self._policy.parameters():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
             parameter.data += 0.05 * noise
-        step, cond, base = self._point
-        reference = self._policy.predict(step.sample, step.level, cond, "ref")
-        if not torch.equal(reference, base):
-            raise Differs(f"by {float((reference - base).abs().max()):.1e}")
-        return Answer("yes")
+        count = 0
+        for scale, made in self._base.made.items():
+            for step in made.steps:
+                cond = self._base.cond
+                with torch.no_grad():
+                    reference = self._policy.predict(step.sample, step.level, cond, "ref", scale)
+                if not torch.equal(reference, step.output):
+                    far = float((reference - step.output).abs().max())
+                    where = f"t={float(step.level.timestep):g}"
+                    raise Differs(f"guidance {scale:g}, {where}: by {far:.1e}")
+                count += 1
+        return Answer("yes", figures=f"{count} points")
 
     def lora_file(self) -> Answer:
-        if self._policy is None or self._point is None:
+        if self._policy is None or self._base is None:
             return Answer("refused", "no policy")
-        step, cond, base = self._point
-        with torch.no_grad():
-            trained = self._policy.predict(step.sample, step.level, cond)
-        narrow = trained.dtype.itemsize < 4
+        cond, base = self._base.cond, {s: made.x0 for s, made in self._base.made.items()}
+        _freeze(self.model.pipe)  # as the pipeline will be that loads the LoRA
+        trained = {scale: _rollout(self.model, cond, scale).x0 for scale in base}
         with TemporaryDirectory() as folder:
             self._policy.save(folder, "policy")
             del self._policy, self.model  # room for another pipeline
             self._policy = None
             fresh = self.wrap(self.make())
             how = lora.load(fresh.pipe, Path(folder))
-        with torch.no_grad():
-            loaded = fresh.predict(step.sample, step.level, cond)
-        # relative to what the LoRA does, of which rounding is a small part
-        far = float((loaded - trained).abs().max() / (trained - base).abs().max())
-        if not far <= (1e-1 if narrow else 1e-3):
+        _freeze(fresh.pipe)
+        far = 0.0
+        for scale, wanted in trained.items():
+            loaded = _rollout(fresh, cond, scale).x0
+            # relative to what the LoRA does, of which rounding is a small part
+            far = max(
+                far, float((loaded - wanted).abs().max() / (wanted - base[scale]).abs().max())
+            )
+        # in half precision the LoRA itself is rounded when it is loaded
+        if not far <= (1e-1 if base[1.0].dtype.itemsize < 4 else 1e-5):
             raise Differs(f"by {far:.1e} of what the LoRA changes")
-        return Answer("yes", "" if how == "diffusers" else f"by {how}", f"within {far:.0e}")
+        figures = "bit for bit" if far == 0.0 else f"within {far:.0e}"
+        return Answer("yes", "" if how == "diffusers" else f"by {how}", figures)
 
     @property
     def texts(self) -> list[str]:
@@ -211,11 +234,41 @@ class Case:
 
 def _rollout(
     model: PipelineModel, cond: Conditioning, scale: float = 1.0, first: int = 0, **how: Any
-) -> Any:
+) -> Rollout:
     generators = [torch.Generator().manual_seed(first + row) for row in range(cond.size)]
     return model.rollout(
         cond, steps=_STEPS, guidance_scale=scale, generators=generators, decode=False, **how
     )
+
+
+def _freeze(pipe: Any) -> None:
+    """No weight wants gradients: torch rounds a product otherwise where one does."""
+    for module in pipe.components.values():
+        if isinstance(module, nn.Module):
+            module.requires_grad_(False)
+
+
+def _trained(model: PipelineModel) -> dict[str, list[Tensor]]:
+    """What is trained of each denoiser."""
+    return {
+        name: [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+        for name, denoiser in model.denoisers.items()
+    }
+
+
+@contextmanager
+def _listening(model: PipelineModel) -> Iterator[set[str]]:
+    """The names of the denoisers that are called inside the block."""
+    asked: set[str] = set()
+    hooks = [
+        denoiser.register_forward_pre_hook(lambda *_, name=name: asked.add(name))
+        for name, denoiser in model.denoisers.items()
+    ]
+    try:
+        yield asked
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
@@ -245,27 +298,7 @@ def check_rows(picture: Image.Image | None, mask: Image.Image | None) -> list[Pr
     given = {"image": picture, "mask": mask}
     first = {name: one for name, one in given.items() if one is not None}
     if not first:
-        return [Prompt(text) for text in CHECK_PROMPTS]
+        return [Prompt(text) for text in PROMPTS]
     pictures = [first, {name: ImageOps.mirror(one) for name, one in first.items()}]
-    texts = map(Caption, CHECK_PROMPTS, pictures)
+    texts = map(Caption, PROMPTS, pictures)
     return [Prompt(text, dict(text.files)) for text in texts]
-
-
-def _train(policy: Policy, prompts: Sequence[Prompt]) -> list[float]:
-    """DGPO's objective on the points of one iteration, before it, and after one and two steps."""
-    # scaled as in the paper, the loss is the objective: log 2 at the start
-    algorithm = DGPO(loss_scale="paper", timesteps=TimestepChoice(count=2, indices=None))
-    recipe = Recipe.from_dict(
-        {
-            "group_size": 3,
-            "groups_per_iteration": 2,
-            "rollout": {"steps": _STEPS},
-            "train": {"iterations": 3, "lr": 1e-3},
-            "algorithm": {"name": "dgpo", **algorithm.model_dump()},
-        }
-    )
-    batch = collect(policy, load_rewards(level), algorithm, prompts, recipe, 0, None).batch
-    if batch is None:
-        raise UserError("the samples of a group are all alike: there is nothing to compare")
-    updater = Updater(policy, algorithm, recipe)
-    return [updater.update(batch, iteration=0)["loss"] for _ in range(3)]
