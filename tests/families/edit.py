@@ -10,12 +10,13 @@ from diffusers import (
     FluxInpaintPipeline,
     FluxKontextPipeline,
     QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     WanImageToVideoPipeline,
 )
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
 from transformers import BatchFeature, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -89,7 +90,8 @@ class PatchProcessor:
     def __call__(self, text: list[str], images: Any, **_: Any) -> BatchFeature:
         words = self._words(text, return_tensors="pt")
         marks = torch.full((len(text), 1), IMAGE_TOKEN)
-        small = images.resize((28, 28)).convert("RGB")
+        image = images[0] if isinstance(images, list) else images
+        small = image.resize((28, 28)).convert("RGB")
         pixels = (
             torch.as_tensor(list(small.tobytes()), dtype=torch.float32).reshape(28, 28, 3) / 255
         )
@@ -130,14 +132,21 @@ def qwen_vl() -> Any:
     return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
-def qwen_edit() -> Any:
+def qwen_edit(kind: Any = QwenImageEditPipeline) -> Any:
     # the picture would be brought to a million pixels
     vars(pipeline_qwenimage_edit)["calculate_dimensions"] = lambda area, ratio: (32, 32, None)
-    pipe = qwen(QwenImageEditPipeline)
+    pipe = qwen(kind)
     vars(pipe)["processor"] = PatchProcessor()
     pipe.register_modules(text_encoder=qwen_vl())
     pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = "{}", 0
     return pipe
+
+
+def qwen_edit_plus() -> Any:
+    """Takes several pictures, and shows the text encoder other ones than the denoiser."""
+    vars(pipeline_qwenimage_edit_plus)["calculate_dimensions"] = lambda area, ratio: (32, 32)
+    vars(pipeline_qwenimage_edit_plus)["VAE_IMAGE_SIZE"] = 32 * 32
+    return qwen_edit(QwenImageEditPlusPipeline)
 
 
 IMAGE_TOKEN = 31
@@ -159,4 +168,5 @@ EDIT: dict[str, Tiny] = {
     "sd15_inpaint": Tiny(sd15_inpaint, SIZE, picture=picture, mask=mask),
     "flux_fill": Tiny(flux_fill, TEXT, picture=picture, mask=mask, without=("guidance",)),
     "qwen_edit": Tiny(qwen_edit, SIZE, picture=picture),
+    "qwen_edit_plus": Tiny(qwen_edit_plus, SIZE, picture=picture),
 }

@@ -158,6 +158,26 @@ def test_pictures_of_different_size_are_refused_before_the_run() -> None:
     tiny_model("sd3_img2img").check_pictures(texts(ONE, wide))  # its call says height and width
 
 
+def test_a_pipeline_that_makes_one_sample_a_call() -> None:
+    model = tiny_model("qwen_edit_plus")
+    cond = model.encode(texts(ONE, ONE, OTHER), guidance=True)
+    mixed, alone = (
+        model.rollout(
+            cond.rows(torch.tensor(rows)),
+            steps=3,
+            generators=[torch.Generator().manual_seed(7) for _ in rows],
+            decode=False,
+            record=True,
+        )
+        for rows in ([0, 1, 2], [2])
+    )
+    assert torch.equal(mixed.x0[2:], alone.x0)
+    assert torch.equal(mixed.x0[0], mixed.x0[1]) and not torch.equal(mixed.x0[0], mixed.x0[2])
+    step = mixed.steps[1]
+    with torch.no_grad():
+        assert torch.equal(model.predict(step.sample, step.level, cond), step.output)
+
+
 def test_every_size_is_tried_by_the_vae_alone() -> None:
     model = tiny_model("sd15_img2img")
     alike = [ONE.resize(size) for size in ((32, 32), (33, 32), (32, 33), (33, 33))]

@@ -57,10 +57,12 @@ def pictures_for(pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
     return {name: value[0] for name, value in given.kwargs.items()}
 
 
-def parts(cond: Conditioning) -> list[Tensor]:
+def parts(cond: Conditioning, one_row: bool = False) -> list[Tensor]:
     """The rows that share their pictures, and the length of their prompts where it matters: [n] for
     each part, together every row once. Rows that are given as text share that, too: beside a longer
-    text they would be padded."""
+    text they would be padded. With ``one_row`` every row is a part."""
+    if one_row:
+        return list(torch.arange(cond.size).split(1))
     lists = [cond.kwargs[name] for name in _ARGUMENTS.values() if name in cond.kwargs]
     ragged = [value for value in cond.kwargs.values() if isinstance(value, Ragged)]
     texts = cond.kwargs.get("prompt") or [""] * cond.size

@@ -16,12 +16,14 @@ class Family:
         guidance: False where guidance remembers earlier steps, so that it cannot be trained with.
         encodes_itself: every call is given the text, and encodes it: what ``encode_prompt`` makes
             cannot be handed back to the call.
+        one_row: a call makes one sample, whatever memory there is.
     """
 
     encode_names: tuple[str, ...] | None = None
     refusal: str | None = None
     guidance: bool = True
     encodes_itself: bool = False
+    one_row: bool = False
 
 
 FAMILIES: dict[str, Family] = {
@@ -29,6 +31,7 @@ FAMILIES: dict[str, Family] = {
     "AceStepPipeline": Family(guidance=False),
     # embeddings that are given are projected once more
     "StableAudioPipeline": Family(encodes_itself=True),
+    "QwenImageEditPlusPipeline": Family(one_row=True),
     "LTX2Pipeline": Family(refusal="it steps two schedulers (video and audio) in each iteration"),
     "Cosmos2TextToImagePipeline": Family(refusal="its sigmas are those of EDM, not of a flow"),
 }

@@ -29,6 +29,7 @@ from dgpo.models.arguments import (
     fixed_arguments,
     parameters_of,
 )
+from dgpo.models.families import family_of
 from dgpo.models.guidance import Guidance
 from dgpo.models.loop import (
     Evaluated,
@@ -89,6 +90,7 @@ class PipelineModel:
         self.parameters = parameters_of(pipe)
         """The parameters of the pipeline's call."""
         self._fixed = fixed_arguments(pipe, self.call)
+        self._one_row = family_of(pipe).one_row
         disk = None if prompt_cache is None else PromptCache(prompt_cache, pipe)
         self._encoder = encoder_of(pipe, self.call, disk)
         self.guidance = Guidance(
@@ -204,7 +206,7 @@ class PipelineModel:
         """
         if generators is not None and len(generators) != cond.size:
             raise UserError(f"got {len(generators)} generators for {cond.size} rows")
-        rows = by_picture.parts(cond)
+        rows = by_picture.parts(cond, self._one_row)
         made = [
             self._rollout(
                 cond.rows(part) if len(rows) > 1 else cond,
@@ -268,7 +270,7 @@ class PipelineModel:
         """
         if xt.shape[0] != cond.size:
             raise ValueError(f"got {xt.shape[0]} samples and conditioning for {cond.size}")
-        rows = by_picture.parts(cond)
+        rows = by_picture.parts(cond, self._one_row)
         if len(rows) == 1:
             return self.evaluate(xt, level.timestep, self.arguments(cond, guidance_scale))
         made = [
