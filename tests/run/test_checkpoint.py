@@ -186,6 +186,10 @@ def test_a_checkpoint_is_whole_or_not_there(
     (folder / "00000005.old" / "left").mkdir(parents=True)  # as a kill while it is deleted
     prune(folder, keep_last=1, keep_best=0)
     assert names() == ["00000006"]
+    again = save(2)  # by a run that went back
+    prune(folder, keep_last=1, keep_best=0, saved=again)
+    assert names() == ["00000002", "00000006"]
+    rmtree(again)
 
     other = trainer(tmp_path / "other", lora={"rank": 2, "alpha": 2})
     with pytest.raises(UserError, match="does not fit this policy"):
@@ -252,7 +256,7 @@ def test_damaged_files_are_named_and_the_checkpoint_before_is_taken(
         file = folder / "00000002" / name
         damage(file)
         found = find_checkpoint(folder)
-        assert found.iteration == 1 and str(file) in found.damaged[0]
+        assert found.iteration == 1 and str(file) in found.damaged[folder / "00000002"]
         damage(folder / "00000001" / name)
         with pytest.raises(UserError, match="no checkpoint is whole") as error:
             find_checkpoint(folder)
@@ -278,6 +282,26 @@ def test_a_damaged_checkpoint_costs_its_iterations_only(tmp_path: Path, capsys: 
     # a pipeline that was trained already is not what the checkpoint goes on top of
     with pytest.raises(UserError, match=r"the weights of transformer are not those that the run"):
         trainer(tmp_path / "run", model=resumed.model.pipe, resume=True)
+
+
+def test_damaged_checkpoints_do_not_push_out_those_that_are_saved_next(
+    tmp_path: Path, capsys: Any
+) -> None:
+    given: dict[str, Any] = {"algorithm": algorithm(), "train": {"iterations": 4}}
+    trainer(tmp_path, checkpoint={"every": 1, "keep_last": 4}, **given).train()
+    checkpoints = tmp_path / "checkpoints"
+    for iteration in (2, 3, 4):
+        _flip(checkpoints / f"{iteration:08d}/tensors.safetensors")
+    (checkpoints / "00000004.damaged").mkdir()  # of an earlier time
+    given["train"] = {"iterations": 2}
+    trainer(tmp_path, resume=True, checkpoint={"every": 1, "keep_last": 2}, **given).train()
+    assert find_checkpoint(checkpoints).iteration == 2
+    assert sorted(place.name for place in checkpoints.iterdir()) == [
+        "00000001", "00000002", "00000002.damaged", "00000003.damaged", "00000004.damaged",
+        "00000004.damaged-2",
+    ]  # fmt: skip
+    said = " ".join(capsys.readouterr().err.split())
+    assert "its folder is now 00000004.damaged-2" in said and "00000003.damaged" in said
 
 
 def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(

@@ -21,7 +21,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,12 @@ class Found:
     Args:
         folder: where it is.
         manifest: what its manifest says.
-        damaged: what is wrong with the later ones, each with its file.
+        damaged: the later ones, each with what is wrong with it and in which file.
     """
 
     folder: Path
     manifest: dict[str, Any]
-    damaged: tuple[str, ...] = ()
+    damaged: Mapping[Path, str] = field(default_factory=dict)
 
     @property
     def iteration(self) -> int:
@@ -117,10 +117,16 @@ def save_checkpoint(
     return place
 
 
-def prune(folder: Path, keep_last: int, keep_best: int) -> None:
+def prune(folder: Path, keep_last: int, keep_best: int, saved: Path | None = None) -> None:
     """Delete all checkpoints but the last and the best: of equal scores the earlier is better.
 
     To be called once a checkpoint was saved: what is left of replaced ones is deleted as well.
+
+    Args:
+        folder: of all checkpoints of the run.
+        keep_last, keep_best: how many.
+        saved: the one that was just saved, which is kept although others may be later: a run that
+            went back to an earlier iteration is safe by it alone.
     """
     for left in folder.glob("*.old"):
         shutil.rmtree(left, ignore_errors=True)
@@ -129,7 +135,7 @@ def prune(folder: Path, keep_last: int, keep_best: int) -> None:
     scores = {place: _score(place) for place in latest}
     scored = {place: score for place, score in scores.items() if score is not None}
     best = sorted(scored, key=lambda place: (-scored[place], iterations[place]))
-    kept = {*latest[:keep_last], *best[:keep_best]}
+    kept = {*latest[:keep_last], *best[:keep_best], saved}
     for place in latest:
         if place not in kept:
             # renamed first: a folder with the name of a checkpoint is never half of one
@@ -155,14 +161,16 @@ def find_checkpoint(folder: Path, best: bool = False) -> Found:
             return float("-inf") if score is None else score, -iteration, kept
         return 0.0, iteration, kept
 
-    damaged: list[str] = []
+    damaged: dict[Path, str] = {}
     for place in sorted(_places(folder), key=order, reverse=True):
-        manifest = _read_manifest(place, damaged)
-        if manifest is not None:
-            return Found(place, manifest, tuple(damaged))
+        found = _read_manifest(place)
+        if not isinstance(found, str):
+            return Found(place, found, damaged)
+        damaged[place] = found
     if damaged:
+        wrong = "; ".join(damaged.values())
         raise UserError(
-            f"{folder}: no checkpoint is whole: {'; '.join(damaged)}. Bring these files back, or "
+            f"{folder}: no checkpoint is whole: {wrong}. Bring these files back, or "
             "start anew without --resume (resume=True) in another run.dir"
         )
     raise UserError(
@@ -294,8 +302,8 @@ def _score(place: Path) -> float | None:
         return None  # whoever loads it is told
 
 
-def _read_manifest(place: Path, damaged: list[str]) -> dict[str, Any] | None:
-    """The manifest of a whole checkpoint, or None and what is wrong added to ``damaged``."""
+def _read_manifest(place: Path) -> dict[str, Any] | str:
+    """The manifest of a whole checkpoint, or what is wrong with it."""
     file = place / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
@@ -304,17 +312,13 @@ def _read_manifest(place: Path, damaged: list[str]) -> dict[str, Any] | None:
             raise ValueError("its content is not what was written")
     except DAMAGED as error:
         why = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
-        damaged.append(f"{file} {why}")
-        return None
+        return f"{file} {why}"
     for name, wanted in manifest["files"].items():
         part = place / name
         if not part.is_file():
-            damaged.append(f"{part} is missing")
-        elif (size := part.stat().st_size) != wanted["bytes"]:
-            damaged.append(f"{part} has {size} bytes, not {wanted['bytes']}")
-        elif _facts(part) != wanted:
-            damaged.append(f"{part} is damaged: its hash is not that of the manifest")
-        else:
-            continue
-        return None
+            return f"{part} is missing"
+        if (size := part.stat().st_size) != wanted["bytes"]:
+            return f"{part} has {size} bytes, not {wanted['bytes']}"
+        if _facts(part) != wanted:
+            return f"{part} is damaged: its hash is not that of the manifest"
     return manifest

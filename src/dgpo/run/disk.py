@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -47,6 +48,14 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what is damaged, so that it is neither read nor counted, nor lost; the new name is the
+    first of ``NAME.damaged``, ``NAME.damaged-2``, ... that is free."""
+    names = itertools.chain(("damaged",), (f"damaged-{n}" for n in itertools.count(2)))
+    places = (path.with_name(f"{path.name}.{name}") for name in names)
+    return path.rename(next(place for place in places if not place.exists()))
 
 
 def replace_text(file: Path, text: str) -> None:

@@ -20,7 +20,7 @@ from dgpo.run.checkpoint import (
     refuse_other_base,
     save_checkpoint,
 )
-from dgpo.run.disk import replace_folder
+from dgpo.run.disk import replace_folder, set_aside
 from dgpo.training.pending import NOTHING, Packed
 from dgpo.training.updating import Updater
 
@@ -80,13 +80,20 @@ class RunCheckpoints:
         return state, load_ahead(folder, state, self._processes)
 
     def news(self) -> list[str]:
-        """What the run goes on from, and what was left aside for damage; said once."""
+        """What the run goes on from, and what was set aside for damage; said once.
+
+        Damaged checkpoints are renamed: with their names they would count as the last ones, and
+        those that are saved from now on would be deleted as older.
+        """
         found, self.found = self.found, None
         if found is None:
             again, self.begins_again = self.begins_again, False
             why = f"no checkpoint was finished in {self._folder} before the run was stopped"
             return [f"begins again: {why}"] if again else []
-        left = [f"left aside: {problem}" for problem in found.damaged]
+        left = [
+            f"left aside: {problem}; its folder is now {set_aside(place).name}"
+            for place, problem in found.damaged.items()
+        ]
         return [*left, f"goes on after iteration {found.iteration}: {found.folder}"]
 
     def save(
@@ -99,7 +106,7 @@ class RunCheckpoints:
     ) -> None:
         """Write a checkpoint, delete those that need not be kept, and write the model."""
         keep = self._recipe.checkpoint
-        save_checkpoint(
+        saved = save_checkpoint(
             self._folder,
             policy,
             updater,
@@ -110,7 +117,7 @@ class RunCheckpoints:
             processes=self._processes,
         )
         if self._processes.main:
-            prune(self._folder, keep.keep_last, keep.keep_best)
+            prune(self._folder, keep.keep_last, keep.keep_best, saved)
         self._save_model(policy)
 
     def take_best(self, policy: Policy, updater: Updater) -> int | None:
