@@ -177,7 +177,8 @@ class Trainer:
                     self._when_due()
                 self._end()
             except (KeyboardInterrupt, Terminated):
-                self._stop()
+                with all_or_nothing():  # whoever stops a run may do so twice
+                    self._stop()
                 raise
             finally:
                 self.rewards.close()

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+import dgpo.run.checkpoint
 from dgpo.registry import ALGORITHMS
+from dgpo.run.checkpoint import find_checkpoint
+from dgpo.run.interrupts import terminable
 from reliable import assert_same, reliable, stopping
 from tiny_runs import light, rows
 
@@ -60,3 +63,35 @@ def test_sigterm_saves_and_ends_with_0(tmp_path: Path) -> None:
     reliable(tmp_path / "stopped", resume=True, **short).train()
     reliable(tmp_path / "through", **short).train()
     assert_same(tmp_path / "through", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_another_sigterm_does_not_interrupt_the_save_of_the_first(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    right = dgpo.run.checkpoint.save_file
+
+    def save(tensors: Any, file: Path) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        right(tensors, file)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("dgpo.run.checkpoint.save_file", save)
+    monkeypatch.setattr("dgpo.run.interrupts.TWICE", 0.0)  # long after the first
+    first = stopping(1, lambda: signal.raise_signal(number))
+    with pytest.raises(SystemExit) as stopped:
+        reliable(tmp_path, reward=first).train()
+    assert stopped.value.code == 0
+    assert find_checkpoint(tmp_path / "checkpoints").iteration == 1
+    assert "stopped; 1 iterations are saved" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_sigterm_that_comes_twice_does_not_interrupt_what_the_first_undoes() -> None:
+    undone = []
+    with pytest.raises(SystemExit), terminable():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            undone.append(1)
+    assert undone

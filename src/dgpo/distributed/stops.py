@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from dgpo.distributed.processes import Processes
-from dgpo.run.interrupts import raise_terminated
+from dgpo.run.interrupts import RaiseTerminated
 
 
 @contextmanager
@@ -28,11 +28,11 @@ def hearing(processes: Processes) -> Iterator[None]:
     def hear(number: int, frame: Any) -> None:
         processes.heard = number
 
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: raise_terminated}
+    own = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     before = {
         number: signal.signal(number, hear)
-        for number, handler in usual.items()
-        if signal.getsignal(number) is handler
+        for number, handler in own.items()
+        if handler is signal.default_int_handler or isinstance(handler, RaiseTerminated)
     }
     try:
         yield

@@ -6,9 +6,12 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from time import monotonic
 from typing import Any
 
 _STOPS = (signal.SIGINT, signal.SIGTERM)
+TWICE = 5.0
+"""Seconds in which a second SIGTERM is taken for the first."""
 
 
 class Terminated(BaseException):
@@ -16,8 +19,21 @@ class Terminated(BaseException):
     calls ``sys.exit`` is a reward that failed, and this is not."""
 
 
-def raise_terminated(number: int, frame: Any) -> None:
-    raise Terminated
+class RaiseTerminated:
+    """A handler that raises :class:`Terminated`.
+
+    Clusters and launchers both pass a SIGTERM on, so that a process gets it twice: one that comes
+    soon after the first does not interrupt what the first has begun to undo.
+    """
+
+    def __init__(self) -> None:
+        self.raised = float("-inf")
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if monotonic() - self.raised < TWICE:
+            return
+        self.raised = monotonic()
+        raise Terminated
 
 
 @contextmanager
@@ -38,7 +54,7 @@ def terminable() -> Iterator[None]:
         yield
         return
 
-    signal.signal(signal.SIGTERM, raise_terminated)
+    signal.signal(signal.SIGTERM, RaiseTerminated())
     try:
         yield
     except Terminated:
