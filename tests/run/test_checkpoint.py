@@ -22,7 +22,7 @@ import dgpo.run.checkpoint
 from dgpo.errors import UserError
 from dgpo.rewards.stand_in import brightness
 from dgpo.run.checkpoint import find_checkpoint, load_checkpoint, prune, save_checkpoint
-from dgpo.run.disk import replace_text
+from dgpo.run.disk import replace_text, says_disk_full
 from dgpo.run.interrupts import all_or_nothing
 from reliable import assert_same, stopping
 from tiny_runs import PROMPTS, TIMESTEPS, Spy, light, rows, trainer, without_times
@@ -302,6 +302,25 @@ def test_damaged_checkpoints_do_not_push_out_those_that_are_saved_next(
     ]  # fmt: skip
     said = " ".join(capsys.readouterr().err.split())
     assert "its folder is now 00000004.damaged-2" in said and "00000003.damaged" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), True),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), True),
+        (SafetensorError("IoError(StorageFull: No space left on device)"), True),
+        (SafetensorError('Os { code: 122, message: "Disk quota exceeded" }'), True),
+        (OSError(errno.EACCES, os.strerror(errno.EACCES)), False),
+        (SafetensorError("InvalidHeader"), False),
+    ],
+)
+def test_a_full_disk_and_a_full_quota_are_one_clear_error(
+    error: Exception, full: bool, tmp_path: Path
+) -> None:
+    wanted = pytest.raises(UserError, match=r"the disk of .* is full, or your quota.*--resume")
+    with wanted if full else pytest.raises(type(error)), says_disk_full(tmp_path):
+        raise error
 
 
 def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(

@@ -14,11 +14,13 @@ from safetensors import SafetensorError
 
 from dgpo.errors import UserError
 
+_FULL = ("No space left", "StorageFull", "Disk quota exceeded", "QuotaExceeded")
+
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether a write failed because no space, or no more of the user's share, was left."""
     if isinstance(error, SafetensorError):  # it hides the operating system's reason in a text
-        return "No space left" in str(error) or "StorageFull" in str(error)
+        return any(words in str(error) for words in _FULL)
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -35,9 +37,9 @@ def says_disk_full(folder: Path) -> Iterator[None]:
         if not is_disk_full(error):
             raise
         raise UserError(
-            f"the disk of {folder} is full ({error}). The checkpoints that were saved before are "
-            "whole: free some space, or lower checkpoint.keep_last and checkpoint.keep_best, and "
-            f"go on with: dgpo train {folder / 'recipe.yaml'} --resume"
+            f"the disk of {folder} is full, or your quota of it ({error}). The checkpoints that "
+            "were saved before are whole: free some space, or lower checkpoint.keep_last and "
+            f"checkpoint.keep_best, and go on with: dgpo train {folder / 'recipe.yaml'} --resume"
         ) from error
 
 
