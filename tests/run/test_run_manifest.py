@@ -20,9 +20,11 @@ def test_every_start_is_recorded(tmp_path: Path) -> None:
     assert {"time", "command", "commit", "versions", "machine"} <= set(first)
     assert first["versions"]["torch"] and first["machine"]["cpus"]
     assert first["commit"] is None or len(first["commit"].removesuffix("+changes")) == 40
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(UserError, match=r"run\.json is damaged"):
-        record_start(tmp_path, seed=7, iteration=9)
+    for damaged in ("{", '{"starts": 3}', '{"starts": {}}', "[]", "null", "[" * 100_000, "\x00"):
+        (tmp_path / "run.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"run\.json is damaged"):
+            record_start(tmp_path, seed=7, iteration=9)
+        assert (tmp_path / "run.json").read_text() == damaged
 
 
 @pytest.mark.parametrize(

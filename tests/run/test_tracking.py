@@ -82,6 +82,8 @@ def test_resuming_drops_what_came_after_and_a_line_cut_short(recipe):
         stream.write('{"iteration": 6, "rew')
     with Tracker(recipe, resume_after=3) as tracker:
         assert metrics.read_bytes() == b"".join(kept)
+        (said,) = tracker.lost
+        assert str(metrics) in said and 'cut short and is left out: {"iteration": 6, "rew' in said
         assert [e["iteration"] for e in tracker.evaluations] == [2]
         tracker.log(row(4))
     assert [r["iteration"] for r in read_jsonl(metrics)] == [1, 2, 3, 4]
@@ -92,6 +94,42 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
     file.write_text('{"a": 1}\n{"a": \n{"a": 3}\n')
     with pytest.raises(UserError, match="line 2"):
         read_jsonl(file)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"3", b"null", b"[]", b"\xff\xfe", b"\x00\x00", b"{", b"[" * 100_000, b'{"loss": 1}',
+        b'{"iteration": "2", "reward_mean": 1, "loss": 1, "seconds": 1}',
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("last", [False, True])
+def test_a_damaged_line_is_named_and_nothing_is_thrown_away(recipe, line, last):
+    with Tracker(recipe) as tracker:
+        tracker.log(row(1))
+        tracker.log(row(2))
+    metrics = tracker.folder / "metrics.jsonl"
+    first, second = metrics.read_bytes().splitlines()
+    content = b"\n".join([first, second, line] if last else [first, line, second]) + b"\n"
+    metrics.write_bytes(content)
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        Tracker(recipe, resume_after=2)
+    assert metrics.read_bytes() == content
+
+
+def test_rows_that_are_gone_are_told_of(recipe):
+    with Tracker(recipe) as tracker:
+        for iteration in (1, 2, 4):
+            tracker.log(row(iteration))
+    metrics = tracker.folder / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes().rstrip(b"\n"))  # whole but for its end
+    with Tracker(recipe, resume_after=4) as tracker:
+        assert tracker.lost == [f"{metrics} has no row of 1 earlier iterations: 3"]
+        tracker.log(row(5))
+        assert [r["iteration"] for r in tracker.rows] == [1, 2, 4, 5]
+    (tracker.folder / "warnings.jsonl").write_text('{"iteration": 1}\n')
+    with pytest.raises(UserError, match=r"warnings\.jsonl: row 1 .*without warning"):
+        Tracker(recipe, resume_after=4)
 
 
 def test_events_hold_the_same_figures(recipe):

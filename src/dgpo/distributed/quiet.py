@@ -19,6 +19,7 @@ class NoTracker(Tracker):
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.folder = recipe, Path(recipe.run.dir)
+        self.lost = []
 
     rows: Any = ()
     evaluations: Any = ()

@@ -33,7 +33,7 @@ from dgpo.distributed.processes import ALONE, Processes
 from dgpo.distributed.sharding import like, put, whole
 from dgpo.errors import UserError
 from dgpo.models.policy import Policy
-from dgpo.run.disk import replace_folder
+from dgpo.run.disk import DAMAGED, replace_folder
 from dgpo.run.tensor_file import described, read
 from dgpo.training.pending import NOTHING, Packed
 from dgpo.training.updating import Updater
@@ -42,8 +42,6 @@ MANIFEST = "manifest.json"
 _STATE = "state.json"
 _TENSORS = "tensors.safetensors"
 _AHEAD = "ahead.safetensors"
-DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
-"""What reading a manifest raises that is not what was written."""
 _NAME = re.compile(r"(\d{8})(\.old)?")
 
 

@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 
 from dgpo.errors import UserError
 
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a file of a run raises that is not what was written."""
 _FULL = ("No space left", "StorageFull", "Disk quota exceeded", "QuotaExceeded")
 
 

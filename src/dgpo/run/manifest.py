@@ -18,7 +18,7 @@ import torch
 
 from dgpo.errors import UserError
 from dgpo.recipe.files import MANIFEST
-from dgpo.run.disk import replace_text
+from dgpo.run.disk import DAMAGED, replace_text
 
 FILE = MANIFEST
 _PACKAGES = ("dgpo", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy")
@@ -41,7 +41,9 @@ def record_start(folder: Path, seed: int, iteration: int) -> None:
     file = folder / FILE
     try:
         starts = json.loads(file.read_text(encoding="utf-8"))["starts"] if file.exists() else []
-    except (ValueError, KeyError, TypeError) as error:
+        if not isinstance(starts, list):
+            raise ValueError("its starts are no list")
+    except DAMAGED as error:
         raise UserError(f"{file} is damaged ({error}); delete it, it is a record only") from error
     starts.append({"iteration": iteration, "seed": seed, **facts()})
     replace_text(file, json.dumps({"starts": starts}, indent=2) + "\n")

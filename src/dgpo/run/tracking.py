@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -33,7 +33,7 @@ def refuse_existing_run(folder: str | Path) -> None:
         raise UserError(f"run.dir = {str(folder)!r} is a file; choose a folder: run.dir=FOLDER")
     metrics = path / "metrics.jsonl"
     if (path / "recipe.yaml").exists() or metrics.exists():
-        done = len(read_jsonl(metrics))
+        done = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
         raise UserError(
             f"run.dir = {str(folder)!r} already holds a run ({done} iterations). To go on with it: "
             f"dgpo train {path / 'recipe.yaml'} --resume. To keep it and start another: "
@@ -43,19 +43,39 @@ def refuse_existing_run(folder: str | Path) -> None:
 
 def read_jsonl(file: str | Path) -> list[dict[str, Any]]:
     """The objects of a ``.jsonl`` file; none when it is missing. A last line that was cut short
-    by a crash is left out."""
-    path = Path(file)
+    by a crash is left out.
+
+    Raises:
+        UserError: another line is no JSON object; it is named.
+    """
+    return _read(Path(file))[0]
+
+
+def _read(file: Path) -> tuple[list[dict[str, Any]], bytes]:
+    """The objects of a file, and the last line if it was cut short: it has no newline then."""
     # only at newlines: str.splitlines would also cut at U+2028 inside a text
-    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n") if path.exists() else []
-    lines = [line for line in lines if line]
+    lines = file.read_bytes().split(b"\n") if file.exists() else []
     rows = []
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from error
-    return rows
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):
+                return rows, line
+            raise _broken(file, number, f"not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise _broken(file, number, f"{row!r:.40} is no object")
+        rows.append(row)
+    return rows, b""
+
+
+def _broken(file: Path, number: int, why: str) -> UserError:
+    return UserError(
+        f"{file}, line {number}: {why}; put this line right or delete it (it holds what was "
+        "measured, on which no weight depends), and try again"
+    )
 
 
 class Tracker:
@@ -77,7 +97,8 @@ class Tracker:
             run that was cut off may have left, are dropped; -1 for all. None starts a run.
 
     Raises:
-        UserError: the folder holds a run and none was to be resumed, or the other way round.
+        UserError: the folder holds a run and none was to be resumed, or the other way round, or a
+            file of the run is damaged.
     """
 
     def __init__(self, recipe: Recipe, resume_after: int | None = None) -> None:
@@ -92,9 +113,16 @@ class Tracker:
             raise UserError(f"run.dir = {str(self.folder)!r} holds no run to resume")
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         replace_text(self.folder / "recipe.yaml", recipe.to_yaml())
+        self.lost: list[str] = []
+        """What a resumed run has no longer of what was measured before it."""
         if resume_after is not None:
-            for file in (self._metrics, self._evaluations, self._warnings):
-                _keep(file, lambda row: row["iteration"] <= resume_after)
+            files = {
+                self._metrics: REQUIRED,
+                self._evaluations: ("iteration", "overall", "rewards"),
+            }
+            for file, needed in {**files, self._warnings: ("iteration", "warning")}.items():
+                self.lost += _keep(file, needed, resume_after)
+            self.lost += _gaps(self._metrics, resume_after)
         self._events = _event_writer(self.folder / "tensorboard", resume_after)
 
     def __enter__(self) -> Tracker:
@@ -218,9 +246,31 @@ def _append(file: Path, row: dict[str, Any]) -> None:
         os.fsync(stream.fileno())  # a checkpoint must not outlive the rows before it
 
 
-def _keep(file: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+def _keep(file: Path, needed: Sequence[str], last: int) -> list[str]:
+    """Leave out the rows after iteration ``last``, and a line that was cut short; what is lost of
+    those before, in words."""
     if not file.exists():
-        return
-    rows = [row for row in read_jsonl(file) if wanted(row)]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    replace_text(file, text)
+        return []
+    rows, cut = _read(file)
+    for number, row in enumerate(rows, start=1):
+        missing = [key for key in needed if key not in row]
+        if missing or type(row["iteration"]) is not int:
+            what = f"without {', '.join(missing)}" if missing else f"{row['iteration']!r:.40}"
+            raise UserError(
+                f"{file}: row {number} is no row of a run (iteration: {what}); put it right or "
+                "delete it, and try again"
+            )
+    kept = [row for row in rows if row["iteration"] <= last]
+    replace_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    shown = cut[:60].decode("utf-8", "replace")
+    return [f"{file}: the last line was cut short and is left out: {shown}..."] if cut else []
+
+
+def _gaps(file: Path, last: int) -> list[str]:
+    """The iterations up to ``last`` whose row is missing, in words."""
+    there = {row["iteration"] for row in read_jsonl(file)}
+    missing = [iteration for iteration in range(1, last + 1) if iteration not in there]
+    if not missing:
+        return []
+    shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+    return [f"{file} has no row of {len(missing)} earlier iterations: {shown}"]
