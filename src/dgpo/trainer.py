@@ -310,7 +310,7 @@ class Trainer:
                 "evaluated and saved, has not moved; lower ema.every or train for longer",
             )
         self._evaluate()
-        self._save_checkpoint()
+        self._save_checkpoint(at_end=True)
         reason = self.processes.from_main(lambda: self._journal.reason_to_stop, "the end")
         delivered = None if reason is None else self._stop_early(reason)
         after = self._journal.draw("after")
@@ -332,11 +332,12 @@ class Trainer:
 
     def _stop(self) -> None:
         """After Ctrl-C or SIGTERM."""
-        if self._between_updates:
-            self._save_checkpoint()
+        if not self._between_updates:
+            what = "stopped in the middle of an update; the checkpoint before it stands"
+        elif self._save_checkpoint():
             what = f"stopped; {self.iteration} iterations are saved"
         else:
-            what = "stopped in the middle of an update; the checkpoint before it stands"
+            what = "stopped after a step that was not finite; the checkpoint before it stands"
         self._tracker.summarize()
         again = f"dgpo train {self.folder / 'recipe.yaml'} --resume, or Trainer(..., resume=True)"
         self._progress.say(f"{what} in {self.folder}; to go on: {again}")
@@ -346,11 +347,22 @@ class Trainer:
             report = self._journal.evaluate(self.iteration, self.seconds)
             self.last_report = report or self.last_report
 
-    def _save_checkpoint(self) -> None:
+    def _save_checkpoint(self, at_end: bool = False) -> bool:
+        """Save, unless the last step was left out for not being finite: its weights may be what
+        ends the run, and must not take the place of better ones. Returns whether the checkpoint of
+        the present iteration is there.
+
+        Args:
+            at_end: nothing comes after it that could be saved.
+        """
         if self._stopped_early:
-            return  # the last iteration's checkpoint keeps the last weights
+            return True  # the last iteration's checkpoint keeps the last weights
+        if self.updater.nonfinite and not at_end:
+            return False
         self._progress.stage("saving")
+        self.updater.refuse_broken_weights(self.iteration)
         counters = {"iteration": self.iteration, "seconds": self.seconds, **self.counter.totals}
         score = self._journal.score(self.iteration)
         ahead = self._collect.pending(self.iteration)
         self._checkpoints.save(self.policy, self.updater, counters, score, ahead)
+        return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -67,6 +68,52 @@ def test_steps_in_a_row_that_are_not_finite_stop_the_run_with_the_batch(tmp_path
     assert said["prompts"] == [p.text for p in run.sampler.at(1)] and said["not_finite"] == []
     for mine, theirs in zip(before, run.policy.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_what_is_not_finite_takes_the_place_of_no_checkpoint(tmp_path: Path, capsys: Any) -> None:
+    every: dict[str, Any] = {
+        "train": {"iterations": 9},
+        "checkpoint": {"every": 1, "keep_last": 2},
+        "guards": {"nonfinite": 4},
+    }
+
+    def left(folder: Path) -> list[str]:
+        return sorted(place.name for place in (folder / "checkpoints").iterdir())
+
+    # two good iterations of two calls each, and then none
+    bad = broken(*range(4, 99))
+    with pytest.raises(UserError, match="the loss is nan"):
+        trainer(tmp_path / "losses", algorithm=bad, **every).train()
+    assert left(tmp_path / "losses") == ["00000001", "00000002"]
+
+    # a stop between them goes back to the iterations before
+    calls = itertools.count()
+
+    def stopping(images: Any, prompts: Any) -> list[float]:
+        if next(calls) == 4:  # the trial, three iterations, and now
+            raise KeyboardInterrupt
+        return brightness(images, prompts)
+
+    stopping.__name__ = "brightness"
+    bad = broken(*range(4, 99))
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "stopped", stopping, algorithm=bad, **every).train()
+    assert left(tmp_path / "stopped") == ["00000001", "00000002"]
+    assert "stopped after a step that was not finite" in " ".join(capsys.readouterr().err.split())
+
+    run = trainer(tmp_path / "weights", algorithm=broken(), **every)
+    steps, step = itertools.count(1), run.updater.optimizer.step
+
+    def burst(*args: Any) -> Any:
+        done = step(*args)
+        if next(steps) == 3:
+            run.policy.parameters()[0].data.fill_(math.inf)
+        return done
+
+    run.updater.optimizer.step = burst  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(UserError, match=r"iteration 3: the trained weights are not finite.*lr"):
+        run.train()
+    assert left(tmp_path / "weights") == ["00000001", "00000002"]
 
 
 def test_equal_rewards_warn_and_may_stop_the_run(tmp_path: Path) -> None:

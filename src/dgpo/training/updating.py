@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dgpo.algorithms.base import Algorithm, BaseAlgorithm, TrajectoryAlgorithm
 from dgpo.distributed.processes import ALONE, Processes
-from dgpo.distributed.sharding import is_sharded, whole
+from dgpo.distributed.sharding import is_sharded, local, whole
 from dgpo.errors import UserError
 from dgpo.models.policy import Policy
 from dgpo.recipe import Recipe
@@ -143,6 +143,23 @@ class Updater:
         self.pass_by(iteration)
         found = means.result() or {"loss": math.nan}
         return {**found, "nonfinite_steps": float(skipped)} if skipped else found
+
+    def refuse_broken_weights(self, iteration: int) -> None:
+        """See that the trained weights are numbers. Collective.
+
+        Args:
+            iteration: done so far.
+
+        Raises:
+            UserError: some are infinite or NaN, from which there is no way back.
+        """
+        finite = all(bool(torch.isfinite(local(p)).all()) for p in self.parameters)
+        if all(self._processes.gather(finite, "whether the weights are finite")):
+            return
+        raise UserError(
+            f"iteration {iteration}: the trained weights are not finite, so no checkpoint was made "
+            "of them: lower train.lr and go on from the last checkpoint"
+        )
 
     def pass_by(self, iteration: int) -> None:
         """The end of an iteration, with or without a batch: move the old policy if it moves now."""
