@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
 import signal
 import socket
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ import httpx
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save
+from safetensors.torch import load, save, save_file
 
 from dgpo.core.process import Level
 from dgpo.errors import UserError
@@ -28,7 +29,7 @@ from dgpo.prompts.caption import Caption
 from dgpo.recipe import Recipe
 from dgpo.rollouts import RolloutRequest
 from dgpo.rollouts.remote import RemoteEngine
-from dgpo.rollouts.wire import pack, unpack
+from dgpo.rollouts.wire import hash_of, pack, unpack
 from families import tiny
 from families.tiny import sd3_small
 from reliable import tensors
@@ -140,8 +141,8 @@ def test_a_server_refuses_what_it_cannot_do_and_goes_on(url: str) -> None:
     other = save({"transformer.no.such.layer.lora_A.weight": torch.zeros(2, 2)})
     head = {"Authorization": f"Bearer {TOKEN}"}
     with httpx.Client(base_url=url, headers=head, timeout=60) as client:
-        for data, name in ((b"x", "0" * 64), (b"x", None), (b"", None), (other, None)):
-            name = name or hashlib.sha256(data).hexdigest()
+        for data, name in ((b"x", "0" * 64), (b"", "0" * 64), (other, "0" * 64), (other, None)):
+            name = name or hash_of(data)
             assert client.put(f"/v1/weights/{name}", content=data).status_code == 422
         assert client.post("/v1/rollout", json={**ask, "weights": "0" * 64}).status_code == 409
         for wrong in (
@@ -169,6 +170,78 @@ def test_what_travels_comes_back_bit_for_bit() -> None:
     for broken, count in ((data[:-9], 3), (b"", 3), (data, 2), (save({"x0": made.x0}), 3)):
         with pytest.raises(UserError, match="no rollout"):
             unpack(broken, count)
+
+
+def reordered(data: bytes) -> bytes:
+    """The same tensors in a file whose header has another order, as every save may have."""
+    size = int.from_bytes(data[:8], "little")
+    head = json.dumps(dict(reversed(json.loads(data[8 : 8 + size]).items()))).encode()
+    return len(head).to_bytes(8, "little") + head + data[8 + size :]
+
+
+def test_weights_are_called_by_their_tensors() -> None:
+    tensors = {
+        "b": torch.randn(3, 2), "a": torch.ones(2, 3, dtype=torch.bfloat16), "c": torch.zeros(()),
+    }  # fmt: skip
+    data = save(tensors)
+    other = reordered(data)
+    assert other != data and load(other).keys() == tensors.keys()
+    assert hash_of(other) == hash_of(data)
+    for name, value in (
+        ("b", tensors["b"].nextafter(torch.tensor(9.0))), ("b", tensors["b"].reshape(2, 3)),
+        ("a", tensors["a"].half()), ("d", torch.ones(())),
+    ):  # fmt: skip
+        assert hash_of(save({**tensors, name: value})) != hash_of(data)
+
+
+class Weights:
+    """A policy that is nothing but a file."""
+
+    lora, model = 1, SimpleNamespace(call={}, device="cpu")
+
+    def save(self, folder: str, weights: str) -> None:
+        save_file({"a": torch.ones(2)}, Path(folder) / "lora.safetensors")
+
+    @contextmanager
+    def rolling(self, weights: str) -> Iterator[None]:
+        yield
+
+
+@pytest.mark.parametrize(
+    ("told", "used", "words"),
+    [
+        (b'{"weights": "HASH"}', "HASH", None),
+        (b'{"weights": "0000"}', "HASH", "it has the weights '0000'"),
+        (b"{}", "HASH", "does not say which weights"),
+        (b"ok", "HASH", "does not say which weights"),
+        (b'{"weights": "HASH"}', "00" * 32, "were made with the LoRA 000000000000"),
+        (b'{"weights": "HASH"}', None, "were made with no LoRA"),
+    ],
+)
+def test_a_server_with_other_weights_is_refused(
+    told: bytes, used: str | None, words: str | None
+) -> None:
+    name = hash_of(save({"a": torch.ones(2)}))
+    made = Rollout(torch.ones(1, 2), [Image.new("RGB", (2, 2))], [Level(torch.tensor(1.0), 1.0)])
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "PUT":
+            return httpx.Response(200, content=told.replace(b"HASH", name.encode()))
+        return httpx.Response(200, content=pack(made, used and used.replace("HASH", name)))
+
+    policy: Any = Weights()
+    engine = RemoteEngine(policy, "http://engine")
+    engine._client = httpx.Client(transport=httpx.MockTransport(answer), base_url="http://engine")
+    engine._checked = True  # with the policy's own pictures, of which there are none here
+
+    def ask() -> None:
+        with engine.holding("policy"):
+            engine.rollout(RolloutRequest(["a"], Conditioning({}, 1), [0], steps=1))
+
+    if words is None:
+        return ask()
+    with pytest.raises(UserError, match=words):
+        ask()
 
 
 def test_prompts_with_pictures_do_not_travel() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from dgpo.models.policy import Policy, RollingWeights
 from dgpo.prompts.caption import Caption
 from dgpo.rewards.loading import need
 from dgpo.rollouts.engine import LocalEngine, RolloutRequest
-from dgpo.rollouts.wire import Ask, unpack
+from dgpo.rollouts.wire import Ask, hash_of, unpack
 
 TOLERANCE = 0.1
 """Largest relative difference of the first sample from the policy's own, root mean square: other
@@ -71,11 +71,9 @@ class RemoteEngine:
             if len(files) != 1:
                 raise UserError(f"rollout.engine: one LoRA file can be sent, not {len(files)}")
             data = files[0].read_bytes()
-        name = hashlib.sha256(data).hexdigest()
+        name = hash_of(data)
         if name != self._sent:
-            self._ask("PUT", f"/v1/weights/{name}", content=data)
-            self.bytes_sent += len(data)
-            self._sent = name
+            self._send(name, data)
         if self._checked:
             yield
             return
@@ -98,12 +96,31 @@ class RemoteEngine:
         )
         data = self._ask("POST", "/v1/rollout", json=ask.model_dump())
         self.bytes_received += len(data)
-        made = unpack(data, len(request.seeds))
+        made = unpack(data, len(request.seeds), self._sent)
         if not self._checked:
             self._compare(request, made)
             self._checked = True
         device, dtype = self._policy.model.device, made.x0.dtype
         return Rollout(made.x0.to(device, dtype), made.images, made.levels)
+
+    def _send(self, name: str, data: bytes) -> None:
+        """Send weights; the server says which it has now, by the tensors that it has read."""
+        self._sent = None
+        answer = self._ask("PUT", f"/v1/weights/{name}", content=data)
+        self.bytes_sent += len(data)
+        try:
+            there = json.loads(answer)["weights"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"rollout.engine = {self._url!r}: it does not say which weights it has: "
+                f"{answer[:100]!r}"
+            ) from error
+        if there != name:
+            raise UserError(
+                f"rollout.engine = {self._url!r}: it has the weights {there!r:.20}, not {name[:12]}"
+                ", which were sent: they were changed on the way, or another run uses the server"
+            )
+        self._sent = name
 
     def _compare(self, request: RolloutRequest, made: Rollout) -> None:
         one = RolloutRequest(

@@ -2,11 +2,10 @@
 
     python -m dgpo.rollouts.server MODEL --port 8770
 
-``PUT /v1/weights/SHA256`` takes a LoRA file, ``POST /v1/rollout`` makes pictures with it
+``PUT /v1/weights/HASH`` takes a LoRA file, ``POST /v1/rollout`` makes pictures with it
 (:mod:`dgpo.rollouts.wire`). Requests run one after the other.
 """
 
-import hashlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from dgpo.models import lora
 from dgpo.models.pipeline import PipelineModel, Rollout
 from dgpo.models.schedulers import make_scheduler
 from dgpo.models.snapshots import exchanged
-from dgpo.rollouts.wire import Ask, pack
+from dgpo.rollouts.wire import Ask, hash_of, pack
 from dgpo.serve.access import token_for
 from dgpo.serve.limits import Gate
 
@@ -52,14 +51,22 @@ class Sampler:
         self._weights: str | None = None
         self._layers: list[Any] = []
 
-    def take(self, name: str, data: bytes) -> None:
+    def take(self, name: str, data: bytes) -> str:
         """Put a LoRA in place of the one before.
 
+        Args:
+            name: :func:`dgpo.rollouts.wire.hash_of` it.
+            data: a file as diffusers writes it.
+
+        Returns:
+            the hash of the tensors that are in place now.
+
         Raises:
-            UserError: the bytes are not what their name says, or no LoRA of this pipeline.
+            UserError: the tensors are not what their name says, or no LoRA of this pipeline.
         """
-        if hashlib.sha256(data).hexdigest() != name:
-            raise UserError("the file is not the one that its name says: it was cut or changed")
+        found = hash_of(data)
+        if found != name:
+            raise UserError("the weights are not those that their name says: they were changed")
         with self._lock, tempfile.TemporaryDirectory() as folder:
             if self._layers:
                 self._pipe.unload_lora_weights()
@@ -74,7 +81,8 @@ class Sampler:
             parts = (part for part in self._pipe.components.values())
             modules = (m for p in parts if isinstance(p, torch.nn.Module) for m in p.modules())
             self._layers = [module for module in modules if isinstance(module, LoraLayer)]
-            self._weights = name
+            self._weights = found
+            return found
 
     def sample(self, ask: Ask) -> Rollout:
         """Pictures with the weights that the request names.
@@ -135,8 +143,7 @@ def make_app(pipe: Any, token: str | None = None) -> Any:
     async def weights(name: str, request: Request) -> dict[str, str]:
         """Take a LoRA file."""
         data = await request.body()
-        await run_in_threadpool(_answered, sampler.take, name, data)
-        return {"weights": name}
+        return {"weights": await run_in_threadpool(_answered, sampler.take, name, data)}
 
     @app.post("/v1/rollout")
     async def rollout(request: Request) -> Response:
@@ -149,7 +156,7 @@ def make_app(pipe: Any, token: str | None = None) -> Any:
             where = ".".join(map(str, first["loc"])) or "request"
             raise HTTPException(422, f"{where}: {first['msg']}") from None
         made = await run_in_threadpool(_answered, sampler.sample, ask)
-        return Response(pack(made), media_type="application/octet-stream")
+        return Response(pack(made, ask.weights), media_type="application/octet-stream")
 
     return Gate(app, token, LARGEST)
 

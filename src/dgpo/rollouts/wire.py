@@ -1,12 +1,14 @@
 """What travels between the loop and an engine: JSON for the question, safetensors for the answer.
 
 A request is a JSON object with the keys of :class:`Ask`. Weights are the file that diffusers reads
-by ``load_lora_weights``. An answer holds ``x0`` [B, ...], ``images`` (uint8, [B, H, W, 3]),
-``timesteps`` [n] and ``sigmas`` (float64, [n]). Nothing is ever pickled.
+by ``load_lora_weights``, and are called by :func:`hash_of` it. An answer holds ``x0`` [B, ...],
+``images`` (uint8, [B, H, W, 3]), ``timesteps`` [n], ``sigmas`` (float64, [n]) and ``weights``
+(uint8, [32]; [0] without any). Nothing is ever pickled.
 """
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Any
 
 import numpy as np
@@ -35,11 +37,35 @@ class Ask(BaseModel):
     call: dict[str, Any]
     """Further arguments of the pipeline's call."""
     weights: str | None
-    """The SHA-256 of the LoRA file that must be in place; null: the model as it was."""
+    """:func:`hash_of` the LoRA that must be in place; null: the model as it was."""
 
 
-def pack(made: Rollout) -> bytes:
-    """A rollout with pictures as safetensors."""
+def hash_of(data: bytes) -> str:
+    """What a safetensors file is called: the SHA-256 of names, dtypes, shapes and numbers of its
+    tensors in the order of their names. The bytes of the file will not do, since the order of its
+    header is another one each time that the same tensors are written.
+
+    Raises:
+        UserError: it is no safetensors file.
+    """
+    try:
+        tensors = load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"the weights are no safetensors file ({error})") from error
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def pack(made: Rollout, weights: str | None = None) -> bytes:
+    """A rollout with pictures as safetensors.
+
+    Args:
+        made: the rollout.
+        weights: :func:`hash_of` the LoRA that it was made with.
+    """
     assert made.images is not None
     pictures = np.stack([np.asarray(image.convert("RGB")) for image in made.images])
     tensors = {
@@ -47,15 +73,21 @@ def pack(made: Rollout) -> bytes:
         "images": torch.from_numpy(pictures),
         "timesteps": torch.stack([level.timestep.cpu() for level in made.levels]),
         "sigmas": torch.tensor([level.sigma for level in made.levels], dtype=torch.float64),
+        "weights": torch.tensor(list(bytes.fromhex(weights or "")), dtype=torch.uint8),
     }
     return save(tensors)
 
 
-def unpack(data: bytes, rows: int) -> Rollout:
+def unpack(data: bytes, rows: int, weights: str | None = None) -> Rollout:
     """The rollout in an answer.
 
+    Args:
+        data: the answer.
+        rows: that were asked for.
+        weights: :func:`hash_of` the LoRA that it must have been made with.
+
     Raises:
-        UserError: it is none, or has another number of rows.
+        UserError: it is none, has another number of rows, or was made with other weights.
     """
     try:
         found = load(data)
@@ -65,7 +97,17 @@ def unpack(data: bytes, rows: int) -> Rollout:
             raise ValueError(f"{len(x0)} samples and {len(images)} pictures for {rows} rows")
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"pictures of {images.dtype} {tuple(images.shape)}")
+        used = bytes(found["weights"].tolist()).hex()
     except (SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"rollout.engine: its answer is no rollout ({error})") from error
+    if used != (weights or ""):
+        raise UserError(
+            f"rollout.engine: the pictures were made with {_called(used)}, and "
+            f"{_called(weights)} was sent: does another run use the server?"
+        )
     levels = [Level(t, s) for t, s in zip(timesteps, sigmas, strict=True)]
     return Rollout(x0, [Image.fromarray(image.numpy()) for image in images], levels)
+
+
+def _called(weights: str | None) -> str:
+    return f"the LoRA {weights[:12]}" if weights else "no LoRA"
