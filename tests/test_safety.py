@@ -134,6 +134,58 @@ def test_a_recipe_holds_no_secret(key: str) -> None:
     assert Recipe.from_dict({"rewards": {"x": fine}}).rewards
 
 
+@pytest.mark.parametrize(
+    ("nested", "place"),
+    [
+        ({"headers": {"Authorization": "Bearer s3cr3t"}}, "headers.Authorization"),
+        ({"headers": {"X-Api-Key": "s3cr3t"}}, "headers.X-Api-Key"),
+        ({"a": [1, {"b": {"token": "s3cr3t"}}]}, r"a\[1\]\.b\.token"),
+        ({"login": {"password": ["s3cr3t"]}}, "login.password"),
+        ({"header": ["Accept", "Bearer s3cr3ts3cr3ts3cr3t"]}, r"header\[1\]"),
+        ({"urls": ["http://a", "http://me:s3cr3t@b"]}, r"urls\[1\]"),
+        ({"more": {"x": "hf_s3cr3ts3cr3ts3cr3t"}}, "more.x"),
+        ({"apiKey": "s3cr3t"}, "apiKey"),
+    ],
+)
+def test_a_recipe_holds_no_secret_however_deep(nested: dict[str, Any], place: str) -> None:
+    read: list[Any] = [
+        lambda: Recipe.from_dict({"rewards": {"x": {"use": "http", "options": nested}}}),
+        lambda: load_rewards({"x": {"use": "http", "options": nested}}),
+        lambda: Recipe.from_dict({"rollout": {"call": nested}}),
+    ]
+    for one in read:
+        with pytest.raises(UserError, match=rf"(options|rollout\.call)\.{place}") as error:
+            one()
+        assert "s3cr3t" not in str(error.value)
+    fine = {"negative_prompt": "bearer of news", "eta": 0.5, "token": None, "keys": ["a@b"]}
+    assert Recipe.from_dict({"rollout": {"call": fine}})
+    # neither is it repeated where it should not stand at all
+    wrong: list[dict[str, Any]] = [
+        {"prompts": {"train": nested}}, {"rewards": {"x": nested}}, {"algorithm": [nested]},
+        {"rewards": {"x": {"options": [nested]}}}, {"rollout": {"sde": nested}}, {"model": nested},
+        {"rewards": {"x": {"weight": nested}}}, {"run": {"dir": nested}},
+    ]  # fmt: skip
+    for data in wrong:
+        with pytest.raises(UserError) as error:
+            Recipe.from_dict(data)
+        assert "s3cr3t" not in str(error.value), data
+
+
+def test_an_override_with_a_secret_is_not_repeated() -> None:
+    for word in (
+        "rewards.x.options.token={s3cr3t",
+        "rewards.x.options.headers={Authorization: Bearer s3cr3t",
+        "rewards.x.options.headers={'key': 's3cr3t'",
+        "model=[http://me:s3cr3t@h",
+    ):
+        with pytest.raises(UserError, match=r"override .*\*\*\*.*not YAML") as error:
+            Recipe.load("pocket-geneval", [word])
+        assert "s3cr3t" not in str(error.value)
+    with pytest.raises(UserError, match="holds a secret") as error:
+        Recipe.load("pocket-geneval", ["prompts.train=https://me:s3cr3t@host/p.txt"])
+    assert "s3cr3t" not in str(error.value)
+
+
 def test_an_address_with_a_password_is_refused_without_it() -> None:
     with pytest.raises(UserError, match="comes with a password") as error:
         HttpReward("http://me:s3cr3t@127.0.0.1:1/x").check([])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dgpo.errors import UserError
+from dgpo.secrets import masked
 
 
 class _Clear(type(BaseModel)):
@@ -150,6 +151,7 @@ def _line(
     if kind == "value_error":
         message = str(context.get("error", message))
         return message if not key or key in message else f"{key}: {message}"
+    got = masked({key.rpartition(".")[2]: got}).popitem()[1]
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return f"{key} = {got!r:.80}: should hold keys and values"
     wanted = message.removeprefix("Input ").partition(", unable to parse")[0]

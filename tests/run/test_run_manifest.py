@@ -38,6 +38,10 @@ def test_every_start_is_recorded(tmp_path: Path) -> None:
         (["x", "--hf-token=abc"], ["x", "--hf-token=***"]),
         (["x", "rollout.call.api_key=abc"], ["x", "rollout.call.api_key=***"]),
         (["x", "model=hf_abc"], ["x", "model=***"]),
+        (["x", "a.headers={Authorization: Bearer abc}"], ["x", "a.headers=***"]),
+        (["x", "a.b=[{key: abc}]", "monkey=1"], ["x", "a.b=***", "monkey=1"]),
+        (["x", "a.urls=[http://h, http://me:abc@h]"], ["x", "a.urls=***"]),
+        (["x", "http://me:abc@h"], ["x", "***"]),
     ],
 )
 def test_secrets_stay_out(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from dgpo.algorithms.base import Algorithm, TrajectoryAlgorithm
 from dgpo.registry import known, unknown
 from dgpo.rewards.terms import used
+from dgpo.secrets import secrets_in
 
 if TYPE_CHECKING:
     from dgpo.recipe import Recipe
@@ -28,6 +29,7 @@ def contradictions(recipe: Recipe) -> list[str]:
     """What makes a recipe impossible whose settings are in range each: one line for each problem,
     with the keys, the values and what would work."""
     return [
+        *_secrets(recipe),
         *_unknown_rewards(recipe),
         *_timesteps(recipe),
         *_trajectory(recipe),
@@ -35,6 +37,17 @@ def contradictions(recipe: Recipe) -> list[str]:
         *_offline(recipe),
         *_remote(recipe),
         *_between_sections(recipe),
+    ]
+
+
+def _secrets(recipe: Recipe) -> list[str]:
+    """What would be written into the run's folder; options of rewards are looked at as they are
+    read."""
+    data = recipe.model_dump(exclude={"rewards", "run"})
+    return [
+        f"{place} holds a secret, and recipes are written into the run's folder: put it into a "
+        "file or into an environment variable"
+        for place in secrets_in(data)
     ]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from dgpo.errors import UserError
 from dgpo.recipe.plain_yaml import parse_yaml
 from dgpo.registry import nearest
+from dgpo.secrets import masked, masked_words
 
 PACKAGED = Path(__file__).parents[1] / "recipes"
 """The recipes that are installed with the package."""
@@ -127,10 +128,10 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
     """
     for item in overrides:
         key, equals, value = item.partition("=")
-        path = key.strip().split(".")
+        path, shown = key.strip().split("."), masked_words([item])[0]
         if not equals or not all(path) or len(path) > DEEPEST:
-            raise UserError(f"override {item!r} is not KEY=VALUE, for example train.lr=1e-4")
-        data = _set(data, path, parse_yaml(value, f"override {item!r}"), key.strip())
+            raise UserError(f"override {shown!r} is not KEY=VALUE, for example train.lr=1e-4")
+        data = _set(data, path, parse_yaml(value, f"override {shown!r}"), key.strip())
     return data
 
 
@@ -140,6 +141,8 @@ def _set(data: Any, path: list[str], value: Any, key: str) -> dict[str, Any]:
     if data is None:
         data = {}
     if not isinstance(data, dict):
-        raise UserError(f"override {key}: there is nothing below it, it is the value {data!r}")
+        raise UserError(
+            f"override {key}: there is nothing below it, it is the value {masked(data)!r}"
+        )
     head, *rest = path
     return {**data, head: _set(data.get(head), rest, value, key) if rest else value}

@@ -38,6 +38,7 @@ from dgpo.recipe.sections import (
 )
 from dgpo.registry import ALGORITHMS, known, resolve, unknown
 from dgpo.rewards.terms import AnyReward, RewardTerm, weight_of
+from dgpo.secrets import masked
 from dgpo.settings import Settings, key_tree, problems, raise_problems
 
 
@@ -48,7 +49,7 @@ def _algorithm(value: Any) -> Any:
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, Mapping):
-        _fail([f"algorithm = {value!r:.80}: should hold a name and settings"])
+        _fail([f"algorithm = {masked(value)!r:.80}: should hold a name and settings"])
     settings = {str(key): setting for key, setting in value.items()}
     name = settings.pop("name", "dgpo")
     if not isinstance(name, str) or not known("algorithm", name):
@@ -161,7 +162,7 @@ class Recipe(Settings):
             UserError: all problems at once, each with its key, the value got and what would work.
         """
         if not isinstance(data, Mapping):
-            raise UserError(f"{where}: needs keys and values, got {data!r:.80}")
+            raise UserError(f"{where}: needs keys and values, got {masked(data)!r:.80}")
         odd = [f"key {key!r} is no text" for key in data if not isinstance(key, str)]
         raise_problems(odd, where)
         try:

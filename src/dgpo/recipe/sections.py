@@ -13,6 +13,7 @@ from pydantic import (
     field_validator,
 )
 
+from dgpo.secrets import masked
 from dgpo.settings import Settings
 
 SD3_ATTENTION = [
@@ -41,8 +42,8 @@ def _sde(value: Any) -> Any:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"][1:])
         raise ValueError(
-            f"rollout.sde = {value!r:.80}: {key}{': ' if key else ''}{first['msg']}; for example "
-            "{kind: flow, noise_level: 0.7}"
+            f"rollout.sde = {masked(value)!r:.80}: {key}{': ' if key else ''}{first['msg']}; for "
+            "example {kind: flow, noise_level: 0.7}"
         ) from error
 
 

@@ -24,8 +24,8 @@ from PIL import Image
 from dgpo.errors import UserError
 from dgpo.rewards.guard import RewardFailure
 from dgpo.rewards.loading import need
-from dgpo.rewards.terms import PASSWORD
 from dgpo.rewards.video import frames_of
+from dgpo.secrets import PASSWORD
 
 
 class _Retry(Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -18,11 +17,7 @@ from pydantic import (
 )
 
 from dgpo.errors import UserError
-
-SECRET = re.compile(r"(?i)(.*_)?(token|secret|passw(or)?d|(api_?)?key|credentials?)")
-"""Names of options that hold what nobody else may know."""
-PASSWORD = re.compile(r"\w+://[^/?#]*@")
-"""The beginning of an address that comes with a password."""
+from dgpo.secrets import masked, secrets_in
 
 
 class RewardTerm(BaseModel):
@@ -51,12 +46,11 @@ class RewardTerm(BaseModel):
     @field_validator("options")
     @classmethod
     def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for key, given in value.items():
-            if SECRET.fullmatch(key) or (isinstance(given, str) and PASSWORD.match(given)):
-                raise ValueError(
-                    f"options.{key} would be written into the run's folder: put it into a file "
-                    "(token_file) or into an environment variable"
-                )
+        for place in secrets_in(value, "options"):
+            raise ValueError(
+                f"{place} would be written into the run's folder: put it into a file "
+                "(token_file) or into an environment variable"
+            )
         return value
 
     @field_validator("weight")
@@ -93,8 +87,9 @@ def term_of(name: str, given: Any) -> RewardTerm:
         if key == "options":  # what is wrong there may be a secret
             raise UserError(f"rewards.{name}: {first['msg']}") from None
         raise UserError(
-            f"rewards.{name}: {key} = {first['input']!r:.80}: {first['msg']}; a weight is a finite "
-            f"number other than 0, and further keys are {', '.join(RewardTerm.model_fields)}"
+            f"rewards.{name}: {key} = {masked(first['input'])!r:.80}: {first['msg']}; a weight is "
+            "a finite number other than 0, and further keys are "
+            f"{', '.join(RewardTerm.model_fields)}"
         ) from error
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,12 +18,12 @@ import torch
 from dgpo.errors import UserError
 from dgpo.recipe.files import MANIFEST
 from dgpo.run.disk import DAMAGED, replace_text
+from dgpo.secrets import masked_words
 
 FILE = MANIFEST
 _PACKAGES = ("dgpo", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy")
 _MACHINE = ("processor", "cpu_capability", "torch_threads", "gpus")
 """Of a machine, what may move the last bits of a number."""
-_SECRET = re.compile(r"(?i)(token|secret|passw|api.?key|credential)|^(hf_|sk-|ghp_)")
 
 
 def record_start(folder: Path, seed: int, iteration: int) -> None:
@@ -108,7 +107,7 @@ def facts() -> dict[str, Any]:
     """Time, command, versions, commit and machine; what looks like a secret is left out."""
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": _without_secrets(sys.argv),
+        "command": masked_words(sys.argv),
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **_versions()},
         "machine": {
@@ -120,21 +119,6 @@ def facts() -> dict[str, Any]:
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
     }
-
-
-def _without_secrets(words: list[str]) -> list[str]:
-    shown, hide = [], False
-    for word in words:
-        key, equals, value = word.partition("=")
-        if hide or _SECRET.search(value):
-            shown.append(f"{key}=***" if equals and not hide else "***")
-            hide = False
-        elif _SECRET.search(key):
-            shown.append(f"{key}=***" if equals else (key if key.startswith("--") else "***"))
-            hide = key.startswith("--") and not equals
-        else:
-            shown.append(word)
-    return shown
 
 
 def _versions() -> dict[str, str | None]:

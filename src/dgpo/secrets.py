@@ -1,0 +1,79 @@
+"""What nobody else may know: known by its name or by its form, and kept out of all that is written.
+
+Recipes are written into run folders, so a secret has no place in them, however deep it lies.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+_NAME = re.compile(
+    r"(?i)(.*[^a-z0-9])?(token|secret|passw(or)?d|passphrase|((api|access|private|secret)[_-]?)?key"
+    r"|credentials?|authorization|auth|cookie)"
+)
+"""Names of settings that hold a secret."""
+PASSWORD = re.compile(r"\w+://[^/?#\s]*@")
+"""The beginning of an address that comes with a password."""
+_FORM = re.compile(r"(?i:bearer)\s+\S{16,}|(hf_|sk-|ghp_|gho_|github_pat_|glpat-)[\w-]{16,}")
+"""Texts that are secrets, whatever they are called."""
+_WORD = re.compile(
+    r"(?i)token|secret|passw|passphrase|api.?key|\bkey\b|credential|authorization|\bauth\b|cookie"
+    r"|bearer\s|://[^/?#\s]*@|^(hf_|sk-|ghp_|gho_|github_pat_|glpat-)"
+)
+"""In a word of a command it is enough that one is spoken of."""
+HIDDEN = "***"
+
+
+def secrets_in(value: Any, name: str = "") -> Iterator[str]:
+    """Where secrets lie in nested data, as dotted names below ``name``; never what they are."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            below = f"{name}.{key}" if name else str(key)
+            if _names_one(key, part):
+                yield below
+            else:
+                yield from secrets_in(part, below)
+    elif isinstance(value, (list, tuple)):
+        for place, part in enumerate(value):
+            yield from secrets_in(part, f"{name}[{place}]")
+    elif _is_one(value):
+        yield name
+
+
+def masked(value: Any) -> Any:
+    """The same nested data with :data:`HIDDEN` in the place of every secret, to be shown."""
+    if isinstance(value, Mapping):
+        return {k: HIDDEN if _names_one(k, part) else masked(part) for k, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        parts = [masked(part) for part in value]
+        return parts if isinstance(value, list) else tuple(parts)
+    return HIDDEN if _is_one(value) else value
+
+
+def masked_words(words: Sequence[str]) -> list[str]:
+    """The words of a command, without what looks like a secret."""
+    shown, hide = [], False
+    for word in words:
+        key, equals, value = word.partition("=")
+        if hide or _WORD.search(value):
+            shown.append(f"{key}={HIDDEN}" if equals and not hide else HIDDEN)
+            hide = False
+        elif _WORD.search(key):
+            shown.append(f"{key}={HIDDEN}" if equals else (key if key[:2] == "--" else HIDDEN))
+            hide = key.startswith("--") and not equals
+        else:
+            shown.append(word)
+    return shown
+
+
+def _names_one(name: Any, value: Any) -> bool:
+    empty = value is None or isinstance(value, bool) or value in ("", [], {})
+    return not empty and _NAME.fullmatch(str(name)) is not None
+
+
+def _is_one(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    return bool(PASSWORD.search(value) or _FORM.fullmatch(value.strip()))
