@@ -152,8 +152,12 @@ def _told(error: Exception) -> str:
 
 
 def _from_file(kind: str, where: str) -> ModuleType:
-    file = Path(where).expanduser().resolve()
-    if not file.is_file():
+    try:
+        file = Path(where).expanduser().resolve()
+        there = file.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # a name or a home that cannot be
+        raise UserError(f"{kind}: no file {where!r:.200}: {error}"[:400]) from error
+    if not there:
         raise UserError(f"{kind}: no file {where}")
     name = f"dgpo_user_{file.stem}_{abs(hash(file)):x}"
     if name in sys.modules:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,8 +72,7 @@ def _loaded(
                 f"memory.quantization = {quantization!r}: {name!r} is made by a function; only a "
                 "folder or a hub id can be quantised while it is loaded. Use null"
             )
-        make: Any = resolve("model", name)
-        pipe = make()
+        pipe = _made_by(name)
         if vae_dtype is None:
             return pipe if dtype == torch.float32 else pipe.to(dtype)
         for part, module in pipe.components.items():
@@ -109,16 +109,33 @@ def place_of(name: str) -> Path | str:
     Raises:
         UserError: the folder holds no pipeline, or ``name`` is neither.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        _refuse_other_folder(folder)
-        return folder
+    try:
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            _refuse_other_folder(folder)
+            return folder
+    except (OSError, RuntimeError, ValueError) as error:  # a name or a home that cannot be
+        raise UserError(f"model: {name!r:.200} is no name of a folder: {error}"[:400]) from error
     if not _may_be_hub_id(name):
         raise UserError(
             f"model: there is no folder {name!r}, and no model of that name "
             f"({', '.join(MODELS)}); a model of the Hugging Face hub is written owner/name"
         )
     return name
+
+
+def _made_by(name: str) -> Any:
+    """The pipeline that a registered or the user's own function makes."""
+    make: Any = resolve("model", name)
+    try:
+        pipe = make()
+    except UserError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        raise UserError(f"model {name!r} raised {type(error).__name__}: {error}") from error
+    if not isinstance(getattr(pipe, "components", None), Mapping):
+        raise UserError(f"model {name!r} makes {pipe!r:.80}, and not a diffusers pipeline")
+    return pipe
 
 
 def _refuse_other_folder(folder: Path) -> None:

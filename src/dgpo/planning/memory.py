@@ -219,7 +219,8 @@ class Estimate:
         except Exception:  # said by the phases
             return 0
         call = self.recipe.rollout.call
-        pixels = 3 * call.get("height", 0) * call.get("width", 0) * call.get("num_frames", 1)
+        height, width, frames = (call.get(name) for name in ("height", "width", "num_frames"))
+        pixels = 3 * (height or 0) * (width or 0) * (frames or 1)
         return self.recipe.images_per_iteration * (_size(x0) + pixels)
 
     def _rewards(self) -> int:

@@ -180,4 +180,7 @@ def _strength(recipe: Recipe, pipe: Any) -> float:
     known = inspect.signature(pipe.__call__).parameters.get("strength")
     if known is None:
         return 1.0
-    return float(recipe.rollout.call.get("strength", known.default))
+    value = recipe.rollout.call.get("strength", known.default)
+    if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise UserError(f"rollout.call.strength = {value!r:.80}: use a number from 0 to 1")
+    return float(value)

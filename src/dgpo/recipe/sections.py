@@ -16,6 +16,10 @@ from pydantic import (
 from dgpo.secrets import masked
 from dgpo.settings import Settings
 
+MOST_STEPS = 10_000
+"""Sampling steps; schedules are held in memory."""
+MOST_PIXELS = 100_000
+"""Of a side of a picture, or frames of a video."""
 SD3_ATTENTION = [
     "attn.to_q",
     "attn.to_k",
@@ -67,7 +71,7 @@ class DataSettings(Settings):
 class RolloutSettings(Settings):
     scheduler: str | None = None
     """Sampler by name (euler, heun, dpmsolver++, unipc, ddim, pndm, deis); null: the pipeline's."""
-    steps: int = Field(default=10, ge=1)
+    steps: int = Field(default=10, ge=1, le=MOST_STEPS)
     """Sampling steps."""
     guidance_scale: float = Field(default=1.0, ge=0)
     """Classifier-free guidance of the rollouts; 1 is none."""
@@ -89,6 +93,18 @@ class RolloutSettings(Settings):
     """Iteration from which the old policy (the fast EMA) makes the rollouts; null: never."""
     call: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of the pipeline's call, such as height and width."""
+
+    @field_validator("call")
+    @classmethod
+    def _sizes_are_numbers(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in ("height", "width", "num_frames"):
+            size = value.get(key)
+            if size is not None and (type(size) is not int or not 1 <= size <= MOST_PIXELS):
+                raise ValueError(
+                    f"rollout.call.{key} = {masked(size)!r:.80}: use a whole number from 1 to "
+                    f"{MOST_PIXELS}, or leave it out for the pipeline's own"
+                )
+        return value
 
     @field_validator("engine")
     @classmethod
@@ -125,7 +141,7 @@ class TrainSettings(Settings):
 
 
 class LoraSettings(Settings):
-    rank: int = Field(default=64, ge=1)
+    rank: int = Field(default=64, ge=1, le=16_384)
     alpha: float = Field(default=128, gt=0)
     targets: list[str] = Field(default=SD3_ATTENTION, min_length=1)
     """Name endings of the layers that are adapted."""
@@ -175,7 +191,7 @@ class EvalSettings(Settings):
     """Reward names; none: the rewards that are trained."""
     scheduler: str | None = None
     """Sampler by name; null: ``rollout.scheduler``."""
-    steps: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     """null: as in the rollouts."""
     guidance_scale: float | None = Field(default=None, ge=0)
     """null: as in the rollouts."""
