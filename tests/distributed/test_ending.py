@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import pytest
 from dgpo.run.checkpoint import find_checkpoint
 from distributed import together
 from distributed.together import Ended, world
+
+SOON = 15.0
+"""Seconds from the exception of one process to the end of all."""
 
 
 def check_all_ended(ended: Ended) -> None:
@@ -24,6 +28,11 @@ def test_a_reward_that_raises_in_one_ends_all(tmp_path: Path) -> None:
     for told in ended.errors:  # the one that failed, and the first, at which one looks
         assert "no such judge" in told and "LookupError" in told
     assert "process 1 of 2" in ended.errors[0] and "Connection" not in ended.errors[0]
+    raised = re.search(r"^raised at ([\d.]+)$", ended.errors[1], re.MULTILINE)
+    assert raised is not None
+    took = ended.gone - float(raised[1])
+    print(f"all had ended {took:.1f} s after the exception")  # docs/scaling.md quotes it
+    assert took < SOON
 
 
 def test_one_that_does_not_come_is_named_with_its_place(tmp_path: Path) -> None:

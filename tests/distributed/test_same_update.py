@@ -24,14 +24,16 @@ FAST = ("dgpo", "flow_grpo")
 EACH, WHOLE = "distributed.together:noted", "distributed.together:of_all"
 
 
-def same_update(folder: Path, name: str, sizes: tuple[int, ...]) -> None:
-    alone(train, folder / "1", folder / "1", name)
+def same_update(
+    folder: Path, name: str, sizes: tuple[int, ...], changes: dict[str, Any] | None = None
+) -> None:
+    alone(train, folder / "1", folder / "1", name, changes)
     here = weights(folder / "1")
     moved = [here[n] - here[n.replace("policy", "slow")] for n in here if n.startswith("policy.")]
     assert max(float(tensor.abs().max()) for tensor in moved) > 1e-4
     for size in sizes:
         several = folder / str(size)
-        all_well(size, train, several, several, name)
+        all_well(size, train, several, several, name, changes)
         off = apart(folder / "1", several)
         print(f"{name}, {size} processes: {off:.1e}")  # docs/scaling.md quotes it
         assert off < 1e-6
@@ -42,6 +44,10 @@ def same_update(folder: Path, name: str, sizes: tuple[int, ...]) -> None:
 def test_two_processes_are_one(name: str, tmp_path: Path) -> None:
     """Fifteen pictures, or two parts of five, in groups of five: no process has whole groups."""
     same_update(tmp_path, name, (2,))
+
+
+def test_two_processes_are_one_with_a_lora(tmp_path: Path) -> None:
+    same_update(tmp_path, "dgpo", (2,), {"lora": {"rank": 4, "alpha": 8}})
 
 
 @pytest.mark.slow

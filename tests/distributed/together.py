@@ -31,10 +31,12 @@ ENOUGH = 300.0
 
 
 class Ended(NamedTuple):
-    """How a world of processes ended: exit codes and what each wrote to stderr, by rank."""
+    """How a world of processes ended: exit codes and what each wrote to stderr, by rank, and the
+    time when the last of them was gone."""
 
     codes: list[int]
     errors: list[str]
+    gone: float
 
 
 def world(size: int, target: Callable[..., None], folder: Path, *arguments: Any) -> Ended:
@@ -54,12 +56,13 @@ def world(size: int, target: Callable[..., None], folder: Path, *arguments: Any)
     until = time.monotonic() + ENOUGH
     for process in started:
         process.join(max(0.0, until - time.monotonic()))
+    gone = time.time()
     for process in started:
         if process.is_alive():
             process.kill()
             process.join()
     codes = [process.exitcode for process in started]
-    return Ended(codes, [file.read_text() if file.exists() else "" for file in files])
+    return Ended(codes, [file.read_text() if file.exists() else "" for file in files], gone)
 
 
 def alone(target: Callable[..., None], folder: Path, *arguments: Any) -> None:
@@ -187,6 +190,7 @@ def _asked(limit: int) -> bool:
 
 def raises(images: Any, prompts: list[str]) -> list[float]:
     if _asked(len(images)):
+        print(f"raised at {time.time()}", file=sys.stderr, flush=True)
         raise LookupError("no such judge")
     return brightness(images, prompts)
 
