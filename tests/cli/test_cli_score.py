@@ -89,7 +89,7 @@ def test_list_rewards_says_what_is_ready(monkeypatch):
     lines = run("list", "rewards").output.splitlines()
     table = {line.split()[0]: line for line in lines if line.strip()}
     assert " yes " in table["clip"] and "15 to 40" in table["clip"] and "MIT" in table["clip"]
-    assert "pip install hpsv3" in table["hpsv3"]
+    assert " yes " in table["hpsv3"] and "17 GB" in table["hpsv3"]
     at = table["reward"].index("downloads")
     found = {name: line[at:].strip() for name, line in table.items()}
     assert found["clip"] == "1.7 GB" and found["redness"] == found["ocr"] == ""

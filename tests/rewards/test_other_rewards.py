@@ -1,11 +1,10 @@
-"""VQAScore, CLAP, DeQA, HPSv3, JPEG sizes, and the table of all rewards."""
+"""VQAScore, CLAP, DeQA, JPEG sizes, and the table of all rewards."""
 
 import importlib
 import io
 import math
 import re
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,6 @@ from dgpo.reward_facts import FACTS, Facts
 from dgpo.rewards import load_rewards
 from dgpo.rewards.clap import ClapScore
 from dgpo.rewards.deqa import DeQA
-from dgpo.rewards.hpsv3 import HPSv3
 from dgpo.rewards.loading import Lazy
 from dgpo.rewards.vqascore import VQAScore
 from rewards.tiny import held, pictures
@@ -282,32 +280,6 @@ def test_deqa_whose_files_are_too_old_says_what_can_be_done(remote, there, inste
     reward = DeQA(remote, trust_remote_code=True)
     with pytest.raises(UserError, match=advice):
         reward(IMAGES, ["a"] * 3)
-
-
-def test_hpsv3_asks_its_package(monkeypatch):
-    """The package's interface is stood in for; its model is not run here."""
-    seen = []
-
-    class Inferencer:
-        def __init__(self, config_path=None, checkpoint_path=None, device="cuda"):
-            seen.append((config_path, checkpoint_path, device))
-            self.model = torch.nn.Linear(1, 1)
-
-        def reward(self, prompts, image_paths):
-            sizes = [Image.open(file).size[0] for file in image_paths]
-            return torch.tensor([[s + len(p), 9.0] for s, p in zip(sizes, prompts, strict=True)])
-
-    with pytest.raises(UserError, match="'hpsv3' needs hpsv3: pip install hpsv3"):
-        HPSv3()
-    module = types.ModuleType("hpsv3")
-    module.HPSv3RewardInferencer = Inferencer
-    module.__spec__ = types.SimpleNamespace()
-    monkeypatch.setitem(sys.modules, "hpsv3", module)
-    monkeypatch.setenv("DGPO_HPSV3", "weights.safetensors")
-    reward = HPSv3(batch=2)
-    assert reward(IMAGES, ["a", "bb", "ccc"]) == [33.0, 34.0, 35.0]
-    assert len(held(reward)) == 1
-    assert seen[0][:2] == (None, "weights.safetensors")
 
 
 def test_jpeg_sizes():
