@@ -1,10 +1,9 @@
-"""VQAScore, CLAP, DeQA, JPEG sizes, and the table of all rewards."""
+"""VQAScore, CLAP, JPEG sizes, and the table of all rewards."""
 
 import importlib
 import io
 import math
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,6 @@ from dgpo.errors import UserError
 from dgpo.reward_facts import FACTS, Facts
 from dgpo.rewards import load_rewards
 from dgpo.rewards.clap import ClapScore
-from dgpo.rewards.deqa import DeQA
 from dgpo.rewards.loading import Lazy
 from dgpo.rewards.vqascore import VQAScore
 from rewards.tiny import held, pictures
@@ -204,82 +202,6 @@ def test_clap_resamples(clap):
     for bad in (np.zeros(0, np.float32), np.zeros((2, 2, 2), np.float32), np.zeros(9, np.int16)):
         with pytest.raises(UserError, match=r"row 0: .* is not a sound"):
             ClapScore(clap)([bad], ["rain"])
-
-
-REMOTE = """
-import torch
-from transformers import PretrainedConfig, PreTrainedModel
-
-class QualityConfig(PretrainedConfig):
-    model_type = "tiny_quality"
-
-class Quality(PreTrainedModel):
-    config_class = QualityConfig
-    _supports_sdpa = True
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.weight = torch.nn.Parameter(torch.ones(1))
-        self.post_init()
-
-    def score(self, images, task_="quality", input_="image"):
-        assert self.config._attn_implementation == "eager"
-        return torch.stack([self.weight[0] * (1 + i.size[0] / 32) for i in images])
-"""
-
-
-@pytest.fixture
-def remote(tmp_path, monkeypatch):
-    """A model whose class comes as a file beside its weights, like DeQA-Score's."""
-    from safetensors.torch import save_file
-
-    monkeypatch.delenv("DGPO_TRUST_REMOTE_CODE", raising=False)
-    modules = tmp_path / "modules"
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    place = tmp_path / "tiny_quality"
-    place.mkdir()
-    (place / "quality.py").write_text(REMOTE)
-    (place / "config.json").write_text(
-        '{"model_type": "tiny_quality", "architectures": ["Quality"], "auto_map": {"AutoConfig": '
-        '"quality.QualityConfig", "AutoModelForCausalLM": "quality.Quality"}}'
-    )
-    save_file({"weight": torch.full((1,), 1.5)}, place / "model.safetensors", {"format": "pt"})
-    return str(place)
-
-
-def test_deqa_runs_no_foreign_code_unless_asked_by_name(remote, monkeypatch):
-    with pytest.raises(UserError, match=r"runs the Python files.*DGPO_TRUST_REMOTE_CODE=deqa"):
-        DeQA(remote)
-    monkeypatch.setenv("DGPO_TRUST_REMOTE_CODE", "other")
-    with pytest.raises(UserError, match="DGPO_TRUST_REMOTE_CODE=deqa"):
-        DeQA(remote)
-    monkeypatch.setenv("DGPO_TRUST_REMOTE_CODE", "other, deqa")
-    reward = DeQA(remote, batch=2)
-    got = reward(IMAGES, ["a"] * 3)
-    assert len(held(reward)) == 1
-    assert got == pytest.approx([3.0] * 3)
-    assert DeQA(remote, trust_remote_code=True)(IMAGES[:1], ["a"]) == pytest.approx([3.0])
-
-
-@pytest.mark.parametrize(
-    ("there", "instead", "when"),
-    [
-        ("import torch\n", "import torch\nfrom transformers import LlamaOld\n", "load"),
-        ("self.post_init()", "self.old_init()", "load"),
-        ("return torch.stack", "self.prepare_old()\n        return torch.stack", "score"),
-    ],
-)
-def test_deqa_whose_files_are_too_old_says_what_can_be_done(remote, there, instead, when):
-    (Path(remote) / "quality.py").write_text(REMOTE.replace(there, instead))
-    advice = r"'deqa'.*do not run with transformers .*4\.36 and eager attention.*reward http"
-    if when == "load":
-        with pytest.raises(UserError, match=advice):
-            DeQA(remote, trust_remote_code=True)
-        return
-    reward = DeQA(remote, trust_remote_code=True)
-    with pytest.raises(UserError, match=advice):
-        reward(IMAGES, ["a"] * 3)
 
 
 def test_jpeg_sizes():

@@ -1,7 +1,8 @@
 """DeQA-Score: the technical quality of a picture (sharpness, noise, artefacts); not its prompt.
 
-Source: You et al., "DeQA-Score" (arXiv 2501.11561). Weights: ``zhiyuanyou/DeQA-Score-Mix3`` on
-mPLUG-Owl2 (16 GB), MIT. Range 1 (bad) to 5 (excellent); higher is better.
+Source: You et al., "DeQA-Score" (arXiv 2501.11561), with the question and the five levels of its
+training. Weights: ``zhiyuanyou/DeQA-Score-Mix3`` on mPLUG-Owl2 (16 GB), MIT. Range 1 (bad) to 5
+(excellent); higher is better.
 
 The model's class is not in transformers: it comes as Python files in the weights' repository, and
 loading it runs them with your rights. dgpo does not do that unless it is asked to by name: read the
@@ -9,6 +10,9 @@ files, then set ``DGPO_TRUST_REMOTE_CODE=deqa`` (or ``DeQA(trust_remote_code=Tru
 ``DGPO_DEQA`` at a folder whose files do not change. They were written for transformers 4.36 and
 have not been tried with the pinned one here; attention is ``eager``, as the authors load it. Where
 they fail, an error says so: serve the model from an environment of its own.
+
+Differs from the paper: of the predicted distribution only the mean is used, and it is computed in
+float32, where the authors' program takes half precision.
 """
 
 from __future__ import annotations
@@ -20,17 +24,28 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from dgpo.errors import UserError
-from dgpo.rewards.loading import Lazy, batches, chosen, device, loading
+from dgpo.rewards.loading import Lazy, batches, chosen, device, loading, pad_square
 
 WEIGHTS = "zhiyuanyou/DeQA-Score-Mix3"
 VARIABLE = "DGPO_DEQA"
 CONSENT = "DGPO_TRUST_REMOTE_CODE"
+QUESTION = (
+    "USER: How would you rate the quality of this image?\n",
+    "\nASSISTANT: The quality of the image is",
+)
+"""The paper's, before and after the picture."""
+LEVELS = {"excellent": 5.0, "good": 4.0, "fair": 3.0, "poor": 2.0, "bad": 1.0}
+PICTURE = -200
+"""mPLUG-Owl2's token number for the place of the picture."""
 
 
 class DeQA:
-    """The expected quality level by the model's own ``score``.
+    """``sum over levels of value * P(level)``: the expected quality level.
+
+    ``P`` is the softmax over the five levels' first tokens of the logits that follow the question.
 
     Args:
         weights: hub id or folder; default: what ``DGPO_DEQA`` says, else the published one.
@@ -60,21 +75,25 @@ class DeQA:
                 f"reward 'deqa': {place!r} is not a class of transformers: loading it runs the "
                 f"Python files of its repository. Read them, then set {CONSENT}=deqa to agree"
             )
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor
 
         self._place = place
+        fixed: dict[str, Any] = {"revision": revision or "main"}
         with loading(self.__name__, place, VARIABLE), _files_run(place):
             model: Any = AutoModelForCausalLM.from_pretrained(
                 place,
                 trust_remote_code=True,
-                revision=revision or "main",
                 attn_implementation="eager",  # the files know no other
                 torch_dtype=torch.float16 if torch.cuda.is_available() else torch.float32,
+                **fixed,
             )
-        if not hasattr(model, "score"):
-            raise UserError(f"reward 'deqa': the model of {place!r} has no method 'score'")
+        with loading(self.__name__, place, VARIABLE):
+            tokens: Any = AutoTokenizer.from_pretrained(place, use_fast=False, **fixed)
+            self._pixels: Any = CLIPImageProcessor.from_pretrained(place, **fixed)
         self._model = model.eval().requires_grad_(False)
         self._batch = batch
+        self._question = _question(tokens)
+        self._levels = [_plain(tokens, word)[0] for word in LEVELS]
 
     @torch.no_grad()
     def __call__(
@@ -86,12 +105,23 @@ class DeQA:
             UserError: the model's own files do not run with this transformers.
         """
         self._model.to(device())
+        values = torch.tensor(list(LEVELS.values()))
         scores: list[float] = []
         for (some,) in batches(self._batch, images):
+            pixels = self._prepare(some)
+            ids = torch.tensor([self._question] * len(some), device=pixels.device)
             with _files_run(self._place):
-                levels = self._model.score([image.convert("RGB") for image in some])
-            scores += [float(level) for level in levels]
+                logits = self._model(input_ids=ids, images=pixels).logits
+            levels = logits[:, -1, self._levels].float().softmax(-1)
+            scores += (levels.cpu() @ values).tolist()
         return scores
+
+    def _prepare(self, images: Sequence[Image.Image]) -> Tensor:
+        """Pixels as the model wants them, [B, 3, H, W]."""
+        red, green, blue = (int(255 * value) for value in self._pixels.image_mean)
+        padded = [pad_square(image, (red, green, blue)) for image in images]
+        pixels = self._pixels(padded, return_tensors="pt")["pixel_values"]
+        return pixels.to(self._model.device, self._model.dtype)
 
 
 @contextlib.contextmanager
@@ -110,6 +140,16 @@ def _files_run(place: str) -> Iterator[None]:
             "environment with transformers 4.36 answer POST /v1/score (docs/rewards.md, Serve) and "
             "ask it by the reward http"
         ) from error
+
+
+def _question(tokens: Any) -> list[int]:
+    before, after = (_plain(tokens, text) for text in QUESTION)
+    start = [] if tokens.bos_token_id is None else [tokens.bos_token_id]
+    return [*start, *before, PICTURE, *after]
+
+
+def _plain(tokens: Any, text: str) -> list[int]:
+    return tokens(text, add_special_tokens=False)["input_ids"]
 
 
 deqa = Lazy("deqa", DeQA)
