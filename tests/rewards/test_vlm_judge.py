@@ -14,7 +14,7 @@ from dgpo.prompts import Prompt
 from dgpo.rewards import load_rewards
 from dgpo.rewards.guard import RewardFailure
 from dgpo.rewards.unified_reward import unified_judge
-from dgpo.rewards.vlm_judge import VLMJudge
+from dgpo.rewards.vlm_judge import VLMJudge, _Retry
 
 COLORS = ["red", "blue", "green"]
 IMAGES = [Image.new("RGB", (8, 8), color) for color in COLORS]
@@ -216,7 +216,7 @@ def test_unified_reward_has_its_scale_and_the_authors_question_can_be_given(
     monkeypatch.delenv("DGPO_UNIFIED_REWARD_MODEL", raising=False)
     assert unified_judge()(IMAGES[:1], ["a fox"]) == [3.5]
     assert server.requests[0]["model"] == "CodeGoat24/UnifiedReward-qwen-7b"
-    assert '"a fox"' in parts(server.requests[0])[1]
+    assert "[a fox]" in parts(server.requests[0])[1]
     file = tmp_path / "question.txt"
     file.write_text("Theirs: {prompt}")
     monkeypatch.setenv("DGPO_UNIFIED_REWARD_TEMPLATE", str(file))
@@ -225,3 +225,51 @@ def test_unified_reward_has_its_scale_and_the_authors_question_can_be_given(
     monkeypatch.setenv("DGPO_UNIFIED_REWARD_TEMPLATE", str(tmp_path / "none"))
     with pytest.raises(UserError, match="DGPO_UNIFIED_REWARD_TEMPLATE"):
         unified_judge()
+
+
+ELEMENTS = "red fox (animal): 1\nsnow (location): 1\ntwo (count): 0\nwatercolor (style): 1\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        (ELEMENTS + "Final Score: 3.5", 3.5),
+        (ELEMENTS + "Final Score: 4.", 4.0),
+        (ELEMENTS + "Final Score:\n2", 2.0),
+        (ELEMENTS + "**Final Score:** 4.25", 4.25),
+        (ELEMENTS + "Final Score: **1**", 1.0),
+        (ELEMENTS + "Final Score: 4/5", 4.0),
+        (ELEMENTS + "Final Score: [2.75]", 2.75),
+        (ELEMENTS + "Final Score (1-5): 3", 3.0),
+        (ELEMENTS + "Final Score (1 to 5): 3 out of 5", 3.0),
+        ("final score = 5", 5.0),
+        ("score board (object): 1\nfinal score (text): 0\nFinal Score: 2.5", 2.5),
+        ("Final Score: 2\nNo, the fox is there.\nFinal Score: 4", 4.0),
+        (ELEMENTS, None),
+        (ELEMENTS + "Final Score: high", None),
+        (ELEMENTS + "Final Score (1-5): unsure", None),
+        (ELEMENTS + "Final Score: -3", None),
+        (ELEMENTS + "Final Score: 0", None),
+        (ELEMENTS + "Final Score: 6", None),
+        (ELEMENTS + "Final Score: 35", None),
+        (ELEMENTS + "Final Score: 3,5", None),
+    ],
+)
+def test_answers_of_unified_reward_are_read(answer, score):
+    judge = unified_judge("http://localhost:1", "m", template="{prompt}")
+    if score is None:
+        with pytest.raises(_Retry):
+            judge._read(answer)
+    else:
+        assert judge._read(answer) == score
+
+
+def test_unified_reward_is_shown_the_picture_and_then_asked(serve, monkeypatch):
+    monkeypatch.delenv("DGPO_UNIFIED_REWARD_TEMPLATE", raising=False)
+    server = serve(lambda body, count: ELEMENTS + f"Final Score: {count}")
+    judge = unified_judge(server.url, "m")
+    assert judge(IMAGES[:1], ["a {red} fox"]) == [1.0]
+    picture, question = parts(server.requests[0])
+    assert picture.getpixel((0, 0)) == IMAGES[0].getpixel((0, 0))
+    assert question.endswith("Caption: [a {red} fox]") and '"element (kind): 1"' in question
+    assert '"Final Score:"' in question
