@@ -260,6 +260,148 @@ CASES = [
 ]
 
 
+# --- overlap: boxes count their border pixels, so (0, 0, 9, 9) is 10 x 10 = 100. Of two boxes of a
+# class the less confident one is dropped where intersection over union reaches the limit.
+WHOLE, HALF = (0, 0, 9, 9), (0, 0, 9, 4)  # 100 and 50, shared 50: 50 / 100 = 0.5
+SHIFTED = (5, 0, 14, 9)  # 100, shared with WHOLE 5 x 10 = 50: 50 / (100 + 100 - 50) = 1/3
+TWICE = (10, 0, 19, 9)  # shared with SHIFTED 50, with WHOLE nothing: a chain of three
+INNER = (4, 4, 5, 5)  # 4 within 100: 0.04
+OVERLAPS = [
+    # name, limit, metadata, objects, strict, partial
+    ("equal boxes are one", 0.5, plain(dog()), [("dog", 0.9, WHOLE), ("dog", 0.8, WHOLE)], True, 1),
+    (
+        "by the published limit they are two",
+        1.0,
+        plain(dog()),
+        [("dog", 0.9, WHOLE), ("dog", 0.8, WHOLE)],
+        True,
+        0,  # 1 - |1 - 2| / 1
+    ),
+    (
+        "two wanted, one seen twice",
+        0.5,
+        plain(dog(2)),
+        [("dog", 0.9, WHOLE), ("dog", 0.8, WHOLE)],
+        False,
+        0.5,
+    ),
+    ("at the limit", 0.5, plain(dog()), [("dog", 0.9, WHOLE), ("dog", 0.8, HALF)], True, 1),
+    ("below it", 0.51, plain(dog()), [("dog", 0.9, WHOLE), ("dog", 0.8, HALF)], True, 0),
+    (
+        "a third is shared",
+        0.33,
+        plain(dog(2)),
+        [("dog", 0.9, WHOLE), ("dog", 0.8, SHIFTED)],
+        False,
+        0.5,
+    ),
+    (
+        "and the limit is more",
+        0.34,
+        plain(dog(2)),
+        [("dog", 0.9, WHOLE), ("dog", 0.8, SHIFTED)],
+        True,
+        1,
+    ),
+    (
+        "a small one inside a large one",
+        0.1,
+        plain(dog(2)),
+        [("dog", 0.9, WHOLE), ("dog", 0.8, INNER)],
+        True,
+        1,
+    ),
+    (
+        "the surest in the middle drops both sides",
+        0.3,
+        plain(dog(2)),
+        [("dog", 0.9, SHIFTED), ("dog", 0.8, WHOLE), ("dog", 0.7, TWICE)],
+        False,
+        0.5,
+    ),
+    (
+        "the least sure in the middle is dropped alone",
+        0.3,
+        plain(dog(2)),
+        [("dog", 0.7, SHIFTED), ("dog", 0.8, WHOLE), ("dog", 0.9, TWICE)],
+        True,
+        1,
+    ),
+    (
+        "what was dropped drops nothing itself",
+        0.3,
+        plain(dog(2)),
+        [("dog", 0.9, WHOLE), ("dog", 0.8, SHIFTED), ("dog", 0.7, TWICE)],
+        True,
+        1,
+    ),
+    (
+        "classes stay apart",
+        0.5,
+        plain(dog(), cat()),
+        [("dog", 0.9, WHOLE), ("cat", 0.8, WHOLE)],
+        True,
+        1,
+    ),
+    (
+        "the surer one's colour stays",
+        0.5,
+        plain(dog(**RED)),
+        [("dog", 0.9, WHOLE, "red"), ("dog", 0.8, HALF, "blue")],
+        True,
+        1,
+    ),
+    (
+        "also where it is the wrong one",
+        0.5,
+        plain(dog(**RED)),
+        [("dog", 0.9, WHOLE, "blue"), ("dog", 0.8, HALF, "red")],
+        False,
+        0.5,  # the count is right, the colour is not
+    ),
+    (
+        "one seen twice reaches no exclude",
+        0.5,
+        many(dog(), dog(2)),
+        [("dog", 0.99, WHOLE), ("dog", 0.95, WHOLE)],
+        True,
+        1,
+    ),
+    (
+        "by the published limit it does",
+        1.0,
+        many(dog(), dog(2)),
+        [("dog", 0.99, WHOLE), ("dog", 0.95, WHOLE)],
+        False,
+        0,
+    ),
+    (
+        "one below the confidence drops nothing",
+        0.5,
+        plain(dog()),
+        [("dog", 0.2, WHOLE), ("dog", 0.9, HALF)],
+        True,
+        1,
+    ),
+    (
+        "a target seen twice is one target",
+        0.5,
+        plain(dog(), cat(**LEFT)),
+        [("dog", 0.9, 200, 200), ("dog", 0.8, 201, 200), ("cat", 0.9, 100, 200)],
+        True,
+        1,  # 21 x 21 pixels, shared 20 x 21: 420 / 462 = 0.91
+    ),
+    (
+        "by the published limit it is two",
+        1.0,
+        plain(dog(), cat(**LEFT)),
+        [("dog", 0.9, 200, 200), ("dog", 0.8, 201, 200), ("cat", 0.9, 100, 200)],
+        True,
+        THIRD,  # dog 0, cat 1, its place 0: it has no single target
+    ),
+]
+
+
 def detections(objects):
     found = []
     for label, score, *rest in objects:
@@ -288,6 +430,18 @@ def test_case(metadata, objects, strict, partial):
         assert verdict.strict is strict
         assert verdict.partial == pytest.approx(partial, abs=1e-12)
         assert bool(verdict.reasons) is not strict
+
+
+@pytest.mark.parametrize(
+    ("limit", "metadata", "objects", "strict", "partial"),
+    [pytest.param(*case[1:], id=case[0]) for case in OVERLAPS],
+)
+def test_case_of_boxes_that_overlap(limit, metadata, objects, strict, partial):
+    check_row(metadata["include"], metadata["exclude"])
+    for order in (objects, objects[::-1]):
+        verdict = judge(detections(order), metadata, colors, Limits(overlap=limit))
+        assert verdict.strict is strict
+        assert verdict.partial == pytest.approx(partial, abs=1e-12)
 
 
 def test_there_are_enough_cases():
