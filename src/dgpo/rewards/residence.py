@@ -24,6 +24,9 @@ class Residence:
         rewards: functions or objects; networks are looked for in their attributes.
     """
 
+    away = "cpu"
+    """Where the networks lie between calls."""
+
     def __init__(self, rewards: Iterable[Any]) -> None:
         self._rewards = list(rewards)
         self._away: list[tuple[nn.Module, torch.device]] = []
@@ -39,9 +42,9 @@ class Residence:
         finally:
             for module in networks(self._rewards):
                 first = next(module.parameters(), None)
-                if first is not None and first.device.type not in ("cpu", "meta"):
+                if first is not None and first.device.type not in (self.away, "meta"):
                     self._away.append((module, first.device))
-                    module.to("cpu")
+                    module.to(self.away)
             if self._away and torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
