@@ -54,7 +54,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over seeds with its 95% interval, or a bound of it."""
+    """A mean over seeds with its interval (:func:`mean`), or a bound of it."""
 
     value: float | None
     """None: nothing can be said."""
@@ -117,7 +117,8 @@ def summarize(
 
 
 def mean(values: Sequence[float], least: float = -math.inf) -> Figure:
-    """Mean and Student's 95% interval; of one value there is no interval, of none no mean.
+    """Mean and Student's 95% interval; of two values, for which that says next to nothing, the two;
+    of one value there is no interval, of none no mean.
 
     Args:
         values: one a seed.
@@ -128,6 +129,8 @@ def mean(values: Sequence[float], least: float = -math.inf) -> Figure:
     middle, count = fmean(values), len(values)
     if count == 1:
         return Figure(middle, seeds=1)
+    if count == 2:
+        return Figure(middle, min(values), max(values), seeds=2)
     half = _student(count) * stdev(values) / math.sqrt(count)
     return Figure(middle, max(least, middle - half), middle + half, seeds=count)
 

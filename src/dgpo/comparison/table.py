@@ -46,8 +46,8 @@ def notes(summaries: Sequence[Summary]) -> list[str]:
     """How to read the tables."""
     gaps = [f"{summary.name} {_widest_gap(summary.records):.1f}" for summary in summaries]
     lines = [
-        "Means over seeds, with Student's 95% interval over seeds in brackets where there are two "
-        "seeds or more. Training time, images and denoiser evaluations are those of rollouts, "
+        "Means over seeds; in brackets Student's 95% interval over seeds, and of two seeds the two "
+        "values. Training time, images and denoiser evaluations are those of rollouts, "
         "rewards and updates; evaluations do not count. A denoiser evaluation is one sample: "
         "guidance costs two, and snapshots and training passes count; backward passes are apart.",
         "A run arrives at a target with its first evaluation at or above it; nothing is "
