@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -147,8 +147,14 @@ class Trainer:
 
         Raises:
             UserError: a reward's answer is unusable (tried before the run folder is made), the run
-                diverged, or the disk is full.
+                diverged, the disk is full, or an update was stopped between its optimiser steps.
         """
+        if not self.updater.at_rest:
+            raise UserError(
+                "train(): the update of this run was cut off between its optimiser steps, and its "
+                "weights belong to no iteration: go on from the last checkpoint, by another "
+                "Trainer(..., resume=True)"
+            )
         with (
             self.processes.ending_together(),
             terminable(),
@@ -222,11 +228,11 @@ class Trainer:
         collected = self._collect(self.iteration)
         self._progress.stage("training")
         collected_at = monotonic()
-        with all_or_nothing():
+        with all_or_nothing() as hear:
             self._between_updates = False
             figures: dict[str, float] = {"loss": 0.0}
             if collected.batch is not None:
-                figures = self._update(collected.batch)
+                figures = self._update(collected.batch, hear)
             else:
                 self.updater.pass_by(self.iteration)
             ended = monotonic()
@@ -254,9 +260,17 @@ class Trainer:
             trained_seconds=self.seconds,
         )
 
-    def _update(self, batch: Batch) -> dict[str, float]:
+    def _update(self, batch: Batch, hear: Callable[[], None]) -> dict[str, float]:
+        def pause() -> None:
+            hear()
+            self.processes.stop_if_asked("the next micro-batch")
+
         try:
-            return self.updater.update(batch, self.iteration)
+            return self.updater.update(batch, self.iteration, pause)
+        except (KeyboardInterrupt, Terminated):
+            # what the update has not changed, or has put back, is the state of the iteration before
+            self._between_updates = self.updater.at_rest
+            raise
         except NonFinite as error:
             prompts, rank = self.sampler.at(self.iteration), self.processes.rank
             folder = self.folder / f"process-{rank}" if rank else self.folder

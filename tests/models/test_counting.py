@@ -78,7 +78,7 @@ def test_a_run_that_was_resumed_has_the_same_metrics_bit_for_bit(tmp_path):
     assert without_times(tmp_path / "parts") == without_times(tmp_path / "whole")
 
 
-def _interrupt(batch, iteration):
+def _interrupt(batch, iteration, pause):
     raise KeyboardInterrupt
 
 

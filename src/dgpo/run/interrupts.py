@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 from typing import Any
@@ -64,14 +64,15 @@ def terminable() -> Iterator[None]:
 
 
 @contextmanager
-def all_or_nothing() -> Iterator[None]:
-    """A Ctrl-C or SIGTERM during the block is heard once the block is done.
+def all_or_nothing() -> Iterator[Callable[[], None]]:
+    """A Ctrl-C or SIGTERM during the block is heard once the block is done, or where the block
+    calls what it is given.
 
     A second Ctrl-C is raised at once, unless the program has a handler of its own for them. Outside
     the main thread, which alone hears of signals, the block runs as it is.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
     heard: list[int] = []
     before: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in _STOPS}
@@ -82,10 +83,17 @@ def all_or_nothing() -> Iterator[None]:
             raise KeyboardInterrupt
         heard.append(number)
 
+    def hear() -> None:
+        for number in tuple(heard):
+            handler = before[signal.Signals(number)]
+            if callable(handler):
+                heard.remove(number)
+                handler(number, None)
+
     for number in _STOPS:
         signal.signal(number, wait)
     try:
-        yield
+        yield hear
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: set by C code

@@ -39,14 +39,15 @@ class ForwardRounds:
     def _terms(self, batch: Batch, iteration: int, places: Sequence[tuple[int, int]]) -> Round:
         for order, index in places:
             noise = self._noise(batch, iteration, order)
-            for points, counts in self._micro_batches(batch, batch.levels[index], noise):
-                if not counts:
-                    yield idle(points)
+            for points, counts, last in self._micro_batches(batch, batch.levels[index], noise):
+                last = last and order == places[-1][0]
+                if points is None or not counts:
+                    yield idle(points, last)
                     continue
                 share = len(points.pred) / batch.count
                 # every micro-batch's mean counts with its size: their sum is the batch's mean
                 weight = share * batch.share / len(places)
-                yield Term(*self.algorithm.loss(points), share, weight)
+                yield Term(*self.algorithm.loss(points), share, weight, last)
 
     def _noise(self, batch: Batch, iteration: int, order: int) -> Tensor:
         """Noise [B, ...], fresh for every level, one for each group if the algorithm shares it.
@@ -70,39 +71,55 @@ class ForwardRounds:
 
     def _micro_batches(
         self, batch: Batch, level: Level, noise: Tensor
-    ) -> Iterator[tuple[Forward, bool]]:
-        """The points of one level, micro-batch by micro-batch, predicted with gradients, and
-        whether they count: not where only another process still has some."""
+    ) -> Iterator[tuple[Forward | None, bool, bool]]:
+        """The points of one level, micro-batch by micro-batch, predicted with gradients; whether
+        they count: not where only another process still has some; and whether they are the last.
+
+        Equally many in every process. None where it has nothing to do, and between predictions.
+        """
         size = self.recipe.train.micro_batch or batch.most
         parts = batch.parts(size)
-        missing = -(-batch.most // size) - len(parts) if self._lockstep else 0
-        at_once = size >= batch.most
+        slots = -(-batch.most // size)
+        at_once = slots == 1
         whole_groups = not batch.split and (at_once or size % batch.groups.size == 0)
         if whole_groups or type(self.algorithm).weights is Algorithm.weights:
-            for rows in parts:
-                yield self._points(batch, level, noise, rows, with_gradient=True), True
-            for _ in range(missing):
-                yield self._spare(batch, level, with_gradient=True), False
+            for slot in range(slots):
+                if counts := slot < len(parts):
+                    points = self._points(batch, level, noise, parts[slot], with_gradient=True)
+                else:
+                    points = self._spare(batch, level, with_gradient=True)
+                yield points, counts, slot == slots - 1
             return
         # A part of a group cannot weigh the group: all parts are predicted first, without gradients
         # if there are several. Snapshots are not asked again; only the policy runs a second time.
-        seen = [self._points(batch, level, noise, rows, with_gradient=at_once) for rows in parts]
-        spare = [self._spare(batch, level, with_gradient=at_once) for _ in range(missing)]
+        seen: list[Forward] = []
+        spare = None
+        for slot in range(slots):
+            if slot < len(parts):
+                seen.append(self._points(batch, level, noise, parts[slot], with_gradient=at_once))
+            else:
+                spare = self._spare(batch, level, with_gradient=at_once)
+            if not at_once:
+                yield None, False, False
         # a process without rows takes part in the sums over the groups
         nothing = torch.arange(0)
         every = seen or [self._points(batch, level, noise, nothing, with_gradient=False)]
         weights = self.algorithm.weights(_joined(every, batch))
         assert weights is not None
-        for rows, points in zip(parts, seen, strict=True):
-            pred = points.pred
-            if not at_once:
-                pred = self.policy.predict(points.xt, level, batch.conditioning(rows))
-            yield replace(points, pred=pred, weights=weights[rows]), True
-        for points in spare:
-            pred = points.pred
-            if not at_once and batch.spare is not None:
-                pred = self.policy.predict(points.xt, level, batch.spare.prompts)
-            yield replace(points, pred=pred), False
+        for slot in range(slots):
+            last = slot == slots - 1
+            if slot < len(parts):
+                points, rows = seen[slot], parts[slot]
+                pred = points.pred
+                if not at_once:
+                    pred = self.policy.predict(points.xt, level, batch.conditioning(rows))
+                yield replace(points, pred=pred, weights=weights[rows]), True, last
+            else:
+                if spare is not None and not at_once:
+                    assert batch.spare is not None
+                    pred = self.policy.predict(spare.xt, level, batch.spare.prompts)
+                    spare = replace(spare, pred=pred)
+                yield spare, False, last
 
     def _points(
         self, batch: Batch, level: Level, noise: Tensor, rows: Tensor, with_gradient: bool
@@ -141,8 +158,11 @@ class ForwardRounds:
             groups=batch.here.subset(rows),
         )
 
-    def _spare(self, batch: Batch, level: Level, with_gradient: bool) -> Forward:
-        """The passes of a micro-batch for nothing, as other processes have one more."""
+    def _spare(self, batch: Batch, level: Level, with_gradient: bool) -> Forward | None:
+        """The passes of a micro-batch for nothing, as other processes have one more; None where
+        each process is free to make its own."""
+        if not self._lockstep:
+            return None
         assert batch.spare is not None
         noise, first = torch.zeros_like(batch.spare.x0), torch.arange(1)
         return self._points(batch.spare, level, noise, first, with_gradient)

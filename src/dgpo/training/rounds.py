@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 from dgpo.core.points import Forward, Trajectory
@@ -22,11 +23,16 @@ class Term(NamedTuple):
     weight: float
     """What the loss counts in the optimiser step: the weights of a round add up to the share of
     its pictures that are trained."""
+    last: bool = False
+    """Whether the optimiser step comes next."""
 
 
-def idle(points: Forward | Trajectory) -> Term:
-    """A term that trains nothing: its passes are made because other processes make theirs."""
-    return Term(points.pred.sum() * 0, {}, 0.0, 0.0)
+def idle(points: Forward | Trajectory | None, last: bool) -> Term:
+    """A term that trains nothing: its passes are made because other processes make theirs, or none
+    are (``points`` is None) and it only keeps the place. Every process has equally many terms, so
+    that all can be stopped at the same one."""
+    loss = torch.zeros(()) if points is None else points.pred.sum() * 0
+    return Term(loss, {}, 0.0, 0.0, last)
 
 
 Round: TypeAlias = Iterator[Term]

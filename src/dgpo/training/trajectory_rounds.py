@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -71,19 +72,23 @@ class TrajectoryRounds:
         share = sum(counts) / whole
         size = self.recipe.train.micro_batch or max(counts)
         parts = [some for some in rows.split(size) if len(some)]
-        missing = -(-max(counts) // size) - len(parts) if self._lockstep else 0
-        for place, step in enumerate(batch.steps):
-            for some in parts:
+        slots = -(-max(counts) // size)
+        for place, slot in itertools.product(range(len(batch.steps)), range(slots)):
+            step, last = batch.steps[place], (place, slot) == (len(batch.steps) - 1, slots - 1)
+            if slot < len(parts):
+                some = parts[slot]
                 points = self._points(batch, step, some)
                 if fresh:
                     self._refuse_other_policy(points, iteration)
                 part = len(some) / sum(counts)
                 weight = part * share / len(batch.steps)
-                yield Term(*self.algorithm.loss(points), part, weight)
-            for _ in range(missing):
+                yield Term(*self.algorithm.loss(points), part, weight, last)
+            elif self._lockstep:
                 assert batch.spare is not None
                 spare = batch.spare
-                yield idle(self._points(spare, spare.steps[place], torch.arange(1)))
+                yield idle(self._points(spare, spare.steps[place], torch.arange(1)), last)
+            else:
+                yield idle(None, last)
 
     def _points(self, batch: Batch, step: Step, rows: Tensor) -> Trajectory:
         """Some rows of one step, and the predictions that the algorithm declares there."""

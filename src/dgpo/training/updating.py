@@ -16,10 +16,12 @@ from dgpo.distributed.sharding import is_sharded, local, whole
 from dgpo.errors import UserError
 from dgpo.models.policy import Policy
 from dgpo.recipe import Recipe
+from dgpo.run.interrupts import Terminated
 from dgpo.training.batch import Batch
 from dgpo.training.forward_rounds import ForwardRounds
 from dgpo.training.rounds import Round
 from dgpo.training.trajectory_rounds import TrajectoryRounds
+from dgpo.training.undo import Undo
 
 FIRST_SCALE = 2.0**16
 """Of losses in float16, at first. It is halved after a step with an overflow, and doubled after
@@ -103,25 +105,56 @@ class Updater:
         are divided by it."""
         self.scaled = 0
         """Steps taken since it changed."""
+        self.at_rest = True
+        """Whether everything is as it was when an update began, or as it is when one is done."""
         self._all_steps = train.iterations * recipe.updates_per_iteration
         self._rounds = rounds_of(policy, algorithm, recipe)
 
-    def update(self, batch: Batch, iteration: int) -> dict[str, float]:
+    def update(
+        self, batch: Batch, iteration: int, pause: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
         """Train on a batch; returns the means of the loss's figures over the iteration.
 
         A step whose loss or gradient is not finite is left out and counted in
         ``nonfinite_steps``. In float16 the first such steps lower the scale of losses instead of
         being counted towards ``guards.nonfinite``.
 
+        Args:
+            batch: of the iteration.
+            iteration: counted from 0.
+            pause: called between two micro-batches, equally often in every process. It may raise
+                what stops a run. Before the first optimiser step of the iteration nothing has
+                changed then; after it a LoRA is brought back to where the update began, of which a
+                copy is kept for it. There is none of all weights: ``at_rest`` tells.
+
         Raises:
             NonFinite: ``guards.nonfinite`` steps in a row were left out.
             UserError: the policy of a policy gradient is not the one that its rollouts came from.
         """
+        undo = None
+        if self.recipe.updates_per_iteration > 1 and self.recipe.lora is not None:
+            undo = Undo(self.policy, self.optimizer)
+        counters = self.step, self.nonfinite, self.gradient_scale, self.scaled
+        try:
+            found = self._update(batch, iteration, pause)
+        except (KeyboardInterrupt, Terminated):
+            if undo is not None:
+                undo.back()
+                self.step, self.nonfinite, self.gradient_scale, self.scaled = counters
+                self.at_rest = True
+            raise
+        self.at_rest = True
+        return found
+
+    def _update(self, batch: Batch, iteration: int, pause: Callable[[], None]) -> dict[str, float]:
         means, skipped = Means(), 0
         self.optimizer.zero_grad()
-        for terms in self._rounds(batch, iteration):
+        for number, terms in enumerate(self._rounds(batch, iteration)):
+            if number:
+                pause()
             figures = Means()
-            problem = self._backward(terms, figures)
+            problem = self._backward(terms, figures, pause)
+            self.at_rest = False
             figures, problem = figures.over(self._processes, problem)
             problem = problem or self._optimize(figures)
             if problem is None:
@@ -165,15 +198,18 @@ class Updater:
         """The end of an iteration, with or without a batch: move the old policy if it moves now."""
         self._move_old("iteration", iteration)
 
-    def _backward(self, terms: Round, figures: Means) -> str | None:
+    def _backward(self, terms: Round, figures: Means, pause: Callable[[], None]) -> str | None:
         """Gradients of all terms of a step; what is not finite, if something is not."""
         problem = None
         for term in terms:
             if not math.isfinite(loss := term.loss.item()):
                 problem = problem or f"loss is {loss}"  # to the end: other processes run along
-            (term.loss * (term.weight * self.gradient_scale)).backward()
+            if term.loss.requires_grad:
+                (term.loss * (term.weight * self.gradient_scale)).backward()
             if term.share:
                 figures.add({"loss": term.loss.detach(), **term.figures}, term.share)
+            if not term.last:
+                pause()
         return problem
 
     def _optimize(self, figures: Means) -> str | None:
