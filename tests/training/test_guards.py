@@ -181,6 +181,78 @@ def test_a_saturated_clip() -> None:
     assert after.iteration({"clipped": 0.95})
 
 
+class Loud(Spy):
+    """DGPO whose loss is a thousand times too large in some calls; one level is one call."""
+
+    loud: tuple[int, ...] = ()
+
+    def loss(self, points: Any) -> Any:
+        number = len(self.seen)
+        loss, figures = super().loss(points)
+        return loss * (1000.0 if number in self.loud else 1.0), figures
+
+
+def test_a_run_whose_gradient_spikes_says_so(tmp_path: Path) -> None:
+    Spy.seen.clear()
+    one: dict[str, Any] = {"count": 1, "indices": (0, 2)}
+    loud: Any = Loud(timesteps=one, loud=(6,))  # pyright: ignore[reportArgumentType]
+    run = trainer(tmp_path, algorithm=loud, train={"iterations": 8, "lr": 1e-4})
+    run.train()
+    norms = [row["grad_norm"] for row in rows(tmp_path)]
+    (warned,) = rows(tmp_path, "warnings.jsonl")
+    assert warned["iteration"] == 7 and norms[6] == max(norms)
+    assert f"gradient norm {norms[6]:.3g}" in warned["warning"]
+    assert "times the usual" in warned["warning"]
+
+
+def test_a_run_whose_clip_is_saturated_says_so(tmp_path: Path) -> None:
+    """The old policy stays almost where it was, and the policy may not leave it."""
+    own: dict[str, Any] = {"clip": 1e-9, "old_decay_max": 0.99, "old_decay_rate": 1.0}
+    algorithm = {"timesteps": {"count": 1, "indices": (0, 2)}, **own}
+    run = trainer(tmp_path, algorithm=algorithm, guards={"clipped": 0.1}, train={"iterations": 14})
+    run.train()
+    shares = [row["clipped"] for row in rows(tmp_path)]
+    tenth = next(n for n in range(10, 15) if min(shares[n - 10 : n]) >= 0.1)
+    (warned,) = (row for row in rows(tmp_path, "warnings.jsonl") if "clipped" in row["warning"])
+    assert warned["iteration"] == tenth and "10 iterations of 10% or more" in warned["warning"]
+
+
+JUDGES = """
+from itertools import chain, repeat
+# the first is the trial, the second the base model
+SCORES = chain((0.1, 0.1, 0.5, 0.4, 0.3), repeat(0.0))
+SHARPNESS = chain((1.0, 1.0, 1.1, 0.9, 0.8), repeat(0.0))
+def score(images, prompts):
+    return [next(SCORES)] * len(images)
+def sharpness(images, prompts):
+    return [next(SHARPNESS)] * len(images)
+"""
+
+
+def test_a_falling_measure_ends_a_run_with_the_best(tmp_path: Path) -> None:
+    file, folder = tmp_path / "judges.py", tmp_path / "run"
+    file.write_text(JUDGES)
+    run = trainer(
+        folder,
+        eval_dataset=PROMPTS[:2],
+        eval={"every": 1, "at_start": True, "metrics": [f"{file}:score", f"{file}:sharpness"]},
+        guards={"falling": 2, "stop": True},
+        train={"iterations": 9, "lr": 1e-2},
+    )
+    run.train()
+    assert [row["iteration"] for row in rows(folder)] == [1, 2, 3]
+    (warned,) = rows(folder, "warnings.jsonl")
+    assert warned["iteration"] == 3
+    assert "sharpness, which is not trained, fell in 2 evaluations in a row" in warned["warning"]
+    best = load_file(folder / "checkpoints/00000001/tensors.safetensors")
+    last = load_file(folder / "checkpoints/00000003/tensors.safetensors")
+    for name, tensor in run.policy.state_dict().items():
+        assert torch.equal(tensor, best[name]), name
+    assert any(not torch.equal(best[name], last[name]) for name in best)
+    card = (folder / "README.md").read_text()
+    assert "after 1 iterations" in card and "**0.500**" in card
+
+
 def test_an_early_stop_saves_the_weights_of_the_best(tmp_path: Path) -> None:
     """The reward collapses after the third iteration; the best score is that of the second."""
     scores = iter([0.1, 0.2, 0.9, 0.4])
