@@ -97,14 +97,9 @@ def killable(
 ) -> None:
     """Train in a process of its own, which sets the event ``training`` and writes stderr to
     ``output``; at its ``operation``-th call of what writes or deletes files it is killed."""
-    torch.set_num_threads(1)
-    os.environ["COLUMNS"] = "500"
-    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    _be_quiet(output)
     import dgpo.run.checkpoint
-    import dgpo.run.tracking
 
-    dgpo.run.tracking.curve = lambda *args: None  # pyright: ignore
-    dgpo.run.tracking._event_writer = lambda *args: _NoEvents()
     run = trainer(Path(folder), resume=resume, **changes)
     if operation is not None:
         calls = itertools.count()
@@ -114,6 +109,36 @@ def killable(
         dgpo.run.checkpoint.save_file = saved
     training.set()
     run.train()
+
+
+def live(
+    folder: str, output: str, name: str, resume: bool, kill_in: int | None, changes: dict[str, Any]
+) -> None:
+    """Train by a registered algorithm in a process of its own; it is killed within the update of
+    the iteration after ``kill_in``, when the first optimiser step has moved the weights."""
+    _be_quiet(output)
+    run = reliable(Path(folder), name, resume=resume, **changes)
+    right = run.updater.optimizer.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        done = right(*args, **kwargs)
+        if run.iteration == kill_in:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    run.updater.optimizer.step = step
+    run.train()
+
+
+def _be_quiet(output: str) -> None:
+    """One thread, stderr in a file, neither curve nor events."""
+    torch.set_num_threads(1)
+    os.environ["COLUMNS"] = "500"
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    import dgpo.run.tracking
+
+    dgpo.run.tracking.curve = lambda *args: None  # pyright: ignore
+    dgpo.run.tracking._event_writer = lambda *args: _NoEvents()
 
 
 def _deadly(function: Any, calls: Any, operation: int, last: Any = None) -> Any:
