@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import signal
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dgpo.distributed.processes import here
+from dgpo.recipe.sections import GuardSettings
 from dgpo.run.checkpoint import find_checkpoint
 from distributed import together
 from distributed.together import Ended, world
@@ -35,6 +38,21 @@ def test_a_reward_that_raises_in_one_ends_all(tmp_path: Path) -> None:
     assert took < SOON
 
 
+def test_a_backend_gives_up_after_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Connects(Exception):
+        pass
+
+    def connect(backend: str, timeout: timedelta) -> None:
+        assert timeout > timedelta(minutes=GuardSettings().hang_minutes)
+        raise Connects
+
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setattr("torch.distributed.init_process_group", connect)
+    with pytest.raises(Connects):
+        here()
+
+
 def test_one_that_does_not_come_is_named_with_its_place(tmp_path: Path) -> None:
     ended = world(2, together.sleep_in_one, tmp_path, tmp_path)
     check_all_ended(ended)
@@ -51,6 +69,16 @@ def test_a_reward_that_hangs_in_one_is_named(tmp_path: Path) -> None:
     told = ended.errors[0]
     assert "guards.hang_minutes" in told and "process 1 of 2" in told
     assert "time.sleep(20_000)" in told and "the rewards of all pictures" in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_one_that_hangs_in_a_pass_of_sharded_weights_is_named(where: str, tmp_path: Path) -> None:
+    ended = world(2, together.hang_in_pieces, tmp_path, tmp_path, where)
+    check_all_ended(ended)
+    told = ended.errors[0]
+    assert "for the" in told and "pass of transformer" in told and "process 1 of 2" in told
+    assert "time.sleep(30_000)" in told and "in pieces (train.sharding)" in told
 
 
 def test_sigterm_to_one_saves_and_ends_all(tmp_path: Path) -> None:

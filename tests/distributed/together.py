@@ -167,6 +167,32 @@ def train_with(folder: Path, reward: Any, changes: dict[str, Any]) -> None:
     run(folder, "dgpo", reward, **{"rollout": {"batch": None}, **changes}).train()
 
 
+def hang_in_pieces(folder: Path, where: str) -> None:
+    """Process 1 never comes out of a block of the sharded denoiser, in the forward or the backward
+    pass, where the other one waits for it inside FSDP2."""
+    trainer = run(folder, "dgpo", train={"sharding": "fsdp2"}, groups_per_iteration=2)
+    everyone = here()
+    (denoiser,) = trainer.model.denoisers.values()
+
+    def hang(*_: Any) -> None:
+        assert everyone.watch is not None
+        everyone.watch.hang_seconds = 3.0
+        if everyone.rank == 1:
+            time.sleep(30_000)
+
+    def note(module: Any, inputs: Any, output: Any) -> None:
+        made = output[0] if isinstance(output, tuple) else output
+        if not made.requires_grad:
+            return
+        if where == "forward":
+            hang()
+        else:
+            made.register_hook(hang)
+
+    denoiser.get_submodule("transformer_blocks.0.attn").register_forward_hook(note)
+    trainer.train()
+
+
 def train_unlike(folder: Path) -> None:
     """Each process is given another learning rate."""
     run(folder, "dgpo", train={"lr": 1e-3 * (1 + int(os.environ["RANK"]))}).train()

@@ -23,6 +23,9 @@ from dgpo.run.interrupts import Terminated
 T = TypeVar("T")
 BUCKET = 1 << 26
 """Numbers that are summed over the processes at once; a copy of them is made."""
+LIMIT = timedelta(hours=1)
+"""After which a backend gives an operation up. It names no process, so that the watch comes first
+(guards.hang_minutes); this one is for a device that hangs where no process is behind another."""
 
 
 class Processes:
@@ -256,7 +259,7 @@ def _connect() -> Processes:
     device = _own_device()
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{_backend_of(device)}"
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=LIMIT)
     store = dist.PrefixStore("dgpo", dist.distributed_c10d._get_default_store())
     # a slow process is told of by the watch, not by this limit
     control = dist.new_group(backend="gloo", timeout=timedelta(days=7))

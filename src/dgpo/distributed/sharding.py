@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dgpo.distributed.processes import Processes
+from dgpo.distributed.watch import Watch
 from dgpo.errors import UserError
 
 
@@ -39,11 +40,41 @@ def shard(denoisers: Mapping[str, nn.Module], processes: Processes, device: torc
             "start it by torchrun --nproc-per-node N -m dgpo train ..., or use train.sharding=none"
         )
     mesh = init_device_mesh(device.type, (processes.size,))
-    for denoiser in denoisers.values():
+    for name, denoiser in denoisers.items():
+        titles = {module: title for title, module in denoiser.named_modules()}
         for module in [*_blocks(denoiser), denoiser]:
             # also of the root: its weights, gathered for a rollout, would be stale after a step
             sharded = fully_shard(module, mesh=mesh, reshard_after_forward=True)
             sharded.set_gradient_divide_factor(1.0)  # a sum, as micro-batches are summed
+            if processes.watch is not None:
+                _report(module, ".".join(filter(None, (name, titles[module]))), processes.watch)
+
+
+def _report(module: nn.Module, name: str, watch: Watch) -> None:
+    """Tell the watch of every pass through a sharded module, before its weights are gathered, and
+    of that of the gradients, before weights are gathered and before gradients are summed."""
+
+    def forwards(*_: object) -> None:
+        watch.passes(f"the forward pass of {name}, in pieces (train.sharding)")
+
+    def backwards(*_: object) -> None:
+        watch.passes(f"the backward pass of {name}, in pieces (train.sharding)")
+
+    def follow(values: Iterable[Any]) -> None:
+        for value in values:
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.register_hook(backwards)
+
+    def entered(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        follow([*inputs, *named.values()])
+
+    def left(module: nn.Module, inputs: object, output: Any) -> None:
+        follow(output if isinstance(output, tuple) else [output])
+
+    module.register_forward_pre_hook(forwards, prepend=True)
+    # after the sharding's own hook, whose tensors they are that lead to its sum of gradients
+    module.register_forward_pre_hook(entered, with_kwargs=True)
+    module.register_forward_hook(left)
 
 
 def _blocks(denoiser: nn.Module) -> list[nn.Module]:

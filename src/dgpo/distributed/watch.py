@@ -46,7 +46,8 @@ class Watch:
         """How long one process may keep the others waiting; None: for ever."""
         self._store = store
         self._main = threading.main_thread()
-        self._met = 0
+        self._met = self._passed = 0
+        self._what = "nothing yet"
         self._since: float | None = None
         self._stopped = threading.Event()
         self._lost: float | None = None
@@ -58,8 +59,9 @@ class Watch:
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
         """This process meets the others in the block."""
-        self._met += 1
-        self._store.set(f"at/{self.rank}", json.dumps([self._met, what]))
+        self._since, self._what = None, what
+        self._met, self._passed = self._met + 1, 0
+        self._store.set(f"at/{self.rank}", self._told_place())
         self._since = monotonic()
         try:
             yield
@@ -70,6 +72,15 @@ class Watch:
             raise
         finally:
             self._since = None
+
+    def passes(self, what: str) -> None:
+        """This process comes by a place that all come by in one order, and may have to wait for
+        them there, in an operation that is not one of :meth:`waiting`.
+
+        It costs nothing: the other thread tells of it.
+        """
+        self._passed, self._what = self._passed + 1, what
+        self._since = monotonic()
 
     def fail(self, error: BaseException) -> None:
         """Tell all processes why this one ends, and give them the time to end first."""
@@ -110,9 +121,16 @@ class Watch:
         except RuntimeError:
             pass  # the store is gone, and the other processes with it
 
+    def _told_place(self) -> str:
+        return json.dumps([self._met, self._passed, self._what])
+
     def _look(self) -> None:
+        told = ""
         while not self._stopped.wait(LOOK_EVERY):
             try:
+                if (place := self._told_place()) != told:
+                    self._store.set(f"at/{self.rank}", place)
+                    told = place
                 if not self._told and self._failure() is not None:
                     self._end()
                 if self._store.check([f"asked/{self.rank}"]):
@@ -125,16 +143,16 @@ class Watch:
 
     def _find_missing(self) -> None:
         """Ends all if some process has kept this one waiting for too long."""
-        since, met = self._since, self._met
+        since, mine = self._since, (self._met, self._passed)
         if since is None or self.hang_seconds is None:
             return
         waited = monotonic() - since
         if waited < self.hang_seconds:
             return
-        missing = [rank for rank in range(self.size) if self._place(rank)[0] < met]
+        missing = [rank for rank in range(self.size) if self._place(rank)[0] < mine]
         if not missing or self._since != since:
             return
-        what = self._place(self.rank)[1]
+        what = self._what
         lines = [f"waited {waited:.0f} s for {what} (guards.hang_minutes), and no sign of:"]
         for rank in missing:
             last = self._place(rank)[1]
@@ -143,12 +161,13 @@ class Watch:
         self._accuse("\n".join([f"{self.name} {lines[0]}", *lines[1:]]))
         self._end()
 
-    def _place(self, rank: int) -> tuple[int, str]:
-        """How often a process has met the others, and the last time for what."""
+    def _place(self, rank: int) -> tuple[tuple[int, int], str]:
+        """How often a process has met the others, how many places it has come by since, and what
+        the last of all was."""
         if not self._store.check([f"at/{rank}"]):
-            return 0, "nothing yet"
-        met, what = json.loads(self._store.get(f"at/{rank}"))
-        return met, what
+            return (0, 0), "nothing yet"
+        met, passed, what = json.loads(self._store.get(f"at/{rank}"))
+        return (met, passed), what
 
     def _ask(self, key: str, question: str | None = None) -> str:
         if question is not None:
