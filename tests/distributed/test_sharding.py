@@ -14,6 +14,8 @@ from dgpo.distributed.processes import ALONE
 from dgpo.errors import UserError
 from dgpo.models.arguments import denoisers_of
 from dgpo.recipe import Recipe
+from dgpo.rewards.stand_in import brightness
+from distributed import together
 from distributed.together import all_well, alone, apart, check_figures, run, train, weights
 from families.audio import stable_audio
 from tiny_runs import settings
@@ -35,6 +37,20 @@ def test_all_weights_in_pieces(name: str, tmp_path: Path) -> None:
     slow = weights(whole)
     for name_, weight in model.named_parameters():
         assert torch.allclose(weight, slow[f"slow.transformer.{name_}"].to(weight), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_gradients_in_pieces_are_summed_once_for_a_step(tmp_path: Path) -> None:
+    """Or after every micro-batch, with the same update."""
+    few = {"groups_per_iteration": 2, "rollout": {"batch": 4}, "reward": brightness}
+    sums = {}
+    for how in ("step", "micro_batch"):
+        changes = {**few, "train": {"sharding": "fsdp2", "sum_gradients": how, "micro_batch": 2}}
+        all_well(2, together.counted_sums, tmp_path / how, tmp_path / how, "dgpo", changes)
+        sums[how] = int((tmp_path / how / "sums.txt").read_text())
+    assert apart(tmp_path / "step", tmp_path / "micro_batch") < 1e-12
+    # two iterations of one step; two levels of three micro-batches of at most five pictures
+    assert sums["step"] > 0 and sums["micro_batch"] == 2 * 3 * sums["step"]
 
 
 @pytest.mark.slow

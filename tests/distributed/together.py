@@ -167,6 +167,21 @@ def train_with(folder: Path, reward: Any, changes: dict[str, Any]) -> None:
     run(folder, "dgpo", reward, **{"rollout": {"batch": None}, **changes}).train()
 
 
+def counted_sums(folder: Path, name: str, changes: dict[str, Any]) -> None:
+    """Train; the number of sums of gradients that FSDP2 makes in each update goes to a file."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as inside
+
+    right, sums = inside.foreach_reduce, [0]
+
+    def reduce(*args: Any, **kwargs: Any) -> Any:
+        sums[0] += 1
+        return right(*args, **kwargs)
+
+    inside.foreach_reduce = reduce
+    run(folder, name, **changes).train()
+    (folder / "sums.txt").write_text(str(sums[0]))
+
+
 def hang_in_pieces(folder: Path, where: str) -> None:
     """Process 1 never comes out of a block of the sharded denoiser, in the forward or the backward
     pass, where the other one waits for it inside FSDP2."""

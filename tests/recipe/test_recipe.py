@@ -151,6 +151,11 @@ def test_broken_overrides(override):
         ({"algorithm": {"timesteps": {"count": 6, "indices": [0, 3]}}}, ["4 levels", "count=6"]),
         ({"rollout": {"call": {"num_inference_steps": 3}}}, ["rollout.call", "rollout.steps"]),
         ({"train": {"warmup": 100}}, ["train.warmup = 100", "100 optimiser steps"]),
+        ({"train": {"sum_gradients": "micro_batch"}}, ["train.sum_gradients = 'micro_batch'"]),
+        (
+            {"train": {"sharding": "fsdp2", "sum_gradients": "micro_batch"}, "lora": {"rank": 4}},
+            ["train.sum_gradients = 'micro_batch'", "lora: null"],
+        ),
         ({1: 2}, ["key 1"]),
     ],
 )

@@ -50,6 +50,14 @@ def shard(denoisers: Mapping[str, nn.Module], processes: Processes, device: torc
                 _report(module, ".".join(filter(None, (name, titles[module]))), processes.watch)
 
 
+def sum_in_backward(denoisers: Iterable[nn.Module], now: bool) -> None:
+    """Whether the next backward pass sums the gradients of sharded weights over the processes, with
+    those that the passes before it have left; else it leaves its own, of all weights."""
+    for denoiser in denoisers:
+        if isinstance(denoiser, FSDPModule):
+            denoiser.set_requires_gradient_sync(now)
+
+
 def _report(module: nn.Module, name: str, watch: Watch) -> None:
     """Tell the watch of every pass through a sharded module, before its weights are gathered, and
     of that of the gradients, before weights are gathered and before gradients are summed."""

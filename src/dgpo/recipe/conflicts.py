@@ -192,6 +192,12 @@ def _between_sections(recipe: Recipe) -> list[str]:
             f"memory.quantization = {recipe.memory.quantization!r}: lora: null trains all "
             "weights, and rounded ones cannot be; use a LoRA, or null"
         )
+    train = recipe.train
+    if train.sum_gradients != "step" and (train.sharding == "none" or recipe.lora is not None):
+        lines.append(
+            f"train.sum_gradients = {train.sum_gradients!r}: only weights that are sharded and "
+            "trained leave a choice (train.sharding: fsdp2 with lora: null); use step"
+        )
     steps = recipe.train.iterations * recipe.updates_per_iteration
     if recipe.train.warmup >= steps:
         lines.append(

@@ -138,6 +138,10 @@ class TrainSettings(Settings):
     """One step for all trained noise levels of an iteration together, or one for each."""
     sharding: Literal["none", "fsdp2"] = "none"
     """Of the denoiser's weights over several processes; none: each has them all."""
+    sum_gradients: Literal["step", "micro_batch"] = "step"
+    """With sharded weights that are trained: once for an optimiser step, for which each process
+    holds the gradients of all weights meanwhile, or after every micro-batch, which moves more and
+    needs less memory. Without sharding it is always once."""
 
 
 class LoraSettings(Settings):

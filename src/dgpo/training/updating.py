@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dgpo.algorithms.base import Algorithm, BaseAlgorithm, TrajectoryAlgorithm
 from dgpo.distributed.processes import ALONE, Processes
-from dgpo.distributed.sharding import is_sharded, local, whole
+from dgpo.distributed.sharding import is_sharded, local, sum_in_backward, whole
 from dgpo.errors import UserError
 from dgpo.models.policy import Policy
 from dgpo.recipe import Recipe
@@ -109,6 +109,9 @@ class Updater:
         """Whether everything is as it was when an update began, or as it is when one is done."""
         self._all_steps = train.iterations * recipe.updates_per_iteration
         self._rounds = rounds_of(policy, algorithm, recipe)
+        self._denoisers = list(policy.model.denoisers.values())
+        self._sharded = any(is_sharded(p) for p in self.parameters)
+        self._sums_once = self._sharded and train.sum_gradients == "step"
 
     def update(
         self, batch: Batch, iteration: int, pause: Callable[[], None] = lambda: None
@@ -122,7 +125,8 @@ class Updater:
         Args:
             batch: of the iteration.
             iteration: counted from 0.
-            pause: called between two micro-batches, equally often in every process. It may raise
+            pause: called in every micro-batch but the last of an optimiser step, and between two
+                steps, equally often in every process. It may raise
                 what stops a run. Before the first optimiser step of the iteration nothing has
                 changed then; after it a LoRA is brought back to where the update began, of which a
                 copy is kept for it. There is none of all weights: ``at_rest`` tells.
@@ -204,19 +208,24 @@ class Updater:
         for term in terms:
             if not math.isfinite(loss := term.loss.item()):
                 problem = problem or f"loss is {loss}"  # to the end: other processes run along
+            # where sums wait for a backward pass, a stop needs one as well
+            hears = not term.last and (term.loss.requires_grad or not self._sums_once)
+            stop = _heard(pause) if hears else None
+            if self._sums_once:
+                sum_in_backward(self._denoisers, term.last or stop is not None)
             if term.loss.requires_grad:
                 (term.loss * (term.weight * self.gradient_scale)).backward()
+            if stop is not None:  # after the backward pass, which leaves nothing that is not summed
+                raise stop
             if term.share:
                 figures.add({"loss": term.loss.detach(), **term.figures}, term.share)
-            if not term.last:
-                pause()
         return problem
 
     def _optimize(self, figures: Means) -> str | None:
         """One optimiser step; the averages that move with steps are moved once for it. None is
         taken, and what is not finite is returned, if the gradient is not."""
         train = self.recipe.train
-        if not any(is_sharded(p) for p in self.parameters):  # which are summed by their backward
+        if not self._sharded:  # which are summed by their backward
             self._processes.sum_gradients(self.parameters)
         self._unscale()
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm))
@@ -265,6 +274,15 @@ class Updater:
         if train.lr_schedule == "cosine":
             return warm * 0.5 * (1 + math.cos(math.pi * part))
         return warm
+
+
+def _heard(pause: Callable[[], None]) -> BaseException | None:
+    """What asks a run to stop, if it is asked to."""
+    try:
+        pause()
+    except (KeyboardInterrupt, Terminated) as stop:
+        return stop
+    return None
 
 
 def rounds_of(
