@@ -12,6 +12,7 @@ import pytest
 
 from dgpo.distributed.processes import here
 from dgpo.recipe.sections import GuardSettings
+from dgpo.rewards.stand_in import brightness
 from dgpo.run.checkpoint import find_checkpoint
 from distributed import together
 from distributed.together import Ended, world
@@ -86,6 +87,34 @@ def test_sigterm_to_one_saves_and_ends_all(tmp_path: Path) -> None:
     ended = world(2, together.train_with, tmp_path, tmp_path, together.terminates, changes)
     assert ended.codes == [0, 0], "\n".join(ended.errors)
     assert find_checkpoint(tmp_path / "checkpoints").iteration < 50
+
+
+UPDATES: dict[str, tuple[str, dict[str, Any], int]] = {
+    # algorithm, settings, and the training pass of process 1 in which it is asked to stop;
+    # 15 pictures: process 1 has 7 of them, and process 0 one micro-batch more
+    "before the step": ("dgpo", {"train": {"micro_batch": 7}}, 2 + 1),
+    # 5 pictures for each of two updates: process 1 has 2 of them; two steps of the sampler
+    "between two updates": ("flow_grpo", {"lora": {"rank": 4}, "train": {"micro_batch": 2}}, 4 + 3),
+    # all make as many passes
+    "in pieces": ("dgpo", {"train": {"micro_batch": 7, "sharding": "fsdp2"}}, 4 + 2),
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [k if k == "before the step" else pytest.param(k, marks=pytest.mark.slow) for k in UPDATES],
+)
+def test_sigterm_to_one_within_an_update_stops_all_there(kind: str, tmp_path: Path) -> None:
+    name, changes, number = UPDATES[kind]
+    changes = {"reward": brightness, **changes}
+    alone = {**changes, "train": {**changes["train"], "sharding": "none"}}
+    through, stopped = tmp_path / "through", tmp_path / "stopped"
+    together.alone(together.train, through, through, name, alone)
+    ended = world(2, together.train_until, stopped, stopped, name, number, changes)
+    assert ended.codes == [0, 0], "\n".join(ended.errors)
+    assert find_checkpoint(stopped / "checkpoints").iteration == 1
+    together.all_well(2, together.train, stopped, stopped, name, {**changes, "resume": True})
+    assert together.apart(through, stopped) < 1e-5  # a step moves a weight by 1e-3
 
 
 def test_other_recipes_are_refused(tmp_path: Path) -> None:

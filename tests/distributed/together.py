@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -165,6 +166,26 @@ def train(folder: Path, name: str, changes: dict[str, Any] | None = None) -> Non
 
 def train_with(folder: Path, reward: Any, changes: dict[str, Any]) -> None:
     run(folder, "dgpo", reward, **{"rollout": {"batch": None}, **changes}).train()
+
+
+def on_training_pass(trainer: Trainer, number: int, act: Callable[[], Any]) -> None:
+    """Act in this process's training pass of that number."""
+    passes = itertools.count(1)
+
+    def note(module: Any, inputs: Any, output: Any) -> None:
+        if torch.is_grad_enabled() and next(passes) == number:
+            act()
+
+    (denoiser,) = trainer.model.denoisers.values()
+    denoiser.register_forward_hook(note)
+
+
+def train_until(folder: Path, name: str, number: int, changes: dict[str, Any]) -> None:
+    """Train; process 1 gets a SIGTERM in its training pass of that number."""
+    trainer = run(folder, name, **changes)
+    if os.environ["RANK"] == "1":
+        on_training_pass(trainer, number, lambda: signal.raise_signal(signal.SIGTERM))
+    trainer.train()
 
 
 def counted_sums(folder: Path, name: str, changes: dict[str, Any]) -> None:
