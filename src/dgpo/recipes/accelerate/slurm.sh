@@ -12,7 +12,7 @@ set -eu
 
 # 300 s before its time is over this script hears of it (--signal), asks the run to stop, and puts
 # the job into the queue again, which then goes on from the checkpoint. A stop is heard between two
-# batches of pictures and after an update, and then a checkpoint is written: all of that must fit
+# (micro-)batches of pictures, and then a checkpoint is written: all of that must fit
 # into GRACE seconds, after which torchrun kills, and GRACE into the time of --signal. --requeue
 # does the same after a preemption or the failure of a machine; before a preemption the cluster
 # itself sends SIGTERM, and leaves the time that it calls GraceTime.
