@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,16 @@ def test_the_denoiser_does_not_count(tmp_path: Path) -> None:
         next(pipe.transformer.parameters()).add_(1.0)
     assert encoder_fingerprint(pipe) == known
     pipe.tokenizer_2.add_tokens(["zebra"])
+    assert encoder_fingerprint(pipe) != known
+
+
+@pytest.mark.parametrize("library", ["diffusers", "transformers"])
+def test_another_version_of_a_library_is_another_file(library: str, monkeypatch: Any) -> None:
+    pipe = sd3_small()
+    known = encoder_fingerprint(pipe)
+    versions = {name: version(name) for name in ("diffusers", "transformers")}
+    versions[library] = "0.0.1"
+    monkeypatch.setattr("dgpo.models.prompt_cache.version", versions.__getitem__)
     assert encoder_fingerprint(pipe) != known
 
 

@@ -1,8 +1,8 @@
 """Prompt embeddings on disk, so that each prompt is encoded once in the life of a folder.
 
 A file is named by a hash of what its embedding depends on: the weights of the text encoders, the
-vocabularies, the arguments of ``encode_prompt``, and the prompt. Another model or prompt is another
-file; nothing has to be declared stale.
+vocabularies, the versions of the libraries that run them, the arguments of ``encode_prompt``, and
+the prompt. Another model or prompt is another file; nothing has to be declared stale.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,8 @@ def _unpacked(stored: Any, name: str, parts: int) -> Any:
 def encoder_fingerprint(pipe: Any) -> str:
     """A short text that is the same for equal text encoders and tokenizers, and for no others.
 
-    Every network but the denoisers and the decoders counts, in the precision that it has.
+    Every network but the denoisers and the decoders counts, in the precision that it has; so do
+    the versions of diffusers and transformers, whose code makes an embedding of their answers.
     """
     parts = {n: c for n, c in pipe.components.items() if n not in _NOT_ENCODERS}
     networks = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
@@ -112,5 +114,6 @@ def encoder_fingerprint(pipe: Any) -> str:
         for name, part in parts.items()
         if hasattr(part, "get_vocab")
     }
-    facts = [type(pipe).__name__, base_fingerprints(networks), words]
+    versions = [version("diffusers"), version("transformers")]
+    facts = [type(pipe).__name__, base_fingerprints(networks), words, versions]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -21,7 +21,7 @@ class Caption(str):
     """A text that carries its pictures.
 
     They travel with the text through everything that passes texts on, so that none of it can lose
-    them. As a text it equals the same text with other pictures: use :attr:`key` to tell them apart.
+    them. As a text it equals the same text with other pictures: :attr:`pictures` tell them apart.
 
     Args:
         text: the prompt.
