@@ -152,6 +152,17 @@ def test_a_pipeline_may_come_with_plms_as_stable_diffusion_does() -> None:
     assert torch.equal(own, named)
 
 
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler"])
+def test_a_pipeline_may_come_with_a_sampler_that_has_no_sigmas(name: str) -> None:
+    pipe = build("sd15")
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    model = PipelineModel(pipe, call=TINY["sd15"].call)
+    report = self_check(model, conditioning("sd15", model))
+    assert len({point.level.sigma for point in report.points}) == 3
+    for point in report.points:
+        assert point.level.sigma == pytest.approx(_sigma(pipe.scheduler, point.level), abs=1e-6)
+
+
 def test_the_page_says_so() -> None:
     page = Path(__file__).parents[2] / "docs" / "samplers.md"
     lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line[:2] == "| "]

@@ -96,7 +96,8 @@ def level_of_last_step(scheduler: Any, timestep: Any) -> Level:
     """
     time = torch.as_tensor(timestep).detach().reshape(-1)[0].clone()
     index = getattr(scheduler, "step_index", None)
-    if index is None:
+    # LCM and TCD count their steps, but have a table of alphas alone
+    if index is None or getattr(scheduler, "sigmas", None) is None:
         return Level(time, math.sqrt(1.0 - float(scheduler.alphas_cumprod[int(time)])))
     sigma = float(scheduler.sigmas[index - 1])
     if not is_flow_matching(scheduler):
