@@ -258,11 +258,14 @@ def test_no_zero_tokens_are_appended_when_none_are_wanted() -> None:
         ({"num_inference_steps": 3}, ["rollout.steps"]),
         ({"guidance_scale": 3.0}, ["rollout.guidance_scale"]),
         ({"latents": None}, ["rollout.call.latents"]),
+        ({"skip_guidance_layers": [0]}, ["rollout.call.skip_guidance_layers", "a step's number"]),
+        ({"denoising_end": 0.5}, ["rollout.call.denoising_end", "ends with a clean sample"]),
+        ({"denoising_start": 0.5}, ["rollout.call.denoising_start", "starts from noise"]),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(call: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        PipelineModel(build("sd3"), call=call)
+        PipelineModel(build("sdxl" if "denoising" in next(iter(call)) else "sd3"), call=call)
     for word in words:
         assert word in str(caught.value)
 
@@ -337,6 +340,32 @@ def test_self_check_tries_the_samplers_of_the_run() -> None:
     named.register_to_config(prediction_type="v_prediction")
     with pytest.raises(UserError, match="does not integrate"):
         model.self_check(cond, [named])
+
+
+def test_self_check_names_what_a_pipeline_raises(sd3_model: PipelineModel) -> None:
+    def broken(module: Any, inputs: Any, output: Any) -> None:
+        if output[0].requires_grad:
+            raise IndexError("index 1 is out of bounds")
+
+    hook = sd3_model.pipe.transformer.register_forward_hook(broken)
+    try:
+        with pytest.raises(UserError) as caught:
+            sd3_model.self_check()
+    finally:
+        hook.remove()
+    assert isinstance(caught.value.__cause__, IndexError)
+    words = ["StableDiffusion3Pipeline", "IndexError: index 1 is out", "rollout.call.height"]
+    for word in [*words, "rollout.scheduler", "dgpo check"]:
+        assert word in str(caught.value)
+
+
+def test_self_check_refuses_guidance_that_depends_on_a_steps_number() -> None:
+    model = PipelineModel(build("sd3"), call=CALL)
+    model._fixed["skip_guidance_layers"] = [0]
+    assert model.self_check(guidance_scale=4.5).ok  # in three steps no layer is skipped
+    assert model.self_check(steps=10).ok
+    with pytest.raises(UserError, match=r"rollout.guidance_scale: .*step 1 of 10.*height"):
+        model.self_check(guidance_scale=4.5, steps=10)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5])

@@ -163,6 +163,17 @@ def test_a_pipeline_may_come_with_a_sampler_that_has_no_sigmas(name: str) -> Non
         assert point.level.sigma == pytest.approx(_sigma(pipe.scheduler, point.level), abs=1e-6)
 
 
+def test_a_sampler_that_says_another_noise_level_is_refused() -> None:
+    """The steps between two levels of KDPM2 are counted as if they were at the next level."""
+    model, cond = made("epsilon")
+    config = model.pipe.scheduler.config
+    sampler = diffusers.KDPM2DiscreteScheduler.from_config(config)
+    with pytest.raises(UserError, match=r"rollout\.scheduler: KDPM2DiscreteScheduler.*'ddim'"):
+        self_check(model, cond, [sampler])
+    karras = diffusers.DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)
+    assert self_check(model, cond, [karras]).ok  # it rounds its timesteps
+
+
 def test_the_page_says_so() -> None:
     page = Path(__file__).parents[2] / "docs" / "samplers.md"
     lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line[:2] == "| "]

@@ -35,6 +35,7 @@ def test_the_samplers_of_the_run_are_checked(
     check = PipelineModel.self_check
 
     def noted(self: PipelineModel, *given: Any) -> Any:
+        assert given[-1] == 3  # the steps of the run
         report = check(self, *given)
         seen.update(point.sampler for point in report.points)
         return report

@@ -15,6 +15,7 @@ from dgpo.media import Video
 from dgpo.models.families import family_of
 
 DENOISERS = ("transformer", "transformer_2", "unet")
+_BY_STEP = "guidance that depends on a step's number cannot be trained with, point by point"
 # set by dgpo in every call; a recipe that sets one of them would fight with it
 _RESERVED = {
     "self": "",
@@ -30,6 +31,12 @@ _RESERVED = {
     "mask_image": "give every prompt row 'mask', a file",
     "timesteps": "use rollout.scheduler and rollout.steps",
     "sigmas": "use rollout.scheduler and rollout.steps",
+    "denoising_start": "a rollout starts from noise",
+    "denoising_end": "a rollout ends with a clean sample",
+    "skip_guidance_layers": _BY_STEP,
+    "skip_layer_guidance_scale": _BY_STEP,
+    "skip_layer_guidance_start": _BY_STEP,
+    "skip_layer_guidance_stop": _BY_STEP,
     "num_images_per_prompt": "use group_size",
     "num_videos_per_prompt": "use group_size",
     "num_waveforms_per_prompt": "use group_size",

@@ -23,6 +23,7 @@ from dgpo.models.schedulers import (
     is_continuous,
     make_scheduler,
     on_its_schedule,
+    sigmas_around,
 )
 from dgpo.models.sde_schedulers import SdeScheduler, with_noise
 from dgpo.models.text import Conditioning
@@ -83,13 +84,15 @@ def self_check(
     cond: Conditioning | None = None,
     samplers: Sequence[Any] = (),
     guidance_scale: float = 1.0,
+    steps: int = _STEPS,
 ) -> CheckReport:
     """Run short rollouts, evaluate the denoiser again at their points, and compare.
 
     Guidance is checked off and, where the pipeline has it, on. The values must be equal bit by
-    bit. Gradients must reach the input. One step of a first-order sampler, and the first of every
-    sampler that begins with such a step, must be the step that the noising process describes, which
-    fixes sign, scale and direction of the model's output.
+    bit. Gradients must reach the input. The noise levels must be those of the training schedule.
+    One step of a first-order sampler, and the first of every sampler that begins with such a step,
+    must be the step that the noising process describes, which fixes sign, scale and direction of
+    the model's output.
 
     Args:
         model: what will be trained.
@@ -97,10 +100,40 @@ def self_check(
         samplers: those of the run, with and without noise; none: the pipeline's own, or the
             first-order one where that cannot be used.
         guidance_scale: of the run; with 1, some other checks guidance.
+        steps: of the run; with guidance one row is checked at all of them, as guidance may depend
+            on a step's number.
 
     Raises:
-        UserError: training would not train what samples; the message holds the report.
+        UserError: training would not train what samples, and the message holds the report; or the
+            pipeline raised another error, which is its cause.
     """
+    try:
+        return _checked(model, cond, samplers, guidance_scale, steps)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a pipeline nobody has tried raises
+        raise _failed(model, error) from error
+
+
+def _failed(model: PipelineModel, error: Exception) -> UserError:
+    name = type(model.pipe).__name__
+    said = str(error).partition("\n")[0][:300]
+    calls = ", ".join(f"rollout.call.{key}" for key in model.call)
+    advice = "another rollout.scheduler, rollout.guidance_scale=1"
+    advice += f", or to leave out one of {calls}" if calls else ""
+    return UserError(
+        f"model: {name} failed when it was tried out ({type(error).__name__}: {said}); try "
+        f"{advice}; dgpo check MODEL shows what works and what does not"
+    )
+
+
+def _checked(
+    model: PipelineModel,
+    cond: Conditioning | None,
+    samplers: Sequence[Any],
+    guidance_scale: float,
+    count: int,
+) -> CheckReport:
     if cond is None:
         cond = model.encode(list(CHECK_PROMPTS), guidance=True)
     samplers = samplers or [_own_or_first_order(model.pipe.scheduler)]
@@ -110,11 +143,14 @@ def self_check(
     for sampler in samplers:
         made = {scale: _steps(model, cond, sampler, scale) for scale in scales}
         name = type(sampler).__name__
+        _check_levels(model.process, name, made[1.0])
         for scale, steps in made.items():
             points += [_check_point(model, cond, name, scale, step) for step in steps]
             _check_gradient(model, cond, scale, steps[0])
         if guidance_scale in made:
             _check_guidance(model, cond, guidance_scale, made)
+    if guidance_scale != 1 and len(scales) > 1 and count > _STEPS:
+        _check_every_step(model, cond.rows(torch.tensor([0])), samplers[0], guidance_scale, count)
     report = CheckReport(
         type(model.pipe).__name__,
         type(model.process).__name__,
@@ -141,14 +177,18 @@ def _own_or_first_order(base: Any) -> Any:
 
 
 def _steps(
-    model: PipelineModel, cond: Conditioning, sampler: Any, scale: float = 1.0
+    model: PipelineModel,
+    cond: Conditioning,
+    sampler: Any,
+    scale: float = 1.0,
+    count: int = _STEPS,
 ) -> list[Step]:
     """The steps of a short rollout; all but the last have noise if the sampler knows any."""
     if isinstance(sampler, SdeScheduler):
-        sampler = with_noise(sampler, range(_STEPS - 1), range(cond.size))
+        sampler = with_noise(sampler, range(count - 1), range(cond.size))
     return model.rollout(
         cond,
-        steps=_STEPS,
+        steps=count,
         guidance_scale=scale,
         scheduler=sampler,
         generators=[torch.Generator().manual_seed(row) for row in range(cond.size)],
@@ -172,6 +212,37 @@ def _check_point(
     if not difference > 0.0:
         difference = float("inf")
     return CheckedPoint(sampler, scale, step.level, difference)
+
+
+def _check_levels(process: Process, sampler: str, steps: Sequence[Step]) -> None:
+    """A sampler may say another noise level than the one that its timestep has in training."""
+    alphas_cumprod = getattr(process, "alphas_cumprod", None)
+    if alphas_cumprod is None or not len(alphas_cumprod):
+        return
+    for level in (step.level for step in steps):
+        low, high = sigmas_around(alphas_cumprod, float(level.timestep))
+        if not low - 1e-4 <= level.sigma <= high + 1e-4:
+            raise UserError(
+                f"rollout.scheduler: {sampler} counts timestep {float(level.timestep):g} as noise "
+                f"level {level.sigma:.4f}, which is {low:.4f} to {high:.4f} in the pipeline's "
+                "training schedule: a wrong level would be trained; use another, such as 'ddim'"
+            )
+
+
+def _check_every_step(
+    model: PipelineModel, cond: Conditioning, sampler: Any, scale: float, count: int
+) -> None:
+    name = type(sampler).__name__
+    steps = _steps(model, cond, sampler, scale, count)
+    points = [_check_point(model, cond, name, scale, step) for step in steps]
+    differ = [str(step.index) for step, p in zip(steps, points, strict=True) if p.difference]
+    if differ:
+        calls = f" or leave out one of {', '.join(model.call)} (rollout.call)" if model.call else ""
+        raise UserError(
+            f"rollout.guidance_scale: the guidance of {type(model.pipe).__name__} depends on a "
+            f"step's number (step {', '.join(differ)} of {count}, counted from 0), so that no "
+            f"single step can be trained with it; use 1,{calls}"
+        )
 
 
 def _check_gradient(model: PipelineModel, cond: Conditioning, scale: float, step: Step) -> None:

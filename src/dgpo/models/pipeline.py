@@ -288,12 +288,13 @@ class PipelineModel:
         cond: Conditioning | None = None,
         samplers: Sequence[Any] = (),
         guidance_scale: float = 1.0,
+        steps: int = 3,
     ) -> CheckReport:
         """Compare :meth:`predict` with the pipeline bit by bit; see
         :func:`dgpo.models.check.self_check`."""
         from dgpo.models.check import self_check  # it needs this module
 
-        return self_check(self, cond, samplers, guidance_scale)
+        return self_check(self, cond, samplers, guidance_scale, steps)
 
     def evaluate(self, xt: Tensor | None, timestep: Tensor, arguments: dict[str, Any]) -> Tensor:
         """One pass of the pipeline's loop body; ``xt`` None for latents of the pipeline's own."""

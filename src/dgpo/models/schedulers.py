@@ -105,6 +105,17 @@ def level_of_last_step(scheduler: Any, timestep: Any) -> Level:
     return Level(time, sigma)
 
 
+def sigmas_around(alphas_cumprod: torch.Tensor, timestep: float) -> tuple[float, float]:
+    """The noise levels ``sqrt(1 - alphas_cumprod)`` of a training schedule one timestep below and
+    one above: some samplers round the timestep, and some take one between two of the schedule."""
+    last = len(alphas_cumprod) - 1
+    below, above = math.floor(timestep) - 1, math.ceil(timestep) + 1
+    low, high = (
+        math.sqrt(1.0 - float(alphas_cumprod[min(max(t, 0), last)])) for t in (below, above)
+    )
+    return low, high
+
+
 def middle_timestep(scheduler: Any) -> torch.Tensor:
     """Some timestep of the schedule, 0-dim: PNDM has a schedule only once it has been run."""
     schedule = scheduler.timesteps

@@ -132,7 +132,8 @@ def check_model(
     if recipe.eval.scheduler is not None:
         samplers.append(eval_sampler(recipe.eval.scheduler, model.pipe.scheduler))
     cond = model.encode([prompt.text for prompt in prompts], guidance=True)
-    model.self_check(cond, samplers, recipe.rollout.guidance_scale)
+    rollout = recipe.rollout
+    model.self_check(cond, samplers, rollout.guidance_scale, rollout.steps)
 
 
 def make_collector(
