@@ -37,6 +37,7 @@ asks the same of a real model, which it loads twice:
 Refused as a whole:
 
 {refused}
+- every pipeline that steps a second scheduler, of a sound for example, beside its own (LTX-2)
 
 This page is written by
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import diffusers
@@ -357,6 +358,42 @@ def test_self_check_names_what_a_pipeline_raises(sd3_model: PipelineModel) -> No
     words = ["StableDiffusion3Pipeline", "IndexError: index 1 is out", "rollout.call.height"]
     for word in [*words, "rollout.scheduler", "dgpo check"]:
         assert word in str(caught.value)
+
+
+def test_a_pipeline_that_steps_a_copy_of_its_scheduler_is_refused() -> None:
+    """As LTX-2 and Kandinsky 6 do with their sound."""
+    model = PipelineModel(build("sd3"), call=CALL)
+    cond = conditioning("sd3", model)
+    model.guidance.off(cond)
+    sound = torch.zeros(1, 3)
+
+    def sounds(module: Any, inputs: Any, output: Any) -> None:
+        second = copy.deepcopy(model.pipe.scheduler)
+        second.step(sound, second.timesteps[0], sound)
+
+    model.pipe.transformer.register_forward_hook(sounds)
+    with pytest.raises(UserError, match="second scheduler"):
+        model.rollout(cond, steps=3)
+    with pytest.raises(UserError, match="second scheduler"):
+        model.predict(torch.zeros(2, 4, 16, 16), Level(torch.tensor(500.0), 0.5), cond)
+    fresh = PipelineModel(model.pipe, call=CALL)
+    with pytest.raises(UserError, match="second scheduler"):
+        fresh.has_guidance(cond)  # before a rollout, as in dgpo plan
+
+
+def test_a_scheduler_that_is_given_two_samples_is_refused(sd3_model: PipelineModel) -> None:
+    def sounds(module: Any, inputs: Any, output: Any) -> None:
+        sound = torch.zeros(1, 3)
+        sd3_model.pipe.scheduler.step(sound, sd3_model.pipe.scheduler.timesteps[0], sound)
+
+    cond = conditioning("sd3", sd3_model)
+    sd3_model.guidance.off(cond)
+    hook = sd3_model.pipe.transformer.register_forward_hook(sounds)
+    try:
+        with pytest.raises(UserError, match=r"shape \(1, 3\) and of \(2, 4, 16, 16\)"):
+            sd3_model.rollout(cond, steps=3)
+    finally:
+        hook.remove()
 
 
 def test_self_check_refuses_guidance_that_depends_on_a_steps_number() -> None:

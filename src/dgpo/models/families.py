@@ -32,7 +32,6 @@ FAMILIES: dict[str, Family] = {
     # embeddings that are given are projected once more
     "StableAudioPipeline": Family(encodes_itself=True),
     "QwenImageEditPlusPipeline": Family(one_row=True),
-    "LTX2Pipeline": Family(refusal="it steps two schedulers (video and audio) in each iteration"),
     "Cosmos2TextToImagePipeline": Family(refusal="its sigmas are those of EDM, not of a flow"),
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import types
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,9 +19,14 @@ import torch
 from torch import Tensor
 
 from dgpo.core.process import Level
+from dgpo.errors import UserError
 from dgpo.models.schedulers import level_of_last_step
 
 _MISSING = object()
+SECOND_SCHEDULER = (
+    "model: cannot train this pipeline: it steps a second scheduler (of a sound, for example) "
+    "beside its own, and what is trained is a single sample"
+)
 
 
 @contextmanager
@@ -67,12 +73,26 @@ class Recording:
     taken: int = 0
 
     def listen(self, scheduler: Any) -> None:
-        """Wrap the ``step`` of this scheduler (a copy of our own, so that it is never undone)."""
+        """Wrap the ``step`` of this scheduler (a copy of our own, so that it is never undone).
+
+        The step raises UserError where a copy of the scheduler is stepped, or a sample of another
+        shape than before.
+        """
         original = scheduler.step
         scale = getattr(scheduler, "scale_model_input", None)
 
-        @functools.wraps(original)
-        def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any):
+        @functools.wraps(getattr(original, "__func__", original))
+        def step(
+            own: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
+        ) -> Any:
+            if own is not scheduler:
+                raise UserError(SECOND_SCHEDULER)
+            if self.last is not None and sample.shape != self.last.shape:
+                raise UserError(
+                    "model: cannot train this pipeline: its scheduler is given samples of shape "
+                    f"{tuple(self.last.shape)} and of {tuple(sample.shape)}, and what is trained "
+                    "is a single sample"
+                )
             index, seen = self.taken, sample
             kept = self.keep if isinstance(self.keep, bool) else index in self.keep
             self.taken += 1
@@ -90,7 +110,8 @@ class Recording:
             self.last = previous
             return result
 
-        scheduler.step = step
+        # a method, not a function: a pipeline's deep copy of the scheduler has it as its own
+        scheduler.step = types.MethodType(step, scheduler)
 
 
 def _same(a: Level, b: Level) -> bool:
@@ -132,6 +153,9 @@ class StandIn:
         self.answer = model_output
         raise Evaluated
 
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise UserError(SECOND_SCHEDULER)  # what else would a pipeline copy it for
+
 
 @functools.cache
 def _stand_in_class(scheduler_class: type) -> type:
@@ -157,7 +181,8 @@ def given_latents(prepare: Callable[..., Any], xt: Tensor) -> Callable[..., Any]
         if latents.shape != xt.shape:
             raise ValueError(
                 f"xt has shape {tuple(xt.shape)}, but the loop of the pipeline works on "
-                f"{tuple(latents.shape)}: are height and width those of the rollout?"
+                f"{tuple(latents.shape)}: are height and width those of the rollout, and does its "
+                "scheduler step all of the latents?"
             )
         given = xt.to(device=latents.device, dtype=latents.dtype)
         return (given, *made[1:]) if isinstance(made, tuple) else given
