@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    CogVideoXImageToVideoPipeline,
     FluxFillPipeline,
     FluxInpaintPipeline,
     FluxKontextPipeline,
@@ -22,7 +23,7 @@ from transformers import BatchFeature, Qwen2_5_VLConfig, Qwen2_5_VLForConditiona
 
 from families.image import flux, qwen, sd3, sd15
 from families.parts import SIZE, TEXT, TOKENS, VOCABULARY, Tiny, normal, tokenizer
-from families.video import wan
+from families.video import VIDEO, cogvideox, wan
 
 
 def picture() -> Image.Image:
@@ -63,6 +64,12 @@ def _wan_embeddings(size: int, seed: int) -> dict[str, Any]:
         "prompt_embeds": normal(seed, size, TOKENS, 32),
         "negative_prompt_embeds": normal(seed + 1, size, TOKENS, 32),
     }
+
+
+def cogvideox_i2v() -> Any:
+    """Wants a picture for each row, and looks at a draw of what its VAE makes of it."""
+    # four channels of noise, four of the picture
+    return cogvideox(CogVideoXImageToVideoPipeline, channels=8)
 
 
 def sd15_inpaint() -> Any:
@@ -164,6 +171,12 @@ EDIT: dict[str, Tiny] = {
         _wan_embeddings,
         picture=picture,
         without=("prompts",),
+    ),
+    "cogvideox_i2v": Tiny(
+        cogvideox_i2v,
+        VIDEO["cogvideox"].call,
+        no_sde=VIDEO["cogvideox"].no_sde,
+        picture=picture,
     ),
     "sd15_inpaint": Tiny(sd15_inpaint, SIZE, picture=picture, mask=mask),
     "flux_fill": Tiny(flux_fill, TEXT, picture=picture, mask=mask, without=("guidance",)),

@@ -130,12 +130,12 @@ def ltx() -> LTXPipeline:
     )
 
 
-def cogvideox() -> CogVideoXPipeline:
+def cogvideox(kind: Any = CogVideoXPipeline, channels: int = 4) -> Any:
     transformer = network(
         CogVideoXTransformer3DModel,
         num_attention_heads=4,
         attention_head_dim=8,
-        in_channels=4,
+        in_channels=channels,
         out_channels=4,
         time_embed_dim=2,
         text_embed_dim=32,
@@ -166,7 +166,7 @@ def cogvideox() -> CogVideoXPipeline:
         timestep_spacing="trailing",
     )
     return assemble(
-        CogVideoXPipeline,
+        kind,
         transformer=transformer,
         scheduler=scheduler,
         vae=vae,

@@ -70,6 +70,18 @@ def test_each_row_is_made_from_its_own_picture(name: str) -> None:
         assert torch.equal(model.predict(step.sample, step.level, cond), step.output)
 
 
+def test_a_pipeline_that_wants_a_picture_for_each_row() -> None:
+    model = tiny_model("cogvideox_i2v")
+    mixed = samples(model, texts(ONE, OTHER, ONE), record=True)
+    alone = samples(model, texts(ONE))
+    torch.testing.assert_close(mixed.x0[:1], alone.x0, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mixed.x0[0], mixed.x0[2], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(mixed.x0[0], mixed.x0[1], atol=1e-3)
+    step, cond = mixed.steps[1], encoded(model, texts(ONE, OTHER, ONE))
+    with torch.no_grad():
+        assert torch.equal(model.predict(step.sample, step.level, cond), step.output)
+
+
 def test_a_strength_leaves_out_the_first_levels() -> None:
     rollout = samples(tiny_model("sd15_img2img"), texts(ONE))
     assert len(rollout.levels) == 3  # 0.8 of four steps
@@ -121,6 +133,18 @@ def test_a_picture_around_a_mask_is_the_same_at_every_call() -> None:
     assert not torch.equal(seen, own(pixels).latent_dist.sample(other))
     # the random numbers that follow are those that would have followed
     assert torch.equal(torch.randn(3, generator=one), torch.randn(3, generator=other))
+    assert pipe.vae.encode == own
+
+
+@pytest.mark.parametrize(("name", "steady"), [("cogvideox_i2v", True), ("sd15_img2img", False)])
+def test_a_picture_that_is_seen_at_every_step_is_the_same(name: str, steady: bool) -> None:
+    pipe = build(name)
+    own = pipe.vae.encode
+    with steady_encoding(pipe, parameters_of(pipe)):
+        assert (pipe.vae.encode != own) == steady
+    parameters = {**parameters_of(build("sd15_img2img")), "control_image": None}
+    with steady_encoding(pipe, parameters):
+        assert pipe.vae.encode != own  # what a control is made of is looked at, beside the noise
     assert pipe.vae.encode == own
 
 

@@ -113,13 +113,16 @@ def check_sizes(texts: Sequence[str], shape_of: Callable[[str], tuple[int, ...]]
 
 @contextmanager
 def steady_encoding(pipe: Any, parameters: Mapping[str, Any]) -> Iterator[None]:
-    """Inside the block a pipeline that paints in a mask sees the picture around it the same at
-    every call: as the mode of the VAE's distribution, of which it would draw. Random numbers are
-    drawn as ever."""
-    if "mask_image" not in parameters:
+    """Inside the block a pipeline that looks at a picture at every step, to edit it, to set it
+    moving or to paint in a mask, sees it the same at every call: as the mode of the VAE's
+    distribution, of which it would draw. Random numbers are drawn as ever. (One that noises its
+    picture and looks at it no more keeps its draw.)"""
+    looks = {"mask_image", "control_image"} & set(parameters)
+    looks = looks or ("image" in parameters and "strength" not in parameters)
+    own = getattr(getattr(pipe, "vae", None), "encode", None)
+    if own is None or not looks:
         yield
         return
-    own = pipe.vae.encode
 
     def encode(*given: Any, **named: Any) -> Any:
         made = own(*given, **named)

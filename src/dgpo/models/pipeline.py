@@ -93,6 +93,7 @@ class PipelineModel:
         self._one_row = family_of(pipe).one_row
         disk = None if prompt_cache is None else PromptCache(prompt_cache, pipe)
         self._encoder = encoder_of(pipe, self.call, disk)
+        self._picture_each_row: bool | None = None
         self.guidance = Guidance(
             pipe,
             self.denoisers,
@@ -296,8 +297,11 @@ class PipelineModel:
 
         return self_check(self, cond, samplers, guidance_scale, steps)
 
-    def evaluate(self, xt: Tensor | None, timestep: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """One pass of the pipeline's loop body; ``xt`` None for latents of the pipeline's own."""
+    def evaluate(
+        self, xt: Tensor | None, timestep: Tensor, arguments: dict[str, Any], rows: int = 1
+    ) -> Tensor:
+        """One pass of the pipeline's loop body; ``xt`` None for latents of the pipeline's own, of
+        so many rows."""
         stand_in = self._stand_in
         stand_in.point = timestep.detach().reshape(1)
         patches: dict[str, Any] = {"scheduler": stand_in}
@@ -309,7 +313,8 @@ class PipelineModel:
                     self.pipe,
                     **arguments,
                     num_inference_steps=_NOMINAL_STEPS,
-                    generator=self._scratch,
+                    # a list, as in a rollout: some pipelines go another way without
+                    generator=[self._scratch] * (rows if xt is None else len(xt)),
                     output_type="latent",
                 )
         except Evaluated:
@@ -330,7 +335,24 @@ class PipelineModel:
         guidance = self.guidance.arguments(guidance_scale, cond)
         on = guidance is not self.guidance.off(cond)
         arguments = {**self._fixed, **cond.call_kwargs(on), **guidance}
-        return by_picture.one_picture(arguments, self.parameters)
+        shared = by_picture.one_picture(arguments, self.parameters)
+        if cond.size == 1 or isinstance(shared.get("image"), list) or "image" not in shared:
+            return shared
+        if self._picture_each_row is None:
+            two = {**self._fixed, **cond.rows(torch.tensor([0, 1])).call_kwargs(on), **guidance}
+            one = by_picture.one_picture(two, self.parameters)
+            self._picture_each_row = not self._runs(one, 2) and self._runs(two, 2)
+        return arguments if self._picture_each_row else shared
+
+    @torch.no_grad()
+    def _runs(self, arguments: dict[str, Any], rows: int) -> bool:
+        """Whether the pipeline can be called so: some want a picture for each row, some take every
+        picture that they are given for one more of the same row."""
+        try:
+            self.evaluate(None, middle_timestep(self.pipe.scheduler), arguments, rows)
+        except Exception:  # whatever a call of another form leads to; the other form is tried
+            return False
+        return True
 
 
 __all__ = ["PipelineModel", "Rollout"]

@@ -201,8 +201,9 @@ class Estimate:
     def _point(self, cond: Conditioning) -> tuple[Level, Tensor]:
         with torch.no_grad(), Numbers():
             level = Level(torch.zeros((), device="meta"), 0.5)
-            one = self.model.evaluate(None, level.timestep, self.model.arguments(cond, 1.0))
-        return level, torch.empty_like(one)
+            arguments = self.model.arguments(cond, 1.0)
+            made = self.model.evaluate(None, level.timestep, arguments, rows=cond.size)
+        return level, torch.empty_like(made)
 
     def _prompts(self, prompts: int) -> int:
         if self._cond is None:
