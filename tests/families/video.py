@@ -14,6 +14,8 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
     LTXPipeline,
@@ -24,6 +26,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.guiders import ClassifierFreeGuidance
 
 from families.parts import (
     TEXT,
@@ -219,6 +222,41 @@ def hunyuan_video() -> HunyuanVideoPipeline:
     )
 
 
+def hunyuan_video15(guider: Any = None) -> HunyuanVideo15Pipeline:
+    """Its guidance is set in a guider, and not in its call."""
+    transformer = network(
+        HunyuanVideo15Transformer3DModel,
+        in_channels=9,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=1,
+        num_refiner_layers=1,
+        patch_size=1,
+        patch_size_t=1,
+        text_embed_dim=32,
+        text_embed_2_dim=32,
+        image_embed_dim=8,
+        rope_axes_dim=(2, 4, 4),
+        target_size=16,
+    )
+    pipe = assemble(
+        HunyuanVideo15Pipeline,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        guider=guider or ClassifierFreeGuidance(guidance_scale=6.0),
+        vae=hunyuan_video().vae,
+        text_encoder=language_model("Qwen2"),
+        tokenizer=tokenizer(),
+        text_encoder_2=t5(),
+        tokenizer_2=tokenizer(),
+    )
+    pipe.system_message, pipe.prompt_template_encode_start_idx = "", 0
+    pipe.tokenizer_max_length, pipe.tokenizer_2_max_length = TOKENS, 4
+    pipe.vision_num_semantic_tokens = 4
+    return pipe
+
+
 def mochi() -> MochiPipeline:
     transformer = network(
         MochiTransformer3DModel,
@@ -261,5 +299,6 @@ VIDEO: dict[str, Tiny] = {
         cogvideox, {**_SMALL, "num_frames": 8}, no_sde="cannot carry snr_shift_scale", fast=True
     ),
     "hunyuan_video": Tiny(hunyuan_video, {**_SMALL, "num_frames": 9}),
+    "hunyuan_video15": Tiny(hunyuan_video15, {"height": 16, "width": 16, "num_frames": 5}),
     "mochi": Tiny(mochi, {**_SMALL, "num_frames": 19}, no_sde="inverted sigmas"),
 }

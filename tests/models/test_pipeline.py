@@ -9,6 +9,11 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.guiders import (
+    AdaptiveProjectedGuidance,
+    ClassifierFreeGuidance,
+    SkipLayerGuidance,
+)
 from PIL import Image
 
 from dgpo.core import DDIM
@@ -19,6 +24,7 @@ from dgpo.models.schedulers import make_scheduler
 from dgpo.models.sde_schedulers import make_sde_scheduler
 from dgpo.models.text import Conditioning
 from families.tiny import FAST, TINY, build, conditioning, sd3_small
+from families.video import hunyuan_video15
 
 CALL = TINY["sd3"].call
 
@@ -83,6 +89,46 @@ def test_a_size_that_the_pipeline_refuses(name: str, call: dict[str, Any], messa
     model = PipelineModel(build(name), call=call)
     with pytest.raises(UserError, match=message):
         model.rollout(model.encode(["red dog"], guidance=False), steps=2)
+
+
+def test_guidance_is_set_in_a_guider() -> None:
+    model = PipelineModel(build("hunyuan_video15"), call=TINY["hunyuan_video15"].call)
+    guider, cond = model.pipe.guider, conditioning("hunyuan_video15", model)
+    rows: list[int] = []
+    model.pipe.transformer.register_forward_hook(lambda m, i, o: rows.append(len(o[0])))
+    samples = [
+        model.rollout(cond, steps=2, guidance_scale=s, generators=generators(2), decode=False).x0
+        for s in (1.0, 6.0, 3.0)
+    ]
+    assert rows == [1] + [2] * 10  # the probe, two passes without guidance, four with it
+    assert not torch.allclose(samples[1], samples[2], atol=1e-3)
+    assert model.pipe.guider is guider and guider.guidance_scale == 6.0
+    own = model.pipe(
+        **cond.call_kwargs(True),
+        **model.call,
+        num_inference_steps=2,
+        generator=generators(2),
+        output_type="latent",
+        return_dict=False,
+    )[0]
+    assert torch.equal(samples[1], own)
+
+
+@pytest.mark.parametrize(
+    "guider",
+    [
+        AdaptiveProjectedGuidance(adaptive_projected_guidance_momentum=-0.5),
+        ClassifierFreeGuidance(stop=0.5),
+        SkipLayerGuidance(skip_layer_guidance_layers=[0], skip_layer_guidance_stop=1.0),
+    ],
+)
+def test_a_guider_that_remembers_or_counts_steps_is_left_off(guider: Any) -> None:
+    model = PipelineModel(hunyuan_video15(guider), call=TINY["hunyuan_video15"].call)
+    cond = conditioning("hunyuan_video15", model)
+    report = model.self_check(cond)
+    assert {point.guidance_scale for point in report.points} == {1.0}
+    with pytest.raises(UserError, match=r"guidance_scale=3\.0: .*remembers or counts"):
+        model.rollout(cond, steps=2, guidance_scale=3.0)
 
 
 def test_a_size_that_the_pipeline_would_round() -> None:

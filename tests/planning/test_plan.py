@@ -21,7 +21,7 @@ from dgpo.models.load import load_pipeline
 from dgpo.planning import make_plan
 from dgpo.planning.counts import calls_of
 from dgpo.planning.live import peak_bytes
-from dgpo.planning.memory import Memory
+from dgpo.planning.memory import Estimate, Memory
 from dgpo.planning.skeleton import bytes_of, skeleton
 from dgpo.prompts import load_prompts
 from dgpo.recipe import Recipe
@@ -79,6 +79,21 @@ def test_on_the_cpu_training_adds_to_what_other_phases_have_freed() -> None:
     phases = {"rollout": 30, "training": 50, "evaluation": 20}
     assert Memory({"libraries": 100}, phases, kept=True).peak == 180
     assert Memory({"transformer": 100}, phases).peak == 150
+
+
+def test_guidance_that_is_set_in_a_guider_is_counted(prompts: Path) -> None:
+    peaks = []
+    for scale in (1.0, 3.0):
+        pipe = build("hunyuan_video15")
+        for module in pipe.components.values():
+            if isinstance(module, nn.Module):
+                module.to("meta")
+        rollout = {"guidance_scale": scale, "call": TINY["hunyuan_video15"].call}
+        estimate = Estimate(recipe("tiny", prompts, rollout=rollout), pipe, WORDS[:1], 0)
+        made = estimate.memory(0, 1)
+        assert not made.notes
+        peaks.append(made.phases["rollout"])
+    assert peaks[0] < peaks[1]
 
 
 def test_nothing_of_a_skeleton_has_numbers(tmp_path: Path) -> None:

@@ -8,12 +8,15 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from diffusers.guiders import BaseGuidance
 from torch import nn
 
 from dgpo.errors import UserError
 from dgpo.media import Video
 from dgpo.models.families import family_of
 
+GUIDER = "guider"
+"""Stands among the arguments of a call for the scale of the pipeline's guiders."""
 DENOISERS = ("transformer", "transformer_2", "unet")
 _BY_STEP = "guidance that depends on a step's number cannot be trained with, point by point"
 # set by dgpo in every call; a recipe that sets one of them would fight with it
@@ -146,7 +149,10 @@ def guidance_off_candidates(pipe: Any) -> list[dict[str, Any]]:
 
     ``guidance_scale`` means three things among pipelines: classifier-free guidance that is off at
     1, or at 0, or an input of a distilled denoiser beside which ``true_cfg_scale`` is the guidance.
+    A pipeline with guiders takes no scale: it is theirs, and stands here as :data:`GUIDER`.
     """
+    if guiders_of(pipe):
+        return [{GUIDER: 1.0}]
     parameters = parameters_of(pipe)
     candidates: list[dict[str, Any]] = []
     if "true_cfg_scale" in parameters:
@@ -156,6 +162,12 @@ def guidance_off_candidates(pipe: Any) -> list[dict[str, Any]]:
     if "guidance_scale" in parameters:
         candidates += [{"guidance_scale": 1.0}, {"guidance_scale": 0.0}]
     return [*candidates, {}]
+
+
+def guiders_of(pipe: Any) -> dict[str, Any]:
+    """The components of a pipeline that hold its guidance, by name (HunyuanVideo 1.5, Motif)."""
+    parts = getattr(pipe, "components", {})
+    return {n: part for n, part in parts.items() if isinstance(part, BaseGuidance)}
 
 
 def _guidance_is_an_input(pipe: Any) -> bool:

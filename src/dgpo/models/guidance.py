@@ -10,7 +10,13 @@ from torch import nn
 
 from dgpo.errors import UserError
 from dgpo.models import by_picture
-from dgpo.models.arguments import guidance_off_candidates, needs_picture, parameters_of
+from dgpo.models.arguments import (
+    GUIDER,
+    guidance_off_candidates,
+    guiders_of,
+    needs_picture,
+    parameters_of,
+)
 from dgpo.models.families import family_of
 from dgpo.models.schedulers import middle_timestep
 from dgpo.models.text import Conditioning
@@ -40,11 +46,14 @@ class Guidance:
         self._evaluate = evaluate
         self._parameters = parameters_of(pipe)
         self._off: dict[str, Any] | None = None
+        self._guiders: dict[float, dict[str, Any]] = {}
+        alone = all(map(_guides_each_step_alone, guiders_of(pipe).values()))
+        self._trainable = family_of(pipe).guidance and alone
 
     def exists(self, cond: Conditioning) -> bool:
         """Whether guidance can be switched on for this conditioning."""
         possible = cond.guided or "negative_prompt_embeds" not in self._parameters
-        return possible and family_of(self._pipe).guidance and bool(self.off(cond))
+        return possible and self._trainable and bool(self.off(cond))
 
     def arguments(self, scale: float, cond: Conditioning) -> dict[str, Any]:
         """Arguments for a scale, of which 1 is none.
@@ -52,10 +61,11 @@ class Guidance:
         Raises:
             UserError: the pipeline has no guidance, or the negative prompt is missing.
         """
-        if scale != 1.0 and not family_of(self._pipe).guidance:
+        if scale != 1.0 and not self._trainable:
             raise UserError(
                 f"guidance_scale={scale}: the guidance of {type(self._pipe).__name__} remembers "
-                "earlier steps, so that no single step can be trained with it; use 1.0"
+                "or counts earlier steps (or has no single scale), so that no single step can be "
+                "trained with it; use 1.0"
             )
         off = self.off(cond)
         if scale == 1.0 or scale in off.values():
@@ -74,6 +84,18 @@ class Guidance:
         if self._off is None:
             self._off = self._find(cond.rows(torch.tensor([0])))
         return self._off
+
+    def in_guiders(self, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arguments of a call without a scale that only guiders take, and the pipeline's guiders
+        with that scale, by name; 1 switches them off, whatever it is that they do."""
+        if GUIDER not in arguments:
+            return arguments, {}
+        scale = arguments[GUIDER]
+        if scale not in self._guiders:
+            change = {"enabled": False} if scale == 1.0 else {"guidance_scale": scale}
+            guiders = guiders_of(self._pipe).items()
+            self._guiders[scale] = {name: guider.new(**change) for name, guider in guiders}
+        return {n: v for n, v in arguments.items() if n != GUIDER}, self._guiders[scale]
 
     def _find(self, one_row: Conditioning) -> dict[str, Any]:
         """The first candidate with which one step is one denoiser call of one row a sample."""
@@ -125,3 +147,15 @@ class Guidance:
             for hook in hooks:
                 hook.remove()
         return rows
+
+
+def _guides_each_step_alone(guider: Any) -> bool:
+    """Whether a guider has a scale, and what it does at a step depends neither on earlier steps nor
+    on their number."""
+    if "guidance_scale" not in guider.config:
+        return False
+    for key, value in guider.config.items():
+        counts = "momentum" in key or "_step" in key or key.endswith("start")
+        if (counts and value) or (key.endswith("stop") and value != 1.0):
+            return False
+    return True

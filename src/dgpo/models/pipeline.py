@@ -237,9 +237,9 @@ class PipelineModel:
         own = fresh(self.pipe.scheduler if scheduler is None else scheduler)
         recording = Recording(keep=record)
         recording.listen(own)
-        with self._with(scheduler=own):
+        with self.running(arguments, scheduler=own) as given:
             result = self.pipe(
-                **arguments,
+                **given,
                 num_inference_steps=steps,
                 generator=generators,
                 output_type="pil" if decode else "latent",
@@ -308,10 +308,10 @@ class PipelineModel:
         if xt is not None:
             patches["prepare_latents"] = given_latents(self.pipe.prepare_latents, xt)
         try:
-            with self._with(**patches):
+            with self.running(arguments, **patches) as given:
                 self._call_with_grad(
                     self.pipe,
-                    **arguments,
+                    **given,
                     num_inference_steps=_NOMINAL_STEPS,
                     # a list, as in a rollout: some pipelines go another way without
                     generator=[self._scratch] * (rows if xt is None else len(xt)),
@@ -323,12 +323,15 @@ class PipelineModel:
         raise UserError(f"{type(self.pipe).__name__} made no scheduler step")
 
     @contextmanager
-    def _with(self, **patches: Any) -> Iterator[None]:
-        """The pipeline for one call: silent, with some of its parts replaced."""
+    def running(self, arguments: dict[str, Any], **patches: Any) -> Iterator[dict[str, Any]]:
+        """The pipeline for one call with :meth:`arguments`: silent, with some of its parts
+        replaced; in the block are the arguments that are left for the call itself."""
+        given, guiders = self.guidance.in_guiders(arguments)
         steady = by_picture.steady_encoding(self.pipe, self.parameters)
+        patches = {**guiders, **patches}
         patched = replaced(self.pipe, _progress_bar_config=_SILENT, **patches)
         with vae_in_its_precision(self.pipe), steady, patched:
-            yield
+            yield given
 
     def arguments(self, cond: Conditioning, guidance_scale: float) -> dict[str, Any]:
         """The arguments of one call of the pipeline, for rows that can share it."""

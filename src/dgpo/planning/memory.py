@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from dgpo.core.process import Level
 from dgpo.errors import UserError
 from dgpo.models.arguments import DENOISERS
-from dgpo.models.loop import StandIn, replaced
+from dgpo.models.loop import StandIn
 from dgpo.models.memory import save_memory, text_encoders
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.policy import Policy
 from dgpo.models.text import CACHE_BYTES, Conditioning
-from dgpo.models.vae_precision import vae_in_its_precision
 from dgpo.planning.live import Numbers, peak_bytes
 from dgpo.planning.skeleton import bytes_of
 from dgpo.recipe import Recipe
@@ -170,16 +169,15 @@ class Estimate:
 
         @torch.no_grad()
         def call() -> Any:
-            own = vae_in_its_precision(self._pipe)
-            with self.policy.rolling("policy"), own, replaced(self._pipe, **patches):
+            running = self.model.running(arguments, scheduler=scheduler)
+            with self.policy.rolling("policy"), running as given:
                 return self._pipe(
-                    **arguments,
+                    **given,
                     num_inference_steps=_STEPS,
                     output_type="pt",
                     return_dict=False,
                 )
 
-        patches = {"scheduler": scheduler, "_progress_bar_config": {"disable": True}}
         return peak_bytes(call)
 
     def _training(self, cond: Conditioning) -> int:
