@@ -7,6 +7,7 @@ from typing import Any
 from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
+    AutoencoderKL,
     AutoencoderKLFlux2,
     ChromaPipeline,
     ChromaTransformer2DModel,
@@ -16,6 +17,8 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    LongCatImagePipeline,
+    LongCatImageTransformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
     ZImagePipeline,
@@ -212,6 +215,40 @@ def auraflow() -> AuraFlowPipeline:
     )
 
 
+def longcat() -> LongCatImagePipeline:
+    """Takes embeddings, and cannot do without the text."""
+    transformer = network(
+        LongCatImageTransformer2DModel,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=[4, 4, 8],
+    )
+    vae = decoder(
+        AutoencoderKL,
+        latent_channels=16,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        shift_factor=0.06,
+    )
+    pipe = assemble(
+        LongCatImagePipeline,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=language_model("Qwen2"),
+        tokenizer=tokenizer(),
+    )
+    pipe.tokenizer_max_length = TOKENS
+    return pipe
+
+
 # the encoder's inner layers that are read: the defaults are those of encoders of 30 layers
 _LAYERS = {**TEXT, "max_sequence_length": 64, "text_encoder_out_layers": (1, 2)}
 IMAGE_FLOW: dict[str, Tiny] = {
@@ -222,4 +259,5 @@ IMAGE_FLOW: dict[str, Tiny] = {
     "cogview4": Tiny(cogview4, {**SIZE, "max_sequence_length": 64}),
     "chroma": Tiny(chroma, TEXT),
     "auraflow": Tiny(auraflow, TEXT),
+    "longcat": Tiny(longcat, {**SIZE, "enable_prompt_rewrite": False}),
 }

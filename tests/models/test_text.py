@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from dgpo.errors import UserError
 from dgpo.models.by_picture import parts
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.text import Conditioning, PromptEncoder, returned_names
-from families.tiny import TINY, build
+from dgpo.models.text_by_call import encodes_itself, remembered_encoding
+from families.tiny import TINY, build, tiny_model
 
 
 class Ragged:
@@ -52,6 +54,50 @@ class Listed(Ragged):
         return prompt_embeds
 
 
+class Masked:
+    """Its call takes all that its ``encode_prompt`` returns."""
+
+    def encode_prompt(self, prompt: str) -> Any:
+        prompt_embeds = prompt_embeds_mask = prompt
+        return prompt_embeds, prompt_embeds_mask
+
+    def __call__(self, prompt: str, prompt_embeds: Any, prompt_embeds_mask: Any) -> None: ...
+
+
+class LosesTheMask(Masked):
+    def __call__(self, prompt: str, prompt_embeds: Any) -> None: ...
+
+
+class OtherName(Masked):
+    def encode_prompt(self, prompt: str) -> Any:
+        text_states = prompt
+        return text_states
+
+
+class NoName(Masked):
+    def encode_prompt(self, prompt: str) -> Any:
+        return [prompt]
+
+
+@pytest.mark.parametrize(
+    ("kind", "itself"),
+    [
+        (Masked, False),
+        (LosesTheMask, True),
+        (OtherName, True),
+        (NoName, True),
+        (diffusers.FluxPipeline, False),
+        (diffusers.QwenImageEditPipeline, False),
+        (diffusers.PRXPipeline, False),
+        (diffusers.HiDreamImagePipeline, True),  # a row for each layer of its encoder
+        (diffusers.Kandinsky5T2IPipeline, True),  # packed, with the lengths of the prompts
+        (diffusers.LongCatImagePipeline, True),
+    ],
+)
+def test_the_text_is_given_where_its_embedding_cannot_be(kind: Any, itself: bool) -> None:
+    assert encodes_itself(object.__new__(kind)) == itself
+
+
 def test_names_come_from_the_return_statement() -> None:
     assert returned_names(Ragged.encode_prompt) == ("prompt_embeds", "prompt_embeds_mask")
     assert returned_names(Listed.encode_prompt) == ("prompt_embeds",)
@@ -59,6 +105,54 @@ def test_names_come_from_the_return_statement() -> None:
     assert sd3[0] == "prompt_embeds" and sd3[3] == "negative_pooled_prompt_embeds"
     with pytest.raises(UserError, match="source"):
         returned_names(len)
+
+
+def test_names_are_found_under_a_condition_and_before_a_device() -> None:
+    longcat = returned_names(diffusers.LongCatImagePipeline.encode_prompt)
+    assert longcat == ("prompt_embeds", "text_ids")
+    prx = returned_names(diffusers.PRXPipeline.encode_prompt)
+    assert prx[:3] == ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds")
+
+    def encode_prompt(size: int) -> Any:
+        return torch.zeros(size)
+
+    with pytest.raises(UserError, match="plain names"):
+        returned_names(encode_prompt)
+
+
+@pytest.mark.parametrize("name", ["stable_audio", "ace_step"])
+def test_a_pipeline_that_is_given_the_text_encodes_it_once(name: str) -> None:
+    model = tiny_model(name)
+    seen: list[int] = []
+    model.pipe.text_encoder.register_forward_hook(lambda *_: seen.append(1))
+    cond = model.encode(["red dog"], guidance=False).repeat(2)
+    rollout = model.rollout(cond, steps=3, decode=False)
+    known = len(seen)
+    for level in rollout.levels:
+        model.predict(rollout.x0, level, cond)
+    model.rollout(cond, steps=3, decode=False)
+    assert known and len(seen) == known
+    model.rollout(model.encode(["a cat"], guidance=False), steps=3, decode=False)
+    assert len(seen) > known
+
+
+def test_rows_of_one_text_have_a_negative_prompt_each() -> None:
+    model = tiny_model("longcat")
+    cond = model.encode(["red dog"], guidance=True).repeat(2)
+    assert cond.kwargs["negative_prompt"] == ["", ""]
+    given = [torch.Generator().manual_seed(0) for _ in range(2)]
+    made = model.rollout(cond, steps=2, guidance_scale=3.0, generators=given, decode=False).x0
+    torch.testing.assert_close(made[0], made[1])
+
+
+def test_what_is_remembered_of_texts_is_bounded() -> None:
+    pipe = build("ace_step")
+    seen: list[int] = []
+    pipe.text_encoder.register_forward_hook(lambda *_: seen.append(1))
+    encode = remembered_encoding(pipe, cache_bytes=1)["encode_prompt"]
+    for text in ("red dog", "red dog", "a cat", "red dog"):
+        encode(prompt=text, lyrics="", device=torch.device("cpu"))
+    assert len(seen) == 3
 
 
 def test_each_distinct_prompt_is_encoded_once() -> None:

@@ -17,6 +17,7 @@ class Family:
         encodes_itself: every call is given the text, and encodes it: what ``encode_prompt`` makes
             cannot be handed back to the call.
         one_row: a call makes one sample, whatever memory there is.
+        negative_text: given for every row where the recipe has no negative prompt.
     """
 
     encode_names: tuple[str, ...] | None = None
@@ -24,6 +25,7 @@ class Family:
     guidance: bool = True
     encodes_itself: bool = False
     one_row: bool = False
+    negative_text: str | None = None
 
 
 FAMILIES: dict[str, Family] = {
@@ -32,6 +34,8 @@ FAMILIES: dict[str, Family] = {
     # embeddings that are given are projected once more
     "StableAudioPipeline": Family(encodes_itself=True),
     "QwenImageEditPlusPipeline": Family(one_row=True),
+    # wants the text beside embeddings that are given, and makes a single row of no negative prompt
+    "LongCatImagePipeline": Family(encodes_itself=True, negative_text=""),
     "Cosmos2TextToImagePipeline": Family(refusal="its sigmas are those of EDM, not of a flow"),
 }
 

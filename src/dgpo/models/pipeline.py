@@ -43,7 +43,7 @@ from dgpo.models.prompt_cache import PromptCache
 from dgpo.models.rollout import Rollout
 from dgpo.models.schedulers import fresh, middle_timestep, process_of
 from dgpo.models.text import Conditioning
-from dgpo.models.text_by_call import check_text_is_given_once, encoder_of
+from dgpo.models.text_by_call import check_text_is_given_once, encoder_of, remembered_encoding
 from dgpo.models.vae_precision import vae_in_its_precision
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ class PipelineModel:
         self._one_row = family_of(pipe).one_row
         disk = None if prompt_cache is None else PromptCache(prompt_cache, pipe)
         self._encoder = encoder_of(pipe, self.call, disk)
+        self._remembered = remembered_encoding(pipe)
         self._picture_each_row: bool | None = None
         self.guidance = Guidance(
             pipe,
@@ -328,7 +329,7 @@ class PipelineModel:
         replaced; in the block are the arguments that are left for the call itself."""
         given, guiders = self.guidance.in_guiders(arguments)
         steady = by_picture.steady_encoding(self.pipe, self.parameters)
-        patches = {**guiders, **patches}
+        patches = {**self._remembered, **guiders, **patches}
         patched = replaced(self.pipe, _progress_bar_config=_SILENT, **patches)
         with vae_in_its_precision(self.pipe), steady, patched:
             yield given

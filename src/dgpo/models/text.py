@@ -230,10 +230,18 @@ def returned_names(function: Any) -> tuple[str, ...]:
     returns = [n.value for n in ast.walk(tree) if isinstance(n, ast.Return) and n.value is not None]
     last = max(returns, key=lambda node: node.lineno, default=None)
     elements = last.elts if isinstance(last, ast.Tuple) else [last]
-    names = tuple(e.id for e in elements if isinstance(e, ast.Name))
+    names = tuple(e.id for e in map(_plain, elements) if isinstance(e, ast.Name))
     if len(names) != len(elements):
         raise UserError(f"{function.__qualname__} does not return plain names")
     return names
+
+
+def _plain(node: ast.expr | None) -> ast.expr | None:
+    """What is returned, without the condition under which it is, or the device to which it goes."""
+    if isinstance(node, ast.IfExp):
+        return _plain(node.body)
+    moved = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    return _plain(node.func.value) if moved and node.func.attr == "to" else node
 
 
 def _bytes(embedding: Embedding) -> int:

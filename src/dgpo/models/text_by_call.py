@@ -1,13 +1,17 @@
 """Prompts of pipelines whose ``encode_prompt`` cannot be asked on its own.
 
 Two kinds: its text encoder looks at the picture as the call has prepared it (Qwen-Image-Edit), or
-the call takes no embeddings and encodes at every call (ACE-Step, Stable Audio).
+every call is given the text: it takes no embeddings (ACE-Step), projects them again (Stable Audio),
+or has them in another layout than a row for each prompt (HiDream, Kandinsky 5). What the second
+kind's ``encode_prompt`` has returned is remembered, so that its encoders run once for a batch.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +22,7 @@ from dgpo.models.arguments import fixed_arguments, parameters_of
 from dgpo.models.families import family_of
 from dgpo.models.loop import Evaluated, replaced
 from dgpo.models.prompt_cache import Embedding, PromptCache
-from dgpo.models.text import Conditioning, PromptEncoder
+from dgpo.models.text import Conditioning, PromptEncoder, returned_names
 from dgpo.prompts.caption import pictures_of
 
 
@@ -45,17 +49,68 @@ def check_text_is_given_once(pipe: Any) -> None:
 
 
 def encodes_itself(pipe: Any) -> bool:
-    """Whether every call of the pipeline is given the text."""
-    return family_of(pipe).encodes_itself or "prompt_embeds" not in parameters_of(pipe)
+    """Whether every call of the pipeline is given the text: unless its ``encode_prompt`` returns
+    ``prompt_embeds``, and the call takes them and the masks of text that come with them."""
+    family, taken = family_of(pipe), parameters_of(pipe)
+    if family.encodes_itself:
+        return True
+    try:
+        names = family.encode_names or returned_names(type(pipe).encode_prompt)
+    except UserError:  # nothing can be handed back that has no name; the text always can
+        return True
+    masks = [name for name in names if name.startswith("prompt") and name.endswith("_mask")]
+    return not {"prompt_embeds", *masks} <= set(names) & set(taken)
+
+
+def remembered_encoding(pipe: Any, cache_bytes: int = 2**30) -> dict[str, Any]:
+    """What a pipeline that is given the text is called with: its ``encode_prompt``, which remembers
+    what it has returned for the same arguments. Nothing for the other pipelines.
+
+    Args:
+        pipe: the pipeline.
+        cache_bytes: what may be held; what was unused for longest is dropped first.
+    """
+    if not encodes_itself(pipe):
+        return {}
+    own, known = pipe.encode_prompt, OrderedDict[str, Any]()
+
+    @functools.wraps(own)
+    def encode_prompt(*given: Any, **named: Any) -> Any:
+        if not _is_plain([*given, *named.values()]):
+            return own(*given, **named)
+        key = repr((given, sorted(named.items())))
+        if key not in known:
+            with torch.no_grad():  # no text encoder is trained
+                known[key] = own(*given, **named)
+            while len(known) > 1 and sum(map(_size, known.values())) > cache_bytes:
+                known.popitem(last=False)
+        known.move_to_end(key)
+        return known[key]
+
+    return {"encode_prompt": encode_prompt}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether the text of a value says all of it, unlike that of a tensor or a picture."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, int, float, torch.device, torch.dtype))
+
+
+def _size(value: Any) -> int:
+    """The bytes of the tensors in a value."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    return sum(map(_size, value)) if isinstance(value, (list, tuple)) else 0
 
 
 class PromptGiver:
-    """Hands the texts themselves to the pipeline, which encodes them at every call."""
+    """Hands the texts themselves to the pipeline, which encodes them in its call."""
 
     disk = None
 
     def __init__(self, pipe: Any, call: Mapping[str, Any]) -> None:
-        self._call = dict(call)
+        self._call = {"negative_prompt": family_of(pipe).negative_text, **call}
         self._parameters = parameters_of(pipe)
         self.parameters = inspect.signature(type(pipe).encode_prompt).parameters
         # further texts, such as lyrics: ACE-Step wants one for each row
@@ -81,8 +136,8 @@ class PromptGiver:
             if isinstance(text, str):
                 given[name] = [text] * len(prompts)
         if guidance and "negative_prompt" in self._parameters:
-            # without one, these pipelines have an unconditional embedding of their own
-            negative = self._call.get("negative_prompt")
+            # without one, most of them have an unconditional embedding of their own
+            negative = self._call["negative_prompt"]
             given["negative_prompt"] = None if negative is None else [negative] * len(prompts)
         return Conditioning(given, len(prompts))
 
