@@ -80,5 +80,5 @@ def test_it_trains_and_the_judge_sees_both_pictures(
     assert set(asked) == set(sources) and len(asked) >= 4
     assert list((tmp_path / "run" / "lora").glob("*.safetensors"))
     monkeypatch.setattr(VLMJudge, "check", check)
-    with pytest.raises(UserError, match=r"row 0.*no picture there"):
+    with pytest.raises(UserError, match=r"line 1 .*no picture there"):
         VLMJudge("http://127.0.0.1:9", "m", sources=["mask"]).check(trainer.prompts)
