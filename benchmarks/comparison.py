@@ -37,7 +37,7 @@ GROUPS = (
     _rivals("flow_grpo"),
     _rivals("flow_grpo_fast"),
     _rivals("crd", "diffusion_dpo", "best_of_n", "rwr"),
-    _rivals("grpo_guard", "mix_grpo"),
+    _rivals("grpo_guard", "mix_grpo", "flow_dppo"),
 )
 ABOUT = """\
 Every recipe trains the same LoRA of the same model on the same prompts and pictures an iteration,

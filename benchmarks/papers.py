@@ -53,6 +53,8 @@ PAPERS = [
     ),
     Paper("MixGRPO", "2507.21802", ["pocket-geneval-mix_grpo"]),
     Paper("GRPO-Guard", "2510.22319", ["pocket-geneval-grpo_guard"]),
+    Paper("Flow-DPPO", "2606.11025", ["pocket-geneval-flow_dppo"]),
+    Paper("DDPO", "2305.13301", ["pocket-sd-ddpo"]),
     Paper("DiffusionNFT", "2509.16117", ["pocket-geneval-diffusion_nft"]),
     Paper("AWM", "2509.25050", ["pocket-geneval-awm"]),
     Paper("Diffusion-DPO", "2311.12908", ["pocket-geneval-diffusion_dpo"]),

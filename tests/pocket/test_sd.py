@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from dgpo.pocket.verifier import find_objects
 from families.tiny import build
 
 CAPTIONS = ["a photo of a circle", "a photo of a red cross and a blue square"]
+PROMPTS = ["a photo of cat", "red dog", "blue house"]
 ALPHAS = noise_schedule().alphas_cumprod
 
 
@@ -190,12 +192,12 @@ def test_only_what_has_a_layout_is_taught(tmp_path):
         pretrain_sd(sign_skill(), tmp_path, 0)
 
 
-@pytest.mark.parametrize(("sampler", "calls"), [("ddim", 10), ("plms", 11)])
-def test_its_recipes_train_a_model_that_predicts_noise(sampler, calls, tmp_path):
+def trained(name: str, folder: Path) -> Trainer:
+    """Two iterations of a recipe on a tiny StableDiffusionPipeline; its LoRA has moved."""
     recipe = Recipe.load(
-        f"pocket-sd-{sampler}",
+        name,
         [
-            f"run.dir={tmp_path / 'run'}",
+            f"run.dir={folder / 'run'}",
             "rewards={redness: 1.0}",
             "eval={metrics: [], every: 0}",
             "rollout.call={height: 32, width: 32}",
@@ -205,17 +207,30 @@ def test_its_recipes_train_a_model_that_predicts_noise(sampler, calls, tmp_path)
             "samples.count=0",
         ],
     )
-    prompts = ["a photo of cat", "red dog", "blue house"]
     trainer = Trainer(
-        model=build("sd15"), train_dataset=prompts, eval_dataset=prompts, recipe=recipe
+        model=build("sd15"), train_dataset=PROMPTS, eval_dataset=PROMPTS, recipe=recipe
     )
     before = [p.detach().clone() for p in trainer.policy.parameters()]
     trainer.train()
     assert trainer.iteration == 2
     after = trainer.policy.parameters()
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    cond = trainer.model.encode(prompts[:1], guidance=False)
+    return trainer
+
+
+@pytest.mark.parametrize(("sampler", "calls"), [("ddim", 10), ("plms", 11)])
+def test_its_recipes_train_a_model_that_predicts_noise(sampler, calls, tmp_path):
+    trainer = trained(f"pocket-sd-{sampler}", tmp_path)
+    cond = trainer.model.encode(PROMPTS[:1], guidance=False)
     made = trainer.model.rollout(
         cond, steps=10, scheduler=trainer.scheduler, decode=False, record=True
     )
     assert (len(made.steps), len(made.levels)) == (calls, 10)
+
+
+def test_ddpo_trains_it_too(tmp_path):
+    trained("pocket-sd-ddpo", tmp_path)
+    ours, theirs = Recipe.load("pocket-sd-ddim"), Recipe.load("pocket-sd-ddpo")
+    for key in ("model", "rewards", "prompts", "group_size", "groups_per_iteration", "lora", "ema"):
+        assert getattr(ours, key) == getattr(theirs, key), key
+    assert ours.rollout.scheduler == theirs.eval.scheduler

@@ -17,6 +17,7 @@ METHODS = {
     "flow_grpo_fast",
     "mix_grpo",
     "grpo_guard",
+    "flow_dppo",
     "diffusion_nft",
     "awm",
     "diffusion_dpo",
