@@ -347,11 +347,11 @@ class Trainer:
     def _stop(self) -> None:
         """After Ctrl-C or SIGTERM."""
         if not self._between_updates:
-            what = "stopped in the middle of an update; the checkpoint before it stands"
+            what = f"stopped in the middle of an update; {self._checkpoints.standing}"
         elif self._save_checkpoint():
             what = f"stopped; {self.iteration} iterations are saved"
         else:
-            what = "stopped after a step that was not finite; the checkpoint before it stands"
+            what = f"stopped after a step that was not finite; {self._checkpoints.standing}"
         self._tracker.summarize()
         again = f"dgpo train {self.folder / 'recipe.yaml'} --resume, or Trainer(..., resume=True)"
         self._progress.say(f"{what} in {self.folder}; to go on: {again}")
@@ -372,6 +372,7 @@ class Trainer:
         if self._stopped_early:
             return True  # the last iteration's checkpoint keeps the last weights
         if self.updater.nonfinite and not at_end:
+            self._journal.not_saved.add(self.iteration)
             return False
         self._progress.stage("saving")
         self.updater.refuse_broken_weights(self.iteration)

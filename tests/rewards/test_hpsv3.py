@@ -136,6 +136,8 @@ def test_prompts_with_the_models_own_tokens_are_refused():
             reward(IMAGES[:2], ["a", bad])
         with pytest.raises(UserError, match="prompt row 1"):
             reward.check([Prompt("a"), Prompt(bad)])
+        with pytest.raises(UserError, match=r"rows.jsonl, line 8: "):
+            reward.check([Prompt(bad, where="rows.jsonl, line 8")])
     reward.check([Prompt("a")])
 
 

@@ -256,6 +256,7 @@ def test_prompts_with_pictures_do_not_travel() -> None:
     ("changes", "words"),
     [
         ({"algorithm": "flow_grpo"}, "needs the steps"),
+        ({"memory": {"vae_precision": "float32"}}, "its own autoencoder"),
         ({"lora": None}, "a LoRA"),
         ({"rollout": {"sde": {"kind": "flow"}}}, "rollout.sde"),
         ({"rollout": {"engine": "me:pw@host"}}, "without a password"),

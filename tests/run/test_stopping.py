@@ -103,3 +103,17 @@ def test_all_weights_between_two_steps_go_back_to_the_last_checkpoint(
         run.train()
     long_update(tmp_path / "run", "dgpo", resume=True, **changes).train()
     assert_same(tmp_path / "through", tmp_path / "run")
+
+
+def test_where_there_is_no_checkpoint_before_it_none_is_promised(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = long_update(tmp_path / "run", "dgpo", **FULL)
+    on_pass(run, 5, terminate)
+    with pytest.raises(SystemExit):
+        run.train()
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        "in the middle of an update; there is no checkpoint yet, and the run begins again" in said
+    )
+    assert long_update(tmp_path / "run", "dgpo", resume=True, **FULL).iteration == 0

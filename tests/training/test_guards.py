@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from dgpo.errors import UserError
 from dgpo.recipe.sections import GuardSettings
 from dgpo.rewards.stand_in import brightness
 from dgpo.training.guards import Guards
+from dgpo.training.journal import Journal
 from tiny_runs import PROMPTS, TIMESTEPS, Spy, light, rows, trainer
 
 
@@ -63,6 +65,7 @@ def test_steps_in_a_row_that_are_not_finite_stop_the_run_with_the_batch(tmp_path
     with pytest.raises(UserError, match=r"iteration 2: the loss is nan.*2 times.*The batch is in"):
         run.train()
     place = tmp_path / "nonfinite" / "00000002.safetensors"
+    assert run.updater.at_rest  # no weight has moved
     saved, said = load_file(place), json.loads(place.with_suffix(".json").read_text())
     assert saved["x0"].shape[0] == len(saved["advantages"]) == 8
     assert said["prompts"] == [p.text for p in run.sampler.at(1)] and said["not_finite"] == []
@@ -96,8 +99,10 @@ def test_what_is_not_finite_takes_the_place_of_no_checkpoint(tmp_path: Path, cap
 
     stopping.__name__ = "brightness"
     bad = broken(*range(4, 99))
+    run = trainer(tmp_path / "stopped", stopping, algorithm=bad, **every)
     with pytest.raises(KeyboardInterrupt):
-        trainer(tmp_path / "stopped", stopping, algorithm=bad, **every).train()
+        run.train()
+    assert run._journal.not_saved == {3}
     assert left(tmp_path / "stopped") == ["00000001", "00000002"]
     assert "stopped after a step that was not finite" in " ".join(capsys.readouterr().err.split())
 
@@ -114,6 +119,17 @@ def test_what_is_not_finite_takes_the_place_of_no_checkpoint(tmp_path: Path, cap
     with pytest.raises(UserError, match=r"iteration 3: the trained weights are not finite.*lr"):
         run.train()
     assert left(tmp_path / "weights") == ["00000001", "00000002"]
+
+
+def test_a_score_whose_weights_were_not_saved_is_no_bar_for_others() -> None:
+    journal: Any = object.__new__(Journal)
+    rows = [
+        {"iteration": done, "overall": score} for done, score in ((10, 0.7), (20, 0.9), (30, 0.8))
+    ]
+    journal.tracker, journal.not_saved = SimpleNamespace(evaluations=rows), set()
+    assert not journal.is_best(30)
+    journal.not_saved.add(20)
+    assert journal.is_best(30) and not journal.is_best(20)
 
 
 def test_equal_rewards_warn_and_may_stop_the_run(tmp_path: Path) -> None:

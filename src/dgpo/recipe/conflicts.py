@@ -161,6 +161,11 @@ def _remote(recipe: Recipe) -> list[str]:
         lines.append(f"{where}rollout.sde samples in the run itself; use null for one of them")
     if recipe.lora is None:
         lines.append(f"{where}what travels is a LoRA, and lora: null trains none")
+    if recipe.memory.vae_precision is not None:
+        lines.append(
+            f"{where}the engine decodes with its own autoencoder; memory.vae_precision = "
+            f"{recipe.memory.vae_precision!r} does not reach it, use null"
+        )
     return lines
 
 

@@ -15,7 +15,7 @@ weights have not been run here.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ class HPSv3:
         Raises:
             UserError: the first such row.
         """
-        self._refuse([prompt.text for prompt in prompts])
+        self._refuse((prompt.place(row), prompt.text) for row, prompt in enumerate(prompts))
 
     @torch.no_grad()
     def __call__(
@@ -129,7 +129,7 @@ class HPSv3:
         Raises:
             UserError: as :meth:`check`.
         """
-        self._refuse(prompts)
+        self._refuse((f"prompt row {row}", text) for row, text in enumerate(prompts))
         self._model.to(device())
         self._head.to(device())
         scores: list[float] = []
@@ -137,12 +137,12 @@ class HPSv3:
             scores += self._judge(some, texts)[:, 0].tolist()
         return scores
 
-    def _refuse(self, prompts: Sequence[str]) -> None:
-        for row, prompt in enumerate(prompts):
+    def _refuse(self, prompts: Iterable[tuple[str, str]]) -> None:
+        for place, prompt in prompts:
             for token in (TOKEN, PICTURE):
                 if token in prompt:
                     raise UserError(
-                        f"reward 'hpsv3', prompt row {row}: {prompt!r:.80} holds {token}, which "
+                        f"reward 'hpsv3', {place}: {prompt!r:.80} holds {token}, which "
                         "means something else to the model; take it out of the prompt"
                     )
 
@@ -214,7 +214,6 @@ def _backbone(config: Any, state: dict[str, Tensor], token: int) -> Any:
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    model, found = loaded
     model, found = loaded
     # transformers puts random weights in these places and goes on
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")

@@ -136,6 +136,13 @@ class RunCheckpoints:
         self._save_model(policy)
         return iteration
 
+    @property
+    def standing(self) -> str:
+        """What a run goes on from whose present weights were not saved."""
+        if any_checkpoint(self._folder):
+            return "the checkpoint before it stands"
+        return "there is no checkpoint yet, and the run begins again"
+
     def _was_never_saved(self) -> bool:
         """Whether there is a run, but neither a checkpoint nor the model that follows each."""
         saved = any_checkpoint(self._folder) or (self._run / self._model).exists()

@@ -40,6 +40,8 @@ class Journal:
         self.tracker, self.progress = tracker, progress
         groups = recipe.groups_per_iteration
         self._guards = Guards(recipe.guards, groups, rewards, tracker.rows, tracker.evaluations)
+        self.not_saved: set[int] = set()
+        """Iterations whose weights were not to be saved, however good their score."""
 
     @property
     def reason_to_stop(self) -> str | None:
@@ -97,8 +99,9 @@ class Journal:
         return self._scores.get(iteration)
 
     def is_best(self, iteration: int) -> bool:
-        """Whether there was an evaluation after an iteration, and none before was as good."""
-        scores = self._scores
+        """Whether there was an evaluation after an iteration, and none before was as good, of those
+        whose weights may have been saved."""
+        scores = {done: score for done, score in self._scores.items() if done not in self.not_saved}
         mine = scores.pop(iteration, None)
         return mine is not None and mine > max(scores.values(), default=float("-inf"))
 

@@ -144,8 +144,9 @@ class Updater:
         except (KeyboardInterrupt, Terminated):
             if undo is not None:
                 undo.back()
-                self.step, self.nonfinite, self.gradient_scale, self.scaled = counters
                 self.at_rest = True
+            if self.at_rest:
+                self.step, self.nonfinite, self.gradient_scale, self.scaled = counters
             raise
         self.at_rest = True
         return found
@@ -158,7 +159,6 @@ class Updater:
                 pause()
             figures = Means()
             problem = self._backward(terms, figures, pause)
-            self.at_rest = False
             figures, problem = figures.over(self._processes, problem)
             problem = problem or self._optimize(figures)
             if problem is None:
@@ -233,6 +233,7 @@ class Updater:
             return f"gradient norm is {number}"
         for group in self.optimizer.param_groups:
             group["lr"] = train.lr * self._factor(self.step)
+        self.at_rest = False
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._grow_scale()
