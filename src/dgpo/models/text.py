@@ -240,8 +240,10 @@ def _plain(node: ast.expr | None) -> ast.expr | None:
     """What is returned, without the condition under which it is, or the device to which it goes."""
     if isinstance(node, ast.IfExp):
         return _plain(node.body)
-    moved = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-    return _plain(node.func.value) if moved and node.func.attr == "to" else node
+    match node:
+        case ast.Call(func=ast.Attribute(value=moved, attr="to")):
+            return _plain(moved)
+    return node
 
 
 def _bytes(embedding: Embedding) -> int:
