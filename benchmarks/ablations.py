@@ -34,7 +34,7 @@ NOTE = """\
 {seeds} of each{budget}. Scores are those of the held-out prompts, at the evaluation with the best
 one; changes of the other measures, which are not trained, are from the base model to that
 evaluation, and so are minutes, which count training alone. Brackets: Student's 95% interval over
-seeds; of one seed there is none. {offline}Resolution: `eval.every`.
+seeds, of two seeds the two values; of one seed there is none. {offline}Resolution: `eval.every`.
 Curves: `compare.html` in the folder of the runs. Made with
 
     {command}
@@ -62,7 +62,8 @@ def main() -> None:
     if not given.redraw:
         sample_groups(variants, given.out, given.overrides)
     runs = plan(sources, given.seeds, given.out, given.budget, given.overrides)
-    command = shlex.join(["python", "benchmarks/ablations.py", *sys.argv[1:]])
+    asked_for = [argument for argument in sys.argv[1:] if argument != "--redraw"]
+    command = shlex.join(["python", "benchmarks/ablations.py", *asked_for])
     results = given.results or HERE / "results" / variants.section
     asked = Comparison(runs, variants.targets, None, command, given.out, results, not given.redraw)
     if not (summaries := carry_out(asked)):
