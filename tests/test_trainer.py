@@ -27,6 +27,7 @@ from dgpo.core.groups import Groups
 from dgpo.errors import UserError
 from dgpo.evaluation import sample_images
 from dgpo.models.pipeline import PipelineModel
+from dgpo.planning.counts import Samplers, count
 from dgpo.recipe import Recipe
 from dgpo.rewards import load_rewards
 from dgpo.rewards.stand_in import brightness, redness
@@ -179,6 +180,20 @@ def test_a_run_too_short_for_its_average_says_so(tmp_path: Path) -> None:
     assert not (tmp_path / "2" / "warnings.jsonl").exists()
     warned = rows(tmp_path / "3", "warnings.jsonl")[-1]["warning"]
     assert warned.startswith("ema.every = 3: after 2 optimiser steps the average")
+
+
+@pytest.mark.parametrize(("every", "found"), [(0, [1, 3, 5]), (2, [1, 2, 3, 4, 5])])
+def test_further_iterations_may_be_evaluated(every: int, found: list[int], tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "eval": {"every": every, "at": [1, 3, 9]},
+        "train": {"iterations": 5},
+    }
+    run = trainer(tmp_path, eval_dataset=PROMPTS[:1], **changes)
+    run.train()
+    evaluated = [row["iteration"] for row in rows(tmp_path, "evaluations.jsonl")]
+    assert evaluated == found
+    counts = count(run.recipe, Samplers(run.scheduler, run.scheduler, 1.0, True), held_out=1)
+    assert counts.evaluations == len(found)
 
 
 def test_evaluations_may_have_a_sampler_of_their_own(tmp_path: Path) -> None:

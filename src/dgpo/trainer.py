@@ -303,7 +303,7 @@ class Trainer:
         if self._finished:
             return  # the end does all three
         recipe, done = self.recipe, self.iteration
-        if recipe.eval.every and done % recipe.eval.every == 0:
+        if recipe.eval.due(done):
             self._evaluate()
         every = recipe.eval.every if recipe.samples.every is None else recipe.samples.every
         if every and done % every == 0:

@@ -155,6 +155,7 @@ def test_without_tokenizers_sizes_are_still_there(tmp_path: Path, prompts: Path)
         ),
         pytest.param({"algorithm": {"name": "diffusion_dpo"}}, marks=pytest.mark.slow),
         pytest.param({"algorithm": {"name": "diffusion_nft"}}, marks=pytest.mark.slow),
+        {"algorithm": {"name": "awm"}, "train": {"inner_epochs": 2}},
         {"algorithm": {"name": "flow_grpo"}, "rollout": {"guidance_scale": 2.0, "steps": 4}},
     ],
 )

@@ -318,6 +318,7 @@ def test_a_recipe_of_a_policy_gradient() -> None:
         ),
         ({"rollout": {"switch_to_old_after": 3}}, "rollout.switch_to_old_after = 3.*null"),
         ({"train": {"optimizer_step": "timestep"}}, "train.optimizer_step = 'timestep'.*iteration"),
+        ({"train": {"inner_epochs": 2}}, "train.inner_epochs = 2.*algorithm.updates"),
         ({"groups_per_iteration": 3}, "algorithm.updates = 2: groups_per_iteration = 3"),
         ({"rollout": {"steps": 1}}, "rollout.steps = 1.*2 or more"),
         (

@@ -12,6 +12,7 @@ from torch import Tensor
 import dgpo.training.forward_rounds
 from dgpo.algorithms import AWM, DGPO, DiffusionNFT
 from dgpo.core.groups import Groups
+from dgpo.core.points import Forward
 from dgpo.core.process import FlowMatching, Level
 from dgpo.core.timesteps import TimestepChoice
 from dgpo.models.pipeline import PipelineModel
@@ -340,6 +341,41 @@ def test_averages_move_once_for_an_optimiser_step(
     monkeypatch.setattr(Updater, "_optimize", twice)
     with pytest.raises(AssertionError):
         check_averages(case())
+
+
+def test_inner_epochs_train_the_same_pictures_with_noise_of_their_own() -> None:
+    def steps(epochs: int, every: str) -> tuple[list[list[Tensor]], list[Forward]]:
+        case = Case(algorithm=TWO_LEVELS, train={"inner_epochs": epochs, "optimizer_step": every})
+        found: list[list[Tensor]] = []
+
+        def keep(*_: Any) -> None:
+            found.append([p.detach().clone() for p in case.policy.parameters()])
+
+        case.updater.optimizer.register_step_post_hook(keep)
+        case.updater.update(case.batch, iteration=0)
+        assert len(found) == case.recipe.updates_per_iteration
+        return found, list(Spy.seen)
+
+    for every, count in (("iteration", 1), ("timestep", 2)):
+        once, _ = steps(1, every)
+        thrice, seen = steps(3, every)
+        assert (len(once), len(thrice)) == (count, 3 * count)
+        for one, same in zip(once, thrice[:count], strict=True):
+            assert all(map(torch.equal, one, same))  # the first epoch is that of a run with one
+        assert len(seen) == 3 * 2  # epochs, levels
+        assert all(torch.equal(points.x0, seen[0].x0) for points in seen)
+        noises = {tuple(points.noise[0].flatten().tolist()) for points in seen}
+        assert len(noises) == len(seen)
+
+
+def test_an_old_policy_that_is_the_policy_is_asked_from_the_second_inner_epoch_on() -> None:
+    case = Case(train={**FREE, "inner_epochs": 2})
+    recipe = case.recipe.model_copy(update={"algorithm": AWM.model_validate(TWO_LEVELS)})
+    case.updater = Updater(case.policy, recipe.algorithm, recipe)
+    with Calls(case.policy.model.denoisers["transformer"]) as calls:
+        case.updater.update(case.batch, iteration=0)
+    rows = COUNT * SIZE
+    assert calls.sizes == [rows] * (2 * 2) + [rows] * (2 * 3)  # policy and reference; and old
 
 
 def test_a_warm_average_forgets_the_base_model_sooner() -> None:

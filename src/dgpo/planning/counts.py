@@ -105,7 +105,7 @@ def _points(recipe: Recipe) -> int:
     if isinstance(algorithm, TrajectoryAlgorithm):
         return trained * len(algorithm.noisy_steps(recipe.rollout.steps, 0, recipe.seed))
     assert isinstance(algorithm, Algorithm)
-    return trained * algorithm.timesteps.count
+    return trained * algorithm.timesteps.count * recipe.train.inner_epochs
 
 
 def _policy_passes(algorithm: BaseAlgorithm, recipe: Recipe) -> int:
@@ -133,7 +133,7 @@ def _shared(recipe: Recipe) -> int:
     if not old_is_policy(algorithm, train.iterations - 1):
         return 0
     rounds = algorithm.timesteps.count if train.optimizer_step == "timestep" else 1
-    return _points(recipe) // rounds
+    return _points(recipe) // (rounds * train.inner_epochs)
 
 
 def splits_groups(recipe: Recipe) -> bool:
@@ -150,4 +150,5 @@ def splits_groups(recipe: Recipe) -> bool:
 def _evaluations(recipe: Recipe) -> int:
     every, last = recipe.eval.every, recipe.train.iterations
     between = (last - 1) // every if every else 0
+    between += sum(at < last and not (every and at % every == 0) for at in set(recipe.eval.at))
     return int(recipe.eval.at_start) + between + 1

@@ -103,6 +103,11 @@ def _trajectory(recipe: Recipe) -> list[str]:
             f"train.optimizer_step = {recipe.train.optimizer_step!r}: {name} trains all steps of "
             "a picture together; use iteration, and algorithm.updates for more steps"
         )
+    if recipe.train.inner_epochs != 1:
+        lines.append(
+            f"train.inner_epochs = {recipe.train.inner_epochs}: {name} takes its further steps by "
+            "algorithm.updates; use 1"
+        )
     if groups % algorithm.updates:
         lines.append(
             f"algorithm.updates = {algorithm.updates}: groups_per_iteration = {groups} cannot "

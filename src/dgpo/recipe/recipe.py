@@ -190,8 +190,8 @@ class Recipe(Settings):
         if isinstance(self.algorithm, TrajectoryAlgorithm):
             return self.algorithm.updates
         if self.train.optimizer_step == "timestep" and isinstance(self.algorithm, Algorithm):
-            return self.algorithm.timesteps.count
-        return 1
+            return self.algorithm.timesteps.count * self.train.inner_epochs
+        return self.train.inner_epochs
 
     @property
     def prompt_cache(self) -> str | None:

@@ -136,6 +136,10 @@ class TrainSettings(Settings):
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     optimizer_step: Literal["iteration", "timestep"] = "iteration"
     """One step for all trained noise levels of an iteration together, or one for each."""
+    inner_epochs: int = Field(default=1, ge=1, le=1000)
+    """Times that the pictures of an iteration are trained on, each time at noise levels and with a
+    noise of their own: fewer rollouts, of a policy that is some steps old. Not for policy
+    gradients, whose algorithm.updates divides them instead."""
     sharding: Literal["none", "fsdp2"] = "none"
     """Of the denoiser's weights over several processes; none: each has them all."""
     sum_gradients: Literal["step", "micro_batch"] = "step"
@@ -191,6 +195,8 @@ class EmaSettings(Settings):
 class EvalSettings(Settings):
     every: int = Field(default=20, ge=0)
     """Iterations between evaluations; 0: only at the end."""
+    at: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+    """Further iterations after which is evaluated, such as the first few."""
     metrics: list[str] = Field(default_factory=list)
     """Reward names; none: the rewards that are trained."""
     scheduler: str | None = None
@@ -203,6 +209,10 @@ class EvalSettings(Settings):
     """At most so many of the prompts, from the first; null: all."""
     batch: int = Field(default=256, ge=1)
     at_start: bool = True
+
+    def due(self, iteration: int) -> bool:
+        """Whether is evaluated after an iteration; they count from 1."""
+        return iteration in self.at or (bool(self.every) and iteration % self.every == 0)
 
 
 class CheckpointSettings(Settings):

@@ -19,8 +19,8 @@ from dgpo.training.rounds import Round, Term, idle
 
 
 class ForwardRounds:
-    """The rounds of an algorithm on noised samples: one for all levels of an iteration together, or
-    one for each, as ``train.optimizer_step`` says."""
+    """The rounds of an algorithm on noised samples: one for all levels together, or one for each,
+    as ``train.optimizer_step`` says; all of that ``train.inner_epochs`` times."""
 
     def __init__(self, policy: Policy, algorithm: Algorithm, recipe: Recipe) -> None:
         self.policy, self.algorithm, self.recipe = policy, algorithm, recipe
@@ -29,8 +29,9 @@ class ForwardRounds:
 
     def rounds(self, batch: Batch, iteration: int) -> Iterator[Round]:
         generator = stream(self.recipe.seed, "levels", iteration)
-        chosen = self.algorithm.timesteps.choose(batch.levels, generator)
-        together = 1 if self.recipe.train.optimizer_step == "timestep" else len(chosen)
+        epochs, choice = self.recipe.train.inner_epochs, self.algorithm.timesteps
+        chosen = [one for _ in range(epochs) for one in choice.choose(batch.levels, generator)]
+        together = 1 if self.recipe.train.optimizer_step == "timestep" else choice.count
         places = list(enumerate(chosen))
         for start in range(0, len(places), together):
             self._old_is_policy = start == 0 and old_is_policy(self.algorithm, iteration)
