@@ -7,8 +7,9 @@ from types import ModuleType
 
 import pytest
 
-from benchmark_files import benchmark
+from benchmark_files import BENCHMARKS, benchmark
 from dgpo.comparison.plan import plan
+from dgpo.comparison.variants import read_variants, write_recipes
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +39,14 @@ def test_who_is_called_alike_differs_in_the_method_alone(
         assert (other.rollout, other.ema, other.eval) == (dgpo.rollout, dgpo.ema, dgpo.eval)
         own = {"lr", "max_grad_norm"}
         assert other.train.model_dump(exclude=own) == dgpo.train.model_dump(exclude=own)
+
+
+def test_every_search_has_the_same_budget(tmp_path: Path) -> None:
+    """Four settings each, the recipe's among them."""
+    files = sorted((BENCHMARKS / "search").glob("*.yaml"))
+    assert len(files) == 7
+    for file in files:
+        variants = read_variants(file)
+        assert file.stem == variants.section
+        assert [v.set for v in variants.variants.values()].count([]) == 1
+        assert len(write_recipes(variants, tmp_path / file.stem)) == 4  # refuses equal ones
