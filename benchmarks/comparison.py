@@ -2,9 +2,14 @@
 
     make results                                           # draw it again from benchmarks/results
     python benchmarks/comparison.py --train [--group N]    # make the runs that are missing (hours)
+    python benchmarks/comparison.py --early [--train]      # their first minutes, evaluated finely
 
 The runs are those of ``dgpo compare``: finished ones are kept in benchmarks/results and used again,
 interrupted ones go on. The published figures have one thread each (OMP_NUM_THREADS=1).
+
+The first scores above the base model's are reached within a few iterations, fewer than lie between
+two evaluations. ``--early`` is about these: an evaluation after every iteration, until two in a row
+have reached 0.8 or the budget is spent.
 """
 
 from __future__ import annotations
@@ -39,10 +44,21 @@ GROUPS = (
     _rivals("crd", "diffusion_dpo", "best_of_n", "rwr"),
     _rivals("grpo_guard", "mix_grpo", "flow_dppo"),
 )
+EARLY = _rivals("turbo", "diffusion_nft", "awm", "flow_grpo")
+EARLY_SETTINGS = ("eval.every=1", "eval.metrics=[pocket_geneval_strict]", "samples.count=0")
+EARLY_TARGETS = (0.7, 0.75, 0.8)
+EARLY_MINUTES = 8
 ABOUT = """\
 Every recipe trains the same LoRA of the same model on the same prompts and pictures an iteration,
 and is scored alike (660 held-out prompts). Each run had one thread of a machine with two cores,
 beside one other run. How each method's settings were found: [LOG.md](../LOG.md). Made with
+
+    {command}
+"""
+
+EARLY_ABOUT = """\
+An evaluation after every iteration (660 held-out prompts), until two in a row have reached 0.8, or
+8 minutes of training are spent. Ratios are over the costs of the first row, seed by seed. Made with
 
     {command}
 """
@@ -52,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--train", action="store_true", help="make the runs that are missing")
     parser.add_argument("--group", type=int, choices=range(len(GROUPS)), help="train these alone")
+    parser.add_argument("--early", action="store_true", help="the first minutes, finely")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/comparison"))
     parser.add_argument("--results", type=Path, default=HERE / "results")
@@ -59,6 +76,15 @@ def main() -> None:
     given = parser.parse_args()
     quiet()
     command = shlex.join(["python", "benchmarks/comparison.py", *sys.argv[1:]])
+
+    if given.early:
+        early(given, command)
+    else:
+        whole(given, command)
+
+
+def whole(given: argparse.Namespace, command: str) -> None:
+    """The runs to their ends: two tables and a picture."""
 
     def comparison(runs: list[Run], train: bool, out: Path) -> Comparison:
         return Comparison(runs, TARGETS, None, command, out, given.results, train)
@@ -80,6 +106,21 @@ def main() -> None:
     machine = rest.rpartition("```\n")[2]
     about = ABOUT.format(command=command)
     put_section(given.page, "comparison", f"{about}\n{tables}\n{machine}", "Results")
+
+
+def early(given: argparse.Namespace, command: str) -> None:
+    """The first minutes: one table for each target."""
+    out = given.out / "early"
+    results = given.results / "early"
+    with TemporaryDirectory() as place:
+        at = out if given.train else Path(place)
+        runs = plan(EARLY, given.seeds, at, EARLY_MINUTES, EARLY_SETTINGS)
+        asked = Comparison(runs, EARLY_TARGETS, 0.8, command, at, results, given.train)
+        if not carry_out(asked):
+            raise SystemExit(f"there is no finished run in {results}")
+        text = (at / "table.md").read_text(encoding="utf-8").partition("\n")[2]
+    tables = text.partition("\n## Best scores")[0].replace("\n## ", "\n### ")
+    put_section(given.page, "early", f"{EARLY_ABOUT.format(command=command)}\n{tables}", "Results")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,11 @@ so an update from n groups has n times the printed ratio.  It says which layers 
 noise levels to train before a single training run is made::
 
     python benchmarks/gradient_snr.py --groups 48 --levels 2 3 4 -- KEY=VALUE ...
+
+With ``--draws N`` the gradient of each group is taken N times, with a noise of its own each time,
+and the variance of all weights together is divided into what the noise adds and what is left when
+it is averaged away: the choice of pictures and prompts. It says what training on the same pictures
+again can gain (``train.inner_epochs``).
 """
 
 from __future__ import annotations
@@ -48,6 +53,17 @@ def ratio(gradients: Tensor) -> float:
     return float(signal / (power.mean() - signal))
 
 
+def divided(gradients: Tensor) -> tuple[float, float, float]:
+    """Squared signal, variance by the pictures and variance by the noise of the gradient of one
+    group, from gradients ``[groups, draws, parameters]``; all unbiased."""
+    groups, draws, _ = gradients.shape
+    by_noise = float(gradients.var(1).sum(-1).mean())
+    means = gradients.mean(1)
+    between = float(means.var(0).sum())
+    signal = float(means.mean(0).square().sum()) - between / groups
+    return signal, between - by_noise / draws, by_noise
+
+
 def collect(
     model: PipelineModel, recipe: Recipe, groups: int
 ) -> tuple[Tensor, Conditioning, Tensor, list[Level]]:
@@ -77,6 +93,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="pocket-geneval")
     parser.add_argument("--groups", type=int, default=48)
     parser.add_argument("--levels", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--draws", type=int, default=1, help="of the noise, for each group")
     parser.add_argument("overrides", nargs="*", help="a.b=c")
     options = parser.parse_args()
     recipe = Recipe.load(options.recipe, options.overrides)
@@ -87,30 +104,49 @@ def main() -> None:
     for index, name in enumerate(policy._named):
         kinds[kind_of(name)].append(index)
     for number in options.levels:
-        found = []
-        for group, rows in enumerate(torch.arange(len(x0)).split(recipe.group_size)):
-            noise = torch.randn(1, *x0.shape[1:], generator=stream(recipe.seed, number, group))
-            noise = noise.expand_as(x0[rows])
-            xt = model.process.corrupt(x0[rows], noise, levels[number])
-            target = model.process.target(x0[rows], noise, levels[number])
-            error = (policy.predict(xt, levels[number], cond.rows(rows)) - target).square()
-            loss = (advantages[rows] * error.flatten(1).mean(1)).mean()
-            parameters = policy.parameters()
-            parts = torch.autograd.grad(loss, parameters, allow_unused=True)
-            found.append(
-                [
-                    torch.zeros_like(p) if g is None else g
-                    for g, p in zip(parts, parameters, strict=True)
-                ]
-            )
-        print(f"level {number} (sigma {levels[number].sigma:.3f})")
+        level = levels[number]
+        print(f"level {number} (sigma {level.sigma:.3f})")
+        found = [
+            [
+                gradients(policy, x0[rows], cond.rows(rows), advantages[rows], level, noise)
+                for noise in (
+                    torch.randn(1, *x0.shape[1:], generator=stream(recipe.seed, number, *place))
+                    for place in [(group,), *((group, n) for n in range(1, options.draws))]
+                )
+            ]
+            for group, rows in enumerate(torch.arange(len(x0)).split(recipe.group_size))
+        ]
+        if options.draws > 1:
+            every = torch.stack([torch.stack([flat(one) for one in group]) for group in found])
+            signal, pictures, noise = divided(every)
+            print(f"  signal^2 {signal:.3g}, variance by pictures {pictures:.3g}", end="")
+            print(f", by noise {noise:.3g} ({noise / (pictures + noise):.0%} of the variance)")
+            continue
         rows_of = {
-            kind: torch.stack([torch.cat([one[i].flatten() for i in where]) for one in found])
+            kind: torch.stack([torch.cat([one[i].flatten() for i in where]) for (one,) in found])
             for kind, where in kinds.items()
-            if kind.endswith("weight") and found[0][where[0]].ndim > 1
+            if kind.endswith("weight") and found[0][0][where[0]].ndim > 1
         }
-        for kind, gradients in sorted(rows_of.items(), key=lambda item: -ratio(item[1])):
-            print(f"  {kind:<48} {ratio(gradients):8.4f}  of {gradients.shape[1]:>7} weights")
+        for kind, of_groups in sorted(rows_of.items(), key=lambda item: -ratio(item[1])):
+            print(f"  {kind:<48} {ratio(of_groups):8.4f}  of {of_groups.shape[1]:>7} weights")
+
+
+def gradients(
+    policy: Policy, x0: Tensor, cond: Conditioning, advantages: Tensor, level: Level, noise: Tensor
+) -> list[Tensor]:
+    """Of ``mean_i A_i d_i`` of one group at one level, for every weight."""
+    process, noise = policy.model.process, noise.expand_as(x0)
+    xt = process.corrupt(x0, noise, level)
+    error = (policy.predict(xt, level, cond) - process.target(x0, noise, level)).square()
+    loss = (advantages * error.flatten(1).mean(1)).mean()
+    parameters = policy.parameters()
+    parts = torch.autograd.grad(loss, parameters, allow_unused=True)
+    pairs = zip(parts, parameters, strict=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in pairs]
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 if __name__ == "__main__":
