@@ -87,7 +87,8 @@ def table(
     out of the domain of what is trained."""
     others = list(dict.fromkeys(name for summary in summaries for name in summary.change))
     header = ["variant", "training minutes", "iterations", f"best {metric}"]
-    header += [f"minutes to {target:g}" for target in summaries[0].to_target]
+    targets = list(summaries[0].to_target)
+    header += [f"{what} to {target:g}" for target in targets for what in ("iterations", "minutes")]
     header += [f"change of {name}" for name in others]
     rows = []
     for summary in summaries:
@@ -96,9 +97,19 @@ def table(
         made = _range([end.iteration for end in ends], "d")
         changes = [cell(summary.change.get(name, Figure(None)), 3, sign=True) for name in others]
         name = f"{summary.name}: {variants[summary.name].what}"
-        times = [cell(costs["minutes"]) for costs in summary.to_target.values()]
+        times: list[str] = []
+        for target, costs in summary.to_target.items():
+            times += [_iterations(summary, target), cell(costs["minutes"])]
         rows.append([name, spent, made, cell(summary.best, 3), *times, *changes])
     return Table(title, header, rows)
+
+
+def _iterations(summary: Summary, target: float) -> str:
+    """Those that it took, from the fastest seed to the slowest; at least so many if one failed."""
+    there = [run.arrival(target) for run in summary.records]
+    if any(point is None for point in there):
+        return f">= {min(run.points[-1].iteration for run in summary.records)}"
+    return _range([point.iteration for point in there if point is not None], "d")
 
 
 def _range(values: Sequence[Any], form: str) -> str:
