@@ -8,8 +8,8 @@ The runs are those of ``dgpo compare``: finished ones are kept in benchmarks/res
 interrupted ones go on. The published figures have one thread each (OMP_NUM_THREADS=1).
 
 The first scores above the base model's are reached within a few iterations, fewer than lie between
-two evaluations. ``--early`` is about these: an evaluation after every iteration, until two in a row
-have reached 0.8 or the budget is spent.
+two evaluations. ``--early`` is about these: an evaluation after each of the first ten iterations,
+then after every fifth, until two in a row have reached 0.8 or the budget is spent.
 """
 
 from __future__ import annotations
@@ -44,8 +44,13 @@ GROUPS = (
     _rivals("crd", "diffusion_dpo", "best_of_n", "rwr"),
     _rivals("grpo_guard", "mix_grpo", "flow_dppo"),
 )
-EARLY = _rivals("turbo", "diffusion_nft", "awm", "flow_grpo")
-EARLY_SETTINGS = ("eval.every=1", "eval.metrics=[pocket_geneval_strict]", "samples.count=0")
+EARLY = _rivals("turbo", "flow_grpo")
+EARLY_SETTINGS = (
+    "eval.every=5",
+    "eval.at=[1, 2, 3, 4, 6, 7, 8, 9]",
+    "eval.metrics=[pocket_geneval_strict]",
+    "samples.count=0",
+)
 EARLY_TARGETS = (0.7, 0.75, 0.8)
 EARLY_MINUTES = 8
 ABOUT = """\
@@ -57,8 +62,8 @@ beside one other run. How each method's settings were found: [LOG.md](../LOG.md)
 """
 
 EARLY_ABOUT = """\
-An evaluation after every iteration (660 held-out prompts), until two in a row have reached 0.8, or
-8 minutes of training are spent. Ratios are over the costs of the first row, seed by seed. Made with
+An evaluation after each of the first ten iterations and then after every fifth (660 held-out prompts),
+until two in a row have reached 0.8 or 8 minutes of training are spent. Ratios are over the costs of the first row, seed by seed. Made with
 
     {command}
 """
