@@ -62,8 +62,9 @@ beside one other run. How each method's settings were found: [LOG.md](../LOG.md)
 """
 
 EARLY_ABOUT = """\
-An evaluation after each of the first ten iterations and then after every fifth (660 held-out prompts),
-until two in a row have reached 0.8 or 8 minutes of training are spent. Ratios are over the costs of the first row, seed by seed. Made with
+An evaluation after each of the first ten iterations and then after every fifth (660 held-out
+prompts), until two in a row have reached 0.8 or 8 minutes of training are spent. Ratios are over
+the costs of the first row, seed by seed. Made with
 
     {command}
 """
