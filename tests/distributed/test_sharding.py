@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,22 @@ from dgpo.models.arguments import denoisers_of
 from dgpo.recipe import Recipe
 from dgpo.rewards.stand_in import brightness
 from distributed import together
-from distributed.together import all_well, alone, apart, check_figures, run, train, weights
+from distributed.together import (
+    all_well,
+    alone,
+    apart,
+    check_figures,
+    run,
+    train,
+    train_ragged,
+    weights,
+)
 from families.audio import stable_audio
 from tiny_runs import settings
 
 SHARDED: dict[str, Any] = {"train": {"sharding": "fsdp2"}}
 LORA: dict[str, Any] = {"lora": {"rank": 4, "alpha": 12}}
+ON_COGVIEW = {"rank": 4, "alpha": 12, "targets": ["to_q", "to_v"]}
 
 
 @pytest.mark.parametrize("name", ["dgpo", pytest.param("flow_grpo", marks=pytest.mark.slow)])
@@ -75,6 +86,24 @@ def test_a_lora_on_a_frozen_base_in_pieces(name: str, tmp_path: Path) -> None:
     print(f"{name}, a LoRA on a base in two pieces: {off:.1e}")  # docs/scaling.md quotes it
     assert off < 1e-5
     check_figures(whole, pieces, 1e-3, counts=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, ON_COGVIEW], ids=["all weights", "a LoRA"])
+def test_prompts_of_different_length_without_a_mask(lora: Any, tmp_path: Path) -> None:
+    """A process whose prompts have one length makes a pass for nothing beside one that has two."""
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    alone(train_ragged, whole, whole, {"lora": lora})
+    all_well(2, train_ragged, pieces, pieces, {"lora": lora, **SHARDED})
+    one, two = weights(whole), weights(pieces)
+    gradients = [name for name in one if name.endswith("exp_avg")]  # the first step's, averaged
+    largest = max(float(one[name].abs().max()) for name in gradients)
+    off = max(float((one[name] - two[name]).abs().max()) for name in gradients) / largest
+    print(f"prompts of two lengths, lora {lora}: {off:.1e}")  # docs/scaling.md quotes it
+    assert largest > 0 and off < 1e-5
+    check_figures(whole, pieces, 1e-4, counts=False)
+    asked = [json.loads((pieces / f"lengths-{rank}.json").read_text()) for rank in range(2)]
+    assert len(asked[0]) == len(asked[1]) and [len(set(lengths)) for lengths in asked] == [1, 2]
 
 
 def test_pipelines_that_are_given_the_text_at_every_call_are_refused(tmp_path: Path) -> None:

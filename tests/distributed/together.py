@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import socket
@@ -23,7 +24,7 @@ from dgpo.distributed.processes import here, leave
 from dgpo.evaluation.benchmarks import Benchmark
 from dgpo.rewards.stand_in import brightness
 from dgpo.trainer import Trainer
-from families.tiny import sd3_small, sd15
+from families.tiny import build, sd3_small, sd15
 from reliable import ALGORITHMS, processes
 from tiny_runs import PROMPTS, rows, settings
 
@@ -162,6 +163,34 @@ def run(
 
 def train(folder: Path, name: str, changes: dict[str, Any] | None = None) -> None:
     run(folder, name, **(changes or {})).train()
+
+
+RAGGED = [
+    "a cat",
+    "a photo of the red dog on the small blue house on the big table of the cat",
+    "red dog",
+]
+"""Of different length where a pipeline takes no mask."""
+
+
+def train_ragged(folder: Path, changes: dict[str, Any]) -> None:
+    """Train a pipeline that makes a pass of its own for each length of a prompt, for one iteration;
+    the lengths of its training passes go to a file of each process."""
+    changes = {**(changes or {}), "group_size": 3, "groups_per_iteration": 3}
+    changes["train"] = {**changes.get("train", {}), "iterations": 1}
+    recipe = settings(**changes, eval={"at_start": True}, run={"dir": str(folder)})
+    trainer = Trainer(build("cogview4"), brightness, RAGGED, RAGGED, recipe=recipe)
+    (denoiser,) = trainer.model.denoisers.values()
+    lengths: list[int] = []
+
+    def note(module: Any, inputs: Any, named: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            lengths.append(named["encoder_hidden_states"].shape[1])
+
+    denoiser.register_forward_pre_hook(note, with_kwargs=True)
+    trainer.train()
+    file = folder / f"lengths-{os.environ.get('RANK', 0)}.json"
+    file.write_text(json.dumps(lengths))
 
 
 def train_with(folder: Path, reward: Any, changes: dict[str, Any]) -> None:

@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from dgpo.core.sde import FlowSDE
-from dgpo.errors import UserError
-from dgpo.models import pipeline
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.sde_schedulers import make_sde_scheduler, with_noise
 from dgpo.rewards.stand_in import brightness
@@ -82,10 +80,45 @@ def test_a_run_trains_on_prompts_of_any_length(tmp_path: Path) -> None:
     assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_sharded_weights_want_prompts_of_one_length(
-    model: PipelineModel, monkeypatch: pytest.MonkeyPatch
+class Another:
+    """A run of two processes, the other of which makes so many calls."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+
+    def gather(self, value: int, what: str) -> list[int]:
+        return [value, self.calls]
+
+
+@pytest.mark.parametrize("prompts", [[SHORT, OTHER], [SHORT, LONG]])
+def test_calls_for_nothing_change_nothing(
+    model: PipelineModel, monkeypatch: pytest.MonkeyPatch, prompts: list[str]
 ) -> None:
-    monkeypatch.setattr(pipeline, "any_sharded", lambda modules: True)
-    model.encode([SHORT, OTHER], guidance=True)
-    with pytest.raises(UserError, match=r"fsdp2.*one length"):
-        model.encode([SHORT, LONG], guidance=True)
+    """Beside a process that makes three calls, of pieces of the weights, this one does, too."""
+    cond = model.encode(prompts, guidance=True)
+
+    def gradient() -> tuple[torch.Tensor, torch.Tensor]:
+        xt = made.steps[1].sample.clone().requires_grad_(True)
+        out = model.predict(xt, made.steps[1].level, cond)
+        out.square().sum().backward()
+        assert xt.grad is not None
+        return out.detach(), xt.grad
+
+    made = samples(model, prompts, [0, 1])
+    alone = gradient()
+    (denoiser,) = model.denoisers.values()
+    passes = []
+    hook = denoiser.register_forward_hook(lambda *_: passes.append("forward"))
+    back = denoiser.register_full_backward_hook(lambda *_: passes.append("backward"))
+    monkeypatch.setattr(model, "_processes", Another(3))
+    try:
+        beside = samples(model, prompts, [0, 1])
+        assert passes == 3 * 3 * ["forward"]
+        passes.clear()
+        together = gradient()
+        assert passes == 3 * ["forward"] + 3 * ["backward"]
+    finally:
+        hook.remove()
+        back.remove()
+    assert torch.equal(beside.x0, made.x0) and len(beside.images or []) == 2
+    assert all(map(torch.equal, together, alone))

@@ -46,6 +46,7 @@ def shard(denoisers: Mapping[str, nn.Module], processes: Processes, device: torc
             # also of the root: its weights, gathered for a rollout, would be stale after a step
             sharded = fully_shard(module, mesh=mesh, reshard_after_forward=True)
             sharded.set_gradient_divide_factor(1.0)  # a sum, as micro-batches are summed
+            sharded.set_force_sum_reduction_for_comms(True)  # gloo has no other, in float32
             if processes.watch is not None:
                 _report(module, ".".join(filter(None, (name, titles[module]))), processes.watch)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dgpo.core.process import Level, Process
+from dgpo.distributed.processes import ALONE, Processes
 from dgpo.distributed.sharding import any_sharded
 from dgpo.errors import UserError
 from dgpo.media import media_of
@@ -70,6 +71,8 @@ class PipelineModel:
         call: extra keyword arguments of the pipeline's call (``height``, ``width``,
             ``max_sequence_length``, ...). What ``encode_prompt`` takes reaches it too.
         prompt_cache: a folder in which prompt embeddings are kept; None: in memory alone.
+        processes: those over which the weights of the denoiser are spread, if they are. Rollouts
+            and predictions are collective then.
 
     Raises:
         UserError: the pipeline cannot be trained, or ``call`` holds an argument it does not take.
@@ -81,9 +84,11 @@ class PipelineModel:
         *,
         call: Mapping[str, Any] | None = None,
         prompt_cache: str | Path | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.pipe = pipe
         self.denoisers: dict[str, nn.Module] = denoisers_of(pipe)
+        self._processes = processes if any_sharded(self.denoisers.values()) else ALONE
         self.process: Process = process_of(pipe.scheduler)
         self.call = dict(call or {})
         check_call(pipe, self.call)
@@ -124,17 +129,9 @@ class PipelineModel:
         Each distinct prompt is encoded once in the life of this object, while memory allows.
 
         Raises:
-            UserError: no prompts, pictures for some of them only, or prompts that need calls of
-                their own while the denoiser is sharded.
+            UserError: no prompts, or pictures for some of them only.
         """
         cond = self._encoder.encode(prompts, guidance)
-        if cond.ragged and any_sharded(self.denoisers.values()):
-            raise UserError(
-                f"train.sharding = 'fsdp2': {type(self.pipe).__name__} takes no mask, so that each "
-                "length of a prompt needs a pass of its own, while with sharded weights all "
-                "processes must make the same; give prompts of one length, or use "
-                "train.sharding = none"
-            )
         return by_picture.with_pictures(cond, prompts, self.parameters)
 
     def check_pictures(self, prompts: Sequence[str]) -> None:
@@ -208,7 +205,7 @@ class PipelineModel:
         """
         if generators is not None and len(generators) != cond.size:
             raise UserError(f"got {len(generators)} generators for {cond.size} rows")
-        rows = by_picture.parts(cond, self._one_row)
+        rows, spare = self._parts(cond)
         made = [
             self._rollout(
                 cond.rows(part) if len(rows) > 1 else cond,
@@ -216,12 +213,12 @@ class PipelineModel:
                 guidance_scale,
                 by_picture.for_rows(scheduler, part),
                 None if generators is None else [generators[row] for row in part.tolist()],
-                decode,
+                decode and place < len(rows),
                 record,
             )
-            for part in rows
+            for place, part in enumerate([*rows, *spare])
         ]
-        return by_picture.joined(made, rows)
+        return by_picture.joined(made[: len(rows)], rows)
 
     def _rollout(
         self,
@@ -272,14 +269,23 @@ class PipelineModel:
         """
         if xt.shape[0] != cond.size:
             raise ValueError(f"got {xt.shape[0]} samples and conditioning for {cond.size}")
-        rows = by_picture.parts(cond, self._one_row)
-        if len(rows) == 1:
+        rows, spare = self._parts(cond)
+        if len(rows) == 1 and not spare:
             return self.evaluate(xt, level.timestep, self.arguments(cond, guidance_scale))
         made = [
             self.evaluate(xt[part], level.timestep, self.arguments(cond.rows(part), guidance_scale))
-            for part in rows
+            for part in [*rows, *spare]
         ]
-        return by_picture.in_order(made, rows)
+        for other in made[len(rows) :]:  # their backward passes are made, too
+            made[0] = made[0] + 0 * other.flatten()[0]
+        return by_picture.in_order(made[: len(rows)], rows)
+
+    def _parts(self, cond: Conditioning) -> tuple[list[Tensor], list[Tensor]]:
+        """The rows that share a call, and those of calls for nothing: while the weights are spread
+        over processes, all of these make as many calls as the one that has most. Collective."""
+        rows = by_picture.parts(cond, self._one_row)
+        counts = self._processes.gather(len(rows), "a pass of sharded weights (train.sharding)")
+        return rows, rows[:1] * (max(counts) - len(rows))
 
     def has_guidance(self, cond: Conditioning) -> bool:
         """Whether classifier-free guidance can be switched on for this conditioning."""

@@ -105,7 +105,12 @@ def load_model(
         check_vae(pipe, dtype_of(memory.vae_precision))
     checkpoints.look_at(pipe.components)
     place(pipe, denoisers_of(pipe), recipe, processes, not given)
-    made = PipelineModel(pipe, call=recipe.rollout.call, prompt_cache=recipe.prompt_cache)
+    made = PipelineModel(
+        pipe,
+        call=recipe.rollout.call,
+        prompt_cache=recipe.prompt_cache,
+        processes=processes,
+    )
     save_memory(pipe, made.denoisers, recipe.memory)
     return made
 
