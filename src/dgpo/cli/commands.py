@@ -19,6 +19,7 @@ from dgpo.cli.common import (
     Lora,
     Model,
     Precision,
+    VaePrecision,
     check_file,
     is_main_process,
     load,
@@ -161,6 +162,7 @@ def evaluate(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures made at once.")] = 128,
     precision: Precision = "float32",
+    vae_precision: VaePrecision = None,
     device: Device = None,
 ) -> None:
     """Score a model on held-out prompts by a pinned protocol."""
@@ -184,7 +186,7 @@ def evaluate(
     metrics = Metrics(protocol.metrics)
     metrics.check(rows)  # before the pictures are made
     processes = here()
-    pipe = load(model, lora, precision, device or str(processes.device))
+    pipe = load(model, lora, precision, device or str(processes.device), vae_precision)
     scheduler = protocol.scheduler and make_scheduler(protocol.scheduler, pipe.scheduler)
     sampling = Sampling(protocol.steps, protocol.guidance_scale, scheduler, batch)
     policy = PipelineModel(pipe, call=protocol.call)
@@ -218,6 +220,7 @@ def check(
         typer.Option("--mask", metavar="FILE", help="For a pipeline that paints in a mask."),
     ] = None,
     precision: Precision = "float32",
+    vae_precision: VaePrecision = None,
     device: Device = None,
 ) -> None:
     """Prove that a model can be trained, by training it for a moment.
@@ -237,7 +240,7 @@ def check(
     from dgpo.models.pipeline import PipelineModel
 
     found = examine(
-        lambda: load(model, None, precision, device),
+        lambda: load(model, None, precision, device, vae_precision),
         lambda pipe: PipelineModel(pipe, call=arguments),
         pictures.get("image"),
         pictures.get("mask"),

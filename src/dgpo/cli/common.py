@@ -25,6 +25,14 @@ Lora = Annotated[
     typer.Option("--lora", metavar="DIR", help="A trained LoRA: a run folder, or its lora/."),
 ]
 Precision = Annotated[str, typer.Option(metavar="P", help="float32, bfloat16 or float16.")]
+VaePrecision = Annotated[
+    str | None,
+    typer.Option(
+        metavar="P",
+        help="Of the autoencoder, as memory.vae_precision; a Wan VAE is meant for float32. "
+        "Default: as --precision.",
+    ),
+]
 Device = Annotated[
     str | None, typer.Option(metavar="D", help="Default: cuda if there is one, else cpu.")
 ]

@@ -11,7 +11,16 @@ from typing import Annotated, Any
 
 import typer
 
-from dgpo.cli.common import Device, Lora, Model, Precision, check_folder, load, prompt_rows
+from dgpo.cli.common import (
+    Device,
+    Lora,
+    Model,
+    Precision,
+    VaePrecision,
+    check_folder,
+    load,
+    prompt_rows,
+)
 from dgpo.errors import UserError
 from dgpo.recipe.files import apply_overrides
 from dgpo.recipe.sections import SampleSettings
@@ -66,6 +75,7 @@ def sample(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures made at once.")] = 8,
     precision: Precision = "float32",
+    vae_precision: VaePrecision = None,
     device: Device = None,
 ) -> None:
     """Make one picture, video or sound of each prompt: DIR/00000.png (mp4, wav), 00001.png, ..."""
@@ -76,7 +86,7 @@ def sample(
         **{key: value for key, value in size.items() if value},
         **apply_overrides({}, call or []),
     }
-    pipe = load(model, lora, precision, device)
+    pipe = load(model, lora, precision, device, vae_precision)
     if guidance_scale is not None:
         make = _guided(pipe, given, steps, guidance_scale)
     else:
@@ -131,10 +141,11 @@ def _guided(pipe: Any, call: Mapping[str, Any], steps: int | None, scale: float)
 def _called(pipe: Any, call: Mapping[str, Any], texts: Sequence[str], seeds: Sequence[int]) -> Any:
     from dgpo.media import media_of
     from dgpo.models.by_picture import pictures_for
+    from dgpo.models.vae_precision import vae_in_its_precision
 
     pictures = pictures_for(pipe, texts)
     given = {"prompt": list(texts), "generator": _generators(seeds), "return_dict": False}
-    with _said(pipe, call):
+    with _said(pipe, call), vae_in_its_precision(pipe):
         return media_of(pipe(**given, **pictures, **call)[0], pipe)
 
 

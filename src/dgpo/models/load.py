@@ -15,6 +15,7 @@ from dgpo.models.quantization import Quantization, quantized
 from dgpo.registry import MODELS, resolve
 
 Precision = Literal["float32", "bfloat16", "float16"]
+_VAE_PRECISION = "memory.vae_precision (--vae-precision)"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -38,7 +39,7 @@ def load_pipeline(
             precision is asked of an autoencoder that is not there.
     """
     dtype = dtype_of(precision)
-    vae_dtype = None if vae_precision is None else dtype_of(vae_precision)
+    vae_dtype = None if vae_precision is None else dtype_of(vae_precision, _VAE_PRECISION)
     pipe = _loaded(name, dtype, quantization, vae_dtype)
     if vae_dtype is not None:
         check_vae(pipe, vae_dtype)
@@ -53,9 +54,9 @@ def check_vae(pipe: Any, dtype: torch.dtype) -> None:
     """
     vae = getattr(pipe, "vae", None)
     if vae is None or vae.dtype != dtype:
-        found = (
-            "no vae; use null" if vae is None else f"one in {vae.dtype}; use pipe.vae.to({dtype})"
-        )
+        found = f"no vae; leave {_VAE_PRECISION} out"
+        if vae is not None:
+            found = f"one in {vae.dtype}; use pipe.vae.to({dtype})"
         name = str(dtype).removeprefix("torch.")
         raise UserError(f"memory.vae_precision = {name!r}: {type(pipe).__name__} has {found}")
 
@@ -92,14 +93,18 @@ def _loaded(
         ) from error
 
 
-def dtype_of(precision: Precision) -> torch.dtype:
-    """The type of all weights.
+def dtype_of(precision: Precision, setting: str = "precision") -> torch.dtype:
+    """The type of weights.
+
+    Args:
+        precision: its name.
+        setting: what the user calls it.
 
     Raises:
         UserError: there is no such precision.
     """
     if precision not in _DTYPES:
-        raise UserError(f"precision: {precision!r} is not one of {', '.join(_DTYPES)}")
+        raise UserError(f"{setting}: {precision!r} is not one of {', '.join(_DTYPES)}")
     return _DTYPES[precision]
 
 
