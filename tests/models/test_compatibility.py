@@ -135,6 +135,37 @@ def test_a_lora_that_is_read_with_another_strength(monkeypatch: Any) -> None:
     assert examined().answers["LoRA file"].verdict == "no"
 
 
+def in_half(name: str) -> Any:
+    """In bfloat16, but for the autoencoder; samples of Wan are float32 all the same."""
+    pipe = build(name)
+    for part, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module) and part != "vae":
+            module.to(torch.bfloat16)
+    return pipe
+
+
+# SD3's objective hears nothing of small steps there
+@pytest.mark.parametrize("name", ["wan", pytest.param("sd3", marks=pytest.mark.slow)])
+def test_half_precision_rounds_and_is_no_difference(name: str) -> None:
+    found = examine(partial(in_half, name), partial(tiny_model, name))
+    assert verdicts(found) == dict.fromkeys(QUESTIONS, "yes"), str(found)
+    assert "bit for bit in float32, within" in found.answers["LoRA file"].figures
+
+
+@pytest.mark.slow
+def test_a_lora_that_is_read_with_another_strength_in_half_precision(monkeypatch: Any) -> None:
+    own = lora.load
+
+    def weaker(pipe: Any, folder: Any) -> Any:
+        how = own(pipe, folder)
+        pipe.set_adapters(pipe.get_active_adapters(), [0.9])
+        return how
+
+    monkeypatch.setattr(lora, "load", weaker)
+    found = examine(partial(in_half, "wan"), partial(tiny_model, "wan"))
+    assert found.answers["LoRA file"].verdict == "no"
+
+
 def test_a_reference_of_one_expert_that_is_not_the_base(monkeypatch: Any) -> None:
     own = Policy.predict
     seen: list[str] = []

@@ -160,13 +160,17 @@ def _checked(
     if not report.ok:
         raise UserError(f"model: evaluating the pipeline does not repeat its rollout\n{report}")
     # half precision rounds the sample itself at every step
-    narrow = any(p.dtype.itemsize < 4 for d in model.denoisers.values() for p in d.parameters())
-    if not report.step_error <= (5e-2 if narrow else 1e-3):
+    if not report.step_error <= (5e-2 if is_narrow(model) else 1e-3):
         raise UserError(
             "model: the scheduler does not integrate what would be trained (another sign, scale "
             f"or direction of the output)\n{report}"
         )
     return report
+
+
+def is_narrow(model: PipelineModel) -> bool:
+    """Whether the denoiser computes in half precision, though its samples may be wider."""
+    return any(p.dtype.itemsize < 4 for d in model.denoisers.values() for p in d.parameters())
 
 
 def _own_or_first_order(base: Any) -> Any:

@@ -149,8 +149,7 @@ def _nearest(target: str, names: Sequence[str]) -> list[str]:
 
 def adapted_layers(denoisers: Mapping[str, nn.Module]) -> int:
     """The number of layers that have a LoRA."""
-    modules = (m for denoiser in denoisers.values() for m in denoiser.modules())
-    return sum(isinstance(m, LoraLayer) for m in modules)
+    return len(list(_layers_in(denoisers)))
 
 
 @contextmanager
@@ -210,6 +209,35 @@ def blended(layers: Sequence[LoraLayer]) -> Iterator[None]:
             with all_or_nothing():
                 for holder, weight in zip(holders, kept, strict=True):
                     holder._parameters["weight"] = weight
+
+
+@torch.no_grad()
+def rounded(denoisers: Mapping[str, nn.Module]) -> None:
+    """Round every LoRA to the precision of its denoiser, as it is when a pipeline loads it."""
+    for layer in _layers_in(denoisers):
+        dtype = _base(layer).dtype
+        for weight in _own(layer):
+            weight.copy_(weight.to(dtype))
+
+
+@torch.no_grad()
+def widened(denoisers: Mapping[str, nn.Module]) -> None:
+    """Compute with every LoRA in float32, as in training, whatever a pipeline has made of it."""
+    for layer in _layers_in(denoisers):
+        for weight in _own(layer):
+            weight.data = weight.data.float()
+
+
+def _layers_in(denoisers: Mapping[str, nn.Module]) -> Iterator[LoraLayer]:
+    for denoiser in denoisers.values():
+        yield from (module for module in denoiser.modules() if isinstance(module, LoraLayer))
+
+
+def _own(layer: LoraLayer) -> Iterator[nn.Parameter]:
+    """The weights of a layer's LoRA."""
+    base = {id(weight) for weight in layer.get_base_layer().parameters()}
+    module: Any = layer
+    yield from (weight for weight in module.parameters() if id(weight) not in base)
 
 
 def _base(layer: LoraLayer) -> nn.Parameter:

@@ -22,7 +22,7 @@ _STEPS = 3
 
 
 def two_iterations(
-    policy: Policy, prompts: Sequence[Prompt], levels: int
+    policy: Policy, prompts: Sequence[Prompt], levels: int, lr: float = 1e-3
 ) -> list[tuple[float, float]]:
     """DGPO's objective in two iterations, each with rollouts of the weights as they are by then:
     on the points of the iteration, before its update and after it.
@@ -31,6 +31,7 @@ def two_iterations(
         policy: what is trained.
         prompts: a group each.
         levels: of a rollout; all are trained, so that every expert has its part.
+        lr: of the two steps.
 
     Raises:
         UserError: the samples of all groups are alike.
@@ -43,7 +44,7 @@ def two_iterations(
             "groups_per_iteration": 2,
             "rollout": {"steps": _STEPS},
             # without momentum: a step goes down on its own points, whatever the one before it did
-            "train": {"iterations": 2, "lr": 1e-3, "betas": (0.0, 0.999)},
+            "train": {"iterations": 2, "lr": lr, "betas": (0.0, 0.999)},
             "algorithm": {"name": "dgpo", **algorithm.model_dump()},
         }
     )
