@@ -23,6 +23,7 @@ from dgpo.planning.counts import calls_of
 from dgpo.planning.live import peak_bytes
 from dgpo.planning.memory import Estimate, Memory
 from dgpo.planning.skeleton import bytes_of, skeleton
+from dgpo.preferences import GroupWriter
 from dgpo.prompts import load_prompts
 from dgpo.recipe import Recipe
 from dgpo.trainer import Trainer
@@ -214,6 +215,10 @@ def test_the_command_prints_it(prompts: Path) -> None:
         ({"prompts": {"train": "nowhere.txt"}}, r"nowhere\.txt"),
         ({"model": "nowhere"}, "nowhere"),
         ({"rollout": {"guidance_scale": 2.0}, "model": "families.audio:ace_step"}, "remembers"),
+        (
+            {"train": {"sharding": "fsdp2"}, "model": "families.audio:ace_step"},
+            r"train\.sharding = 'fsdp2': AceStepPipeline is given one text a call",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_error(
@@ -227,6 +232,29 @@ def test_what_cannot_be_is_one_error(
         changes["lora"] = {"rank": 4, "alpha": 8, **changes["lora"]}
     with pytest.raises(UserError, match=message):
         make_plan(recipe(rows=prompts, **changes), 0)
+
+
+def test_a_row_that_names_another_reward_is_refused(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "red dog", "rewards": ["rednes"]}')
+    with pytest.raises(UserError, match=r"'red dog'.*rednes.*brightness"):
+        make_plan(recipe("families.tiny:sd3_small", rows), 0)
+
+
+def test_groups_that_were_ranked_before_are_not_sampled(tmp_path: Path, prompts: Path) -> None:
+    writer = GroupWriter(tmp_path / "groups")
+    for text in WORDS:
+        writer.add(text, [Image.new("RGB", (16, 16), color) for color in ("red", "blue")], [0, 1])
+    given: dict[str, Any] = {
+        "data": {"preferences": str(tmp_path / "groups")},
+        "group_size": 2,
+        "rollout": {"steps": 3, "call": {"height": 16, "width": 16}},
+    }
+    made = make_plan(recipe("families.tiny:sd3_small", prompts, **given), 0)
+    assert made.counts.rollout == 0 and "rollout" not in made.memory.phases
+    assert made.counts.backward == 2 * 2 * 2 and "groups of 2, ranked before" in str(made)
+    with pytest.raises(UserError, match=r"group 1 .* has 2 pictures and group_size = 3"):
+        make_plan(recipe("families.tiny:sd3_small", prompts, **{**given, "group_size": 3}), 0)
 
 
 def test_peaks_are_those_of_tensors_that_live_together() -> None:

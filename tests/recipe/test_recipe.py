@@ -156,6 +156,14 @@ def test_broken_overrides(override):
             {"train": {"sharding": "fsdp2", "sum_gradients": "micro_batch"}, "lora": {"rank": 4}},
             ["train.sum_gradients = 'micro_batch'", "lora: null"],
         ),
+        (
+            {"train": {"sharding": "fsdp2"}, "memory": {"quantization": "torchao_int8"}},
+            ["memory.quantization = 'torchao_int8'", "train.sharding = 'fsdp2'", "null"],
+        ),
+        (
+            {"train": {"sharding": "fsdp2"}, "memory": {"snapshot_device": "cpu"}},
+            ["memory.snapshot_device = 'cpu'", "train.sharding: none"],
+        ),
         ({1: 2}, ["key 1"]),
     ],
 )

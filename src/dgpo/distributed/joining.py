@@ -30,8 +30,7 @@ def join(
     Raises:
         UserError: it cannot, or they have not.
     """
-    if recipe.train.sharding == "fsdp2":
-        _refuse_with_sharding(recipe, prompts)
+    refuse_unshardable(recipe, prompts)
     if processes.alone:
         return
     if processes.watch is not None:
@@ -74,12 +73,7 @@ def place(
         if moves:
             pipe.to(processes.device)
         return
-    if encodes_itself(pipe):
-        raise UserError(
-            f"train.sharding = 'fsdp2': {type(pipe).__name__} is given one text a call, so "
-            "processes with other texts make other numbers of passes, and with sharded weights all "
-            "must make the same; use train.sharding = none"
-        )
+    refuse_unshardable(recipe, (), pipe)
     device = processes.device
     for name, module in pipe.components.items():
         if not isinstance(module, nn.Module):
@@ -94,13 +88,28 @@ def place(
     shard(denoisers, processes, device)
 
 
-def _refuse_with_sharding(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
-    memory, where = recipe.memory, "train.sharding = 'fsdp2'"
-    for name in ("quantization", "snapshot_device"):
-        if (value := getattr(memory, name)) is not None:
-            raise UserError(f"{where}: memory.{name} = {value!r} is not possible with it; use null")
+def refuse_unshardable(recipe: Recipe, prompts: Sequence[Prompt], pipe: Any = None) -> None:
+    """See that a denoiser in pieces can be given these prompts by this pipeline.
+
+    Args:
+        recipe: ``train.sharding`` is read.
+        prompts: some or none.
+        pipe: the pipeline, once it is there.
+
+    Raises:
+        UserError: processes would make different numbers of passes.
+    """
+    if recipe.train.sharding == "none":
+        return
+    where = "train.sharding = 'fsdp2'"
     if any(pictures_of(prompt.text) for prompt in prompts):
         raise UserError(
             f"{where}: prompts with pictures need as many passes as there are pictures, and with "
             "sharded weights all processes must make the same; use train.sharding = none"
+        )
+    if pipe is not None and encodes_itself(pipe):
+        raise UserError(
+            f"{where}: {type(pipe).__name__} is given one text a call, so processes with other "
+            "texts make other numbers of passes, and with sharded weights all must make the same; "
+            "use train.sharding = none"
         )

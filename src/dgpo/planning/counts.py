@@ -18,7 +18,7 @@ class Counts:
 
     Args:
         images: pictures of an iteration.
-        rollout: forward passes that make them.
+        rollout: forward passes that make them; none where they were ranked before.
         training: forward passes of the update, those without gradients included.
         backward: backward passes.
         evaluation: forward passes of one evaluation.
@@ -71,7 +71,7 @@ def count(recipe: Recipe, samplers: Samplers, held_out: int) -> Counts:
     eval_guidance = rollout.guidance_scale if own.guidance_scale is None else own.guidance_scale
     eval_steps = calls_of(samplers.evaluation, own.steps or rollout.steps, samplers.strength)
     steps = calls_of(samplers.rollout, rollout.steps, samplers.strength)
-    sampled = images * steps * _passes(rollout.guidance_scale)
+    sampled = recipe.images_sampled * steps * _passes(rollout.guidance_scale)
     points = _points(recipe)
     return Counts(
         images=images,

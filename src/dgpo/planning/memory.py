@@ -112,7 +112,7 @@ class Estimate:
             "rewards": 0 if recipe.memory.offload_rewards else self._rewards(),
         }
         phases = {
-            "rollout": self._phase("rollout", self._rollout),
+            "rollout": self._phase("rollout", self._rollout) if recipe.images_sampled else 0,
             "training": self._phase("training", self._training),
             "evaluation": self._phase("evaluation", self._evaluation) if self._held_out else 0,
             "encoding": sum(self._weights[name] for name in freed),

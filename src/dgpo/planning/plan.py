@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dgpo.distributed.joining import refuse_unshardable
 from dgpo.errors import UserError
 from dgpo.evaluation import Metrics
 from dgpo.models.lora import adapted_layers
@@ -20,9 +21,11 @@ from dgpo.planning.process import libraries
 from dgpo.planning.skeleton import parameters_in, skeleton
 from dgpo.prompts import load_prompts, refuse_sizes
 from dgpo.recipe import Recipe
-from dgpo.rewards import load_rewards
+from dgpo.rewards import RewardSet, load_rewards
+from dgpo.rewards.mixing import routed
 from dgpo.training.collection import rollout_scheduler
 from dgpo.training.held_out import eval_sampler
+from dgpo.training.offline import ranked_prompts
 
 _WAYS_OUT = {
     "training": "train.micro_batch, memory.gradient_checkpointing",
@@ -97,8 +100,9 @@ class Plan:
         c, recipe = self.counts, self.recipe
         groups, size = recipe.groups_per_iteration, recipe.group_size
         run = c.iterations * c.forwards
+        ranked = ", ranked before" * (recipe.data.preferences is not None)
         rows = {
-            "images": f"{c.images:,}  {groups} groups of {size}",
+            "images": f"{c.images:,}  {groups} groups of {size}{ranked}",
             "forward passes": f"{c.forwards:,}  {c.rollout:,} rollout, {c.training:,} training",
             "backward passes": f"{c.backward:,}",
             "an evaluation": f"{c.evaluation:,}  forward passes, {self.prompts[1]} prompts",
@@ -141,13 +145,17 @@ def make_plan(recipe: Recipe, process: int | None = None) -> Plan:
         UserError: whatever the run would refuse before it starts and that can be seen without
             weights: files, names, LoRA targets, sizes, samplers, rewards.
     """
-    rewards = load_rewards(recipe.rewards)
+    offline = recipe.data.preferences is not None
+    rewards = load_rewards(recipe.rewards) if recipe.rewards or not offline else RewardSet([])
     Metrics(recipe.eval.metrics or rewards)
-    rows = load_prompts(recipe.prompts.train)
+    rows = ranked_prompts(recipe) if offline else load_prompts(recipe.prompts.train)
     held_out = [] if recipe.prompts.eval is None else load_prompts(recipe.prompts.eval)
     held_out = held_out[: recipe.eval.limit]
-    refuse_sizes([*rows, *held_out], recipe.rollout.call)
+    refuse_sizes([*([] if offline else rows), *held_out], recipe.rollout.call)
+    routed([] if offline else rows, rewards.weights)
+    refuse_unshardable(recipe, rows)
     pipe = skeleton(recipe.model, recipe.precision, recipe.memory.vae_precision)
+    refuse_unshardable(recipe, (), pipe)
     parameters = {
         name: parameters_in(part)
         for name, part in pipe.components.items()

@@ -203,6 +203,13 @@ def _between_sections(recipe: Recipe) -> list[str]:
             "weights, and rounded ones cannot be; use a LoRA, or null"
         )
     train = recipe.train
+    if train.sharding != "none":
+        lines += [
+            f"memory.{name} = {value!r}: not possible with train.sharding = {train.sharding!r}; "
+            "use null, or train.sharding: none"
+            for name in ("quantization", "snapshot_device")
+            if (value := getattr(recipe.memory, name)) is not None
+        ]
     if train.sum_gradients != "step" and (train.sharding == "none" or recipe.lora is not None):
         lines.append(
             f"train.sum_gradients = {train.sum_gradients!r}: only weights that are sharded and "
