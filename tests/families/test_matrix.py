@@ -5,10 +5,13 @@ The quick tests ask a few families; ``make test-all`` asks all. Each family is e
 
 from __future__ import annotations
 
+import ast
+import inspect
 from pathlib import Path
 
 import pytest
 
+from dgpo.models import families
 from dgpo.models.compatibility import QUESTIONS
 from families.table import examined, row
 from families.tiny import TINY
@@ -36,6 +39,15 @@ def test_the_answer_is_yes_or_a_refusal_that_says_why(name: str, question: str) 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_page_says_so(name: str) -> None:
     assert row(name) in PAGE.read_text(encoding="utf-8").splitlines()
+
+
+def test_no_override_of_a_family_is_longer_than_four_lines() -> None:
+    tree = ast.parse(inspect.getsource(families))
+    tables = [node.value for node in tree.body if isinstance(node, ast.AnnAssign)]
+    (table,) = [value for value in tables if isinstance(value, ast.Dict)]
+    entries = [value for value in table.values if isinstance(value, ast.Call)]
+    assert len(entries) == len(families.FAMILIES) > 0
+    assert all(1 + (entry.end_lineno or 0) - entry.lineno <= 4 for entry in entries)
 
 
 def test_the_fast_families_cover_both_kinds_of_denoiser_and_all_processes() -> None:
