@@ -89,7 +89,7 @@ class Trainer:
         self.sampler = PromptSampler(self.prompts, per_iteration, self.recipe.seed)
         join(self.recipe, self.processes, self.rewards, self.prompts)
 
-        self.model = load_model(self.recipe, model, self._checkpoints, self.processes)
+        self.model = load_model(self.recipe, model, self._checkpoints, self.processes, data.texts)
         self.scheduler = make_scheduler(self.recipe.rollout.scheduler, self.model.pipe.scheduler)
         """The deterministic sampler: of evaluations, and of rollouts without noise."""
         check_model(self.recipe, self.model, self.prompts[:2], self.scheduler)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
-from dgpo.distributed.joining import place
+from dgpo.distributed.joining import place, refuse_unshardable
 from dgpo.distributed.processes import ALONE
 from dgpo.errors import UserError
 from dgpo.models.arguments import denoisers_of
+from dgpo.prompts.caption import Caption
 from dgpo.recipe import Recipe
 from dgpo.rewards.stand_in import brightness
 from distributed import together
@@ -28,6 +29,8 @@ from distributed.together import (
     weights,
 )
 from families.audio import stable_audio
+from families.edit import picture
+from families.tiny import build, sd3_small
 from tiny_runs import settings
 
 SHARDED: dict[str, Any] = {"train": {"sharding": "fsdp2"}}
@@ -111,6 +114,15 @@ def test_pipelines_that_are_given_the_text_at_every_call_are_refused(tmp_path: P
     recipe = Recipe.from_dict(settings(lora=None, **SHARDED))
     with pytest.raises(UserError, match="StableAudioPipeline is given one text a call"):
         place(pipe, denoisers_of(pipe), recipe, ALONE, True)
+
+
+def test_pictures_are_refused_where_the_pipeline_takes_them() -> None:
+    text = Caption("red dog", {"image": picture()})
+    recipe = Recipe.from_dict(settings(**SHARDED))
+    with pytest.raises(UserError, match="FluxKontextPipeline makes as many passes"):
+        refuse_unshardable(recipe, build("flux_kontext"), [text])
+    refuse_unshardable(recipe, build("flux_kontext"), [str(text)])
+    refuse_unshardable(recipe, sd3_small(), [text])  # a reward alone sees it
 
 
 def test_one_process_has_nothing_to_shard(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from dgpo.distributed.processes import Processes
 from dgpo.distributed.sharding import shard
 from dgpo.distributed.shares import Share
 from dgpo.errors import UserError
+from dgpo.models.arguments import parameters_of
 from dgpo.models.text_by_call import encodes_itself
 from dgpo.prompts import Prompt
 from dgpo.prompts.caption import pictures_of
@@ -30,7 +31,6 @@ def join(
     Raises:
         UserError: it cannot, or they have not.
     """
-    refuse_unshardable(recipe, prompts)
     if processes.alone:
         return
     if processes.watch is not None:
@@ -56,7 +56,12 @@ def join(
 
 
 def place(
-    pipe: Any, denoisers: Mapping[str, nn.Module], recipe: Recipe, processes: Processes, moves: bool
+    pipe: Any,
+    denoisers: Mapping[str, nn.Module],
+    recipe: Recipe,
+    processes: Processes,
+    moves: bool,
+    texts: Iterable[str] = (),
 ) -> None:
     """Put a pipeline where this process computes, its denoisers sharded if the recipe wants it.
 
@@ -65,6 +70,7 @@ def place(
         denoisers: of it.
         recipe: ``train.sharding`` and ``lora`` are read.
         moves: whether it goes to this process's device; else it stays where it is.
+        texts: of all prompt rows.
 
     Raises:
         UserError: such a pipeline cannot be sharded.
@@ -73,7 +79,7 @@ def place(
         if moves:
             pipe.to(processes.device)
         return
-    refuse_unshardable(recipe, (), pipe)
+    refuse_unshardable(recipe, pipe, texts)
     device = processes.device
     for name, module in pipe.components.items():
         if not isinstance(module, nn.Module):
@@ -88,28 +94,28 @@ def place(
     shard(denoisers, processes, device)
 
 
-def refuse_unshardable(recipe: Recipe, prompts: Sequence[Prompt], pipe: Any = None) -> None:
+def refuse_unshardable(recipe: Recipe, pipe: Any, texts: Iterable[str]) -> None:
     """See that a denoiser in pieces can be given these prompts by this pipeline.
 
     Args:
         recipe: ``train.sharding`` is read.
-        prompts: some or none.
-        pipe: the pipeline, once it is there.
+        pipe: the pipeline, with or without weights.
+        texts: of all prompt rows.
 
     Raises:
         UserError: processes would make different numbers of passes.
     """
     if recipe.train.sharding == "none":
         return
-    where = "train.sharding = 'fsdp2'"
-    if any(pictures_of(prompt.text) for prompt in prompts):
+    name = type(pipe).__name__
+    if encodes_itself(pipe):
         raise UserError(
-            f"{where}: prompts with pictures need as many passes as there are pictures, and with "
-            "sharded weights all processes must make the same; use train.sharding = none"
-        )
-    if pipe is not None and encodes_itself(pipe):
-        raise UserError(
-            f"{where}: {type(pipe).__name__} is given one text a call, so processes with other "
+            f"train.sharding = 'fsdp2': {name} is given one text a call, so processes with other "
             "texts make other numbers of passes, and with sharded weights all must make the same; "
             "use train.sharding = none"
+        )
+    if "image" in parameters_of(pipe) and any(map(pictures_of, texts)):
+        raise UserError(
+            f"train.sharding = 'fsdp2': {name} makes as many passes as prompts have pictures, and "
+            "with sharded weights all processes must make the same; use train.sharding = none"
         )

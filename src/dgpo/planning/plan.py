@@ -153,9 +153,8 @@ def make_plan(recipe: Recipe, process: int | None = None) -> Plan:
     held_out = held_out[: recipe.eval.limit]
     refuse_sizes([*([] if offline else rows), *held_out], recipe.rollout.call)
     routed([] if offline else rows, rewards.weights)
-    refuse_unshardable(recipe, rows)
     pipe = skeleton(recipe.model, recipe.precision, recipe.memory.vae_precision)
-    refuse_unshardable(recipe, (), pipe)
+    refuse_unshardable(recipe, pipe, [row.text for row in (*rows, *held_out)])
     parameters = {
         name: parameters_in(part)
         for name, part in pipe.components.items()

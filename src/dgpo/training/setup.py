@@ -82,7 +82,11 @@ def load_data(
 
 
 def load_model(
-    recipe: Recipe, model: Any, checkpoints: RunCheckpoints, processes: Processes
+    recipe: Recipe,
+    model: Any,
+    checkpoints: RunCheckpoints,
+    processes: Processes,
+    texts: Sequence[str],
 ) -> PipelineModel:
     """The pipeline where this process computes, sharded and saving memory as the recipe says.
 
@@ -91,6 +95,7 @@ def load_model(
         model: a pipeline, which stays where it is, or anything else for the recipe's.
         checkpoints: see the weights before anything is done to them.
         processes: of the run.
+        texts: of all prompt rows.
 
     Raises:
         UserError: it cannot be loaded, or not be trained.
@@ -104,7 +109,7 @@ def load_model(
     elif memory.vae_precision is not None:
         check_vae(pipe, dtype_of(memory.vae_precision))
     checkpoints.look_at(pipe.components)
-    place(pipe, denoisers_of(pipe), recipe, processes, not given)
+    place(pipe, denoisers_of(pipe), recipe, processes, not given, texts)
     made = PipelineModel(
         pipe,
         call=recipe.rollout.call,
