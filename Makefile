@@ -92,6 +92,7 @@ ablations: $(STAMP)
 # The comparison of docs/results.md, from what finished runs have left in benchmarks/results
 results: $(STAMP)
 	@$(BIN)/python benchmarks/comparison.py
+	@$(BIN)/python benchmarks/comparison.py --early
 
 papers: $(STAMP)
 	@$(BIN)/python benchmarks/papers.py
