@@ -17,6 +17,7 @@ from dgpo.evaluation import Report
 from dgpo.media import Video, check_format
 from dgpo.models.counting import COUNTED, Counter
 from dgpo.models.policy import Policy, RollingWeights
+from dgpo.models.put_back import bring_back
 from dgpo.models.schedulers import make_scheduler
 from dgpo.prompts import PromptSampler
 from dgpo.recipe import Recipe
@@ -184,6 +185,7 @@ class Trainer:
                 self._end()
             except (KeyboardInterrupt, Terminated):
                 with all_or_nothing():  # whoever stops a run may do so twice
+                    bring_back()
                     self._stop()
                 raise
             finally:

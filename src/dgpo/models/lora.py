@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dgpo.distributed.sharding import is_sharded
 from dgpo.errors import UserError
-from dgpo.run.interrupts import all_or_nothing
+from dgpo.models.put_back import put_back
 
 ADAPTER = "default"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -155,14 +155,15 @@ def adapted_layers(denoisers: Mapping[str, nn.Module]) -> int:
 @contextmanager
 def disabled(layers: Sequence[LoraLayer]) -> Iterator[None]:
     """The layers answer as if they had no LoRA, for the time of the block."""
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
+
+    def restore() -> None:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+    with put_back(restore):
+        for layer in layers:
+            layer.enable_adapters(False)
         yield
-    finally:
-        with all_or_nothing():
-            for layer in layers:
-                layer.enable_adapters(True)
 
 
 def can_merge(layers: Sequence[LoraLayer]) -> bool:
@@ -200,15 +201,15 @@ def blended(layers: Sequence[LoraLayer]) -> Iterator[None]:
         weight + layer.get_delta_weight(ADAPTER).to(weight.dtype)  # pyright: ignore
         for weight, layer in zip(kept, layers, strict=True)
     ]
-    with disabled(layers):
-        try:
-            for holder, value in zip(holders, values, strict=True):
-                holder._parameters["weight"] = value  # pyright: ignore[reportArgumentType]
-            yield
-        finally:
-            with all_or_nothing():
-                for holder, weight in zip(holders, kept, strict=True):
-                    holder._parameters["weight"] = weight
+
+    def restore() -> None:
+        for holder, weight in zip(holders, kept, strict=True):
+            holder._parameters["weight"] = weight
+
+    with disabled(layers), put_back(restore):
+        for holder, value in zip(holders, values, strict=True):
+            holder._parameters["weight"] = value  # pyright: ignore[reportArgumentType]
+        yield
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dgpo.distributed.sharding import is_sharded, local
 from dgpo.errors import UserError
-from dgpo.run.interrupts import all_or_nothing
+from dgpo.models.put_back import put_back
 
 
 @contextmanager
@@ -28,14 +28,15 @@ def exchanged(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> I
     block.
     """
     own = [local(p).clone() if is_sharded(p) else p.data for p in parameters]
-    try:
+
+    def restore() -> None:
+        for parameter, data in zip(parameters, own, strict=True):
+            _hold(parameter, data)
+
+    with put_back(restore):
         for parameter, value in zip(parameters, values, strict=True):
             _hold(parameter, local(value).to(device=parameter.device, dtype=parameter.dtype))
         yield
-    finally:
-        with all_or_nothing():  # a stop halfway would save weights of two models as one
-            for parameter, data in zip(parameters, own, strict=True):
-                _hold(parameter, data)
 
 
 def _hold(parameter: nn.Parameter, value: Tensor) -> None:
