@@ -10,10 +10,12 @@ import pytest
 
 import dgpo.run.checkpoint
 from dgpo.registry import ALGORITHMS
+from dgpo.rewards.stand_in import brightness
 from dgpo.run.checkpoint import find_checkpoint
 from dgpo.run.interrupts import terminable
+from dgpo.trainer import Trainer
 from reliable import assert_same, reliable, stopping
-from tiny_runs import light, rows
+from tiny_runs import light, rows, trainer
 
 FAST = ("dgpo", "flow_grpo")
 
@@ -63,6 +65,39 @@ def test_sigterm_saves_and_ends_with_0(tmp_path: Path) -> None:
     reliable(tmp_path / "stopped", resume=True, **short).train()
     reliable(tmp_path / "through", **short).train()
     assert_same(tmp_path / "through", tmp_path / "stopped")
+
+
+class Terminates:
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_sigterm_where_nothing_can_be_raised_is_heard_later(tmp_path: Path) -> None:
+    """Python prints what a ``__del__`` raises and goes on."""
+    forgets = stopping(1, lambda: bool(Terminates()))
+    with pytest.raises(SystemExit) as stopped:
+        reliable(tmp_path, reward=forgets).train()
+    assert stopped.value.code == 0
+    assert find_checkpoint(tmp_path / "checkpoints").iteration == 2
+
+
+def test_what_is_warned_of_at_the_end_is_written_once(tmp_path: Path) -> None:
+    """The average has not moved, which is said before the last evaluation; a stop comes in it."""
+
+    def run(resume: bool = False) -> Trainer:
+        # the reward is asked by the trial of it, by that of the metric, by two iterations, and then
+        reward = brightness if resume else stopping(3, stop)
+        every = {"ema": {"decay": 0.5, "every": 100}, "eval": {"at_start": False, "every": 0}}
+        return trainer(tmp_path, reward, eval_dataset=["red dog"], resume=resume, **every)
+
+    with pytest.raises(KeyboardInterrupt):
+        run().train()
+    assert find_checkpoint(tmp_path / "checkpoints").iteration == 2
+    first = rows(tmp_path, "warnings.jsonl")
+    assert len(first) == 1 and "has not moved" in first[0]["warning"]
+    run(resume=True).train()
+    assert rows(tmp_path, "warnings.jsonl") == first
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dgpo.distributed.watch import Watch
 from dgpo.errors import UserError
-from dgpo.run.interrupts import Terminated
+from dgpo.run.interrupts import Terminated, hear_again
 
 T = TypeVar("T")
 BUCKET = 1 << 26
@@ -150,6 +150,9 @@ class Processes:
     def stop_if_asked(self, what: str) -> None:
         """Stop here if a signal has asked any process to. Collective.
 
+        A single process has stopped already, but for a SIGTERM that came where nothing can be
+        raised.
+
         Args:
             what: is about to be done.
 
@@ -158,7 +161,7 @@ class Processes:
             Terminated: one has heard SIGTERM.
         """
         if self.alone:
-            return
+            return hear_again()
         heard = max(self.gather(self.heard, what))
         self.heard = 0
         if heard == signal.SIGINT:

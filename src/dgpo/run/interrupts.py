@@ -36,6 +36,20 @@ class RaiseTerminated:
         raise Terminated
 
 
+def hear_again() -> None:
+    """Raise what a SIGTERM has raised where nothing can be raised: Python prints it and goes on
+    after a ``__del__``, or what the garbage collector calls.
+
+    To be called where no stop is under way.
+
+    Raises:
+        Terminated: the run has gone on after one.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    if isinstance(handler, RaiseTerminated) and handler.raised > float("-inf"):
+        raise Terminated
+
+
 @contextmanager
 def terminable() -> Iterator[None]:
     """A SIGTERM during the block is raised in it as :class:`Terminated`, and then ends the process

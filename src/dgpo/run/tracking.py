@@ -173,8 +173,11 @@ class Tracker:
         self._scalars("eval", {k: v for k, v in row.items() if k != "seconds"}, iteration)
 
     def warning(self, iteration: int, text: str) -> None:
-        """Write what a guard has seen after an iteration."""
-        _append(self._warnings, {"iteration": iteration, "warning": text})
+        """Write what a guard has seen after an iteration; once, however often what was stopped
+        there is done again."""
+        row = {"iteration": iteration, "warning": text}
+        if row not in read_jsonl(self._warnings):
+            _append(self._warnings, row)
 
     def grid(self, name: str, images: Sequence[Any], captions: Sequence[str]) -> Path:
         """Write ``samples/NAME.png``: ``before``, ``after`` or an iteration's number; videos and
