@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dgpo.distributed.processes import here
+from dgpo.distributed.watch import HANG
 from dgpo.recipe.sections import GuardSettings
 from dgpo.rewards.stand_in import brightness
 from dgpo.run.checkpoint import find_checkpoint
@@ -37,6 +38,30 @@ def test_a_reward_that_raises_in_one_ends_all(tmp_path: Path) -> None:
     took = ended.gone - float(raised[1])
     print(f"all had ended {took:.1f} s after the exception")  # docs/scaling.md quotes it
     assert took < SOON
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_one_that_is_killed_is_named(rank: int, tmp_path: Path) -> None:
+    """It cannot tell; without a launcher the first takes the store with it."""
+    ended = world(2, together.train_one_killed, tmp_path, tmp_path, rank)
+    assert ended.codes[rank] == -signal.SIGKILL and ended.codes[1 - rank] not in (0, None, -9)
+    told = " ".join(ended.errors[1 - rank].split())
+    who = "process 0, or the launcher" if rank == 0 else "process 1 of 2 (pid"
+    assert (who in told and "--resume" in told) or "that started the run is gone" in told
+    killed = re.search(r"^killed at ([\d.]+)$", ended.errors[rank], re.MULTILINE)
+    assert killed is not None
+    took = ended.gone - float(killed[1])
+    print(f"all had ended {took:.1f} s after the kill")  # docs/scaling.md quotes it
+    assert took < 2 * SOON
+
+
+@pytest.mark.slow
+def test_one_that_hangs_in_an_evaluation_is_named(tmp_path: Path) -> None:
+    assert 60 * GuardSettings().hang_minutes == HANG
+    ended = world(2, together.evaluate_hanging, tmp_path, tmp_path)
+    check_all_ended(ended)
+    told = ended.errors[0]
+    assert "process 1 of 2" in told and "time.sleep(40_000)" in told
 
 
 def test_a_backend_gives_up_after_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import dgpo.distributed.watch
 from dgpo import registry
 from dgpo.cli import main
 from dgpo.distributed.processes import here, leave
@@ -292,6 +293,19 @@ def hangs(images: Any, prompts: list[str]) -> list[float]:
     return brightness(images, prompts)
 
 
+def kills(images: Any, prompts: list[str]) -> list[float]:
+    """As the kernel does to the process whose number is in ``KILLED`` when memory runs out."""
+    if len(images) > 2 and os.environ.get("RANK") == os.environ["KILLED"]:
+        print(f"killed at {time.time()}", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return brightness(images, prompts)
+
+
+def train_one_killed(folder: Path, rank: int) -> None:
+    os.environ["KILLED"] = str(rank)
+    train_with(folder, kills, {})
+
+
 def terminates(images: Any, prompts: list[str]) -> list[float]:
     if _asked(len(images)):
         signal.raise_signal(signal.SIGTERM)
@@ -326,6 +340,23 @@ def evaluate(folder: Path) -> None:
         main()
     finally:
         sys.stdout.flush()
+
+
+def hangs_in_one(images: Any, prompts: list[str]) -> list[float]:
+    if os.environ.get("RANK") == "1":
+        time.sleep(40_000)
+    return brightness(images, prompts)
+
+
+HANGING = Benchmark("hanging", HERE + "five_dogs", (HERE + "hangs_in_one",), 2, call=SIZE)
+
+
+def evaluate_hanging(folder: Path) -> None:
+    """``dgpo eval``, which has no recipe with a limit."""
+    dgpo.distributed.watch.HANG = 10.0
+    sys.argv = ["dgpo", "eval", "--model", "families.tiny:sd3_small"]
+    sys.argv += ["--benchmark", HERE + "HANGING"]
+    main()
 
 
 def noted(images: Any, prompts: list[str]) -> list[float]:

@@ -26,8 +26,13 @@ LOOK_EVERY = 0.5
 """Seconds between two looks into the store."""
 PATIENCE = 10.0
 """Seconds that a process waits for an answer of the others, at most, before it ends."""
+ANSWER = 5.0
+"""Seconds in which a process that is alive says so: it does so by the thread that looks."""
 GOODBYE = 60.0
 """Seconds that the first process waits for the others to come to their end."""
+HANG = 1800.0
+"""Seconds that one process may keep the others waiting where no recipe says so: the default of
+``guards.hang_minutes``."""
 _FAILED = "failed"
 
 
@@ -42,7 +47,7 @@ class Watch:
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
-        self.hang_seconds: float | None = None
+        self.hang_seconds: float | None = HANG
         """How long one process may keep the others waiting; None: for ever."""
         self._store = store
         self._main = threading.main_thread()
@@ -52,6 +57,8 @@ class Watch:
         self._stopped = threading.Event()
         self._lost: float | None = None
         self._told = False
+        self._gone = 0
+        """Processes that are known to say nothing any more."""
         self.name = f"process {rank} of {size} (pid {os.getpid()} on {socket.gethostname()})"
         store.set(f"name/{rank}", self.name)
         threading.Thread(target=self._look, daemon=True, name="dgpo-watch").start()
@@ -65,10 +72,8 @@ class Watch:
         self._since = monotonic()
         try:
             yield
-        except RuntimeError:
-            # the connection to a process that has failed is closed: that one says what it was
-            if self._failure(PATIENCE) is not None:
-                self._end()
+        except RuntimeError as error:
+            self._explain(error)
             raise
         finally:
             self._since = None
@@ -105,6 +110,31 @@ class Watch:
             return False
         return True
 
+    def _explain(self, error: RuntimeError) -> None:
+        """A connection is closed. A process that has failed says what it was, which ends this one
+        too; one that was killed cannot.
+
+        Raises:
+            UserError: processes are gone without a word.
+        """
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        try:
+            for rank in others:
+                self._store.set(f"asked/{rank}", "1")
+            if self._failure(ANSWER) is not None:
+                self._end()
+            gone = [rank for rank in others if not self._store.check([f"stack/{rank}"])]
+            names = [f"{self._ask(f'name/{n}')} (last in: {self._place(n)[1]})" for n in gone]
+            self._gone = len(gone)
+        except RuntimeError:
+            names = ["process 0, or the launcher"]  # which keeps the store
+        if names:
+            raise UserError(
+                f"{self.name} waited for {self._what}, and without a word gone is "
+                f"{', '.join(names)}: killed (by a cluster, for its memory), crashed, or its "
+                f"machine cannot be reached ({error}). Go on from the last checkpoint, by --resume"
+            ) from error
+
     def _accuse(self, text: str) -> None:
         """Write down the failure; if another was first, end for that one."""
         if self._told:
@@ -116,7 +146,8 @@ class Watch:
             if first != mine:
                 self._end()
             began = monotonic()
-            while monotonic() - began < PATIENCE and self._store.add("ended", 0) < self.size - 1:
+            others = self.size - 1 - self._gone
+            while monotonic() - began < PATIENCE and self._store.add("ended", 0) < others:
                 sleep(0.05)
         except RuntimeError:
             pass  # the store is gone, and the other processes with it
