@@ -131,12 +131,15 @@ class Trainer:
         self._before: list | None = None
         self._goes_on = resume
         self._between_updates = True
+        self._not_saved: set[int] = set()
+        """Iterations whose weights were not saved: their scores are no bar for others."""
         self._stopped_early = False
         """A guard has ended the run, and the best weights have taken the place of the last."""
         counters, ahead = self._checkpoints.restore(self.policy, self.updater)
         if counters:
             self.iteration, self.seconds = counters["iteration"], counters["seconds"]
             self.counter.totals = {name: counters.get(name, 0) for name in COUNTED}
+            self._not_saved = set(counters.get("not_saved", ()))
         self._left_aside = self._collect.restore(ahead)
 
     def train(self) -> Report | None:
@@ -174,7 +177,13 @@ class Trainer:
         if self.processes.main:
             record_start(self.folder, self.recipe.seed, self.iteration)
         self._journal = Journal(
-            self.recipe, tracker, progress, self.rewards.names, self._held_out, self.processes
+            self.recipe,
+            tracker,
+            progress,
+            self.rewards.names,
+            self._held_out,
+            self.processes,
+            self._not_saved,
         )
         with tracker, progress, self.counter:
             try:
@@ -374,11 +383,13 @@ class Trainer:
         if self._stopped_early:
             return True  # the last iteration's checkpoint keeps the last weights
         if self.updater.nonfinite and not at_end:
-            self._journal.not_saved.add(self.iteration)
+            self._not_saved.add(self.iteration)
             return False
         self._progress.stage("saving")
         self.updater.refuse_broken_weights(self.iteration)
         counters = {"iteration": self.iteration, "seconds": self.seconds, **self.counter.totals}
+        self._not_saved.discard(self.iteration)
+        counters |= {"not_saved": sorted(self._not_saved)}
         score = self._journal.score(self.iteration)
         ahead = self._collect.pending(self.iteration)
         self._checkpoints.save(self.policy, self.updater, counters, score, ahead)

@@ -102,7 +102,7 @@ def test_what_is_not_finite_takes_the_place_of_no_checkpoint(tmp_path: Path, cap
     run = trainer(tmp_path / "stopped", stopping, algorithm=bad, **every)
     with pytest.raises(KeyboardInterrupt):
         run.train()
-    assert run._journal.not_saved == {3}
+    assert run._not_saved == {3}
     assert left(tmp_path / "stopped") == ["00000001", "00000002"]
     assert "stopped after a step that was not finite" in " ".join(capsys.readouterr().err.split())
 
@@ -130,6 +130,43 @@ def test_a_score_whose_weights_were_not_saved_is_no_bar_for_others() -> None:
     assert not journal.is_best(30)
     journal.not_saved.add(20)
     assert journal.is_best(30) and not journal.is_best(20)
+
+
+def test_a_run_that_goes_on_knows_whose_weights_were_not_saved(tmp_path: Path) -> None:
+    """The best score is that of the second iteration, whose step was left out; the fourth is the
+    best of those that may be saved."""
+    scores = {1: 0.5, 2: 0.9, 3: 0.6, 4: 0.7, 5: 0.1}
+    runs: list[Any] = []
+
+    def judge(images: Any, prompts: Any) -> list[float]:
+        done = runs[-1].iteration
+        if len(images) == 2:  # the held-out prompts
+            return [scores.get(done, 0.0)] * 2
+        if len(runs) == 1 and done == 3:
+            raise KeyboardInterrupt
+        return brightness(images, prompts)
+
+    for bad, resume in (((2, 3), False), ((), True)):
+        runs.append(
+            trainer(
+                tmp_path,
+                judge,
+                algorithm=broken(*bad),
+                eval_dataset=PROMPTS[:2],
+                eval={"every": 1, "at_start": True},
+                train={"iterations": 5, "lr": 1e-2},
+                checkpoint={"every": 0, "keep_last": 1, "keep_best": 1},
+                resume=resume,
+            )
+        )
+        if resume:
+            runs[-1].train()
+            continue
+        with pytest.raises(KeyboardInterrupt):
+            runs[-1].train()
+        assert runs[-1].iteration == 3 and runs[-1]._not_saved == {2}
+    names = sorted(place.name for place in (tmp_path / "checkpoints").iterdir())
+    assert names == ["00000004", "00000005"]
 
 
 def test_equal_rewards_warn_and_may_stop_the_run(tmp_path: Path) -> None:

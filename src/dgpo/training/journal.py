@@ -25,6 +25,7 @@ class Journal:
         rewards: the names of the rewards that are trained.
         held_out: the prompts that are scored and drawn.
         processes: of the run, all of which call the same methods.
+        not_saved: iterations whose weights were not to be saved, however good their score.
     """
 
     def __init__(
@@ -35,13 +36,13 @@ class Journal:
         rewards: Sequence[str],
         held_out: HeldOut,
         processes: Processes,
+        not_saved: set[int],
     ) -> None:
         self._recipe, self._held_out, self._processes = recipe, held_out, processes
         self.tracker, self.progress = tracker, progress
         groups = recipe.groups_per_iteration
         self._guards = Guards(recipe.guards, groups, rewards, tracker.rows, tracker.evaluations)
-        self.not_saved: set[int] = set()
-        """Iterations whose weights were not to be saved, however good their score."""
+        self.not_saved = not_saved
 
     @property
     def reason_to_stop(self) -> str | None:
