@@ -22,6 +22,7 @@ UPDATES: dict[str, tuple[str, dict[str, Any], int]] = {
     # 8 pictures, 3 at once, 2 levels or steps: 6 passes an iteration, or 4 in each of two updates
     "before the step": ("dgpo", {}, 2),
     "between two steps": ("dgpo", A_STEP_A_LEVEL, 5),
+    "between two epochs": ("dgpo", {"train": {"inner_epochs": 2}}, 8),
     "weights of a group": ("crd", {}, 4),
     "between two updates": ("flow_grpo", {}, 4),
 }

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 import dgpo.training.forward_rounds
@@ -15,6 +16,7 @@ from dgpo.core.groups import Groups
 from dgpo.core.points import Forward
 from dgpo.core.process import FlowMatching, Level
 from dgpo.core.timesteps import TimestepChoice
+from dgpo.distributed.processes import Processes
 from dgpo.models.pipeline import PipelineModel
 from dgpo.models.policy import Policy
 from dgpo.prompts import Prompt
@@ -86,6 +88,19 @@ def difference(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 FREE: dict[str, Any] = {"lr": 1e-3, "max_grad_norm": 1e9}  # clipping would hide a wrong scale
+
+
+def test_gradients_are_summed_over_the_processes_once_a_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However many micro-batches it has; the denoiser is the pipeline's own, and no wrapper."""
+    sums: list[int] = []
+    monkeypatch.setattr(Processes, "sum_gradients", lambda _, weights: sums.append(len(weights)))
+    case = Case(train={"micro_batch": 3})
+    case.updater.update(case.batch, iteration=0)
+    assert case.updater.step == 1 and sums == [len(case.policy.parameters())]
+    assert list(case.model.denoisers.values()) == [case.model.pipe.transformer]
+    assert type(case.model.pipe.transformer) is SD3Transformer2DModel
 
 
 MODES: dict[str, dict[str, Any]] = {
