@@ -20,7 +20,7 @@ from dgpo.trainer import Trainer
 from reliable import assert_same
 from tiny_runs import PROMPTS, TIMESTEPS, light, trainer
 
-STOPS = int(os.environ.get("DGPO_STOPS", "24"))
+STOPS = int(os.environ.get("DGPO_STOPS", "16"))
 """Of both signals together, over all kinds of runs."""
 GRACE = 30.0
 """Seconds that launchers wait after a signal."""

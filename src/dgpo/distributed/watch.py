@@ -184,7 +184,7 @@ class Watch:
         if not missing or self._since != since:
             return
         what = self._what
-        lines = [f"waited {waited:.0f} s for {what} (guards.hang_minutes), and no sign of:"]
+        lines = [f"waited {waited:.0f} s for {what} (a recipe: guards.hang_minutes); missing:"]
         for rank in missing:
             last = self._place(rank)[1]
             lines.append(f"{self._ask(f'name/{rank}')}, which took part last in: {last}")
