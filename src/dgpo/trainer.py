@@ -129,7 +129,7 @@ class Trainer:
         """Training time spent: rollouts, rewards and updates; evaluation does not count."""
         self.last_report: Report | None = None
         self._before: list | None = None
-        self._goes_on = resume
+        self._goes_on, self._began = resume, False
         self._between_updates = True
         self._not_saved: set[int] = set()
         """Iterations whose weights were not saved: their scores are no bar for others."""
@@ -170,6 +170,9 @@ class Trainer:
     def _train(self) -> Report | None:
         self._try_rewards()
         done = -1 if self._checkpoints.begins_again else self.iteration
+        # a first attempt that was stopped here may have made the run folder already
+        self._goes_on |= self._began and (self.folder / "recipe.yaml").exists()
+        self._began = True
         resume_after = done if self._goes_on else None
         tracker, progress = outputs(self.recipe, resume_after, self.processes)
         self._goes_on = True

@@ -87,6 +87,22 @@ def test_the_same_object_goes_on_after_ctrl_c(tmp_path: Path) -> None:
     assert_same(tmp_path / "through", tmp_path / "run")
 
 
+@pytest.mark.parametrize("what", ["Tracker", "Progress"])
+def test_the_same_object_begins_after_ctrl_c_while_the_run_folder_is_made(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    run = long_update(tmp_path, "dgpo")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(f"dgpo.distributed.quiet.{what}", stop)
+        run.train()
+    assert (tmp_path / "recipe.yaml").exists() == (what == "Progress")
+    run.train()
+    assert run.iteration == 2
+
+
 def test_all_weights_between_two_steps_go_back_to_the_last_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
