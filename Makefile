@@ -84,7 +84,7 @@ audit: $(STAMP)
 	$(call step,pip-audit: known vulnerabilities of the pinned versions (needs the network),found=$$(mktemp); \
 	  if $(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off --output $$found; then rm $$found; \
 	  elif [ -s $$found ]; then cat $$found; rm $$found; echo 'the pinned versions above have known vulnerabilities'; exit 1; \
-	  else rm $$found; echo 'pip-audit has looked at nothing or not at every pin: its service is out of reach$(comma) or what answers in its place knows no vulnerabilities. Run make audit again where pypi.org is reached'; exit 1; fi)
+	  else rm $$found; echo 'pip-audit has looked at nothing or not at every pin: its service is out of reach$(comma) or what answers in its place knows no vulnerabilities. Run make audit again where that service is reached'; exit 1; fi)
 
 bench: $(STAMP)
 	$(call step,time and memory of the training loop beside the bare compute,$(BIN)/python benchmarks/step_time.py)
