@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -286,7 +287,7 @@ def test_a_bad_reward_is_named_before_the_run_begins(tmp_path: Path) -> None:
         def bad(images: Any, prompts: Any, answer: Any = answer) -> Any:
             return answer(images, prompts)
 
-        run.rewards = load_rewards([bad])
+        run._data = replace(run._data, rewards=load_rewards([bad]))
         with pytest.raises(UserError, match=message):
             run.train()
         assert not (tmp_path / "recipe.yaml").exists()  # so that the next try is not refused

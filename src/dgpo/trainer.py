@@ -14,9 +14,8 @@ from dgpo.distributed.quiet import outputs
 from dgpo.distributed.stops import hearing
 from dgpo.errors import UserError
 from dgpo.evaluation import Report
-from dgpo.media import Video, check_format
 from dgpo.models.counting import COUNTED, Counter
-from dgpo.models.policy import Policy, RollingWeights
+from dgpo.models.policy import RollingWeights
 from dgpo.models.put_back import bring_back
 from dgpo.models.schedulers import make_scheduler
 from dgpo.prompts import PromptSampler
@@ -32,7 +31,14 @@ from dgpo.training.batch import Batch
 from dgpo.training.guards import save_batch
 from dgpo.training.held_out import HeldOut
 from dgpo.training.journal import Journal
-from dgpo.training.setup import check_model, load_data, load_model, make_collector
+from dgpo.training.setup import (
+    check_model,
+    load_data,
+    load_model,
+    make_collector,
+    make_policy,
+    try_rewards,
+)
 from dgpo.training.updating import NonFinite, Updater
 
 
@@ -83,7 +89,7 @@ class Trainer:
         if not resume and self.processes.main:
             refuse_existing_run(self.folder)
         data = load_data(self.recipe, reward_funcs, train_dataset, eval_dataset)
-        self.rewards, self.metrics, self._offline = data.rewards, data.metrics, data.offline
+        self._data, self.rewards, self.metrics = data, data.rewards, data.metrics
         self.prompts, self.eval_prompts = data.prompts, data.eval_prompts
         self.rewards.run_in(self.folder)
         per_iteration = self.recipe.groups_per_iteration
@@ -95,19 +101,7 @@ class Trainer:
         """The deterministic sampler: of evaluations, and of rollouts without noise."""
         check_model(self.recipe, self.model, self.prompts[:2], self.scheduler)
         self.model.check_pictures(data.texts)
-        self.policy = Policy(
-            self.model,
-            self.recipe.lora,
-            self.recipe.seed,
-            snapshot_device=self.recipe.memory.snapshot_device,
-        )
-        if self.recipe.rollout.engine is not None:
-            from dgpo.rollouts.remote import RemoteEngine
-
-            names = self.recipe.rollout
-            self.policy.engine = RemoteEngine(self.policy, str(names.engine), names.scheduler)
-        if self.recipe.memory.free_text_encoders:
-            self.model.encode_and_free(data.texts)
+        self.policy = make_policy(self.recipe, self.model, data.texts)
         self.updater = Updater(self.policy, self.algorithm, self.recipe, self.processes)
         self._collect = make_collector(
             self.recipe, data, self.sampler, self.policy, self.scheduler, self.processes
@@ -168,7 +162,7 @@ class Trainer:
             return self._train()
 
     def _train(self) -> Report | None:
-        self._try_rewards()
+        try_rewards(self.recipe, self._data, self._held_out)
         done = -1 if self._checkpoints.begins_again else self.iteration
         # a first attempt that was stopped here may have made the run folder already
         self._goes_on |= self._began and (self.folder / "recipe.yaml").exists()
@@ -221,18 +215,6 @@ class Trainer:
         """Write the slow average of the trained weights as diffusers reads them; of several
         processes, all of which call this, the main one writes."""
         self.policy.save(directory, "slow", writes=self.processes.main)
-
-    def _try_rewards(self) -> None:
-        """Score two pictures: a reward that answers nonsense must not cost the first rollouts."""
-        for score, prompts in (
-            (self.rewards.trial, [] if self._offline else self.prompts),
-            (self.metrics.of_each, self.eval_prompts),
-        ):
-            if rows := [*prompts[:1], *prompts[-1:]]:
-                made = self._held_out.sample(rows)
-                if self.recipe.samples.count and isinstance(made[0], Video):
-                    check_format(self.recipe.samples.video)
-                score(made, rows)
 
     def _iterate(self) -> None:
         """One iteration: collect, update, log."""

@@ -10,6 +10,7 @@ from dgpo.distributed.joining import place
 from dgpo.distributed.processes import Processes
 from dgpo.errors import UserError
 from dgpo.evaluation import Metrics
+from dgpo.media import Video, check_format
 from dgpo.models.arguments import denoisers_of
 from dgpo.models.load import check_vae, dtype_of, load_pipeline
 from dgpo.models.memory import save_memory
@@ -23,7 +24,7 @@ from dgpo.run.run_checkpoints import RunCheckpoints
 from dgpo.training.ahead import Collector
 from dgpo.training.arguments import is_pipeline
 from dgpo.training.collection import rollout_scheduler
-from dgpo.training.held_out import eval_sampler
+from dgpo.training.held_out import HeldOut, eval_sampler
 from dgpo.training.offline import RankedCollector, ranked_prompts
 
 
@@ -144,6 +145,50 @@ def check_model(
     cond = model.encode([prompt.text for prompt in prompts], guidance=True)
     rollout = recipe.rollout
     model.self_check(cond, samplers, rollout.guidance_scale, rollout.steps)
+
+
+def make_policy(recipe: Recipe, model: PipelineModel, texts: Sequence[str]) -> Policy:
+    """The model with the weights that are trained, and what makes its rollouts.
+
+    Args:
+        recipe: of the run.
+        model: the untrained one.
+        texts: all prompts, for which its text encoders are asked before they are freed, if they
+            shall be.
+
+    Raises:
+        UserError: a LoRA target, the device of snapshots or the engine does not fit.
+    """
+    policy = Policy(model, recipe.lora, recipe.seed, snapshot_device=recipe.memory.snapshot_device)
+    if recipe.rollout.engine is not None:
+        from dgpo.rollouts.remote import RemoteEngine
+
+        policy.engine = RemoteEngine(policy, recipe.rollout.engine, recipe.rollout.scheduler)
+    if recipe.memory.free_text_encoders:
+        model.encode_and_free(texts)
+    return policy
+
+
+def try_rewards(recipe: Recipe, data: Data, held_out: HeldOut) -> None:
+    """Score two pictures: a reward that answers nonsense must not cost the first rollouts.
+
+    Args:
+        recipe: of the run.
+        data: its rewards, metrics and prompts.
+        held_out: makes the pictures.
+
+    Raises:
+        UserError: a reward's answer is unusable, or a sample cannot be written.
+    """
+    for score, prompts in (
+        (data.rewards.trial, [] if data.offline else data.prompts),
+        (data.metrics.of_each, data.eval_prompts),
+    ):
+        if rows := [*prompts[:1], *prompts[-1:]]:
+            made = held_out.sample(rows)
+            if recipe.samples.count and isinstance(made[0], Video):
+                check_format(recipe.samples.video)
+            score(made, rows)
 
 
 def make_collector(
