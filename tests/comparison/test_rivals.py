@@ -44,7 +44,7 @@ def test_who_is_called_alike_differs_in_the_method_alone(
 def test_every_search_has_the_same_budget(tmp_path: Path) -> None:
     """Four settings each, the recipe's among them."""
     files = sorted((BENCHMARKS / "search").glob("*.yaml"))
-    assert len(files) == 6
+    assert len(files) == 5
     for file in files:
         variants = read_variants(file)
         assert file.stem == variants.section

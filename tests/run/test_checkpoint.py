@@ -243,6 +243,19 @@ def _flip(file: Path) -> None:
     file.write_bytes(data)
 
 
+def test_a_checkpoint_of_a_later_format_is_refused_and_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(tmp_path / "run")
+    save_checkpoint(tmp_path, run.policy, run.updater, {"iteration": 1})
+    with monkeypatch.context() as later:
+        later.setattr("dgpo.run.checkpoint.FORMAT", 2)
+        save_checkpoint(tmp_path, run.policy, run.updater, {"iteration": 2})
+    with pytest.raises(UserError, match=r"00000002.*format 2, and this version of dgpo reads 1"):
+        find_checkpoint(tmp_path)
+    assert {"00000001", "00000002"} <= {place.name for place in tmp_path.iterdir()}
+
+
 @pytest.mark.parametrize("damage", [_cut, _flip, Path.unlink])
 def test_damaged_files_are_named_and_the_checkpoint_before_is_taken(
     damage: Any, tmp_path: Path

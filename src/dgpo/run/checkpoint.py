@@ -39,6 +39,8 @@ from dgpo.training.pending import NOTHING, Packed
 from dgpo.training.updating import Updater
 
 MANIFEST = "manifest.json"
+FORMAT = 1
+"""Of a checkpoint's files: it counts up when other code is needed to read them."""
 _STATE = "state.json"
 _TENSORS = "tensors.safetensors"
 _AHEAD = "ahead.safetensors"
@@ -107,7 +109,7 @@ def save_checkpoint(
             names.append(_AHEAD)
         _write_json(new / _STATE, {**steps, **counters})
         files = {name: _facts(new / name) for name in names}
-        manifest = {"format": 1, "iteration": counters["iteration"], "score": score}
+        manifest = {"format": FORMAT, "iteration": counters["iteration"], "score": score}
         manifest |= {"base": dict(base or {}), "files": files}
         _write_json(new / MANIFEST, {**manifest, "sha256": _hash_of(manifest)})
 
@@ -163,6 +165,7 @@ def find_checkpoint(folder: Path, best: bool = False) -> Found:
     for place in sorted(_places(folder), key=order, reverse=True):
         found = _read_manifest(place)
         if not isinstance(found, str):
+            _refuse_later_format(place, found)
             return Found(place, found, damaged)
         damaged[place] = found
     if damaged:
@@ -298,6 +301,14 @@ def _score(place: Path) -> float | None:
         return json.loads((place / MANIFEST).read_text(encoding="utf-8"))["score"]
     except DAMAGED:
         return None  # whoever loads it is told
+
+
+def _refuse_later_format(place: Path, manifest: Mapping[str, Any]) -> None:
+    if manifest["format"] != FORMAT:
+        raise UserError(
+            f"{place / MANIFEST}: format {manifest['format']!r:.40}, and this version of dgpo "
+            f"reads {FORMAT}: go on with the version that has written the run (run.json names it)"
+        )
 
 
 def _read_manifest(place: Path) -> dict[str, Any] | str:
