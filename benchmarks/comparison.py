@@ -56,7 +56,7 @@ EARLY_MINUTES = 8
 ABOUT = """\
 Every recipe trains the same LoRA of the same model on the same prompts and pictures an iteration,
 and is scored alike (660 held-out prompts). Each run had one thread of a machine with two cores,
-beside one other run. How each method's settings were found: [LOG.md](../LOG.md). Made with
+beside one other run. How each method's settings were found: [searches.md](searches.md). Made with
 
     {command}
 """
