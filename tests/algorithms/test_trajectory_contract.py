@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from dgpo.algorithms import DDPO, FlowDPPO, FlowGRPO, GRPOGuard, TrajectoryAlgor
 from dgpo.algorithms.policy_gradient import PolicyGradient
 from dgpo.core import CPS, DanceSDE, FlowSDE, Groups, Moments, StepWindow, Trajectory
 from dgpo.errors import UserError
+from dgpo.registry import ALGORITHMS, resolve
 from oracles.toy_trajectory import Steps
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-13}
@@ -34,6 +37,15 @@ def free(algorithm: PolicyGradient) -> PolicyGradient:
 
 def steps(algorithm: TrajectoryAlgorithm, moved: float = 0.0) -> Steps:
     return Steps(algorithm, Groups.contiguous(3, 4), moved)
+
+
+def test_every_registered_algorithm_has_a_row_and_is_documented() -> None:
+    kinds = [resolve("algorithm", name) for name in ALGORITHMS]
+    assert {kind for kind in kinds if kind.points == "trajectory"} == set(map(type, ALL.values()))
+    text = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text()
+    for algorithm in ALL.values():
+        for name in (algorithm.name, *type(algorithm).model_fields):
+            assert f"`{name}`" in text or f"`{name}:" in text
 
 
 @every
@@ -102,9 +114,9 @@ def test_only_what_is_declared_is_read_and_gradients_reach_the_policy_alone(
     assert free(algorithm).loss(s.points(ref=None))[0].isfinite()
     with pytest.raises(ValueError, match="'ref'"):
         algorithm.loss(s.points(ref=None))
-    ref = (s.xt @ s.ref).requires_grad_()
-    loss, metrics = algorithm.loss(s.points(ref=ref))
-    assert torch.autograd.grad(loss, ref, allow_unused=True) == (None,)
+    ref, old = (s.xt @ s.ref).requires_grad_(), (s.xt @ s.old).requires_grad_()
+    loss, metrics = algorithm.loss(replace(s.points(ref=ref), old=old))
+    assert torch.autograd.grad(loss, (ref, old), allow_unused=True) == (None, None)
     assert all(value.dim() == 0 and not value.requires_grad for value in metrics.values())
 
 
@@ -172,6 +184,19 @@ def test_guard_centres_the_log_ratio() -> None:
     # and its size is that of mean(z (mu - mu_old)), whatever the std of the step
     expected = (s.z * (now.mean - old.mean)).mean((1, 2)).detach()
     torch.testing.assert_close(guard_log_ratio(pair[0]), expected, **CLOSE)
+
+
+def test_guard_has_the_gradient_of_the_centred_ratio() -> None:
+    """Away from the old policy b has a gradient too: r = exp(mean z (mu - mu_old))."""
+    s = steps(GRPOGuard(), 0.05)
+    points = s.points()
+    loss, metrics = GRPOGuard(kl=0.0, clip=0.9).loss(points)
+    assert metrics["clipped"] == 0 and metrics["ratio"] != 1
+    now, old = points.moments(points.pred), points.moments(points.old)
+    ratio = (s.z * (now.mean - old.mean)).mean((1, 2)).exp()
+    expected = (-s.advantages * ratio).mean() / points.duration
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    torch.testing.assert_close(s.gradient(loss), s.gradient(expected), **CLOSE)
 
 
 def test_settings_are_the_published_ones() -> None:
