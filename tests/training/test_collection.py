@@ -97,14 +97,24 @@ def test_the_noise_of_a_group_does_not_depend_on_what_is_kept(algorithm: Algorit
     assert torch.equal(part.x0, everything.x0[torch.isin(everything.places, part.places)])
 
 
-def test_what_is_not_trained_costs_no_forward_pass() -> None:
-    case = Case(DiffusionDPO(timesteps=LEVELS))
+@pytest.mark.parametrize(
+    ("algorithm", "passes"),
+    [
+        (DiffusionDPO(timesteps=LEVELS), [4, 4]),  # the reference and the policy, two pairs
+        (BestOfN(timesteps=LEVELS), [2]),  # no snapshot is declared, so none is asked
+        (DGPO(timesteps=LEVELS, clip=None, kl=0, reference="ema"), [12, 12]),
+    ],
+)
+def test_what_is_not_trained_or_declared_costs_no_forward_pass(
+    algorithm: Algorithm, passes: list[int]
+) -> None:
+    case = Case(algorithm)
     batch = case.collect()
     updater = Updater(case.policy, case.recipe.algorithm, case.recipe)
     case.model.has_guidance(batch.prompts)
     with Calls(case.model.denoisers["transformer"]) as calls:
         updater.update(batch, 0)
-    assert calls.sizes == [4, 4]  # the reference and the policy, two pairs
+    assert calls.sizes == passes
 
 
 def test_more_than_a_group_cannot_be_trained() -> None:

@@ -381,6 +381,9 @@ def test_inner_epochs_train_the_same_pictures_with_noise_of_their_own() -> None:
         assert all(torch.equal(points.x0, seen[0].x0) for points in seen)
         noises = {tuple(points.noise[0].flatten().tolist()) for points in seen}
         assert len(noises) == len(seen)
+        levels = [points.level.sigma for points in seen]
+        epochs = [tuple(levels[start : start + 2]) for start in (0, 2, 4)]
+        assert len(set(epochs)) > 1 and all(len(set(epoch)) == 2 for epoch in epochs)
 
 
 def test_an_old_policy_that_is_the_policy_is_asked_from_the_second_inner_epoch_on() -> None:
