@@ -426,9 +426,9 @@ def test_an_iteration_without_a_batch_moves_the_old_policy_too() -> None:
 
 
 def test_the_learning_rate_follows_its_schedule() -> None:
-    def rates(**train: Any) -> list[float]:
-        case = Case(train={"iterations": 4, **train})
-        return [case.updater._factor(step) for step in range(4)]
+    def rates(steps: int = 4, algorithm: Any = None, **train: Any) -> list[float]:
+        case = Case(train={"iterations": 4, **train}, algorithm=algorithm or {})
+        return [case.updater._factor(step) for step in range(steps)]
 
     assert rates() == [1, 1, 1, 1]
     assert rates(warmup=2) == [0.5, 1, 1, 1]
@@ -436,6 +436,10 @@ def test_the_learning_rate_follows_its_schedule() -> None:
     assert rates(lr_schedule="cosine") == pytest.approx([1, 0.853553, 0.5, 0.146447], abs=1e-6)
     each_level = rates(lr_schedule="linear", optimizer_step="timestep")
     assert each_level == [1, 0.75, 0.5, 0.25]  # one level an iteration
+    # four steps an iteration: the rate comes down over all sixteen
+    several = {"optimizer_step": "timestep", "inner_epochs": 2}
+    slower = rates(16, TWO_LEVELS, lr_schedule="linear", **several)
+    assert slower == [1 - step / 16 for step in range(16)]
 
 
 def test_numbers_that_are_not_finite_change_no_weight() -> None:
