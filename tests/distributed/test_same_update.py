@@ -46,8 +46,9 @@ def test_two_processes_are_one(name: str, tmp_path: Path) -> None:
     same_update(tmp_path, name, (2,))
 
 
-def test_two_processes_are_one_with_a_lora(tmp_path: Path) -> None:
-    same_update(tmp_path, "dgpo", (2,), {"lora": {"rank": 4, "alpha": 8}})
+def test_two_processes_are_one_with_a_lora_and_inner_epochs(tmp_path: Path) -> None:
+    changes = {"lora": {"rank": 4, "alpha": 8}, "train": {"inner_epochs": 2}}
+    same_update(tmp_path, "dgpo", (2,), changes)
 
 
 @pytest.mark.slow

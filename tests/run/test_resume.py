@@ -48,6 +48,11 @@ def test_two_halves_are_the_whole(name: str, tmp_path: Path) -> None:
     stopped_equals_through(tmp_path, name)
 
 
+def test_two_halves_are_the_whole_with_inner_epochs(tmp_path: Path) -> None:
+    train = {"iterations": 4, "lr": 1e-2, "lr_schedule": "cosine", "inner_epochs": 2}
+    stopped_equals_through(tmp_path, "dgpo", train=train)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_two_halves_are_the_whole_with_all_weights(name: str, tmp_path: Path) -> None:
