@@ -58,7 +58,8 @@ Every recipe trains the same LoRA of the same model on the same prompts and pict
 and is scored alike (660 held-out prompts). Each run had one thread of a machine with two cores,
 beside one other run. Those of GRPO-Guard, Flow-DPPO, RWR and best of n were made on another day on
 a slower machine, where an iteration of the turbo takes 3.9 s instead of 2.6: their minutes, and
-ratios of minutes, are 1.5 times too large; counts are not. How each method's settings were found: [searches.md](searches.md). Made with
+ratios of minutes, are 1.5 times too large; counts are not. How each method's settings were found:
+[searches.md](searches.md). Made with
 
     {command}
 """
