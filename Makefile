@@ -65,7 +65,7 @@ lint: $(STAMP)
 	$(call step,pyright (1 minute),$(BIN)/pyright)
 
 test: lint
-	$(call step,the quick tests (up to 7 minutes on two cores),OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' --durations=5)
+	$(call step,the quick tests (4 to 9 minutes on two cores),OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' --durations=5)
 
 test-all: lint
 	$(call step,all tests,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10)
