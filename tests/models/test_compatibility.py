@@ -123,7 +123,8 @@ def test_a_reference_that_is_not_the_base(monkeypatch: Any) -> None:
     assert examined().answers["reference"].verdict == "no"
 
 
-def test_a_lora_that_is_read_with_another_strength(monkeypatch: Any) -> None:
+def read_weaker(monkeypatch: Any) -> None:
+    """LoRA files are read with nine tenths of their strength."""
     own = lora.load
 
     def weaker(pipe: Any, folder: Any) -> Any:
@@ -132,6 +133,10 @@ def test_a_lora_that_is_read_with_another_strength(monkeypatch: Any) -> None:
         return how
 
     monkeypatch.setattr(lora, "load", weaker)
+
+
+def test_a_lora_that_is_read_with_another_strength(monkeypatch: Any) -> None:
+    read_weaker(monkeypatch)
     assert examined().answers["LoRA file"].verdict == "no"
 
 
@@ -154,14 +159,7 @@ def test_half_precision_rounds_and_is_no_difference(name: str) -> None:
 
 @pytest.mark.slow
 def test_a_lora_that_is_read_with_another_strength_in_half_precision(monkeypatch: Any) -> None:
-    own = lora.load
-
-    def weaker(pipe: Any, folder: Any) -> Any:
-        how = own(pipe, folder)
-        pipe.set_adapters(pipe.get_active_adapters(), [0.9])
-        return how
-
-    monkeypatch.setattr(lora, "load", weaker)
+    read_weaker(monkeypatch)
     found = examine(partial(in_half, "wan"), partial(tiny_model, "wan"))
     assert found.answers["LoRA file"].verdict == "no"
 
