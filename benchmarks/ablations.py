@@ -18,16 +18,16 @@ import sys
 from pathlib import Path
 
 import typer
+from variants import Variants, put_section, read_variants, table, write_recipes
 
 from dgpo.cli.common import load, quiet
 from dgpo.cli.compare import carry_out
 from dgpo.comparison.plan import plan
 from dgpo.comparison.report import Comparison
-from dgpo.comparison.variants import Variants, put_section, read_variants, table, write_recipes
 from dgpo.errors import UserError
 from dgpo.preferences import FILE
-from dgpo.preferences.recording import record
 from dgpo.recipe import Recipe
+from dgpo.training.recording import record
 
 HERE = Path(__file__).parent
 NOTE = """\

@@ -21,11 +21,12 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from variants import put_section
+
 from dgpo.cli.common import quiet
 from dgpo.cli.compare import carry_out
 from dgpo.comparison.plan import Run, plan
 from dgpo.comparison.report import Comparison
-from dgpo.comparison.variants import put_section
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"

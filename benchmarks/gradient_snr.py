@@ -30,10 +30,10 @@ from dgpo.core.groups import Groups
 from dgpo.core.process import Level
 from dgpo.core.seeds import stream
 from dgpo.models.load import load_pipeline
-from dgpo.models.pipeline import PipelineModel
+from dgpo.models.pipeline.adapter import PipelineModel
+from dgpo.models.pipeline.prompt_encoder import Conditioning
 from dgpo.models.policy import Policy
-from dgpo.models.schedulers import make_scheduler
-from dgpo.models.text import Conditioning
+from dgpo.models.samplers.schedulers import make_scheduler
 from dgpo.prompts import load_prompts
 from dgpo.recipe import Recipe
 from dgpo.rewards import load_rewards

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from dgpo.models.load import load_pipeline
-from dgpo.models.pipeline import PipelineModel
+from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.policy import Policy
 from dgpo.prompts import PromptSampler, load_prompts
 from dgpo.recipe import Recipe

@@ -13,8 +13,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from dgpo.evaluation import Metrics, Sampling, evaluate
 from dgpo.evaluation.benchmarks import POCKET_GENEVAL
 from dgpo.models.load import load_pipeline
-from dgpo.models.pipeline import PipelineModel
-from dgpo.models.schedulers import make_scheduler
+from dgpo.models.pipeline.adapter import PipelineModel
+from dgpo.models.samplers.schedulers import make_scheduler
 from dgpo.prompts import load_prompts
 
 

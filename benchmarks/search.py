@@ -13,12 +13,13 @@ import shlex
 import sys
 from pathlib import Path
 
+from variants import put_section, read_variants, write_recipes
+
 from dgpo.cli.common import quiet
 from dgpo.cli.compare import carry_out
 from dgpo.comparison.plan import plan
 from dgpo.comparison.report import Comparison
 from dgpo.comparison.table import Table, cell
-from dgpo.comparison.variants import put_section, read_variants, write_recipes
 
 HERE = Path(__file__).parent
 SETTINGS = (

@@ -30,7 +30,7 @@ import torch
 
 import dgpo.trainer
 import dgpo.training.collection
-from dgpo.models.lora import blended, disabled
+from dgpo.models.weights.lora import blended, disabled
 from dgpo.recipe import Recipe
 from dgpo.trainer import Trainer
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from dgpo import registry
-from dgpo.rewards.stand_in import brightness
+from dgpo.rewards.shipped.stand_in import brightness
 from dgpo.trainer import Trainer
 from families.tiny import sd3_small, sd15
 from tiny_runs import PROMPTS, settings, trainer, without_times
@@ -98,15 +98,15 @@ def killable(
     """Train in a process of its own, which sets the event ``training`` and writes stderr to
     ``output``; at its ``operation``-th call of what writes or deletes files it is killed."""
     _be_quiet(output)
-    import dgpo.run.checkpoint
+    import dgpo.training.checkpoint_files
 
     run = trainer(Path(folder), resume=resume, **changes)
     if operation is not None:
         calls = itertools.count()
         for name in ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink"):
             setattr(os, name, _deadly(getattr(os, name), calls, operation))
-        saved = _deadly(dgpo.run.checkpoint.save_file, calls, operation, _half)
-        dgpo.run.checkpoint.save_file = saved
+        saved = _deadly(dgpo.training.checkpoint_files.save_file, calls, operation, _half)
+        dgpo.training.checkpoint_files.save_file = saved
     training.set()
     run.train()
 

@@ -26,7 +26,7 @@ from dgpo.media import (
 )
 from dgpo.prompts import load_prompts
 from dgpo.rewards import load_rewards
-from dgpo.rewards.video import PerFrame
+from dgpo.rewards.shipped.video import PerFrame
 from dgpo.run.pictures import grid, thumbnail
 
 

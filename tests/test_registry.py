@@ -10,7 +10,7 @@ from dgpo.errors import UserError
 
 
 def test_a_registered_name_gives_its_object():
-    from dgpo.rewards.stand_in import redness
+    from dgpo.rewards.shipped.stand_in import redness
 
     assert registry.resolve("reward", "redness") is redness
 
@@ -34,7 +34,7 @@ def test_a_file_is_accepted_and_loaded_once(tmp_path):
     ("name", "words"),
     [
         ("pocket_genevl", ["pocket_genevl", "did you mean 'pocket_geneval'", "redness", ".py"]),
-        ("dgpo.rewards.stand_in:rednes", ["rednes", "did you mean 'redness'"]),
+        ("dgpo.rewards.shipped.stand_in:rednes", ["rednes", "did you mean 'redness'"]),
         ("no_such_module:score", ["no_such_module"]),
         ("/no/such/file.py:score", ["/no/such/file.py"]),
     ],

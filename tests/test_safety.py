@@ -19,7 +19,7 @@ import uvicorn
 from dgpo.errors import UserError
 from dgpo.recipe import Recipe
 from dgpo.rewards import load_rewards
-from dgpo.rewards.http import HttpReward
+from dgpo.rewards.shipped.http import HttpReward
 from dgpo.serve.app import make_app
 from tiny_runs import trainer
 
@@ -50,7 +50,7 @@ def test_no_call_runs_what_data_says() -> None:
 def test_code_beside_weights_is_not_run_unless_asked_for_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dgpo.rewards.deqa import DeQA
+    from dgpo.rewards.shipped.deqa import DeQA
 
     monkeypatch.setenv("DGPO_TRUST_REMOTE_CODE", "all yes 1 deqa2")
     with pytest.raises(UserError, match="DGPO_TRUST_REMOTE_CODE=deqa"):

@@ -20,18 +20,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import dgpo.models.policy
-import dgpo.models.snapshots
+import dgpo.models.weights.snapshots
 import dgpo.trainer
 import dgpo.training.setup
 from dgpo.algorithms import DGPO, FlowGRPO
 from dgpo.core.groups import Groups
 from dgpo.errors import UserError
 from dgpo.evaluation import sample_images
-from dgpo.models.pipeline import PipelineModel
+from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.planning.counts import Samplers, count
 from dgpo.recipe import Recipe
 from dgpo.rewards import load_rewards
-from dgpo.rewards.stand_in import brightness, redness
+from dgpo.rewards.shipped.stand_in import brightness, redness
 from families.tiny import sd3_small
 from tiny_runs import PROMPTS, TIMESTEPS, Calls, Spy, light, rows, settings, trainer, without_times
 
@@ -106,7 +106,7 @@ def test_what_is_given_beside_a_recipe_is_written_into_it(tmp_path: Path) -> Non
         model=sd3_small(), reward_funcs=[brightness], train_dataset=PROMPTS, recipe=recipe
     )
     assert run.recipe.model == "StableDiffusion3Pipeline" and run.recipe.precision == "float32"
-    assert run.recipe.rewards == {"dgpo.rewards.stand_in:brightness": 1.0}
+    assert run.recipe.rewards == {"dgpo.rewards.shipped.stand_in:brightness": 1.0}
     assert run.recipe.prompts.train is None and run.rewards.names == ["brightness"]
     assert isinstance(run.algorithm, Local) and run.algorithm.beta == 7.0
     assert yaml.safe_load(run.recipe.to_yaml())["algorithm"]["beta"] == 7.0
@@ -161,7 +161,7 @@ def test_an_evaluation_leaves_the_weights_alone(
     lora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_restored(trainer(tmp_path, lora=lora, eval_dataset=PROMPTS[:2]))
-    forgetful = dgpo.models.snapshots.exchanged
+    forgetful = dgpo.models.weights.snapshots.exchanged
 
     def left_in(parameters: Any, values: Any) -> Any:
         place = forgetful(parameters, values)
@@ -169,7 +169,7 @@ def test_an_evaluation_leaves_the_weights_alone(
             parameter.data = value
         return place
 
-    monkeypatch.setattr(dgpo.models.snapshots, "exchanged", left_in)
+    monkeypatch.setattr(dgpo.models.weights.snapshots, "exchanged", left_in)
     monkeypatch.setattr(dgpo.models.policy, "exchanged", left_in)
     with pytest.raises(AssertionError):
         check_restored(trainer(tmp_path, lora=lora, eval_dataset=PROMPTS[:2]))

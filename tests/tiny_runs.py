@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dgpo.algorithms.dgpo import DGPO
 from dgpo.core.points import Forward
-from dgpo.rewards.stand_in import brightness
+from dgpo.rewards.shipped.stand_in import brightness
 from dgpo.trainer import Trainer
 from families.tiny import sd3_small
 

@@ -8,29 +8,29 @@ from time import monotonic
 from typing import Any
 
 from dgpo.algorithms.base import Algorithm, BaseAlgorithm
-from dgpo.distributed.joining import join
-from dgpo.distributed.processes import here
-from dgpo.distributed.quiet import outputs
-from dgpo.distributed.stops import hearing
+from dgpo.disk import says_disk_full
+from dgpo.distributed.processes import current_processes
+from dgpo.distributed.signals import deferred
 from dgpo.errors import UserError
 from dgpo.evaluation import Report
+from dgpo.interrupts import Terminated, all_or_nothing, terminable
 from dgpo.models.counting import COUNTED, Counter
 from dgpo.models.policy import RollingWeights
-from dgpo.models.put_back import bring_back
-from dgpo.models.schedulers import make_scheduler
+from dgpo.models.samplers.schedulers import make_scheduler
+from dgpo.models.weights.restoring import bring_back
 from dgpo.prompts import PromptSampler
 from dgpo.recipe import Recipe
-from dgpo.run.disk import says_disk_full
-from dgpo.run.interrupts import Terminated, all_or_nothing, terminable
 from dgpo.run.manifest import record_start
+from dgpo.run.null_outputs import outputs
 from dgpo.run.progress import clock
-from dgpo.run.run_checkpoints import RunCheckpoints
 from dgpo.run.tracking import refuse_existing_run
+from dgpo.training.agreement import join
 from dgpo.training.arguments import full_recipe
 from dgpo.training.batch import Batch
-from dgpo.training.guards import save_batch
+from dgpo.training.checkpoints import RunCheckpoints
 from dgpo.training.held_out import HeldOut
 from dgpo.training.journal import Journal
+from dgpo.training.run_guards import save_batch
 from dgpo.training.setup import (
     check_model,
     load_data,
@@ -39,7 +39,7 @@ from dgpo.training.setup import (
     make_policy,
     try_rewards,
 )
-from dgpo.training.updating import NonFinite, Updater
+from dgpo.training.updater import NonFinite, Updater
 
 
 class Trainer:
@@ -84,7 +84,7 @@ class Trainer:
         )
         self.algorithm = self.recipe.algorithm
         self.folder = Path(self.recipe.run.dir)
-        self.processes = here()
+        self.processes = current_processes()
         self._checkpoints = RunCheckpoints(self.recipe, resume, self.processes)
         if not resume and self.processes.main:
             refuse_existing_run(self.folder)
@@ -156,7 +156,7 @@ class Trainer:
         with (
             self.processes.ending_together(),
             terminable(),
-            hearing(self.processes),
+            deferred(self.processes),
             says_disk_full(self.folder),
         ):
             return self._train()
@@ -230,7 +230,7 @@ class Trainer:
             if collected.batch is not None:
                 figures = self._update(collected.batch, hear)
             else:
-                self.updater.pass_by(self.iteration)
+                self.updater.end_iteration(self.iteration)
             ended = monotonic()
             self.iteration += 1
             self.seconds += ended - began
@@ -271,7 +271,7 @@ class Trainer:
             prompts, rank = self.sampler.at(self.iteration), self.processes.rank
             folder = self.folder / f"process-{rank}" if rank else self.folder
             file = save_batch(folder, batch, prompts, self.iteration + 1, str(error))
-            self.processes.gather(None, "the batch that is not finite to be saved")
+            self.processes.all_gather_object(None, "the batch that is not finite to be saved")
             raise UserError(f"{error}. The batch is in {file}") from error
 
     @property
@@ -280,7 +280,7 @@ class Trainer:
         late = limit is not None and self.seconds >= 60 * limit
         done = late or self.iteration >= self.recipe.train.iterations
         done = done or self._journal.reason_to_stop is not None
-        return self.processes.from_main(lambda: done, "whether the run goes on")
+        return self.processes.broadcast_object(lambda: done, "whether the run goes on")
 
     def _start(self) -> None:
         """Before the first update: the base model's pictures and score."""
@@ -306,7 +306,7 @@ class Trainer:
             self._journal.draw(f"{done:06d}")
         due = bool(recipe.checkpoint.every) and done % recipe.checkpoint.every == 0
         due = due or (recipe.checkpoint.keep_best > 0 and self._journal.is_best(done))
-        if self.processes.from_main(lambda: due, "whether a checkpoint is due"):
+        if self.processes.broadcast_object(lambda: due, "whether a checkpoint is due"):
             self._save_checkpoint()
 
     def _end(self) -> None:
@@ -321,7 +321,7 @@ class Trainer:
             )
         self._evaluate()
         self._save_checkpoint(at_end=True)
-        reason = self.processes.from_main(lambda: self._journal.reason_to_stop, "the end")
+        reason = self.processes.broadcast_object(lambda: self._journal.reason_to_stop, "the end")
         delivered = None if reason is None else self._stop_early(reason)
         after = self._journal.draw("after")
         if after is not None:

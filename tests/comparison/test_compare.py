@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 import dgpo.cli.commands as cli
 from dgpo.comparison import runs as comparison_runs
 from dgpo.comparison.figures import Figure, mean, ratio, read_record, summarize, to_target
-from dgpo.comparison.kept import keep
 from dgpo.comparison.plan import lag, plan
+from dgpo.comparison.results_store import keep
 from dgpo.comparison.runs import arrived, state
 from dgpo.comparison.table import cell, notes, tables
 from dgpo.errors import UserError

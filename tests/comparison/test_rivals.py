@@ -8,8 +8,8 @@ from types import ModuleType
 import pytest
 
 from benchmark_files import BENCHMARKS, benchmark
+from benchmarks.variants import read_variants, write_recipes
 from dgpo.comparison.plan import plan
-from dgpo.comparison.variants import read_variants, write_recipes
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from benchmark_files import BENCHMARKS, benchmark
+from benchmarks.variants import put_section, read_variants, write_recipes
 from dgpo.comparison.plan import protocol
-from dgpo.comparison.variants import put_section, read_variants, write_recipes
 from dgpo.errors import UserError
 from dgpo.recipe import Recipe
 from tiny_runs import PROMPTS, light, settings

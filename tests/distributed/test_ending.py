@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from dgpo.distributed.processes import here
+from dgpo.distributed.processes import current_processes
 from dgpo.distributed.watch import HANG
 from dgpo.recipe.sections import GuardSettings
-from dgpo.rewards.stand_in import brightness
-from dgpo.run.checkpoint import find_checkpoint
+from dgpo.rewards.shipped.stand_in import brightness
+from dgpo.training.checkpoint_files import find_checkpoint
 from distributed import together
 from distributed.together import Ended, world
 
@@ -76,7 +76,7 @@ def test_a_backend_gives_up_after_the_watch(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv(name, "2")
     monkeypatch.setattr("torch.distributed.init_process_group", connect)
     with pytest.raises(Connects):
-        here()
+        current_processes()
 
 
 def test_one_that_does_not_come_is_named_with_its_place(tmp_path: Path) -> None:

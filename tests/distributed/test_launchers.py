@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dgpo.rewards.stand_in import brightness
+from dgpo.rewards.shipped.stand_in import brightness
 from tiny_runs import PROMPTS, rows, settings
 
 SOURCES = [str(Path(__file__).parents[2] / "src"), str(Path(__file__).parents[1])]

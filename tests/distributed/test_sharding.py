@@ -10,13 +10,13 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
-from dgpo.distributed.joining import place, refuse_unshardable
-from dgpo.distributed.processes import ALONE
+from dgpo.distributed.processes import SINGLE
 from dgpo.errors import UserError
-from dgpo.models.arguments import denoisers_of
+from dgpo.models.pipeline.arguments import denoisers_of
 from dgpo.prompts.caption import Caption
 from dgpo.recipe import Recipe
-from dgpo.rewards.stand_in import brightness
+from dgpo.rewards.shipped.stand_in import brightness
+from dgpo.training.agreement import place, refuse_unshardable
 from distributed import together
 from distributed.together import (
     all_well,
@@ -113,7 +113,7 @@ def test_pipelines_that_are_given_the_text_at_every_call_are_refused(tmp_path: P
     pipe = stable_audio()
     recipe = Recipe.from_dict(settings(lora=None, **SHARDED))
     with pytest.raises(UserError, match="StableAudioPipeline is given one text a call"):
-        place(pipe, denoisers_of(pipe), recipe, ALONE, True)
+        place(pipe, denoisers_of(pipe), recipe, SINGLE, True)
 
 
 def test_pictures_are_refused_where_the_pipeline_takes_them() -> None:

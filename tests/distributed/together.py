@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 import dgpo.distributed.watch
 from dgpo import registry
 from dgpo.cli import main
-from dgpo.distributed.processes import here, leave
+from dgpo.distributed.processes import current_processes, leave
 from dgpo.evaluation.benchmarks import Benchmark
-from dgpo.rewards.stand_in import brightness
+from dgpo.rewards.shipped.stand_in import brightness
 from dgpo.trainer import Trainer
 from families.tiny import build, sd3_small, sd15
 from reliable import ALGORITHMS, processes
@@ -237,7 +237,7 @@ def hang_in_pieces(folder: Path, where: str) -> None:
     """Process 1 never comes out of a block of the sharded denoiser, in the forward or the backward
     pass, where the other one waits for it inside FSDP2."""
     trainer = run(folder, "dgpo", train={"sharding": "fsdp2"}, groups_per_iteration=2)
-    everyone = here()
+    everyone = current_processes()
     (denoiser,) = trainer.model.denoisers.values()
 
     def hang(*_: Any) -> None:
@@ -266,13 +266,13 @@ def train_unlike(folder: Path) -> None:
 
 def sleep_in_one(folder: Path) -> None:
     """The processes meet once, then one of them never comes back."""
-    everyone = here()
-    everyone.gather(None, "the first meeting")
+    everyone = current_processes()
+    everyone.all_gather_object(None, "the first meeting")
     assert everyone.watch is not None
     everyone.watch.hang_seconds = 1.0
     if everyone.rank == 1:
         time.sleep(10_000)
-    everyone.gather(None, "the second meeting")
+    everyone.all_gather_object(None, "the second meeting")
 
 
 def _asked(limit: int) -> bool:

@@ -14,10 +14,10 @@ import torch
 import dgpo.evaluation
 from dgpo.errors import UserError
 from dgpo.evaluation import Metrics, Sampling, evaluate, sample_images, score, stratified_mean
-from dgpo.models.pipeline import PipelineModel
+from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.prompts import Prompt
 from dgpo.rewards import load_rewards
-from dgpo.rewards.stand_in import brightness
+from dgpo.rewards.shipped.stand_in import brightness
 from families.tiny import sd3_small
 
 TEXTS = ["a photo of cat", "red dog", "the small house", "big table", "red dog"]

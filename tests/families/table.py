@@ -9,8 +9,8 @@ import functools
 import sys
 from pathlib import Path
 
-from dgpo.models.compatibility import QUESTIONS, Answer, Examination, examine
-from dgpo.models.families import FAMILIES
+from dgpo.check.compatibility import QUESTIONS, Answer, Examination, examine
+from dgpo.models.pipeline.families import FAMILIES
 from families.tiny import TINY, build, tiny_model
 
 COMMAND = "PYTHONPATH=src:tests .venv/bin/python -m families.table docs/models.md"

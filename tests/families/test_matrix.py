@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dgpo.models import families
-from dgpo.models.compatibility import QUESTIONS
+from dgpo.check.compatibility import QUESTIONS
+from dgpo.models.pipeline import families
 from families.table import examined, row
 from families.tiny import TINY
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dgpo.models.pipeline import PipelineModel
-from dgpo.models.text import Conditioning
+from dgpo.models.pipeline.adapter import PipelineModel
+from dgpo.models.pipeline.prompt_encoder import Conditioning
 from families.audio import AUDIO
 from families.edit import EDIT
 from families.image import IMAGE, sd3, sd3_small, sd15

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgpo.run.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from dgpo.training.checkpoint_files import find_checkpoint, load_checkpoint, save_checkpoint
 from fuzz.parts import PROFILE, changed_bytes, value_or_error
 from tiny_runs import trainer
 

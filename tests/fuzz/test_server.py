@@ -22,7 +22,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from dgpo.rewards import load_rewards
-from dgpo.rewards.guard import in_thread
+from dgpo.rewards.call_limits import in_thread
 from dgpo.serve.app import make_app
 from dgpo.serve.limits import Limits
 from fuzz.parts import PROFILE, VALUES, changed_bytes

@@ -12,7 +12,8 @@ import torch
 
 from dgpo.errors import UserError
 from dgpo.models.load import check_vae, load_pipeline
-from dgpo.models.pipeline import PipelineModel
+from dgpo.models.pipeline.adapter import PipelineModel
+from dgpo.models.pipeline.self_check import self_check
 from dgpo.prompts.caption import Caption
 from families.edit import picture
 from families.tiny import TINY, build, conditioning
@@ -54,7 +55,7 @@ def test_a_vae_of_its_own_precision(name: str, tmp_path: Path) -> None:
     model = PipelineModel(pipe, call=TINY[name].call)
     given = [Caption(text, {"image": picture()}) for text in ("red dog", "a photo of cat")]
     cond = model.encode(given, guidance=True)
-    assert model.self_check(cond).ok
+    assert self_check(model, cond).ok
     generators = [torch.Generator().manual_seed(row) for row in range(2)]
     made = model.rollout(cond, steps=3, generators=generators)
     assert made.images is not None and len(made.images) == 2

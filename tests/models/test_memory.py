@@ -12,10 +12,10 @@ import torch
 
 from dgpo.errors import MissingExtra, UserError
 from dgpo.models.load import load_pipeline
-from dgpo.models.memory import free_text_encoders, save_memory, text_encoders
-from dgpo.models.pipeline import PipelineModel
+from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.policy import Policy
 from dgpo.models.quantization import quantized
+from dgpo.models.weights.memory import free_text_encoders, save_memory, text_encoders
 from dgpo.recipe import Recipe
 from dgpo.recipe.sections import LoraSettings, MemorySettings
 from families.image import sd3_small

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dgpo.errors import UserError
-from dgpo.models.pipeline import PipelineModel
+from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.policy import Policy
 from dgpo.recipe.sections import LoraSettings as RecipeLora
 from families.tiny import TINY, build, conditioning

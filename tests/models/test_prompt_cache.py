@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dgpo.errors import UserError
-from dgpo.models.pipeline import PipelineModel
-from dgpo.models.prompt_cache import PromptCache, encoder_fingerprint
+from dgpo.models.pipeline.adapter import PipelineModel
+from dgpo.models.pipeline.prompt_cache import PromptCache, encoder_fingerprint
 from families.image import sd3_small
 from families.tiny import TINY
 
@@ -83,7 +83,7 @@ def test_another_version_of_a_library_is_another_file(library: str, monkeypatch:
     known = encoder_fingerprint(pipe)
     versions = {name: version(name) for name in ("diffusers", "transformers")}
     versions[library] = "0.0.1"
-    monkeypatch.setattr("dgpo.models.prompt_cache.version", versions.__getitem__)
+    monkeypatch.setattr("dgpo.models.pipeline.prompt_cache.version", versions.__getitem__)
     assert encoder_fingerprint(pipe) != known
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dgpo.core.sde import FlowSDE
-from dgpo.models.pipeline import PipelineModel
-from dgpo.models.sde_schedulers import make_sde_scheduler, with_noise
-from dgpo.rewards.stand_in import brightness
+from dgpo.models.pipeline.adapter import PipelineModel
+from dgpo.models.samplers.sde_schedulers import make_sde_scheduler, with_noise
+from dgpo.rewards.shipped.stand_in import brightness
 from dgpo.trainer import Trainer
 from families.tiny import build, tiny_model
 from tiny_runs import settings

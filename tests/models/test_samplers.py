@@ -15,10 +15,10 @@ import torch
 
 from dgpo.core.process import FlowMatching, Level
 from dgpo.errors import UserError
-from dgpo.models.check import self_check
-from dgpo.models.pipeline import PipelineModel
-from dgpo.models.schedulers import make_scheduler
-from dgpo.models.text import Conditioning
+from dgpo.models.pipeline.adapter import PipelineModel
+from dgpo.models.pipeline.prompt_encoder import Conditioning
+from dgpo.models.pipeline.self_check import self_check
+from dgpo.models.samplers.schedulers import make_scheduler
 from families.tiny import TINY, build, conditioning
 
 SAMPLERS = ("ddim", "pndm", "euler", "heun", "dpmsolver++", "unipc", "deis")

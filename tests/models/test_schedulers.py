@@ -11,9 +11,9 @@ import torch
 
 from dgpo.core.process import Epsilon, FlowMatching, Level, VPrediction
 from dgpo.errors import UserError
-from dgpo.models.loop import Recording
-from dgpo.models.pipeline import PipelineModel
-from dgpo.models.schedulers import fresh, make_scheduler, process_of
+from dgpo.models.pipeline.adapter import PipelineModel
+from dgpo.models.pipeline.probes import Recording
+from dgpo.models.samplers.schedulers import fresh, make_scheduler, process_of
 from families.tiny import TINY, build, conditioning
 
 FLOW = ("euler", "heun", "dpmsolver++", "unipc")

@@ -17,10 +17,11 @@ from diffusers import (
 
 from dgpo.core import CPS, DDIM, DanceSDE, FlowSDE, Sde
 from dgpo.errors import UserError
-from dgpo.models.pipeline import PipelineModel, Rollout
-from dgpo.models.schedulers import make_scheduler
-from dgpo.models.sde_schedulers import make_sde_scheduler, with_noise
-from dgpo.models.text import Conditioning
+from dgpo.models.pipeline.adapter import PipelineModel
+from dgpo.models.pipeline.prompt_encoder import Conditioning
+from dgpo.models.pipeline.rollout import Rollout
+from dgpo.models.samplers.schedulers import make_scheduler
+from dgpo.models.samplers.sde_schedulers import make_sde_scheduler, with_noise
 from families.tiny import TINY, build, conditioning
 
 STEPS, ROWS = 4, 2

@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from dgpo.errors import UserError
-from dgpo.models.snapshots import Snapshot, base_fingerprints, exchanged
+from dgpo.models.weights.snapshots import Snapshot, base_fingerprints, exchanged
 
 
 def parameters() -> list[nn.Parameter]:

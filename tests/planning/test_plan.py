@@ -20,8 +20,8 @@ from dgpo.models import PipelineModel
 from dgpo.models.load import load_pipeline
 from dgpo.planning import make_plan
 from dgpo.planning.counts import calls_of
-from dgpo.planning.live import peak_bytes
 from dgpo.planning.memory import Estimate, Memory
+from dgpo.planning.meta_memory import peak_bytes
 from dgpo.planning.skeleton import bytes_of, skeleton
 from dgpo.preferences import GroupWriter
 from dgpo.prompts import load_prompts

@@ -13,10 +13,10 @@ from dgpo.pocket.build import (
     build_tokenizer,
     build_transformer,
 )
-from dgpo.pocket.pretrain.captions import encode_text, tokenize
-from dgpo.pocket.pretrain.transformer import TailAttention
 from dgpo.pocket.scenes import CATEGORIES, all_metadata
 from dgpo.pocket.signs import caption
+from tools.pretrain.captions import encode_text, tokenize
+from tools.pretrain.transformer import TailAttention
 
 
 def test_every_caption_fits_and_its_words_are_single_tokens():

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from dgpo.pocket.build import build_text_encoder, build_tokenizer, build_transformer
-from dgpo.pocket.pretrain import captions
-from dgpo.pocket.pretrain.common import Stage
-from dgpo.pocket.pretrain.data import draw_scenes, layout_of
-from dgpo.pocket.pretrain.measures import corrupt
-from dgpo.pocket.pretrain.skills import scene_skill
-from dgpo.pocket.pretrain.transformer import FlowData, FlowSettings, train_flow
 from dgpo.pocket.scenes import COLORS, SHAPES, Scene, Shape, parse_caption
+from tools.pretrain import captions
+from tools.pretrain.common import Stage
+from tools.pretrain.data import draw_scenes, layout_of
+from tools.pretrain.measures import corrupt
+from tools.pretrain.skills import scene_skill
+from tools.pretrain.transformer import FlowData, FlowSettings, train_flow
 
 
 def small_stage(folder, steps):

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from dgpo.pocket.pretrain.data import draw_scenes, wrong_caption
 from dgpo.pocket.scenes import (
     BACKGROUND,
     CATEGORIES,
@@ -16,6 +15,7 @@ from dgpo.pocket.scenes import (
     parse_caption,
     render,
 )
+from tools.pretrain.data import draw_scenes, wrong_caption
 
 ROWS = all_metadata()
 SCENES = draw_scenes(1500, seed=5)

@@ -14,18 +14,18 @@ from safetensors.torch import load_file
 from dgpo import Recipe, Trainer
 from dgpo.errors import UserError
 from dgpo.evaluation.benchmarks import POCKET_SD_GENEVAL
-from dgpo.models.schedulers import make_scheduler
+from dgpo.models.samplers.schedulers import make_scheduler
 from dgpo.pocket import WEIGHTS, load_pocket, load_pocket_sd
 from dgpo.pocket.build import build_text_encoder, build_tokenizer, build_vae
 from dgpo.pocket.build_sd import assemble_sd, build_unet, noise_schedule, reading_encoder
-from dgpo.pocket.pretrain import unet as lessons
-from dgpo.pocket.pretrain.captions import CaptionTable, tokenize
-from dgpo.pocket.pretrain.cli_sd import pretrain_sd, save_sd
-from dgpo.pocket.pretrain.sign_skill import sign_skill
-from dgpo.pocket.pretrain.skills import scene_skill
 from dgpo.pocket.prompts import test_prompts as held_out_rows
 from dgpo.pocket.verifier import find_objects
 from families.tiny import build
+from tools.pretrain import unet as lessons
+from tools.pretrain.captions import CaptionTable, tokenize
+from tools.pretrain.cli_sd import pretrain_sd, save_sd
+from tools.pretrain.sign_skill import sign_skill
+from tools.pretrain.skills import scene_skill
 
 CAPTIONS = ["a photo of a circle", "a photo of a red cross and a blue square"]
 PROMPTS = ["a photo of cat", "red dog", "blue house"]

@@ -5,7 +5,7 @@ import pytest
 
 from dgpo.pocket import signs
 from dgpo.pocket.signs import LENGTHS, Sign, caption, draw_sign, numbers, render
-from dgpo.rewards.ocr import quoted
+from dgpo.rewards.shipped.ocr import quoted
 
 
 def test_numbers_are_split_without_overlap() -> None:

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from dgpo.pocket.pretrain.data import draw_scenes
 from dgpo.pocket.scenes import Scene, Shape, parse_caption, render
 from dgpo.pocket.verifier import Found, find_objects, judge, verify
+from tools.pretrain.data import draw_scenes
 
 SCENES = draw_scenes(2000, seed=11)
 IMAGES = render(SCENES)

@@ -12,13 +12,13 @@ from PIL import Image
 from dgpo.evaluation.benchmarks import POCKET_GENEVAL
 from dgpo.pocket import WEIGHTS, load_pocket
 from dgpo.pocket.measures import PocketKID, as_pixels, features, kid, match, quality
-from dgpo.pocket.pretrain.autoencoder import reconstruct, to_images
-from dgpo.pocket.pretrain.data import draw_scenes
-from dgpo.pocket.pretrain.measures import corrupt
-from dgpo.pocket.pretrain.skills import scene_skill
 from dgpo.pocket.prompts import test_prompts as held_out_rows
 from dgpo.pocket.scenes import CATEGORIES, render
 from dgpo.pocket.verifier import find_objects, verify
+from tools.pretrain.autoencoder import reconstruct, to_images
+from tools.pretrain.data import draw_scenes
+from tools.pretrain.measures import corrupt
+from tools.pretrain.skills import scene_skill
 
 SCENES = draw_scenes(400, seed=23)
 RENDERS = render(SCENES)

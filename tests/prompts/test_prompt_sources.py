@@ -15,8 +15,8 @@ from dgpo.generators import GENERATORS, make_rows, write_rows
 from dgpo.generators.geneval import one, plural
 from dgpo.pocket.prompts import held_out
 from dgpo.prompts import Prompt, PromptSampler, load_prompts
-from dgpo.rewards.geneval_judge import CLASSES, check_row
-from dgpo.rewards.ocr import wanted_text
+from dgpo.rewards.shipped.geneval_judge import CLASSES, check_row
+from dgpo.rewards.shipped.ocr import wanted_text
 
 PUBLISHED = [
     {"tag": "counting", "include": [{"class": "clock", "count": 2}],

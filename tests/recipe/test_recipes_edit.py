@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from dgpo import Recipe, Trainer
 from dgpo.errors import UserError
 from dgpo.planning import make_plan
-from dgpo.rewards.vlm_judge import VLMJudge
+from dgpo.rewards.shipped.vlm_judge import VLMJudge
 from families.edit import picture
 from families.tiny import TINY, build
 from tiny_runs import light

@@ -6,7 +6,7 @@ from dgpo import Recipe, Trainer
 from dgpo.comparison.plan import protocol
 from dgpo.recipe.files import recipe_names
 from dgpo.registry import REWARDS, resolve
-from dgpo.rewards.terms import used
+from dgpo.rewards.settings import used
 from families.tiny import build
 
 NAMES = sorted(recipe_names())

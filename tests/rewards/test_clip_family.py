@@ -9,11 +9,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dgpo.errors import UserError
-from dgpo.rewards.aesthetic import Aesthetic
-from dgpo.rewards.clip import ClipScore
-from dgpo.rewards.hpsv2 import HPSv2
 from dgpo.rewards.loading import pad_square
-from dgpo.rewards.video import PerFrame
+from dgpo.rewards.shipped.aesthetic import Aesthetic
+from dgpo.rewards.shipped.clip import ClipScore
+from dgpo.rewards.shipped.hpsv2 import HPSv2
+from dgpo.rewards.shipped.video import PerFrame
 from rewards.tiny import clip_vectors, held, pictures, save_clip, save_clip_processors
 
 TEXTS = ["a cat", "two dogs", "x", "a long text with many words"]

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
 
 from dgpo.errors import UserError
-from dgpo.rewards.deqa import DeQA
+from dgpo.rewards.shipped.deqa import DeQA
 from rewards.tiny import held, pictures
 
 IMAGES = [*pictures(2, (32, 32)), *pictures(1, (40, 24), seed=1)]

@@ -19,8 +19,10 @@ from dgpo.cli import app
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
 from dgpo.rewards import load_rewards
-from dgpo.rewards.clip import ClipEncoder, shared_encoder
-from dgpo.rewards.geneval import (
+from dgpo.rewards.group_wise import Ranked
+from dgpo.rewards.offload import networks
+from dgpo.rewards.shipped.clip import ClipEncoder, shared_encoder
+from dgpo.rewards.shipped.geneval import (
     BACKGROUND,
     ColorNamer,
     Detector,
@@ -31,9 +33,7 @@ from dgpo.rewards.geneval import (
     geneval_strict,
     published,
 )
-from dgpo.rewards.geneval_judge import COLORS, Detection, judge
-from dgpo.rewards.group_wise import Ranked
-from dgpo.rewards.residence import networks
+from dgpo.rewards.shipped.geneval_judge import COLORS, Detection, judge
 from rewards.tiny import clip_vectors, pictures, save_clip
 
 LABELS = dict(enumerate(["dog", "sofa", "cat"]))

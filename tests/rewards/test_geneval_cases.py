@@ -8,7 +8,7 @@ unless a box is given instead of the centre. With two of them the position thres
 
 import pytest
 
-from dgpo.rewards.geneval_judge import (
+from dgpo.rewards.shipped.geneval_judge import (
     Detection,
     Limits,
     check_row,

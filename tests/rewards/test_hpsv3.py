@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
-from dgpo.rewards.hpsv3 import FILE, PIXELS, TEMPLATE, HPSv3
+from dgpo.rewards.shipped.hpsv3 import FILE, PIXELS, TEMPLATE, HPSv3
 from rewards.tiny import held, pictures
 from rewards.tiny_qwen import save_hpsv3
 

@@ -25,9 +25,9 @@ import dgpo.cli.serve
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
 from dgpo.rewards import load_rewards
-from dgpo.rewards.http import HttpReward
-from dgpo.rewards.stand_in import redness
-from dgpo.rewards.video import PerFrame
+from dgpo.rewards.shipped.http import HttpReward
+from dgpo.rewards.shipped.stand_in import redness
+from dgpo.rewards.shipped.video import PerFrame
 from rewards.tiny import pictures
 
 pytest.importorskip("fastapi")

@@ -7,7 +7,7 @@ import torch
 from transformers import BertTokenizer, CLIPImageProcessor
 
 from dgpo.errors import UserError
-from dgpo.rewards.image_reward import MEAN, STD, ImageReward
+from dgpo.rewards.shipped.image_reward import MEAN, STD, ImageReward
 from rewards.tiny import held, pictures
 
 WIDTH, HIDDEN, LAYERS = 128, 64, 2  # two heads of 64 in the picture's tower, one in the text's

@@ -12,7 +12,14 @@ from dgpo.pocket.signs import draw_sign, render, test_prompts
 from dgpo.prompts import Prompt
 from dgpo.registry import resolve
 from dgpo.rewards import load_rewards
-from dgpo.rewards.ocr import exact_score, ocr, ocr_score, pocket_ocr, pocket_ocr_exact, quoted
+from dgpo.rewards.shipped.ocr import (
+    exact_score,
+    ocr,
+    ocr_score,
+    pocket_ocr,
+    pocket_ocr_exact,
+    quoted,
+)
 
 test_prompts.__test__ = False  # the name is the package's, pytest would collect it
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from dgpo.prompts import load_prompts
 from dgpo.rewards import load_rewards
-from dgpo.rewards.clip import ClipScore
-from dgpo.rewards.hpsv3 import HPSv3
-from dgpo.rewards.pickscore import PickScore
-from dgpo.rewards.residence import Residence, networks
-from dgpo.rewards.video import PerFrame
+from dgpo.rewards.offload import Offload, networks
+from dgpo.rewards.shipped.clip import ClipScore
+from dgpo.rewards.shipped.hpsv3 import HPSv3
+from dgpo.rewards.shipped.pickscore import PickScore
+from dgpo.rewards.shipped.video import PerFrame
 from families.tiny import sd3_small
 from rewards.tiny import pictures, save_clip
 from rewards.tiny_qwen import save_hpsv3
@@ -91,7 +91,7 @@ def meta_is_away(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return real(self, *given, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Residence, "away", "meta")
+        patch.setattr(Offload, "away", "meta")
         patch.setattr(nn.Module, "to", to)
         yield moves
     for network in list(shelf):

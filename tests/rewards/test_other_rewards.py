@@ -29,9 +29,9 @@ from dgpo import registry
 from dgpo.errors import UserError
 from dgpo.reward_facts import FACTS, Facts
 from dgpo.rewards import load_rewards
-from dgpo.rewards.clap import ClapScore
 from dgpo.rewards.loading import Lazy
-from dgpo.rewards.vqascore import VQAScore
+from dgpo.rewards.shipped.clap import ClapScore
+from dgpo.rewards.shipped.vqascore import VQAScore
 from rewards.tiny import held, pictures
 
 IMAGES = pictures(3, (32, 32))

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from dgpo.errors import UserError
-from dgpo.rewards.pickscore import PickScore
+from dgpo.rewards.shipped.pickscore import PickScore
 
 
 @pytest.fixture(scope="module")

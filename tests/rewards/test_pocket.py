@@ -8,7 +8,7 @@ from dgpo.errors import UserError
 from dgpo.pocket.scenes import draw_scene, render
 from dgpo.prompts import Prompt, load_prompts
 from dgpo.rewards import load_rewards
-from dgpo.rewards.pocket import pocket_geneval, pocket_geneval_strict
+from dgpo.rewards.shipped.pocket import pocket_geneval, pocket_geneval_strict
 
 
 def drawn(prompts):

@@ -14,7 +14,7 @@ from dgpo import registry
 from dgpo.prompts import load_prompts
 from dgpo.reward_facts import FACTS
 from dgpo.rewards import load_rewards
-from dgpo.rewards.residence import networks
+from dgpo.rewards.offload import networks
 from rewards.tiny import pictures, save_clip
 
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
 from dgpo.rewards import load_rewards
-from dgpo.rewards.variety import color_histogram, variety
+from dgpo.rewards.shipped.variety import color_histogram, variety
 
 
 def scene(*colors: str, background: str = "white") -> Image.Image:

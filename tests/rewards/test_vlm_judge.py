@@ -12,9 +12,9 @@ from PIL import Image
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
 from dgpo.rewards import load_rewards
-from dgpo.rewards.guard import RewardFailure
-from dgpo.rewards.unified_reward import unified_judge
-from dgpo.rewards.vlm_judge import VLMJudge, _Retry
+from dgpo.rewards.call_limits import RewardFailure
+from dgpo.rewards.shipped.unified_reward import unified_judge
+from dgpo.rewards.shipped.vlm_judge import VLMJudge, _Retry
 
 COLORS = ["red", "blue", "green"]
 IMAGES = [Image.new("RGB", (8, 8), color) for color in COLORS]

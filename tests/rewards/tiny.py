@@ -9,8 +9,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 from dgpo.rewards.group_wise import Ranked
 from dgpo.rewards.loading import Lazy
-from dgpo.rewards.residence import networks
-from dgpo.rewards.video import PerFrame
+from dgpo.rewards.offload import networks
+from dgpo.rewards.shipped.video import PerFrame
 
 
 def pictures(count, size=(40, 48), seed=0):

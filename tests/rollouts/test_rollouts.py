@@ -23,8 +23,8 @@ from safetensors.torch import load, save, save_file
 
 from dgpo.core.process import Level
 from dgpo.errors import UserError
-from dgpo.models.pipeline import Rollout
-from dgpo.models.text import Conditioning
+from dgpo.models.pipeline.prompt_encoder import Conditioning
+from dgpo.models.pipeline.rollout import Rollout
 from dgpo.prompts.caption import Caption
 from dgpo.recipe import Recipe
 from dgpo.rollouts import RolloutRequest

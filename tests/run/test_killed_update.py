@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dgpo.registry import ALGORITHMS
-from dgpo.run.checkpoint import find_checkpoint
+from dgpo.training.checkpoint_files import find_checkpoint
 from reliable import assert_same, live, processes
 from tiny_runs import rows
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from dgpo.algorithms import DGPO
 from dgpo.core.timesteps import TimestepChoice
-from dgpo.run.checkpoint import any_checkpoint, find_checkpoint
 from dgpo.run.tracking import read_jsonl
+from dgpo.training.checkpoint_files import any_checkpoint, find_checkpoint
 from reliable import assert_same, killable, processes
 from tiny_runs import PROMPTS, without_times
 

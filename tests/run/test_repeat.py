@@ -33,7 +33,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     recipe = settings(
         model=str(folder / "model"),
-        rewards={"dgpo.rewards.stand_in:brightness": 1.0},
+        rewards={"dgpo.rewards.shipped.stand_in:brightness": 1.0},
         prompts={"train": str(folder / "prompts.txt"), "eval": str(folder / "prompts.txt")},
     )
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))

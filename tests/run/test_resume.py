@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-import dgpo.run.checkpoint
+import dgpo.training.checkpoint_files
+from dgpo.interrupts import terminable
 from dgpo.registry import ALGORITHMS
-from dgpo.rewards.stand_in import brightness
-from dgpo.run.checkpoint import find_checkpoint
-from dgpo.run.interrupts import terminable
+from dgpo.rewards.shipped.stand_in import brightness
 from dgpo.trainer import Trainer
+from dgpo.training.checkpoint_files import find_checkpoint
 from reliable import assert_same, reliable, stopping
 from tiny_runs import light, rows, trainer
 
@@ -109,15 +109,15 @@ def test_what_is_warned_of_at_the_end_is_written_once(tmp_path: Path) -> None:
 def test_another_sigterm_does_not_interrupt_the_save_of_the_first(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    right = dgpo.run.checkpoint.save_file
+    right = dgpo.training.checkpoint_files.save_file
 
     def save(tensors: Any, file: Path) -> None:
         signal.raise_signal(signal.SIGTERM)
         right(tensors, file)
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("dgpo.run.checkpoint.save_file", save)
-    monkeypatch.setattr("dgpo.run.interrupts.TWICE", 0.0)  # long after the first
+    monkeypatch.setattr("dgpo.training.checkpoint_files.save_file", save)
+    monkeypatch.setattr("dgpo.interrupts.TWICE", 0.0)  # long after the first
     first = stopping(1, lambda: signal.raise_signal(number))
     with pytest.raises(SystemExit) as stopped:
         reliable(tmp_path, reward=first).train()

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from dgpo.errors import UserError
-from dgpo.run.checkpoint import find_checkpoint
 from dgpo.trainer import Trainer
+from dgpo.training.checkpoint_files import find_checkpoint
 from reliable import assert_same, reliable
 from tiny_runs import light
 
@@ -96,7 +96,7 @@ def test_the_same_object_begins_after_ctrl_c_while_the_run_folder_is_made(
 
     run = long_update(tmp_path, "dgpo")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(f"dgpo.distributed.quiet.{what}", stop)
+        patched.setattr(f"dgpo.run.null_outputs.{what}", stop)
         run.train()
     assert (tmp_path / "recipe.yaml").exists() == (what == "Progress")
     run.train()

@@ -11,7 +11,7 @@ import torch
 
 from dgpo.algorithms import DGPO, Algorithm, BestOfN, DiffusionDPO, DiffusionNFT
 from dgpo.errors import UserError
-from dgpo.models.pipeline import PipelineModel
+from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.policy import Policy
 from dgpo.prompts import Prompt
 from dgpo.recipe import Recipe
@@ -19,7 +19,7 @@ from dgpo.rewards import load_rewards
 from dgpo.training.batch import Batch
 from dgpo.training.collection import collect
 from dgpo.training.forward_rounds import ForwardRounds
-from dgpo.training.updating import Updater
+from dgpo.training.updater import Updater
 from families.tiny import sd3_small
 from tiny_runs import PROMPTS, Calls, settings
 

@@ -14,19 +14,19 @@ from torch import Tensor
 from algorithms.table import FORWARD, changed
 from dgpo.algorithms import FlowGRPO
 from dgpo.errors import UserError
-from dgpo.models.pipeline import PipelineModel
+from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.policy import Policy
 from dgpo.preferences import GroupWriter
 from dgpo.prompts import Prompt, PromptSampler
 from dgpo.recipe import Recipe
 from dgpo.rewards import load_rewards
-from dgpo.rewards.stand_in import brightness
+from dgpo.rewards.shipped.stand_in import brightness
 from dgpo.trainer import Trainer
 from dgpo.training.batch import Batch
 from dgpo.training.collection import collect
 from dgpo.training.forward_rounds import old_is_policy
 from dgpo.training.offline import RankedCollector, picked, ranked_prompts
-from dgpo.training.updating import Updater
+from dgpo.training.updater import Updater
 from families.tiny import sd3_small
 from reliable import assert_same
 from tiny_runs import PROMPTS, TIMESTEPS, light, rows, settings

@@ -10,7 +10,7 @@ import torch
 
 from dgpo.algorithms import DGPO
 from dgpo.errors import UserError
-from dgpo.models.pipeline import PipelineModel
+from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.policy import Policy
 from dgpo.prompts import Prompt
 from dgpo.recipe import Recipe

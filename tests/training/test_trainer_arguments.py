@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from dgpo.errors import UserError
 from dgpo.pocket import load_pocket, load_pocket_sd, load_pocket_signs
 from dgpo.registry import MODELS
-from dgpo.rewards.stand_in import brightness
+from dgpo.rewards.shipped.stand_in import brightness
 from dgpo.trainer import Trainer
 from dgpo.training.arguments import full_recipe
 from families.tiny import build

@@ -13,17 +13,17 @@ from torch import Tensor
 from dgpo.algorithms import FlowGRPO
 from dgpo.core import CPS, Trajectory
 from dgpo.errors import UserError
-from dgpo.models.pipeline import PipelineModel
+from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.policy import Policy
-from dgpo.models.sde_schedulers import make_sde_scheduler
+from dgpo.models.samplers.sde_schedulers import make_sde_scheduler
 from dgpo.prompts import Prompt
 from dgpo.recipe import Recipe
 from dgpo.rewards import load_rewards
-from dgpo.rewards.stand_in import brightness
+from dgpo.rewards.shipped.stand_in import brightness
 from dgpo.trainer import Trainer
 from dgpo.training.collection import Collected, collect
 from dgpo.training.trajectory_rounds import RATIO_TOLERANCE
-from dgpo.training.updating import Updater
+from dgpo.training.updater import Updater
 from families.tiny import sd3_small, sd15
 from reliable import assert_same
 from tiny_runs import PROMPTS, Calls, light, rows, settings

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dgpo.cli.common import Device, Lora, load
+from dgpo.cli.common import Device, Lora
 
 
 def collect(
@@ -29,8 +29,12 @@ def collect(
 
     settings = Recipe.load(recipe, overrides or [])
     own = settings.memory.vae_precision
-    pipe = load(settings.model, lora, settings.precision, device, own)
-    from dgpo.preferences.recording import record
+    from dgpo.models.load import load_for_sampling
+
+    pipe = load_for_sampling(
+        settings.model, settings.precision, lora=lora, device=device, vae_precision=own
+    )
+    from dgpo.training.recording import record
 
     written = record(settings, pipe, out, groups, typer.echo)
     typer.echo(f"{written} groups in {out}; dgpo train {recipe} data.preferences={out}")

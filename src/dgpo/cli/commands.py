@@ -22,8 +22,6 @@ from dgpo.cli.common import (
     VaePrecision,
     check_file,
     is_main_process,
-    load,
-    quiet,
     table,
     tell_the_others,
 )
@@ -63,8 +61,6 @@ app = typer.Typer(
     help="Post-train any diffusion or flow model of diffusers with any reward, by Direct Group "
     "Preference Optimization.\n\nStart with:  dgpo train pocket-geneval train.max_minutes=5",
 )
-pocket = typer.Typer(no_args_is_help=True, help="The small model that ships with dgpo.")
-app.add_typer(pocket, name="pocket")
 app.command("collect")(collect)
 app.command("compare")(compare)
 app.command("prompts")(prompts)
@@ -112,6 +108,7 @@ def train(
     settings = Recipe.load(recipe, overrides or [])
     if not resume and main_process:
         refuse_existing_run(settings.run.dir)  # before the seconds that importing torch takes
+    from dgpo.models.load import quiet
     from dgpo.trainer import Trainer
 
     quiet()
@@ -133,13 +130,15 @@ def train(
 
 def _repeated(manifest: Path, overrides: list[str]) -> list[str]:
     """What repeats the run of a manifest beside its recipe; says what is not as it was then."""
-    from dgpo.distributed import here
+    from dgpo.distributed import current_processes
     from dgpo.run.manifest import differences, read_starts
     from dgpo.run.repeat import free_folder
 
-    processes = here()
+    processes = current_processes()
     starts = read_starts(manifest)
-    folder = processes.from_main(lambda: str(free_folder(manifest)), "the folder of the new run")
+    folder = processes.broadcast_object(
+        lambda: str(free_folder(manifest)), "the folder of the new run"
+    )
     if processes.main:
         for difference in differences(starts):
             typer.echo(f"warning: {difference}", err=True)
@@ -168,11 +167,11 @@ def evaluate(
     """Score a model on held-out prompts by a pinned protocol."""
     protocol = registry.resolve("benchmark", benchmark)
     check_file("--json", json_file)
-    from dgpo.distributed import here
+    from dgpo.distributed import current_processes
     from dgpo.evaluation import Metrics, Sampling
     from dgpo.evaluation import evaluate as run
-    from dgpo.models.pipeline import PipelineModel
-    from dgpo.models.schedulers import make_scheduler
+    from dgpo.models.pipeline.adapter import PipelineModel
+    from dgpo.models.samplers.schedulers import make_scheduler
     from dgpo.prompts import load_prompts
 
     if (prompts is None) is (protocol.prompts is None):
@@ -185,8 +184,16 @@ def evaluate(
     rows = [row for row in rows for _ in range(protocol.each)]
     metrics = Metrics(protocol.metrics)
     metrics.check(rows)  # before the pictures are made
-    processes = here()
-    pipe = load(model, lora, precision, device or str(processes.device), vae_precision)
+    from dgpo.models.load import load_for_sampling
+
+    processes = current_processes()
+    pipe = load_for_sampling(
+        model,
+        precision,
+        lora=lora,
+        device=device or str(processes.device),
+        vae_precision=vae_precision,
+    )
     scheduler = protocol.scheduler and make_scheduler(protocol.scheduler, pipe.scheduler)
     sampling = Sampling(protocol.steps, protocol.guidance_scale, scheduler, batch)
     policy = PipelineModel(pipe, call=protocol.call)
@@ -236,11 +243,12 @@ def check(
     given = {"image": image, "mask": mask}
     files = {name: str(file) for name, file in given.items() if file is not None}
     pictures = pictures_of(load_prompts([{"prompt": "a picture", **files}])[0].text)
-    from dgpo.models.compatibility import examine
-    from dgpo.models.pipeline import PipelineModel
+    from dgpo.check.compatibility import examine
+    from dgpo.models.load import load_for_sampling
+    from dgpo.models.pipeline.adapter import PipelineModel
 
     found = examine(
-        lambda: load(model, None, precision, device, vae_precision),
+        lambda: load_for_sampling(model, precision, device=device, vae_precision=vae_precision),
         lambda pipe: PipelineModel(pipe, call=arguments),
         pictures.get("image"),
         pictures.get("mask"),
@@ -248,24 +256,6 @@ def check(
     if not found.ok:
         raise UserError(str(found))
     typer.echo(str(found))
-
-
-@pocket.command(
-    "pretrain",
-    # its own options are defined beside it: they are passed on, and so is --help
-    context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "help_option_names": [],
-    },
-)
-def pretrain(context: typer.Context) -> None:
-    """Train the small model from nothing (hours); --help says more."""
-    from dgpo.pocket.pretrain.cli import pretrain as run
-
-    inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    inner.command()(run)
-    inner(args=context.args, prog_name="dgpo pocket pretrain", standalone_mode=False)
 
 
 def main() -> None:

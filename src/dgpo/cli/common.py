@@ -52,44 +52,6 @@ def prompt_rows(prompt: list[str], more: list[str], source: str | None) -> list[
     return load_prompts(source if source is not None else texts)
 
 
-def load(
-    model: str,
-    lora: Path | None,
-    precision: str,
-    device: str | None,
-    vae_precision: str | None = None,
-) -> Any:
-    """A pipeline, with a LoRA if one is named, on its device."""
-    folder = None if lora is None else lora_folder(lora)
-    import torch
-
-    from dgpo.models.load import load_pipeline
-    from dgpo.models.lora import load as load_lora
-
-    quiet()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _try_device(device)
-    pipe = load_pipeline(
-        model,
-        precision,  # pyright: ignore[reportArgumentType]
-        vae_precision=vae_precision,  # pyright: ignore[reportArgumentType]
-    )
-    if folder is not None:
-        load_lora(pipe, folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
-
-
-def _try_device(name: str) -> None:
-    import torch
-
-    try:
-        torch.empty(1, device=name)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        why = str(error).partition("\n")[0].rstrip(".")
-        raise UserError(f"--device {name}: {why}; give cpu, cuda or cuda:0") from error
-
-
 def check_folder(option: str, folder: Path) -> None:
     """Refuse an option's folder that cannot be made or written in, before the compute that its
     files cost.
@@ -118,19 +80,6 @@ def check_file(option: str, file: Path | None) -> None:
     check_folder(option, file.parent)
 
 
-def lora_folder(given: Path) -> Path:
-    """A folder with a LoRA: the one given, or `lora` in it.
-
-    Raises:
-        UserError: neither holds one.
-    """
-    for folder in (given, given / "lora"):
-        if folder.is_dir() and any(folder.glob("*.safetensors")):
-            return folder
-    what = "holds no LoRA (*.safetensors)" if given.is_dir() else "is no folder"
-    raise UserError(f"--lora {given}: it {what}; give a run folder or its lora/")
-
-
 def table(report: Any) -> str:
     """An evaluation's report as it is printed."""
     low, high = report.ci95
@@ -148,9 +97,9 @@ def is_main_process() -> bool:
     """Whether this process speaks for all that a launcher has started, which are then connected."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True  # without the seconds that importing torch takes
-    from dgpo.distributed import here
+    from dgpo.distributed import current_processes
 
-    return here().main
+    return current_processes().main
 
 
 def tell_the_others(error: Exception) -> None:
@@ -159,12 +108,3 @@ def tell_the_others(error: Exception) -> None:
         from dgpo.distributed.processes import tell
 
         tell(error)
-
-
-def quiet() -> None:
-    """Keep the libraries' own progress bars out of ours."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()

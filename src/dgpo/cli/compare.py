@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dgpo.cli.common import INTERRUPTED, quiet
+from dgpo.cli.common import INTERRUPTED
 from dgpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -98,8 +98,8 @@ def carry_out(comparison: Comparison) -> list[Summary]:
         UserError: a run's folder holds another run.
         typer.Exit: after Ctrl-C; the run is saved.
     """
-    from dgpo.comparison.kept import keep, take
     from dgpo.comparison.report import write
+    from dgpo.comparison.results_store import keep, take
     from dgpo.comparison.runs import make, state
 
     runs, stop_at, results = comparison.runs, comparison.stop_at, comparison.results
@@ -109,6 +109,8 @@ def carry_out(comparison: Comparison) -> list[Summary]:
         state(run, stop_at)  # what would be refused is refused before hours are spent
     if not comparison.train:
         return write(comparison)
+    from dgpo.models.load import quiet
+
     quiet()
     for number, run in enumerate(runs, start=1):
         where = f"[{number}/{len(runs)}] {run.name}, seed {run.seed}"

@@ -30,7 +30,7 @@ def detect(
             picture = opened.convert("RGB")
     except (OSError, Image.DecompressionBombError) as error:
         raise UserError(f"PICTURE {image}: not a picture ({error})") from error
-    from dgpo.rewards.geneval import published
+    from dgpo.rewards.shipped.geneval import published
 
     eyes = published()
     seen = eyes.look(picture, least)

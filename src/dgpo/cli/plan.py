@@ -6,8 +6,6 @@ from typing import Annotated
 
 import typer
 
-from dgpo.cli.common import quiet
-
 
 def plan(
     recipe: Annotated[
@@ -29,6 +27,8 @@ def plan(
     from dgpo.recipe import Recipe
 
     settings = Recipe.load(recipe, overrides or [])
+    from dgpo.models.load import quiet
+
     quiet()
     from dgpo.planning import make_plan
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dgpo.cli.common import Lora, lora_folder, quiet
+from dgpo.cli.common import Lora
 from dgpo.errors import UserError
 from dgpo.ranking.answers import KINDS, Kind
 from dgpo.ranking.server import PORT, PageServer
@@ -87,6 +87,7 @@ def _train(settings: Recipe) -> None:
     from dgpo.run.tracking import refuse_existing_run
 
     refuse_existing_run(settings.run.dir)
+    from dgpo.models.load import quiet
     from dgpo.trainer import Trainer
 
     quiet()
@@ -103,6 +104,9 @@ def _collect(
     groups: int | None,
     ahead: int,
 ) -> None:
+    from dgpo.models.load import quiet
+    from dgpo.models.weights.lora import lora_folder
+
     weights = None if lora is None else lora_folder(lora)
     from dgpo.ranking.dataset import export
     from dgpo.ranking.desk import Desk

@@ -18,7 +18,6 @@ from dgpo.cli.common import (
     Precision,
     VaePrecision,
     check_folder,
-    load,
     prompt_rows,
 )
 from dgpo.errors import UserError
@@ -86,7 +85,11 @@ def sample(
         **{key: value for key, value in size.items() if value},
         **apply_overrides({}, call or []),
     }
-    pipe = load(model, lora, precision, device, vae_precision)
+    from dgpo.models.load import load_for_sampling
+
+    pipe = load_for_sampling(
+        model, precision, lora=lora, device=device, vae_precision=vae_precision
+    )
     if guidance_scale is not None:
         make = _guided(pipe, given, steps, guidance_scale)
     else:
@@ -140,8 +143,8 @@ def _guided(pipe: Any, call: Mapping[str, Any], steps: int | None, scale: float)
 
 def _called(pipe: Any, call: Mapping[str, Any], texts: Sequence[str], seeds: Sequence[int]) -> Any:
     from dgpo.media import media_of
-    from dgpo.models.by_picture import pictures_for
-    from dgpo.models.vae_precision import vae_in_its_precision
+    from dgpo.models.pipeline.row_groups import pictures_for
+    from dgpo.models.pipeline.vae_precision import vae_in_its_precision
 
     pictures = pictures_for(pipe, texts)
     given = {"prompt": list(texts), "generator": _generators(seeds), "return_dict": False}

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dgpo.comparison.figures import Record, Summary, read_record, summarize
-from dgpo.comparison.kept import settings_unknown
 from dgpo.comparison.picture import draw
 from dgpo.comparison.plan import Run, lag
+from dgpo.comparison.results_store import settings_unknown
 from dgpo.comparison.runs import read_machines, state
 from dgpo.comparison.table import Table, as_json, notes, tables
 from dgpo.run.manifest import facts

@@ -4,6 +4,6 @@ Every process makes and trains its share of the pictures; prompts, noise, noise 
 advantages are those of the whole iteration, so that the number of processes changes no result.
 """
 
-from dgpo.distributed.processes import ALONE, Processes, here
+from dgpo.distributed.processes import SINGLE, Processes, current_processes
 
-__all__ = ["ALONE", "Processes", "here"]
+__all__ = ["SINGLE", "Processes", "current_processes"]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dgpo.distributed.watch import Watch
 from dgpo.errors import UserError
-from dgpo.run.interrupts import Terminated, hear_again
+from dgpo.interrupts import Terminated, hear_again
 
 T = TypeVar("T")
 BUCKET = 1 << 26
@@ -52,7 +52,7 @@ class Processes:
     ) -> None:
         self.rank, self.size, self.watch = rank, size, watch
         self.heard = 0
-        """The signal that asks this process to stop, as :func:`dgpo.distributed.stops.hearing`
+        """The signal that asks this process to stop, as :func:`dgpo.distributed.signals.deferred`
         keeps it; 0 for none."""
         self._device, self._control = device, control
 
@@ -67,7 +67,7 @@ class Processes:
         return self.rank == 0
 
     @property
-    def alone(self) -> bool:
+    def single(self) -> bool:
         return self.size == 1
 
     def split(self, count: int, parts: int = 1) -> tuple[Tensor, ...]:
@@ -80,14 +80,14 @@ class Processes:
         shared = [run.tensor_split(self.size) for run in runs]
         return tuple(torch.cat([run[rank] for run in shared]) for rank in range(self.size))
 
-    def gather(self, value: T, what: str) -> list[T]:
+    def all_gather_object(self, value: T, what: str) -> list[T]:
         """Every process's JSON value, by rank. Collective.
 
         Args:
             value: numbers (also NaN), texts, None, lists, and dicts whose keys are texts.
             what: it is, for whoever has to be told that a process is missing.
         """
-        if self.alone:
+        if self.single:
             return [value]
         mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         with self._meeting(what):
@@ -102,28 +102,28 @@ class Processes:
             for text, length in zip(found, sizes, strict=True)
         ]
 
-    def from_main(self, make: Callable[[], T], what: str) -> T:
+    def broadcast_object(self, make: Callable[[], T], what: str) -> T:
         """What the main process makes of it, a JSON value, in all of them. Collective."""
-        if self.alone:
+        if self.single:
             return make()
-        return self.gather(make() if self.main else None, what)[0]  # pyright: ignore[reportReturnType]
+        return self.all_gather_object(make() if self.main else None, what)[0]  # pyright: ignore[reportReturnType]
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of a tensor over the processes, the same in all of them. Collective."""
-        if self.alone:
+        if self.single:
             return x
         total = x.contiguous().clone()
         with self._meeting("a sum over the processes"):
             dist.all_reduce(total, group=self._control if x.device.type == "cpu" else None)
         return total
 
-    def spread(self, x: Tensor) -> Tensor:
+    def broadcast(self, x: Tensor) -> Tensor:
         """The main process's CPU tensor, in all of them: the others give one like it. Collective.
 
         Returns:
             ``x``, which holds it.
         """
-        if not self.alone:
+        if not self.single:
             with self._meeting("tensors of the main process"):
                 dist.broadcast(x, src=0, group=self._control)
         return x
@@ -134,7 +134,7 @@ class Processes:
         A parameter that no process has a gradient of is left without one: an optimiser passes it
         over.
         """
-        if self.alone:
+        if self.single:
             return
         held = self.sum(torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64))
         some = [p for p, count in zip(parameters, held.tolist(), strict=True) if count]
@@ -160,9 +160,9 @@ class Processes:
             KeyboardInterrupt: one has heard Ctrl-C.
             Terminated: one has heard SIGTERM.
         """
-        if self.alone:
+        if self.single:
             return hear_again()
-        heard = max(self.gather(self.heard, what))
+        heard = max(self.all_gather_object(self.heard, what))
         self.heard = 0
         if heard == signal.SIGINT:
             raise KeyboardInterrupt
@@ -178,7 +178,7 @@ class Processes:
         Raises:
             UserError: a process was given something else than the first.
         """
-        every = self.gather(facts, "what the processes were given")
+        every = self.all_gather_object(facts, "what the processes were given")
         for rank, other in enumerate(every):
             wrong = [name for name in facts if other.get(name) != every[0].get(name)]
             if wrong:
@@ -207,12 +207,12 @@ class Processes:
             yield
 
 
-ALONE = Processes()
+SINGLE = Processes()
 _started: Processes | None = None
 
 
-def here() -> Processes:
-    """The processes that a launcher has started this one with; :data:`ALONE` without a launcher.
+def current_processes() -> Processes:
+    """The processes that a launcher has started this one with; :data:`SINGLE` without a launcher.
 
     The first call connects them, by the variables that launchers set (``RANK``, ``WORLD_SIZE``,
     ``LOCAL_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``), unless the program has done so itself.
@@ -224,7 +224,7 @@ def here() -> Processes:
     if _started is None:
         several = dist.is_available() and (dist.is_initialized() or _number("WORLD_SIZE", 1) > 1)
         if not several:
-            return ALONE
+            return SINGLE
         _started = _connect()
         atexit.register(leave)
         _tell_of_what_nobody_catches()

@@ -34,7 +34,7 @@ def shard(denoisers: Mapping[str, nn.Module], processes: Processes, device: torc
     Raises:
         UserError: there is one process only.
     """
-    if processes.alone:
+    if processes.single:
         raise UserError(
             "train.sharding = 'fsdp2' spreads the weights over several processes, and this is one: "
             "start it by torchrun --nproc-per-node N -m dgpo train ..., or use train.sharding=none"

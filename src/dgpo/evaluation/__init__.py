@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dgpo.distributed.processes import ALONE, Processes
+from dgpo.distributed.assignment import Assignment
+from dgpo.distributed.processes import SINGLE, Processes
 from dgpo.distributed.sharding import any_sharded
-from dgpo.distributed.shares import Share
 from dgpo.evaluation.gathering import each_of_all, whole_of_all
 from dgpo.evaluation.metrics import Interval, Metrics
-from dgpo.models.pipeline import PipelineModel
+from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.prompts import Prompt
 
 
@@ -66,14 +66,14 @@ def sample_images(
     prompts: Sequence[Prompt],
     sampling: Sampling,
     seed: int = 0,
-    share: Share | None = None,
+    share: Assignment | None = None,
 ) -> list[Image.Image]:
     """One picture for each prompt row, in order; with a ``share`` for those of this process.
 
     A row's noise is seeded by its own ``seed`` column, or by ``seed`` plus its position, so a
     picture does not depend on the batch it was made in.
     """
-    share = share or Share((torch.arange(len(prompts)),), 1)
+    share = share or Assignment((torch.arange(len(prompts)),), 1)
     images: list[Image.Image] = []
     for own in share.batches(sampling.batch):
         if not len(own) and not any_sharded(model.denoisers.values()):
@@ -105,7 +105,7 @@ def evaluate(
     metrics: Metrics | Sequence[str | Callable],
     sampling: Sampling,
     name: str = "prompts",
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE,
 ) -> tuple[Report, list[Image.Image]]:
     """Sample every prompt once and score the pictures.
 
@@ -120,7 +120,7 @@ def evaluate(
     Returns:
         The report, of all pictures, and those of this process.
     """
-    share = Share(processes.split(len(prompts)), 1, processes)
+    share = Assignment(processes.split(len(prompts)), 1, processes)
     images = sample_images(model, prompts, sampling, share=share)
     return _score(images, prompts, metrics, name, share), images
 
@@ -132,7 +132,7 @@ def score(
     name: str = "images",
 ) -> Report:
     """Score pictures that exist already; see :func:`evaluate`."""
-    return _score(images, prompts, metrics, name, Share((torch.arange(len(prompts)),), 1))
+    return _score(images, prompts, metrics, name, Assignment((torch.arange(len(prompts)),), 1))
 
 
 def _score(
@@ -140,7 +140,7 @@ def _score(
     prompts: Sequence[Prompt],
     metrics: Metrics | Sequence[str | Callable],
     name: str,
-    share: Share,
+    share: Assignment,
 ) -> Report:
     metrics = metrics if isinstance(metrics, Metrics) else Metrics(metrics)
     each = each_of_all(metrics, images, prompts, share)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dgpo.distributed.shares import Share
+from dgpo.distributed.assignment import Assignment
 from dgpo.errors import UserError
 from dgpo.evaluation.metrics import Interval, Metrics
 from dgpo.prompts import Prompt
@@ -19,7 +19,7 @@ from dgpo.rewards import RewardFailure
 
 
 def each_of_all(
-    metrics: Metrics, images: Sequence[Any], prompts: Sequence[Prompt], share: Share
+    metrics: Metrics, images: Sequence[Any], prompts: Sequence[Prompt], share: Assignment
 ) -> dict[str, Tensor]:
     """The metrics of single pictures, [N] each, of which every process asks its own. Collective.
 
@@ -33,7 +33,7 @@ def each_of_all(
             raised in all processes.
     """
     rows = [prompts[place] for place in share.mine.tolist()]
-    if share.processes.alone:
+    if share.processes.single:
         return metrics.of_each(images, rows)
     found = {name: torch.zeros(0) for name in metrics.names_of_each}
     failed = None
@@ -44,30 +44,36 @@ def each_of_all(
         if not failure.skips:
             raise
         failed = str(failure)
-    failures = [one for one in share.processes.gather(failed, "the scores of an evaluation") if one]
+    failures = [
+        one
+        for one in share.processes.all_gather_object(failed, "the scores of an evaluation")
+        if one
+    ]
     if failures:
         raise RewardFailure(failures[0], skips=True)
     return share.gather(found, {})[0]
 
 
 def whole_of_all(
-    metrics: Metrics, images: Sequence[Any], prompts: Sequence[Prompt], share: Share
+    metrics: Metrics, images: Sequence[Any], prompts: Sequence[Prompt], share: Assignment
 ) -> dict[str, Interval]:
     """The metrics of the whole set, asked once by the main process. Collective.
 
     Raises:
         UserError: an answer is not (value, low, high), or the pictures cannot be sent to it.
     """
-    if share.processes.alone or not metrics.has_of_set:
+    if share.processes.single or not metrics.has_of_set:
         return metrics.of_set(images, prompts)
-    sent = share.processes.gather([_sent(one) for one in images], "all pictures of an evaluation")
+    sent = share.processes.all_gather_object(
+        [_sent(one) for one in images], "all pictures of an evaluation"
+    )
 
     def ask() -> dict[str, Interval]:
         every = [_received(one) for process in sent for one in process]
         order = torch.cat(share.places).argsort().tolist()
         return metrics.of_set([every[row] for row in order], prompts)
 
-    said = share.processes.from_main(ask, "the metrics of the whole set")
+    said = share.processes.broadcast_object(ask, "the metrics of the whole set")
     return {name: Interval(*values) for name, values in said.items()}
 
 

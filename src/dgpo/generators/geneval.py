@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dgpo.rewards.geneval_judge import CLASSES, COLORS, RELATIONS
+from dgpo.rewards.shipped.geneval_judge import CLASSES, COLORS, RELATIONS
 
 TEMPLATES = (
     "a photo of {}",

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dgpo.distributed.processes import ALONE, Processes
+from dgpo.distributed.processes import SINGLE, Processes
 
 COUNTED = ("images", "forwards", "backwards")
 """The totals, as ``metrics.jsonl`` calls them."""
@@ -52,10 +52,10 @@ class Counter:
         """An iteration begins: forget what ran since the last one, or in one that was cut off."""
         self._now = dict.fromkeys(COUNTED, 0)
 
-    def end(self, images: int, processes: Processes = ALONE) -> dict[str, int]:
+    def end(self, images: int, processes: Processes = SINGLE) -> dict[str, int]:
         """An iteration that made so many pictures is done; returns the totals, over all processes.
         Collective."""
-        every = processes.gather(self._now, "the end of an iteration")
+        every = processes.all_gather_object(self._now, "the end of an iteration")
         self._now = {name: sum(one[name] for one in every) for name in COUNTED}
         self._now["images"] = images
         self.totals = {name: self.totals[name] + self._now[name] for name in COUNTED}

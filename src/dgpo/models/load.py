@@ -12,6 +12,8 @@ from torch import nn
 
 from dgpo.errors import UserError
 from dgpo.models.quantization import Quantization, quantized
+from dgpo.models.weights.lora import load as load_lora
+from dgpo.models.weights.lora import lora_folder
 from dgpo.registry import MODELS, resolve
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -191,3 +193,55 @@ def _may_be_hub_id(name: str) -> bool:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:200]
+
+
+def load_for_sampling(
+    model: str,
+    precision: str = "float32",
+    *,
+    lora: Path | None = None,
+    device: str | None = None,
+    vae_precision: str | None = None,
+) -> Any:
+    """Load a pipeline, with a LoRA if one is named, and put it on its device.
+
+    Args:
+        model: as of :func:`load_pipeline`.
+        precision: of all weights.
+        lora: a run folder, or its ``lora/``.
+        device: ``cpu``, ``cuda``, ``cuda:0``; None for a GPU if there is one.
+        vae_precision: of the weights of the autoencoder; None: ``precision``.
+
+    Raises:
+        UserError: it cannot be loaded, or there is no such device.
+    """
+    folder = None if lora is None else lora_folder(lora)
+    quiet()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _try_device(device)
+    pipe = load_pipeline(
+        model,
+        precision,  # pyright: ignore[reportArgumentType]
+        vae_precision=vae_precision,  # pyright: ignore[reportArgumentType]
+    )
+    if folder is not None:
+        load_lora(pipe, folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def _try_device(name: str) -> None:
+    try:
+        torch.empty(1, device=name)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        why = str(error).partition("\n")[0].rstrip(".")
+        raise UserError(f"--device {name}: {why}; give cpu, cuda or cuda:0") from error
+
+
+def quiet() -> None:
+    """Keep the libraries' own progress bars out of ours."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,11 @@ from torch import Tensor, nn
 from dgpo.core.process import Level
 from dgpo.distributed.sharding import any_sharded, plain_class, whole
 from dgpo.errors import UserError
-from dgpo.models import lora as lora_weights
-from dgpo.models.lora import LoraSettings
-from dgpo.models.pipeline import PipelineModel
-from dgpo.models.snapshots import Snapshot, exchanged
-from dgpo.models.text import Conditioning
-
-if TYPE_CHECKING:
-    from dgpo.rollouts.engine import RolloutEngine
+from dgpo.models.pipeline.adapter import PipelineModel
+from dgpo.models.pipeline.prompt_encoder import Conditioning
+from dgpo.models.weights import lora as lora_weights
+from dgpo.models.weights.lora import LoraSettings
+from dgpo.models.weights.snapshots import Snapshot, exchanged
 
 Weights = Literal["policy", "old", "ref"]
 RollingWeights = Literal["policy", "old", "slow"]
@@ -56,7 +53,7 @@ class Policy:
         lora_weights.refuse_adapted(model.denoisers)
         self.model = model
         self.lora = lora
-        self.engine: RolloutEngine | None = None
+        self.engine: Any = None
         """What makes the rollouts, if it is another program (:mod:`dgpo.rollouts`)."""
         for module in model.pipe.components.values():
             if isinstance(module, nn.Module):

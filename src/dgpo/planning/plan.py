@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dgpo.distributed.joining import refuse_unshardable
 from dgpo.errors import UserError
 from dgpo.evaluation import Metrics
-from dgpo.models.lora import adapted_layers
-from dgpo.models.text_by_call import check_text_is_given_once
+from dgpo.models.pipeline.call_encoders import check_text_is_given_once
+from dgpo.models.weights.lora import adapted_layers
 from dgpo.planning.counts import Counts, Samplers, count
 from dgpo.planning.memory import Estimate, Memory
 from dgpo.planning.process import libraries
@@ -23,6 +22,7 @@ from dgpo.prompts import load_prompts, refuse_sizes
 from dgpo.recipe import Recipe
 from dgpo.rewards import RewardSet, load_rewards
 from dgpo.rewards.mixing import routed
+from dgpo.training.agreement import refuse_unshardable
 from dgpo.training.collection import rollout_scheduler
 from dgpo.training.held_out import eval_sampler
 from dgpo.training.offline import ranked_prompts

@@ -2,7 +2,7 @@
 
 A sign is 48 x 16 pixels, two to four dark digits on light paper; its caption is
 ``a sign that says "407"``. An OCR engine reads clean ones without a mistake
-(:mod:`dgpo.rewards.ocr`), so what it cannot read a model has drawn badly.
+(:mod:`dgpo.rewards.shipped.ocr`), so what it cannot read a model has drawn badly.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dgpo.disk import sync
 from dgpo.ranking.answers import mean
 from dgpo.ranking.store import Store
-from dgpo.run.disk import sync
 
 FILE = "groups.jsonl"
 

@@ -9,9 +9,9 @@ from PIL import Image
 
 from dgpo.core.seeds import stream
 from dgpo.models.load import load_pipeline
-from dgpo.models.lora import load as load_lora
-from dgpo.models.pipeline import PipelineModel
-from dgpo.models.schedulers import make_scheduler
+from dgpo.models.pipeline.adapter import PipelineModel
+from dgpo.models.samplers.schedulers import make_scheduler
+from dgpo.models.weights.lora import load as load_lora
 from dgpo.prompts import Prompt, PromptSampler, load_prompts, refuse_sizes
 from dgpo.recipe import Recipe
 

@@ -19,10 +19,10 @@ from typing import Any
 
 from PIL import Image
 
+from dgpo.disk import sync
 from dgpo.errors import UserError
 from dgpo.prompts.caption import PICTURES, Caption
 from dgpo.ranking.answers import ANSWER, Likes, Order, Skip, Stars, rewards_of
-from dgpo.run.disk import sync
 
 FILE = "ranking.sqlite"
 _TABLES = """

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from dgpo.algorithms.base import Algorithm, TrajectoryAlgorithm
 from dgpo.registry import known, unknown
-from dgpo.rewards.terms import used
+from dgpo.rewards.settings import used
 from dgpo.secrets import secrets_in
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ from dgpo.recipe.sections import (
     TrainSettings,
 )
 from dgpo.registry import ALGORITHMS, known, resolve, unknown
-from dgpo.rewards.terms import AnyReward, RewardTerm, weight_of
+from dgpo.rewards.settings import AnyReward, RewardSettings, weight_of
 from dgpo.secrets import masked
 from dgpo.settings import Settings, key_tree, problems, raise_problems
 
@@ -92,7 +92,7 @@ class Recipe(Settings):
         default_factory=lambda: _algorithm("dgpo")
     )
     rewards: dict[str, AnyReward] = Field(default_factory=dict)
-    """Names with a weight each, or with the settings of a RewardTerm."""
+    """Names with a weight each, or with the settings of a RewardSettings."""
     combine: Literal["sum", "gdpo"] = "sum"
     """Several rewards: add them up, or (gdpo) the deviations of each from its group's mean."""
     prompts: PromptSettings = PromptSettings()
@@ -170,7 +170,7 @@ class Recipe(Settings):
         except ValidationError as error:
             rewards = data.get("rewards")
             names = rewards if isinstance(rewards, Mapping) else ()
-            own = [key for name in names for key in key_tree(RewardTerm, f"rewards.{name}.")]
+            own = [key for name in names for key in key_tree(RewardSettings, f"rewards.{name}.")]
             raise_problems(problems(error, [*key_tree(cls), *own]), where)
             raise
 

@@ -5,7 +5,7 @@ rows before any compute is spent; it raises :class:`dgpo.errors.UserError` for r
 score.
 """
 
-from dgpo.rewards.base import RewardFunction, RewardSet, Scored, Scores, load_rewards
-from dgpo.rewards.guard import RewardFailure
+from dgpo.rewards.call_limits import RewardFailure
+from dgpo.rewards.set import RewardFunction, RewardSet, Scored, Scores, load_rewards
 
 __all__ = ["RewardFailure", "RewardFunction", "RewardSet", "Scored", "Scores", "load_rewards"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgpo.rewards.guard import RewardFailure
+from dgpo.rewards.call_limits import RewardFailure
 
 LARGEST = torch.finfo(torch.float32).max
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from dgpo.errors import UserError
 from dgpo.media import given_to_rewards
 from dgpo.registry import resolve
+from dgpo.rewards.call_limits import Guard
 from dgpo.rewards.checking import numbers
 from dgpo.rewards.group_wise import Ranked
-from dgpo.rewards.guard import Guard
-from dgpo.rewards.terms import RewardTerm, term_of
+from dgpo.rewards.settings import RewardSettings, settings_of
 
 RewardFunction = Callable[..., Sequence[float]]
 """``(images: list[PIL.Image], prompts: list[str], **columns: list) -> list[float]``, or less:
@@ -33,7 +33,7 @@ class Entry:
     weight: float
     columns: frozenset[str] | None
     """Names that the function accepts; None: any."""
-    term: RewardTerm
+    term: RewardSettings
     guard: Guard
 
     @property
@@ -86,17 +86,17 @@ class Entry:
 
 
 def entry_of(reward: Any, given: Any) -> Entry:
-    """The entry of a name or function, with its weight or the settings of a RewardTerm.
+    """The entry of a name or function, with its weight or the settings of a RewardSettings.
 
     Raises:
         UserError: an unknown name, settings that it does not take, or no function of pictures.
     """
     if isinstance(reward, str):
-        name, term = reward, term_of(reward, given)
+        name, term = reward, settings_of(reward, given)
         function = resolve("reward", term.use or reward)
     else:
         name, function = getattr(reward, "__name__", type(reward).__name__), reward
-        term = term_of(name, given)
+        term = settings_of(name, given)
     if inspect.isclass(function):
         function = _made(name, function, term.options)
     elif term.options:

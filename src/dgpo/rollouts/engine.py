@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 import torch
 
-from dgpo.models.pipeline import PipelineModel, Rollout
+from dgpo.models.pipeline.adapter import PipelineModel
+from dgpo.models.pipeline.prompt_encoder import Conditioning
+from dgpo.models.pipeline.rollout import Rollout
 from dgpo.models.policy import RollingWeights
-from dgpo.models.text import Conditioning
 
 
 @dataclass(frozen=True)

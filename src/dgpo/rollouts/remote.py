@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dgpo.errors import UserError
-from dgpo.models.pipeline import Rollout
+from dgpo.models.pipeline.rollout import Rollout
 from dgpo.models.policy import Policy, RollingWeights
 from dgpo.prompts.caption import Caption
 from dgpo.rewards.loading import need

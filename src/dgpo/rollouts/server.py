@@ -21,10 +21,11 @@ from peft.tuners.lora import LoraLayer
 from pydantic import ValidationError
 
 from dgpo.errors import UserError
-from dgpo.models import lora
-from dgpo.models.pipeline import PipelineModel, Rollout
-from dgpo.models.schedulers import make_scheduler
-from dgpo.models.snapshots import exchanged
+from dgpo.models.pipeline.adapter import PipelineModel
+from dgpo.models.pipeline.rollout import Rollout
+from dgpo.models.samplers.schedulers import make_scheduler
+from dgpo.models.weights import lora
+from dgpo.models.weights.snapshots import exchanged
 from dgpo.rollouts.wire import Ask, hash_of, pack
 from dgpo.serve.access import token_for
 from dgpo.serve.limits import Gate
@@ -180,11 +181,11 @@ def main(
     """Make rollouts for a run elsewhere."""
     import uvicorn
 
-    from dgpo.cli.common import load
+    from dgpo.models.load import load_for_sampling
 
     try:
         token = token_for(host, token_file)
-        app = make_app(load(model, None, precision, None), token)
+        app = make_app(load_for_sampling(model, precision), token)
     except UserError as error:
         raise SystemExit(str(error)) from error
     uvicorn.run(app, host=host, port=port, access_log=False)

@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 
 from dgpo.core.process import Level
 from dgpo.errors import UserError
-from dgpo.models.pipeline import Rollout
+from dgpo.models.pipeline.rollout import Rollout
 
 
 class Ask(BaseModel):

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from dgpo.disk import DAMAGED, replace_text
 from dgpo.errors import UserError
 from dgpo.recipe.files import MANIFEST
-from dgpo.run.disk import DAMAGED, replace_text
 from dgpo.secrets import masked_words
 
 FILE = MANIFEST

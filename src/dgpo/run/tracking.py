@@ -11,11 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from dgpo.disk import replace_text
 from dgpo.errors import UserError
 from dgpo.media import Sound, Video, save_media
 from dgpo.recipe import Recipe
 from dgpo.run.card import model_card
-from dgpo.run.disk import replace_text
 from dgpo.run.pictures import before_after, curve, grid
 
 REQUIRED = ("iteration", "reward_mean", "loss", "seconds")

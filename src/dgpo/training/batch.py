@@ -13,10 +13,10 @@ from torch import Tensor
 from dgpo.algorithms.base import BaseAlgorithm
 from dgpo.core.groups import Groups
 from dgpo.core.process import Level
-from dgpo.distributed.shares import Share
-from dgpo.models.loop import Step
-from dgpo.models.pipeline import Rollout
-from dgpo.models.text import Conditioning
+from dgpo.distributed.assignment import Assignment
+from dgpo.models.pipeline.probes import Step
+from dgpo.models.pipeline.prompt_encoder import Conditioning
+from dgpo.models.pipeline.rollout import Rollout
 from dgpo.rewards import Scored
 from dgpo.rewards.mixing import Combine, mix
 
@@ -93,14 +93,14 @@ class Batch:
         return self.prompts.rows(self.here.index[rows])
 
 
-def learnable(
+def build_batch(
     scored: Scored,
     made: Rollout,
     cond: Conditioning,
     every: Groups,
     algorithm: BaseAlgorithm,
     combine: Combine,
-    share: Share | None = None,
+    share: Assignment | None = None,
 ) -> tuple[Batch | None, dict[str, float]]:
     """The groups that were scored and have spread, and the figures of all that were scored.
 
@@ -111,7 +111,7 @@ def learnable(
         every: the groups of all pictures.
         share: which of them are here; None for all.
     """
-    share = share or Share.of(every.count, every.size, 1)
+    share = share or Assignment.of(every.count, every.size, 1)
     for why in dict.fromkeys(scored.lost.values()) if share.processes.main else ():
         warnings.warn(f"a group is left out: {why}", stacklevel=3)
     found = torch.tensor([group not in scored.lost for group in range(every.count)])
@@ -150,7 +150,7 @@ def _batch(
     total: int,
     made: Rollout,
     cond: Conditioning,
-    share: Share,
+    share: Assignment,
 ) -> Batch:
     """This process's rows of what is trained: all [n] of it are given, but for the pictures."""
     processes, split = share.processes, share.splits(places)
@@ -168,7 +168,7 @@ def _batch(
         total=total,
         steps=[_rows(step, rows) for step in made.steps],
     )
-    if processes.alone:
+    if processes.single:
         return batch
     first = torch.arange(1)
     spare = replace(

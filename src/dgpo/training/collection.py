@@ -13,20 +13,21 @@ import torch
 from dgpo.algorithms.base import BaseAlgorithm, TrajectoryAlgorithm
 from dgpo.core.groups import Groups
 from dgpo.core.seeds import seed_for
-from dgpo.distributed.processes import ALONE, Processes
-from dgpo.distributed.shares import Share
+from dgpo.distributed.assignment import Assignment
+from dgpo.distributed.processes import SINGLE, Processes
 from dgpo.errors import UserError
-from dgpo.models.pipeline import PipelineModel, Rollout
+from dgpo.models.pipeline.adapter import PipelineModel
+from dgpo.models.pipeline.prompt_encoder import Conditioning
+from dgpo.models.pipeline.rollout import Rollout
 from dgpo.models.policy import Policy, RollingWeights
-from dgpo.models.schedulers import make_scheduler
-from dgpo.models.sde_schedulers import make_sde_scheduler, with_noise
-from dgpo.models.text import Conditioning
+from dgpo.models.samplers.schedulers import make_scheduler
+from dgpo.models.samplers.sde_schedulers import make_sde_scheduler, with_noise
 from dgpo.prompts import Prompt
 from dgpo.recipe import Recipe
 from dgpo.rewards import RewardSet, Scored
-from dgpo.rewards.overlap import Scoring
+from dgpo.rewards.scoring import Scoring
 from dgpo.rollouts.engine import LocalEngine, RolloutEngine, RolloutRequest
-from dgpo.training.batch import Batch, learnable
+from dgpo.training.batch import Batch, build_batch
 
 
 class Sampler(Protocol):
@@ -52,7 +53,7 @@ class Sampled:
     cond: Conditioning
     scoring: Scoring
     seconds: float
-    share: Share
+    share: Assignment
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def collect(
     recipe: Recipe,
     iteration: int,
     scheduler: Any,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE,
 ) -> Collected:
     """Sample ``group_size`` pictures of each prompt, score them, and keep what can teach.
 
@@ -80,7 +81,7 @@ def collect(
         prompts: the iteration's prompts, one a group.
         iteration: counted from 0; with the recipe's seed it fixes every random number.
         scheduler: the sampler, or None for the pipeline's own; for a policy gradient that of
-            :func:`dgpo.models.sde_schedulers.make_sde_scheduler`.
+            :func:`dgpo.models.samplers.sde_schedulers.make_sde_scheduler`.
         processes: of the run. Each makes its share of the pictures and asks the rewards about it;
             what is compared are the numbers of all. Collective.
 
@@ -117,7 +118,7 @@ def sample(
     recipe: Recipe,
     iteration: int,
     scheduler: Any,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE,
 ) -> Sampled:
     """The first half of :func:`collect`: the pictures, shown to those rewards that take time.
 
@@ -141,7 +142,7 @@ def show_again(
     recipe: Recipe,
     made: Rollout,
     seconds: float,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE,
 ) -> Sampled:
     """What :func:`sample` has returned, of its pictures alone: rewards are asked about the same
     batches.
@@ -166,17 +167,17 @@ def _asked(
     prompts: Sequence[Prompt],
     recipe: Recipe,
     processes: Processes,
-) -> tuple[Share, list[str], Conditioning]:
+) -> tuple[Assignment, list[str], Conditioning]:
     """This process's share of an iteration, the texts of its groups, and their embeddings."""
     guided = recipe.rollout.guidance_scale != 1 or algorithm.kl_guidance is not None
     parts = algorithm.updates if isinstance(algorithm, TrajectoryAlgorithm) else 1
-    share = Share.of(len(prompts), recipe.group_size, parts, processes)
+    share = Assignment.of(len(prompts), recipe.group_size, parts, processes)
     held = [prompts[group].text for group in share.held.tolist()]
     return share, held, policy.model.encode(held, guidance=guided)
 
 
 def _scoring(
-    rewards: RewardSet, prompts: Sequence[Prompt], share: Share, recipe: Recipe
+    rewards: RewardSet, prompts: Sequence[Prompt], share: Assignment, recipe: Recipe
 ) -> Scoring:
     overlap, groups = recipe.overlaps_rewards, share.groups.tolist()
     return Scoring(rewards, prompts, recipe.group_size, overlap, groups)
@@ -199,7 +200,7 @@ def score(made: Sampled, algorithm: BaseAlgorithm, recipe: Recipe) -> Collected:
         scored = _of_all(scoring.finish(), made.share)
     waited = monotonic() - began
     groups = Groups.contiguous(made.share.count, recipe.group_size)
-    batch, figures = learnable(
+    batch, figures = build_batch(
         scored, made.rollout, made.cond, groups, algorithm, recipe.combine, made.share
     )
     if recipe.overlaps_rewards:
@@ -207,7 +208,7 @@ def score(made: Sampled, algorithm: BaseAlgorithm, recipe: Recipe) -> Collected:
     return Collected(batch, figures, {"rollout": made.seconds, "reward": waited})
 
 
-def _of_all(scored: Scored, share: Share) -> Scored:
+def _of_all(scored: Scored, share: Assignment) -> Scored:
     """What all processes have scored, in the order of the places."""
     values, lost = share.gather({**scored.by_name, "": scored.weights}, scored.lost)
     weights = values.pop("")
@@ -219,7 +220,7 @@ def _roll(
     algorithm: BaseAlgorithm,
     held: Sequence[str],
     cond: Conditioning,
-    share: Share,
+    share: Assignment,
     recipe: Recipe,
     iteration: int,
     scheduler: Any,

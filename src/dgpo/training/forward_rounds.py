@@ -15,7 +15,7 @@ from dgpo.core.seeds import stream
 from dgpo.models.policy import Policy, Weights
 from dgpo.recipe import Recipe
 from dgpo.training.batch import Batch
-from dgpo.training.rounds import Round, Term, idle
+from dgpo.training.rounds import MicroLoss, Round, idle
 
 
 class ForwardRounds:
@@ -48,7 +48,7 @@ class ForwardRounds:
                 share = len(points.pred) / batch.count
                 # every micro-batch's mean counts with its size: their sum is the batch's mean
                 weight = share * batch.share / len(places)
-                yield Term(*self.algorithm.loss(points), share, weight, last)
+                yield MicroLoss(*self.algorithm.loss(points), share, weight, last)
 
     def _noise(self, batch: Batch, iteration: int, order: int) -> Tensor:
         """Noise [B, ...], fresh for every level, one for each group if the algorithm shares it.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dgpo.distributed.processes import ALONE, Processes
+from dgpo.distributed.processes import SINGLE, Processes
 from dgpo.errors import UserError
 from dgpo.evaluation import Metrics, Report, Sampling, evaluate, sample_images
 from dgpo.models.policy import Policy, RollingWeights
-from dgpo.models.schedulers import make_scheduler
+from dgpo.models.samplers.schedulers import make_scheduler
 from dgpo.prompts import Prompt
 from dgpo.recipe import Recipe
 
@@ -35,7 +35,7 @@ class HeldOut:
         metrics: Metrics,
         prompts: Sequence[Prompt],
         others: Sequence[Prompt],
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE,
     ) -> None:
         self._recipe, self._policy, self._metrics = recipe, policy, metrics
         self._processes = processes

@@ -11,8 +11,8 @@ from dgpo.recipe import Recipe
 from dgpo.rewards import RewardFailure
 from dgpo.run.progress import Progress
 from dgpo.run.tracking import Tracker
-from dgpo.training.guards import Guards
 from dgpo.training.held_out import HeldOut
+from dgpo.training.run_guards import Guards
 
 
 class Journal:
@@ -67,7 +67,7 @@ class Journal:
             RewardFailure: a reward that may not be passed over has failed.
         """
         done = iteration in {row["iteration"] for row in self.tracker.evaluations}
-        done = self._processes.from_main(lambda: done, "whether to evaluate")
+        done = self._processes.broadcast_object(lambda: done, "whether to evaluate")
         if done:
             return None
         self.progress.stage("evaluating")

@@ -11,18 +11,19 @@ import torch
 from dgpo.algorithms.base import BaseAlgorithm
 from dgpo.core.groups import Groups
 from dgpo.core.seeds import stream
-from dgpo.distributed.processes import ALONE, Processes
-from dgpo.distributed.shares import Share
+from dgpo.distributed.assignment import Assignment
+from dgpo.distributed.processes import SINGLE, Processes
 from dgpo.errors import UserError
-from dgpo.models.encoding import PictureEncoder
-from dgpo.models.pipeline import PipelineModel, Rollout
+from dgpo.models.pipeline.adapter import PipelineModel
+from dgpo.models.pipeline.picture_encoder import PictureEncoder
+from dgpo.models.pipeline.rollout import Rollout
 from dgpo.preferences import RankedGroup, read_groups
 from dgpo.prompts import PromptSampler
 from dgpo.recipe import Recipe
 from dgpo.rewards import Scored
-from dgpo.training.batch import learnable
+from dgpo.training.batch import build_batch
 from dgpo.training.collection import Collected
-from dgpo.training.pending import NOTHING, Packed
+from dgpo.training.prefetched import NOTHING, Prefetched
 
 NAME = "preferences"
 """What the rewards of the folder are called in ``metrics.jsonl``."""
@@ -106,7 +107,7 @@ class RankedCollector:
         prompts: PromptSampler,
         recipe: Recipe,
         scheduler: Any,
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE,
     ) -> None:
         self._model, self._algorithm, self._recipe = model, algorithm, recipe
         self._prompts, self._processes = prompts, processes
@@ -141,12 +142,12 @@ class RankedCollector:
                 group.rewards, size, pick, stream(recipe.seed, "pick", iteration, number)
             )
         ]
-        share = Share.of(len(chosen), size, 1, self._processes)
+        share = Assignment.of(len(chosen), size, 1, self._processes)
         mine = [rows[place] for place in share.mine.tolist()]
         x0 = torch.stack([self._encoder(group.images[place]) for group, place in mine])
         rewards = torch.tensor([group.rewards[place] for group, place in rows])
         texts = [chosen[number].text for number in share.held.tolist()]
-        batch, figures = learnable(
+        batch, figures = build_batch(
             Scored({NAME: rewards}, torch.ones(len(rows), 1, dtype=torch.float64)),
             Rollout(x0, None, self._levels),
             self._model.encode(texts, guidance=algorithm.kl_guidance is not None),
@@ -157,10 +158,10 @@ class RankedCollector:
         )
         return Collected(batch, figures, {"rollout": monotonic() - began, "reward": 0.0})
 
-    def pending(self, iteration: int) -> Packed:
+    def pending(self, iteration: int) -> Prefetched:
         """Nothing: no iteration's pictures are made by the weights of an earlier one."""
         return NOTHING
 
-    def restore(self, packed: Packed) -> list[str]:
+    def restore(self, packed: Prefetched) -> list[str]:
         """What a checkpoint of the run before it was an offline one holds is not used."""
         return []

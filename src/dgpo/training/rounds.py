@@ -11,7 +11,7 @@ from torch import Tensor
 from dgpo.core.points import Forward, Trajectory
 
 
-class Term(NamedTuple):
+class MicroLoss(NamedTuple):
     """The loss of one micro-batch at one noise level."""
 
     loss: Tensor
@@ -27,14 +27,14 @@ class Term(NamedTuple):
     """Whether the optimiser step comes next."""
 
 
-def idle(points: Forward | Trajectory | None, last: bool) -> Term:
+def idle(points: Forward | Trajectory | None, last: bool) -> MicroLoss:
     """A term that trains nothing: its passes are made because other processes make theirs, or none
     are (``points`` is None) and it only keeps the place. Every process has equally many terms, so
     that all can be stopped at the same one."""
     loss = torch.zeros(()) if points is None else points.pred.sum() * 0
-    return Term(loss, {}, 0.0, 0.0, last)
+    return MicroLoss(loss, {}, 0.0, 0.0, last)
 
 
-Round: TypeAlias = Iterator[Term]
+Round: TypeAlias = Iterator[MicroLoss]
 """The terms of one optimiser step, each made when it is asked for, after the backward pass of the
 one before."""

@@ -6,24 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dgpo.distributed.joining import place
 from dgpo.distributed.processes import Processes
 from dgpo.errors import UserError
 from dgpo.evaluation import Metrics
 from dgpo.media import Video, check_format
-from dgpo.models.arguments import denoisers_of
 from dgpo.models.load import check_vae, dtype_of, load_pipeline
-from dgpo.models.memory import save_memory
-from dgpo.models.pipeline import PipelineModel
+from dgpo.models.pipeline.adapter import PipelineModel
+from dgpo.models.pipeline.arguments import denoisers_of
+from dgpo.models.pipeline.self_check import self_check
 from dgpo.models.policy import Policy
-from dgpo.models.sde_schedulers import SdeScheduler
+from dgpo.models.samplers.sde_schedulers import SdeScheduler
+from dgpo.models.weights.memory import save_memory
 from dgpo.prompts import Prompt, PromptSampler, load_prompts, refuse_sizes
 from dgpo.recipe import Recipe
 from dgpo.rewards import RewardSet, load_rewards
-from dgpo.run.run_checkpoints import RunCheckpoints
-from dgpo.training.ahead import Collector
+from dgpo.training.agreement import place
 from dgpo.training.arguments import is_pipeline
+from dgpo.training.checkpoints import RunCheckpoints
 from dgpo.training.collection import rollout_scheduler
+from dgpo.training.collector import Collector
 from dgpo.training.held_out import HeldOut, eval_sampler
 from dgpo.training.offline import RankedCollector, ranked_prompts
 
@@ -134,7 +135,7 @@ def check_model(
 
     Raises:
         UserError: it would not, or a sampler does not fit the pipeline; see
-            :func:`dgpo.models.check.self_check`.
+            :func:`dgpo.models.pipeline.self_check.self_check`.
     """
     samplers = [scheduler]
     if recipe.data.preferences is None:
@@ -144,7 +145,7 @@ def check_model(
         samplers.append(eval_sampler(recipe.eval.scheduler, model.pipe.scheduler))
     cond = model.encode([prompt.text for prompt in prompts], guidance=True)
     rollout = recipe.rollout
-    model.self_check(cond, samplers, rollout.guidance_scale, rollout.steps)
+    self_check(model, cond, samplers, rollout.guidance_scale, rollout.steps)
 
 
 def make_policy(recipe: Recipe, model: PipelineModel, texts: Sequence[str]) -> Policy:

@@ -11,11 +11,11 @@ from torch import Tensor
 from dgpo.algorithms.base import TrajectoryAlgorithm
 from dgpo.core.points import Trajectory
 from dgpo.errors import UserError
-from dgpo.models.loop import Step
+from dgpo.models.pipeline.probes import Step
 from dgpo.models.policy import Policy
 from dgpo.recipe import Recipe
 from dgpo.training.batch import Batch
-from dgpo.training.rounds import Round, Term, idle
+from dgpo.training.rounds import MicroLoss, Round, idle
 
 RATIO_TOLERANCE = 1e-5
 """Largest ``|ratio - 1|`` before the first optimiser step on a rollout, for weights in float32. The
@@ -82,7 +82,7 @@ class TrajectoryRounds:
                     self._refuse_other_policy(points, iteration)
                 part = len(some) / sum(counts)
                 weight = part * share / len(batch.steps)
-                yield Term(*self.algorithm.loss(points), part, weight, last)
+                yield MicroLoss(*self.algorithm.loss(points), part, weight, last)
             elif self._lockstep:
                 assert batch.spare is not None
                 spare = batch.spare

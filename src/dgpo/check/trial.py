@@ -1,0 +1,67 @@
+"""A training of two iterations, with which a pipeline is tried out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dgpo.algorithms.dgpo import DGPO
+from dgpo.core.timesteps import TimestepChoice
+from dgpo.errors import UserError
+from dgpo.models.policy import Policy
+from dgpo.prompts import Prompt
+from dgpo.recipe import Recipe
+from dgpo.rewards import load_rewards
+from dgpo.rewards.shipped.stand_in import level
+from dgpo.training.batch import Batch
+from dgpo.training.collection import collect
+from dgpo.training.updater import Updater, rounds_of
+
+_STEPS = 3
+
+
+def two_iterations(
+    policy: Policy, prompts: Sequence[Prompt], levels: int, lr: float = 1e-3
+) -> list[tuple[float, float]]:
+    """DGPO's objective in two iterations, each with rollouts of the weights as they are by then:
+    on the points of the iteration, before its update and after it.
+
+    Args:
+        policy: what is trained.
+        prompts: a group each.
+        levels: of a rollout; all are trained, so that every expert has its part.
+        lr: of the two steps.
+
+    Raises:
+        UserError: the samples of all groups are alike.
+    """
+    # scaled as in the paper, the loss is the objective: log 2 at the start
+    algorithm = DGPO(loss_scale="paper", timesteps=TimestepChoice(count=levels, indices=None))
+    recipe = Recipe.from_dict(
+        {
+            "group_size": 3,
+            "groups_per_iteration": 2,
+            "rollout": {"steps": _STEPS},
+            # without momentum: a step goes down on its own points, whatever the one before it did
+            "train": {"iterations": 2, "lr": lr, "betas": (0.0, 0.999)},
+            "algorithm": {"name": "dgpo", **algorithm.model_dump()},
+        }
+    )
+    rewards, updater = load_rewards(level), Updater(policy, algorithm, recipe)
+    rounds = rounds_of(policy, algorithm, recipe)
+
+    def objective(batch: Batch, iteration: int) -> float:
+        with torch.no_grad():
+            terms = [(t.loss.item(), t.share) for one in rounds(batch, iteration) for t in one]
+        return sum(loss * share for loss, share in terms) / sum(share for _, share in terms)
+
+    losses: list[tuple[float, float]] = []
+    for iteration in range(2):
+        batch = collect(policy, rewards, algorithm, prompts, recipe, iteration, None).batch
+        if batch is None:
+            raise UserError("the samples of a group are all alike: there is nothing to compare")
+        before = objective(batch, iteration)
+        updater.update(batch, iteration)
+        losses.append((before, objective(batch, iteration)))
+    return losses

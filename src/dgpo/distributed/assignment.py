@@ -1,0 +1,137 @@
+"""Who makes which pictures of an iteration, and what all of them scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dgpo.distributed.processes import SINGLE, Processes
+from dgpo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The pictures of an iteration that each process makes, by their places among all.
+
+    Args:
+        places: [n] ascending, for every process.
+        size: pictures of a group.
+        processes: those of the run.
+    """
+
+    places: tuple[Tensor, ...]
+    size: int
+    processes: Processes = SINGLE
+
+    @classmethod
+    def of(cls, groups: int, size: int, parts: int, processes: Processes = SINGLE) -> Assignment:
+        """Every process makes an equal share, up to one picture, of each of ``parts`` equal runs of
+        groups, and whole groups if their number allows it.
+
+        Raises:
+            UserError: a process would have none.
+        """
+        every = groups * size
+        if every // parts < processes.size:
+            raise UserError(
+                f"{processes.size} processes for {every // parts} pictures of an optimiser step "
+                f"(group_size = {size}, groups_per_iteration = {groups}): start fewer processes, "
+                "or raise one of the two"
+            )
+        return cls(processes.split(every, parts), size, processes)
+
+    @property
+    def mine(self) -> Tensor:
+        """The places of this process, [n]."""
+        return self.places[self.processes.rank]
+
+    @property
+    def count(self) -> int:
+        """Groups of the iteration."""
+        return sum(map(len, self.places)) // self.size
+
+    @property
+    def groups(self) -> Tensor:
+        """The group of each of this process's pictures, [n]."""
+        return self.mine // self.size
+
+    @property
+    def held(self) -> Tensor:
+        """The groups of which this process has pictures, ascending."""
+        return self.groups.unique()
+
+    @property
+    def rows(self) -> Tensor:
+        """Of each of this process's pictures the row of its group in :attr:`held`, [n]."""
+        return torch.searchsorted(self.held, self.groups)
+
+    def find(self, places: Tensor) -> Tensor:
+        """The rows here of places that are this process's."""
+        return torch.searchsorted(self.mine, places)
+
+    def divided(self, places: Tensor) -> tuple[Tensor, ...]:
+        """Those of some places that each process has."""
+        return tuple(places[torch.isin(places, own)] for own in self.places)
+
+    def splits(self, places: Tensor) -> bool:
+        """Whether a group of these places is spread over several processes."""
+        held = [len((part // self.size).unique()) for part in self.divided(places)]
+        return sum(held) > len((places // self.size).unique())
+
+    def batches(self, size: int | None) -> Iterator[Tensor]:
+        """Rows of this process, so many at once; as often in every process, empty where one has no
+        more. Between them a run may be stopped. Collective."""
+        most = max(map(len, self.places))
+        rows = torch.arange(len(self.mine))
+        for start in range(0, most, size or most):
+            self.processes.stop_if_asked("sampling a batch of pictures")
+            yield rows[start : start + (size or most)]
+
+    def whole(self, rows: Tensor) -> Tensor:
+        """The rows of all processes in the order of places, bit for bit. Collective.
+
+        Args:
+            rows: [n, ...] of this process, on the CPU.
+
+        Returns:
+            [N, ...].
+        """
+        if self.processes.single:
+            return rows
+        # bytes, since 0 + -0.0 is 0.0
+        mine = rows.contiguous().view(torch.uint8)
+        every = mine.new_zeros(sum(map(len, self.places)), *mine.shape[1:])
+        every[self.mine] = mine
+        return self.processes.sum(every).view(rows.dtype)
+
+    def gather(
+        self, values: Mapping[str, Tensor], lost: Mapping[int, str]
+    ) -> tuple[dict[str, Tensor], dict[int, str]]:
+        """Numbers of pictures, and the groups that some process has lost. Collective.
+
+        Args:
+            values: by name, [n] or [n, k] each, on the CPU.
+            lost: groups and why.
+
+        Returns:
+            by name [N] or [N, k], in the order of places; and all groups that are lost.
+        """
+        if self.processes.single:
+            return dict(values), dict(lost)
+        said = {
+            "values": {name: value.tolist() for name, value in values.items()},
+            "lost": {str(group): why for group, why in lost.items()},
+        }
+        every = self.processes.all_gather_object(said, "the rewards of all pictures")
+        order = torch.cat(self.places).argsort()
+        found = {
+            name: torch.tensor(
+                [row for other in every for row in other["values"][name]], dtype=value.dtype
+            )[order]
+            for name, value in values.items()
+        }
+        gone = {int(group): why for other in every for group, why in other["lost"].items()}
+        return found, dict(sorted(gone.items()))

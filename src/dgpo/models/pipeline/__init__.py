@@ -1,0 +1,1 @@
+"""One diffusers pipeline, driven as it is, for rollouts and for single points of its loop."""

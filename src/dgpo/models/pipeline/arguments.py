@@ -1,0 +1,175 @@
+"""The keyword arguments of a pipeline's call: which are ours, which the user may set, and how
+guidance is switched off."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers.guiders import BaseGuidance
+from torch import nn
+
+from dgpo.errors import UserError
+from dgpo.media import Video
+from dgpo.models.pipeline.families import family_of
+
+GUIDER = "guider"
+"""Stands among the arguments of a call for the scale of the pipeline's guiders."""
+DENOISERS = ("transformer", "transformer_2", "unet")
+_BY_STEP = "guidance that depends on a step's number cannot be trained with, point by point"
+# set by dgpo in every call; a recipe that sets one of them would fight with it
+_RESERVED = {
+    "self": "",
+    "prompt": "use prompts.train",
+    "prompt_2": "every encoder reads the same prompt",
+    "prompt_3": "every encoder reads the same prompt",
+    "latents": "use seed",
+    "generator": "use seed",
+    "num_inference_steps": "use rollout.steps",
+    "guidance_scale": "use rollout.guidance_scale",
+    "true_cfg_scale": "use rollout.guidance_scale",
+    "image": "give every prompt row 'image', a file",
+    "mask_image": "give every prompt row 'mask', a file",
+    "timesteps": "use rollout.scheduler and rollout.steps",
+    "sigmas": "use rollout.scheduler and rollout.steps",
+    "denoising_start": "a rollout starts from noise",
+    "denoising_end": "a rollout ends with a clean sample",
+    "skip_guidance_layers": _BY_STEP,
+    "skip_layer_guidance_scale": _BY_STEP,
+    "skip_layer_guidance_start": _BY_STEP,
+    "skip_layer_guidance_stop": _BY_STEP,
+    "num_images_per_prompt": "use group_size",
+    "num_videos_per_prompt": "use group_size",
+    "num_waveforms_per_prompt": "use group_size",
+    "output_type": "dgpo sets it",
+    "return_dict": "dgpo sets it",
+    "callback": "dgpo listens to the scheduler instead",
+    "callback_steps": "dgpo listens to the scheduler instead",
+    "callback_on_step_end": "dgpo listens to the scheduler instead",
+}
+_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+_NOT_FOR_USERS = {"kwargs", "device", "dtype", "do_classifier_free_guidance"}
+
+
+def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
+    """The networks that a pipeline calls at every step, by the name of their component.
+
+    Raises:
+        UserError: the pipeline has none, or lacks a method that sampling and training need.
+    """
+    found = {name: getattr(pipe, name, None) for name in DENOISERS}
+    denoisers = {name: m for name, m in found.items() if isinstance(m, nn.Module)}
+    missing = [n for n in ("encode_prompt", "prepare_latents") if not hasattr(pipe, n)]
+    refusal = family_of(pipe).refusal
+    if not denoisers:
+        refusal = f"it has none of {', '.join(DENOISERS)}"
+    elif missing:
+        refusal = f"it has no {' and no '.join(missing)}"
+    elif not {"prompt", "output_type"} <= set(parameters_of(pipe)):
+        refusal = "its call takes no prompt or no output_type"
+    if refusal is not None:
+        raise UserError(f"model: cannot train {type(pipe).__name__}: {refusal}")
+    return denoisers
+
+
+def parameters_of(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the pipeline's call."""
+    return inspect.signature(type(pipe).__call__).parameters
+
+
+def needs_picture(pipe: Any) -> bool:
+    """Whether the pipeline cannot do without a picture: it has to be given, or is noised and
+    sampled from. (FLUX.2 and Kontext take one and can do without.)"""
+    parameters = parameters_of(pipe)
+    if "image" not in parameters:
+        return False
+    return parameters["image"].default is inspect.Parameter.empty or "strength" in parameters
+
+
+def check_call(pipe: Any, call: Mapping[str, Any]) -> None:
+    """Refuse arguments that dgpo sets itself, and those that the pipeline does not take.
+
+    Raises:
+        UserError: with the key, and the nearest name that would do.
+    """
+    encode = inspect.signature(type(pipe).encode_prompt).parameters
+    valid = sorted({*parameters_of(pipe), *encode} - set(_RESERVED) - _NOT_FOR_USERS)
+    if _guidance_is_an_input(pipe):
+        valid.append("guidance_scale")
+    for name in call:
+        if name in valid:
+            continue
+        if name in _RESERVED:
+            raise UserError(f"rollout.call.{name} is not yours to set: {_RESERVED[name]}")
+        nearest = difflib.get_close_matches(name, valid, n=1)
+        hint = f" (did you mean {nearest[0]}?)" if nearest else f"; it takes {', '.join(valid)}"
+        raise UserError(f"rollout.call.{name}: {type(pipe).__name__} takes no such argument{hint}")
+
+
+def check_size(made: Any, call: Mapping[str, Any], pipeline: str) -> None:
+    """See that a picture or video has the size that was asked for: some pipelines round it.
+
+    Raises:
+        UserError: it has another one.
+    """
+    size = (
+        made.frames.shape[-2:] if isinstance(made, Video) else getattr(made, "size", (0, 0))[::-1]
+    )
+    for name, got in zip(("height", "width"), size, strict=True):
+        if got and call.get(name) not in (None, got):
+            raise UserError(
+                f"rollout.call.{name} = {call[name]}: {pipeline} makes {got} of it; use {got}, or "
+                "another number that it can make"
+            )
+
+
+def fixed_arguments(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
+    """What every call of the pipeline gets, whatever the prompts and the guidance."""
+    parameters = parameters_of(pipe)
+    fixed = {
+        name: value
+        for name, value in call.items()
+        # a negative prompt reaches the call as an embedding
+        if name in parameters and not name.startswith("negative_prompt")
+    }
+    for name in _PER_PROMPT:
+        if name in parameters:
+            # rows are expanded by us: with given embeddings many pipelines expand them wrongly
+            fixed[name] = 1
+    for name in ("prompt", "negative_prompt"):
+        if name in parameters and parameters[name].default is not None:
+            fixed[name] = None  # some pipelines refuse a text beside its embedding
+    return fixed
+
+
+def guidance_off_candidates(pipe: Any) -> list[dict[str, Any]]:
+    """Ways that may switch guidance off, the likeliest first; a probe decides between them.
+
+    ``guidance_scale`` means three things among pipelines: classifier-free guidance that is off at
+    1, or at 0, or an input of a distilled denoiser beside which ``true_cfg_scale`` is the guidance.
+    A pipeline with guiders takes no scale: it is theirs, and stands here as :data:`GUIDER`.
+    """
+    if guiders_of(pipe):
+        return [{GUIDER: 1.0}]
+    parameters = parameters_of(pipe)
+    candidates: list[dict[str, Any]] = []
+    if "true_cfg_scale" in parameters:
+        candidates.append({"true_cfg_scale": 1.0})
+    elif _guidance_is_an_input(pipe):
+        candidates.append({})
+    if "guidance_scale" in parameters:
+        candidates += [{"guidance_scale": 1.0}, {"guidance_scale": 0.0}]
+    return [*candidates, {}]
+
+
+def guiders_of(pipe: Any) -> dict[str, Any]:
+    """The components of a pipeline that hold its guidance, by name (HunyuanVideo 1.5, Motif)."""
+    parts = getattr(pipe, "components", {})
+    return {n: part for n, part in parts.items() if isinstance(part, BaseGuidance)}
+
+
+def _guidance_is_an_input(pipe: Any) -> bool:
+    denoisers = (getattr(pipe, name, None) for name in DENOISERS)
+    return any(getattr(getattr(d, "config", None), "guidance_embeds", False) for d in denoisers)

@@ -1,0 +1,191 @@
+"""Prompts of pipelines whose ``encode_prompt`` cannot be asked on its own.
+
+Two kinds: its text encoder looks at the picture as the call has prepared it (Qwen-Image-Edit), or
+every call is given the text: it takes no embeddings (ACE-Step), projects them again (Stable Audio),
+or has them in another layout than a row for each prompt (HiDream, Kandinsky 5). What the second
+kind's ``encode_prompt`` has returned is remembered, so that its encoders run once for a batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dgpo.errors import UserError
+from dgpo.models.pipeline.arguments import fixed_arguments, parameters_of
+from dgpo.models.pipeline.families import family_of
+from dgpo.models.pipeline.probes import Evaluated, replaced
+from dgpo.models.pipeline.prompt_cache import Embedding, PromptCache
+from dgpo.models.pipeline.prompt_encoder import Conditioning, PromptEncoder, returned_names
+from dgpo.prompts.caption import pictures_of
+
+
+def encoder_of(pipe: Any, call: Mapping[str, Any], disk: PromptCache | None) -> Any:
+    """How the prompts of this pipeline become conditioning."""
+    if encodes_itself(pipe):
+        return PromptGiver(pipe, call)
+    if "image" in inspect.signature(type(pipe).encode_prompt).parameters:
+        return PicturePromptEncoder(pipe, call, disk=disk)
+    return PromptEncoder(pipe, call, disk=disk)
+
+
+def check_text_is_given_once(pipe: Any) -> None:
+    """See that a pipeline can do without its text encoders once all prompts are encoded.
+
+    Raises:
+        UserError: it encodes the text at every call.
+    """
+    if encodes_itself(pipe):
+        raise UserError(
+            f"memory.free_text_encoders: {type(pipe).__name__} is given the text at every call "
+            "and needs its text encoders; use false"
+        )
+
+
+def encodes_itself(pipe: Any) -> bool:
+    """Whether every call of the pipeline is given the text: unless its ``encode_prompt`` returns
+    ``prompt_embeds``, and the call takes them and the masks of text that come with them."""
+    family, taken = family_of(pipe), parameters_of(pipe)
+    if family.encodes_itself:
+        return True
+    try:
+        names = family.encode_names or returned_names(type(pipe).encode_prompt)
+    except UserError:  # nothing can be handed back that has no name; the text always can
+        return True
+    masks = [name for name in names if name.startswith("prompt") and name.endswith("_mask")]
+    return not {"prompt_embeds", *masks} <= set(names) & set(taken)
+
+
+def remembered_encoding(pipe: Any, cache_bytes: int = 2**30) -> dict[str, Any]:
+    """What a pipeline that is given the text is called with: its ``encode_prompt``, which remembers
+    what it has returned for the same arguments. Nothing for the other pipelines.
+
+    Args:
+        pipe: the pipeline.
+        cache_bytes: what may be held; what was unused for longest is dropped first.
+    """
+    if not encodes_itself(pipe):
+        return {}
+    own, known = pipe.encode_prompt, OrderedDict[str, Any]()
+
+    @functools.wraps(own)
+    def encode_prompt(*given: Any, **named: Any) -> Any:
+        if not _is_plain([*given, *named.values()]):
+            return own(*given, **named)
+        key = repr((given, sorted(named.items())))
+        if key not in known:
+            with torch.no_grad():  # no text encoder is trained
+                known[key] = own(*given, **named)
+            while len(known) > 1 and sum(map(_size, known.values())) > cache_bytes:
+                known.popitem(last=False)
+        known.move_to_end(key)
+        return known[key]
+
+    return {"encode_prompt": encode_prompt}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether the text of a value says all of it, unlike that of a tensor or a picture."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, int, float, torch.device, torch.dtype))
+
+
+def _size(value: Any) -> int:
+    """The bytes of the tensors in a value."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    return sum(map(_size, value)) if isinstance(value, (list, tuple)) else 0
+
+
+class PromptGiver:
+    """Hands the texts themselves to the pipeline, which encodes them in its call."""
+
+    disk = None
+
+    def __init__(self, pipe: Any, call: Mapping[str, Any]) -> None:
+        self._call = {"negative_prompt": family_of(pipe).negative_text, **call}
+        self._parameters = parameters_of(pipe)
+        self.parameters = inspect.signature(type(pipe).encode_prompt).parameters
+        # further texts, such as lyrics: ACE-Step wants one for each row
+        self._texts = [
+            name
+            for name, parameter in self._parameters.items()
+            if name in self.parameters
+            and not name.endswith("prompt")
+            and "list[str]" in str(parameter.annotation).lower()
+        ]
+
+    def encode(self, prompts: Sequence[str], guidance: bool) -> Conditioning:
+        """The texts of ``prompts``, one row each, and the negative prompt beside each.
+
+        Raises:
+            UserError: no prompts.
+        """
+        if not prompts:
+            raise UserError("no prompts to encode")
+        given: dict[str, Any] = {"prompt": [str(prompt) for prompt in prompts]}
+        for name in self._texts:
+            text = self._call.get(name, self._parameters[name].default)
+            if isinstance(text, str):
+                given[name] = [text] * len(prompts)
+        if guidance and "negative_prompt" in self._parameters:
+            # without one, most of them have an unconditional embedding of their own
+            negative = self._call["negative_prompt"]
+            given["negative_prompt"] = None if negative is None else [negative] * len(prompts)
+        return Conditioning(given, len(prompts))
+
+
+class PicturePromptEncoder(PromptEncoder):
+    """Encodes a prompt together with its picture, by calling the pipeline as far as that."""
+
+    def _key(self, prompt: str) -> str:
+        digest = hashlib.sha256(str(prompt).encode())
+        for name, picture in pictures_of(prompt).items():
+            digest.update(f"{name} {picture.mode} {picture.size} ".encode() + picture.tobytes())
+        return digest.hexdigest()
+
+    def _row(self, prompt: str, guidance: bool) -> Embedding:
+        both = self._positive(prompt)
+        return {k: v for k, v in both.items() if guidance or not k.startswith("negative_")}
+
+    def _arguments(self, prompt: str, guidance: bool) -> dict[str, Any]:
+        return {"negative_prompt": "", **self._call}
+
+    @torch.no_grad()
+    def _run(self, prompt: str, guidance: bool) -> Embedding:
+        pictures = pictures_of(prompt)
+        if "image" not in pictures:
+            raise UserError(
+                f"model: {type(self._pipe).__name__} starts from a picture: give every prompt row "
+                "'image', a file (for dgpo check: --image FILE)"
+            )
+        own, returned = self._pipe.encode_prompt, []
+
+        def listening(*given: Any, **named: Any) -> Any:
+            returned.append(own(*given, **named))
+            return returned[-1]
+
+        def leave(*given: Any, **named: Any) -> Any:
+            raise Evaluated
+
+        arguments = {
+            **fixed_arguments(self._pipe, self._call),
+            "image": pictures["image"],
+            "prompt": str(prompt),
+            "negative_prompt": self._call.get("negative_prompt") or "",
+        }
+        try:
+            with replaced(self._pipe, encode_prompt=listening, prepare_latents=leave):
+                self._pipe(**arguments, output_type="latent")
+        except Evaluated:
+            pass
+        positive, *others = map(self._named, returned)
+        negative = {f"negative_{k}": v for k, v in (others[0] if others else {}).items()}
+        return {k: v for k, v in {**positive, **negative}.items() if k in self._call_parameters}

@@ -1,0 +1,190 @@
+"""Two stand-ins inside a pipeline's denoising loop: one that listens, one that stops it.
+
+A :class:`Recording` wraps the scheduler of a whole rollout. A :class:`StandIn` replaces the
+scheduler for one evaluation of the denoiser: it dictates the timestep, and leaves the loop with
+what the pipeline would have handed to ``scheduler.step``.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgpo.core.process import Level
+from dgpo.errors import UserError
+from dgpo.models.samplers.schedulers import level_of_last_step
+
+_MISSING = object()
+SECOND_SCHEDULER = (
+    "model: cannot train this pipeline: it steps a second scheduler (of a sound, for example) "
+    "beside its own, and what is trained is a single sample"
+)
+
+
+@contextmanager
+def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Instance attributes of ``owner`` for the time of the block.
+
+    Written past ``__setattr__``: a pipeline would note every change of its scheduler in its config.
+    """
+    own = vars(owner)
+    before = {name: own.get(name, _MISSING) for name in attributes}
+    own.update(attributes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is _MISSING:
+                del own[name]
+            else:
+                own[name] = value
+
+
+@dataclass(frozen=True)
+class Step:
+    """One scheduler step: its place among the steps, ``sample`` ([B, ...], as the denoiser saw it)
+    at ``level``, what the pipeline made of the denoiser's answer, and the sample that the scheduler
+    returned."""
+
+    index: int
+    level: Level
+    sample: Tensor
+    output: Tensor
+    previous: Tensor
+
+
+@dataclass
+class Recording:
+    """Listens to ``scheduler.step``: keeps the levels, the last sample, and the tensors of the
+    steps whose places are in ``keep`` (True: of all)."""
+
+    keep: bool | Container[int] = False
+    levels: list[Level] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    last: Tensor | None = None
+    taken: int = 0
+
+    def listen(self, scheduler: Any) -> None:
+        """Wrap the ``step`` of this scheduler (a copy of our own, so that it is never undone).
+
+        The step raises UserError where a copy of the scheduler is stepped, or a sample of another
+        shape than before.
+        """
+        original = scheduler.step
+        scale = getattr(scheduler, "scale_model_input", None)
+
+        @functools.wraps(getattr(original, "__func__", original))
+        def step(
+            own: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
+        ) -> Any:
+            if own is not scheduler:
+                raise UserError(SECOND_SCHEDULER)
+            if self.last is not None and sample.shape != self.last.shape:
+                raise UserError(
+                    "model: cannot train this pipeline: its scheduler is given samples of shape "
+                    f"{tuple(self.last.shape)} and of {tuple(sample.shape)}, and what is trained "
+                    "is a single sample"
+                )
+            index, seen = self.taken, sample
+            kept = self.keep if isinstance(self.keep, bool) else index in self.keep
+            self.taken += 1
+            if kept:
+                seen = sample if scale is None else scale(sample, timestep)
+            result = original(model_output, timestep, sample, *args, **kwargs)
+            previous = result[0] if isinstance(result, tuple) else result.prev_sample
+            level = level_of_last_step(scheduler, timestep)
+            # solvers of second order visit a level twice; a schedule names it once
+            if not self.levels or not _same(self.levels[-1], level):
+                self.levels.append(level)
+            if kept:
+                tensors = seen.detach().clone(), model_output.detach().clone(), previous
+                self.steps.append(Step(index, level, *tensors))
+            self.last = previous
+            return result
+
+        # a method, not a function: a pipeline's deep copy of the scheduler has it as its own
+        scheduler.step = types.MethodType(step, scheduler)
+
+
+def _same(a: Level, b: Level) -> bool:
+    return a.sigma == b.sigma and bool(a.timestep == b.timestep)
+
+
+class Evaluated(Exception):
+    """Leaves a pipeline's loop once the denoiser has answered; never seen outside this package."""
+
+
+class StandIn:
+    """What a scheduler becomes for one evaluation; mixed in before the scheduler's own class, so
+    that a pipeline which asks for the class of its scheduler gets the same answer."""
+
+    point: Tensor  # [1], the timestep to evaluate at
+    answer: Tensor | None
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Any = None,
+        timesteps: Any = None,
+        mu: Any = None,
+        **_: Any,
+    ) -> None:
+        # the one level over and over: it is there however many first steps a pipeline leaves out
+        count = num_inference_steps or len(sigmas if sigmas is not None else timesteps)
+        repeated = self.point.repeat(count * getattr(self, "order", 1))
+        self.timesteps = repeated if device is None else repeated.to(device)
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        return sample
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        pass
+
+    def step(self, model_output: Tensor, *args: Any, **kwargs: Any) -> None:
+        self.answer = model_output
+        raise Evaluated
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise UserError(SECOND_SCHEDULER)  # what else would a pipeline copy it for
+
+
+@functools.cache
+def _stand_in_class(scheduler_class: type) -> type:
+    return type(f"StandInFor{scheduler_class.__name__}", (StandIn, scheduler_class), {})
+
+
+def stand_in_for(scheduler: Any) -> Any:
+    """A scheduler that looks like ``scheduler`` and stops the loop at its first step."""
+    made = copy.copy(scheduler)
+    made.__class__ = _stand_in_class(type(scheduler))
+    made.num_inference_steps = 1
+    made.answer = None
+    made.sigmas = torch.zeros(2)
+    return made
+
+
+def given_latents(prepare: Callable[..., Any], xt: Tensor) -> Callable[..., Any]:
+    """``prepare_latents`` that returns ``xt``, and beside it whatever the pipeline's own does."""
+
+    def prepare_latents(*args: Any, **kwargs: Any) -> Any:
+        made = prepare(*args, **kwargs)
+        latents = made[0] if isinstance(made, tuple) else made
+        if latents.shape != xt.shape:
+            raise ValueError(
+                f"xt has shape {tuple(xt.shape)}, but the loop of the pipeline works on "
+                f"{tuple(latents.shape)}: are height and width those of the rollout, and does its "
+                "scheduler step all of the latents?"
+            )
+        given = xt.to(device=latents.device, dtype=latents.dtype)
+        return (given, *made[1:]) if isinstance(made, tuple) else given
+
+    return prepare_latents

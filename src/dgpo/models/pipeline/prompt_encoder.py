@@ -1,0 +1,301 @@
+"""Prompt embeddings: each distinct prompt is encoded once, by the pipeline's own ``encode_prompt``.
+
+The names of what ``encode_prompt`` returns are read from its return statement, and those that the
+pipeline's call takes become keyword arguments of the call. No pipeline family is written out here.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgpo.errors import UserError
+from dgpo.models.pipeline.families import family_of
+from dgpo.models.pipeline.prompt_cache import Embedding, PromptCache
+
+CACHE_BYTES = 4 * 2**30
+"""What embeddings may take in memory, on the denoiser's device."""
+_NEGATIVE = "negative_"
+_WHICH = "text_encoder_index"
+
+
+class Ragged(list[Tensor]):
+    """Rows of different length, ``[1, L, ...]`` each, that cannot be padded: the pipeline takes no
+    mask for them. A call is given rows of one length (:mod:`dgpo.models.pipeline.row_groups`)."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the pipeline is told about ``size`` pictures, as keyword arguments of its call.
+
+    Args:
+        kwargs: tensors with one row a picture, or lists with one entry a picture, or None;
+            :class:`Ragged` where lengths differ and there is no mask.
+        size: number of pictures.
+    """
+
+    kwargs: Mapping[str, Any]
+    size: int
+
+    @property
+    def guided(self) -> bool:
+        """Whether the embeddings of the negative prompt are here, as guidance needs them."""
+        return any(name.startswith(_NEGATIVE) for name in self.kwargs)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the rows need calls of their own, by the length of their prompts."""
+        return any(isinstance(value, Ragged) for value in self.kwargs.values())
+
+    def rows(self, index: Tensor) -> Conditioning:
+        """The conditioning of some pictures, in the order of ``index`` (integers, [n])."""
+        chosen = index.tolist()
+        taken = {name: _take(value, index, chosen) for name, value in self.kwargs.items()}
+        return Conditioning(taken, len(chosen))
+
+    def repeat(self, times: int) -> Conditioning:
+        """Every row ``times`` times in succession: the members of a group stay together."""
+        return self.rows(torch.arange(self.size).repeat_interleave(times))
+
+    def call_kwargs(self, guidance: bool) -> dict[str, Any]:
+        """Keyword arguments for one call; the negative prompt only where it is used."""
+        if guidance:
+            return dict(self.kwargs)
+        return {k: v for k, v in self.kwargs.items() if not k.startswith(_NEGATIVE)}
+
+
+def _take(value: Any, index: Tensor, chosen: list[int]) -> Any:
+    if isinstance(value, Tensor):
+        return value.index_select(0, index.to(value.device))
+    if isinstance(value, Ragged):
+        return _together([value[row] for row in chosen]) if chosen else value[0][:0]
+    if isinstance(value, list):
+        return [value[row] for row in chosen]
+    return value
+
+
+def _together(rows: Sequence[Tensor]) -> Tensor | Ragged:
+    """Rows [1, L, ...] as one tensor, if they have one length."""
+    alike = all(row.shape == rows[0].shape for row in rows)
+    return torch.cat(list(rows)) if alike else Ragged(rows)
+
+
+class PromptEncoder:
+    """Encodes prompts through the pipeline and remembers them.
+
+    Args:
+        pipe: a diffusers pipeline.
+        call: the user's extra arguments of the pipeline's call. Those that ``encode_prompt`` takes
+            too reach it (``max_sequence_length``, ``clip_skip``, ``negative_prompt`` ...).
+        cache_bytes: what may be held in memory; the prompts unused for longest are dropped first.
+        disk: where embeddings are kept beside that; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        call: Mapping[str, Any],
+        cache_bytes: int = CACHE_BYTES,
+        disk: PromptCache | None = None,
+    ) -> None:
+        self._pipe = pipe
+        self.disk = disk
+        self._call = dict(call)
+        self._cache: OrderedDict[str, Embedding] = OrderedDict()
+        self._cache_bytes = cache_bytes
+        self._used = 0
+        self._negative: Embedding | None = None
+        self._call_parameters = inspect.signature(type(pipe).__call__).parameters
+        self.parameters = inspect.signature(type(pipe).encode_prompt).parameters
+        self._names = family_of(pipe).encode_names or returned_names(type(pipe).encode_prompt)
+
+    def encode(self, prompts: Sequence[str], guidance: bool) -> Conditioning:
+        """The conditioning of ``prompts``, one row each (equal prompts share one encoding).
+
+        Raises:
+            UserError: no prompts.
+        """
+        if not prompts:
+            raise UserError("no prompts to encode")
+        keys = [self._key(prompt) for prompt in prompts]
+        distinct = dict(zip(keys, prompts, strict=True))
+        rows = [self._row(prompt, guidance) for prompt in distinct.values()]
+        position = {key: row for row, key in enumerate(distinct)}
+        index = torch.tensor([position[key] for key in keys])
+        return Conditioning(_join(rows), len(rows)).rows(index)
+
+    def _key(self, prompt: str) -> str:
+        """The same for prompts that have the same embedding."""
+        return str(prompt)
+
+    def _row(self, prompt: str, guidance: bool) -> Embedding:
+        """The embedding of one prompt; with ``guidance`` that of the negative prompt, too."""
+        return {**self._positive(prompt), **(self._negative_embedding() if guidance else {})}
+
+    def _positive(self, prompt: str) -> Embedding:
+        key = self._key(prompt)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        embedding = self._made(prompt, guidance=False)
+        self._cache[key] = embedding
+        self._used += _bytes(embedding)
+        while self._used > self._cache_bytes and len(self._cache) > 1:
+            self._used -= _bytes(self._cache.popitem(last=False)[1])
+        return embedding
+
+    def _negative_embedding(self) -> Embedding:
+        """The negative prompt, as the pipeline encodes it (some zero it, some give it a mask)."""
+        if self._negative is None:
+            found: Embedding = {}
+            if "do_classifier_free_guidance" in self.parameters:
+                both = self._made("", guidance=True)
+                found = {k: v for k, v in both.items() if k.startswith(_NEGATIVE)}
+            if not found:
+                plain = self._made(self._call.get("negative_prompt") or "", guidance=False)
+                found = {_NEGATIVE + k: v for k, v in plain.items()}
+            self._negative = {k: v for k, v in found.items() if k in self._call_parameters}
+        return self._negative
+
+    def _made(self, prompt: str, guidance: bool) -> Embedding:
+        """An embedding from the disk, or made and written there."""
+        if self.disk is None:
+            return self._run(prompt, guidance)
+        file = self.disk.file(self._key(prompt), self._arguments(prompt, guidance))
+        found = self.disk.load(file, self._pipe.device)
+        if found is None:
+            found = self._run(prompt, guidance)
+            self.disk.save(file, found)
+        return found
+
+    def _arguments(self, prompt: str, guidance: bool) -> dict[str, Any]:
+        """The keyword arguments of ``encode_prompt``."""
+        arguments: dict[str, Any] = {}
+        for name in self.parameters:
+            if name in ("self", "kwargs", "dtype", "prompt_embeds") or name.endswith("_embeds"):
+                continue
+            if name in ("prompt", "prompt_2", "prompt_3"):
+                arguments[name] = prompt
+            elif name == "device":
+                arguments[name] = self._pipe.device
+            elif name.startswith("num_") and name.endswith("_per_prompt"):
+                arguments[name] = 1
+            elif name == "do_classifier_free_guidance":
+                arguments[name] = guidance
+            elif name in self._call:
+                arguments[name] = self._call[name]
+            elif name in self._call_parameters:
+                # the default of the call, not of encode_prompt: they differ in some pipelines
+                arguments[name] = self._call_parameters[name].default
+        return arguments
+
+    @torch.no_grad()
+    def _run(self, prompt: str, guidance: bool) -> Embedding:
+        arguments = self._arguments(prompt, guidance)
+        named = self._named(self._pipe.encode_prompt(**arguments))
+        if _WHICH in self.parameters:
+            # encoders that are asked one by one; the call's names for the second end in _2
+            second = self._named(self._pipe.encode_prompt(**{**arguments, _WHICH: 1}))
+            named |= {f"{name}_2": value for name, value in second.items()}
+        return {
+            k: v
+            for k, v in named.items()
+            if k in self._call_parameters and (guidance or not k.startswith(_NEGATIVE))
+            if v is not None or k.endswith("_mask")
+        }
+
+    def _named(self, returned: Any) -> Embedding:
+        values = returned if isinstance(returned, tuple) else (returned,)
+        return dict(zip(self._names, values, strict=True))
+
+
+def returned_names(function: Any) -> tuple[str, ...]:
+    """The names in the last return statement of ``function``, e.g. of ``encode_prompt``.
+
+    Raises:
+        UserError: the source cannot be read, or it returns something else than names.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError) as error:
+        raise UserError(f"cannot read the source of {function.__qualname__}") from error
+    returns = [n.value for n in ast.walk(tree) if isinstance(n, ast.Return) and n.value is not None]
+    last = max(returns, key=lambda node: node.lineno, default=None)
+    elements = last.elts if isinstance(last, ast.Tuple) else [last]
+    names = tuple(e.id for e in map(_plain, elements) if isinstance(e, ast.Name))
+    if len(names) != len(elements):
+        raise UserError(f"{function.__qualname__} does not return plain names")
+    return names
+
+
+def _plain(node: ast.expr | None) -> ast.expr | None:
+    """What is returned, without the condition under which it is, or the device to which it goes."""
+    if isinstance(node, ast.IfExp):
+        return _plain(node.body)
+    match node:
+        case ast.Call(func=ast.Attribute(value=moved, attr="to")):
+            return _plain(moved)
+    return node
+
+
+def _bytes(embedding: Embedding) -> int:
+    tensors: list[Tensor] = []
+    for value in embedding.values():
+        tensors.extend(v for v in (value if isinstance(value, list) else [value]) if v is not None)
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _join(rows: list[Embedding]) -> dict[str, Any]:
+    """Rows of one prompt each, as keyword arguments for all of them: padded to the longest where
+    there is a mask that says so."""
+    joined: dict[str, Any] = {}
+    masked = {_masked_by(name, row) for row in rows for name in row if name.endswith("_mask")}
+    for name in {key: None for row in rows for key in row}:
+        values = [row[name] for row in rows]
+        if isinstance(values[0], list):
+            joined[name] = [entry for value in values for entry in value]
+        elif name.endswith("_mask"):
+            joined[name] = _join_masks(values, [row[_masked_by(name, row)] for row in rows])
+        else:
+            joined[name] = _together(_padded(values) if name in masked else values)
+    return joined
+
+
+def _masked_by(mask: str, row: Embedding) -> str:
+    """``prompt_embeds_mask``, ``prompt_attention_mask`` and a bare ``attention_mask`` all belong to
+    ``prompt_embeds``."""
+    stem = mask.removesuffix("_mask").removesuffix("attention").removesuffix("_")
+    return next(n for n in (stem, f"{stem}_embeds", "prompt_embeds") if n in row)
+
+
+def _join_masks(masks: list[Tensor | None], embeddings: list[Tensor]) -> Tensor | None:
+    longest = max(e.shape[1] for e in embeddings)
+    if all(m is None for m in masks) and all(e.shape[1] == longest for e in embeddings):
+        return None
+    given = [m for m in masks if m is not None]
+    if len({m.shape for m in given}) == 1 and len(given) == len(masks):
+        return torch.cat(given)  # as they are: AuraFlow's masks are as wide as its embeddings
+    filled = [
+        m if m is not None else torch.ones(e.shape[:2], dtype=torch.long, device=e.device)
+        for m, e in zip(masks, embeddings, strict=True)
+    ]
+    return torch.cat([_pad(m, longest) for m in filled])
+
+
+def _padded(values: list[Tensor]) -> list[Tensor]:
+    if all(value.shape == values[0].shape for value in values):
+        return values
+    return [_pad(value, max(v.shape[1] for v in values)) for value in values]
+
+
+def _pad(value: Tensor, length: int) -> Tensor:
+    missing = value.new_zeros((value.shape[0], length - value.shape[1], *value.shape[2:]))
+    return torch.cat([value, missing], dim=1)

@@ -1,0 +1,317 @@
+"""The self-check: is what will be trained, bit for bit, what samples?
+
+A wrong timestep scale, a dropped mask or a flipped sign does not crash. It trains towards nothing
+and is found days later, so every run starts with this check.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dgpo.core.process import Level, Process
+from dgpo.errors import UserError
+from dgpo.models.pipeline.probes import Step
+from dgpo.models.pipeline.prompt_encoder import Conditioning
+from dgpo.models.samplers.schedulers import (
+    begins_first_order,
+    first_order_sampler,
+    is_continuous,
+    make_scheduler,
+    on_its_schedule,
+    sigmas_around,
+)
+from dgpo.models.samplers.sde_schedulers import SdeScheduler, with_noise
+
+if TYPE_CHECKING:
+    from dgpo.models.pipeline.adapter import PipelineModel
+
+CHECK_PROMPTS = ("a photo of a red square", "a cat")
+_STEPS = 3
+_GUIDANCE = 3.0
+
+
+@dataclass(frozen=True)
+class CheckedPoint:
+    """One point of a rollout, evaluated again: the largest difference, 0 where bitwise equal."""
+
+    sampler: str
+    guidance_scale: float
+    level: Level
+    difference: float
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What the self-check saw.
+
+    Args:
+        pipeline: the class of the pipeline.
+        process: the noising process, e.g. ``FlowMatching``.
+        points: every point of the rollouts.
+        step_error: how far a first-order step of a sampler is from the same step written with the
+            process, relative to the size of the sample: the largest of all samplers.
+    """
+
+    pipeline: str
+    process: str
+    points: tuple[CheckedPoint, ...]
+    step_error: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether every point is bitwise equal."""
+        return all(point.difference == 0.0 for point in self.points)
+
+    def __str__(self) -> str:
+        lines = [f"{self.pipeline} ({self.process}), step error {self.step_error:.1e}"]
+        for point in self.points:
+            verdict = "equal" if point.difference == 0.0 else f"differs by {point.difference:.2e}"
+            lines.append(
+                f"  {point.sampler}, guidance {point.guidance_scale:g}, "
+                f"t={float(point.level.timestep):g}, sigma={point.level.sigma:.4f}: {verdict}"
+            )
+        return "\n".join(lines)
+
+
+def self_check(
+    model: PipelineModel,
+    cond: Conditioning | None = None,
+    samplers: Sequence[Any] = (),
+    guidance_scale: float = 1.0,
+    steps: int = _STEPS,
+) -> CheckReport:
+    """Run short rollouts, evaluate the denoiser again at their points, and compare.
+
+    Guidance is checked off and, where the pipeline has it, on. The values must be equal bit by
+    bit. Gradients must reach the input. The noise levels must be those of the training schedule.
+    One step of a first-order sampler, and the first of every sampler that begins with such a step,
+    must be the step that the noising process describes, which fixes sign, scale and direction of
+    the model's output.
+
+    Args:
+        model: what will be trained.
+        cond: conditioning to check with (with a negative prompt); None to encode two prompts.
+        samplers: those of the run, with and without noise; none: the pipeline's own, or the
+            first-order one where that cannot be used.
+        guidance_scale: of the run; with 1, some other checks guidance.
+        steps: of the run; with guidance one row is checked at all of them, as guidance may depend
+            on a step's number.
+
+    Raises:
+        UserError: training would not train what samples, and the message holds the report; or the
+            pipeline raised another error, which is its cause.
+    """
+    try:
+        return _checked(model, cond, samplers, guidance_scale, steps)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a pipeline nobody has tried raises
+        raise _failed(model, error) from error
+
+
+def _failed(model: PipelineModel, error: Exception) -> UserError:
+    name = type(model.pipe).__name__
+    said = str(error).partition("\n")[0][:300]
+    calls = ", ".join(f"rollout.call.{key}" for key in model.call)
+    advice = "another rollout.scheduler, rollout.guidance_scale=1"
+    advice += f", or to leave out one of {calls}" if calls else ""
+    return UserError(
+        f"model: {name} failed when it was tried out ({type(error).__name__}: {said}); try "
+        f"{advice}; dgpo check MODEL shows what works and what does not"
+    )
+
+
+def _checked(
+    model: PipelineModel,
+    cond: Conditioning | None,
+    samplers: Sequence[Any],
+    guidance_scale: float,
+    count: int,
+) -> CheckReport:
+    if cond is None:
+        cond = model.encode(list(CHECK_PROMPTS), guidance=True)
+    samplers = samplers or [_own_or_first_order(model.pipe.scheduler)]
+    on = guidance_scale if guidance_scale != 1 else _GUIDANCE
+    scales = [1.0, on] if model.has_guidance(cond) else [1.0]
+    points: list[CheckedPoint] = []
+    for sampler in samplers:
+        made = {scale: _steps(model, cond, sampler, scale) for scale in scales}
+        name = type(sampler).__name__
+        _check_levels(model.process, name, made[1.0])
+        for scale, steps in made.items():
+            points += [_check_point(model, cond, name, scale, step) for step in steps]
+            _check_gradient(model, cond, scale, steps[0])
+        if guidance_scale in made:
+            _check_guidance(model, cond, guidance_scale, made)
+    if guidance_scale != 1 and len(scales) > 1 and count > _STEPS:
+        _check_every_step(model, cond.rows(torch.tensor([0])), samplers[0], guidance_scale, count)
+    report = CheckReport(
+        type(model.pipe).__name__,
+        type(model.process).__name__,
+        tuple(points),
+        max(_step_errors(model, cond, samplers)),
+    )
+    if not report.ok:
+        raise UserError(f"model: evaluating the pipeline does not repeat its rollout\n{report}")
+    # half precision rounds the sample itself at every step
+    if not report.step_error <= (5e-2 if is_narrow(model) else 1e-3):
+        raise UserError(
+            "model: the scheduler does not integrate what would be trained (another sign, scale "
+            f"or direction of the output)\n{report}"
+        )
+    return report
+
+
+def is_narrow(model: PipelineModel) -> bool:
+    """Whether the denoiser computes in half precision, though its samples may be wider."""
+    return any(p.dtype.itemsize < 4 for d in model.denoisers.values() for p in d.parameters())
+
+
+def _own_or_first_order(base: Any) -> Any:
+    try:
+        return make_scheduler(None, base)
+    except UserError:
+        return first_order_sampler(base)
+
+
+def _steps(
+    model: PipelineModel,
+    cond: Conditioning,
+    sampler: Any,
+    scale: float = 1.0,
+    count: int = _STEPS,
+) -> list[Step]:
+    """The steps of a short rollout; all but the last have noise if the sampler knows any."""
+    if isinstance(sampler, SdeScheduler):
+        sampler = with_noise(sampler, range(count - 1), range(cond.size))
+    return model.rollout(
+        cond,
+        steps=count,
+        guidance_scale=scale,
+        scheduler=sampler,
+        generators=[torch.Generator().manual_seed(row) for row in range(cond.size)],
+        decode=False,
+        record=True,
+    ).steps
+
+
+@torch.no_grad()
+def _check_point(
+    model: PipelineModel, cond: Conditioning, sampler: str, scale: float, step: Step
+) -> CheckedPoint:
+    # without gradients, as in the rollout: with them torch may choose another kernel
+    again = model.predict(step.sample, step.level, cond, scale)
+    if again.shape != step.output.shape:
+        return CheckedPoint(sampler, scale, step.level, float("inf"))
+    # NaN is unequal to itself, and a model that answers NaN must not pass
+    if torch.equal(again, step.output):
+        return CheckedPoint(sampler, scale, step.level, 0.0)
+    difference = float((again.float() - step.output.float()).abs().max())
+    if not difference > 0.0:
+        difference = float("inf")
+    return CheckedPoint(sampler, scale, step.level, difference)
+
+
+def _check_levels(process: Process, sampler: str, steps: Sequence[Step]) -> None:
+    """A sampler may say another noise level than the one that its timestep has in training."""
+    alphas_cumprod = getattr(process, "alphas_cumprod", None)
+    if alphas_cumprod is None or not len(alphas_cumprod):
+        return
+    for level in (step.level for step in steps):
+        low, high = sigmas_around(alphas_cumprod, float(level.timestep))
+        if not low - 1e-4 <= level.sigma <= high + 1e-4:
+            raise UserError(
+                f"rollout.scheduler: {sampler} counts timestep {float(level.timestep):g} as noise "
+                f"level {level.sigma:.4f}, which is {low:.4f} to {high:.4f} in the pipeline's "
+                "training schedule: a wrong level would be trained; use another, such as 'ddim'"
+            )
+
+
+def _check_every_step(
+    model: PipelineModel, cond: Conditioning, sampler: Any, scale: float, count: int
+) -> None:
+    name = type(sampler).__name__
+    steps = _steps(model, cond, sampler, scale, count)
+    points = [_check_point(model, cond, name, scale, step) for step in steps]
+    differ = [str(step.index) for step, p in zip(steps, points, strict=True) if p.difference]
+    if differ:
+        calls = f" or leave out one of {', '.join(model.call)} (rollout.call)" if model.call else ""
+        raise UserError(
+            f"rollout.guidance_scale: the guidance of {type(model.pipe).__name__} depends on a "
+            f"step's number (step {', '.join(differ)} of {count}, counted from 0), so that no "
+            f"single step can be trained with it; use 1,{calls}"
+        )
+
+
+def _check_gradient(model: PipelineModel, cond: Conditioning, scale: float, step: Step) -> None:
+    with torch.enable_grad():
+        xt = step.sample.clone().requires_grad_(True)
+        output = model.predict(xt, step.level, cond, scale)
+        if not output.requires_grad:
+            raise UserError(
+                f"model: {type(model.pipe).__name__} gives no gradients: something inside it "
+                "calls the denoiser under torch.no_grad"
+            )
+        (gradient,) = torch.autograd.grad(output.float().square().mean(), xt)
+    if not torch.isfinite(gradient).all():
+        raise UserError(f"model: the gradients of {type(model.pipe).__name__} are not finite")
+
+
+def _check_guidance(
+    model: PipelineModel, cond: Conditioning, scale: float, made: Mapping[float, Sequence[Step]]
+) -> None:
+    off, on = made[1.0], made[scale]
+    nothing = all(torch.equal(a.output, b.output) for a, b in zip(off, on, strict=True))
+    if nothing and model.guidance.arguments(scale, cond) != model.guidance.off(cond):
+        raise UserError(
+            f"rollout.guidance_scale: {scale:g} changes nothing in {type(model.pipe).__name__}; "
+            "use 1, which is no guidance, or more"
+        )
+
+
+def _step_errors(model: PipelineModel, cond: Conditioning, samplers: Sequence[Any]) -> list[float]:
+    """The relative distances of first-order steps from the process's own arithmetic.
+
+    With ``x0`` and ``e`` from the output at one level, the sample at the next level is
+    ``corrupt(x0, e)``: that is what one Euler step of a flow, or one step of DDIM, does.
+    """
+    base = model.pipe.scheduler
+    first_order = first_order_sampler(base)
+    if is_continuous(base):
+        return [_x0_error(model, _steps(model, cond, first_order)[0])]
+    checked = {type(one): on_its_schedule(one) for one in samplers if begins_first_order(one)}
+    checked[type(first_order)] = first_order
+    return [
+        _first_order_error(model.process, *_steps(model, cond, one)[:2]) for one in checked.values()
+    ]
+
+
+def _first_order_error(process: Process, first: Step, second: Step) -> float:
+    difference = (_first_order(process, first, second.level) - second.sample.float()).abs().max()
+    return float(difference / second.sample.float().abs().max().clamp_min(1e-6))
+
+
+def _x0_error(model: PipelineModel, step: Step) -> float:
+    """The relative distance between the clean sample that the process sees in an output and the
+    one that the scheduler sees: for samplers that add noise at every step, so that none can be
+    foretold."""
+    ours = model.process.x0(step.sample, step.output, step.level)
+    sigma = step.level.sigma / math.sqrt(1 - step.level.sigma**2)
+    wide = step.sample.float() * math.sqrt(1 + sigma**2)
+    own = model.pipe.scheduler.precondition_outputs(wide, step.output.float(), sigma)
+    return float((ours - own).abs().max() / own.abs().max().clamp_min(1e-6))
+
+
+def _first_order(process: Process, step: Step, to: Level) -> Tensor:
+    x0 = process.x0(step.sample, step.output, step.level)
+    zero, one = torch.zeros_like(x0), torch.ones_like(x0)
+    noise = (step.sample.float() - process.corrupt(x0, zero, step.level)) / process.corrupt(
+        zero, one, step.level
+    )
+    return process.corrupt(x0, noise, to)

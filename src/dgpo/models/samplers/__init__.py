@@ -1,0 +1,1 @@
+"""Samplers: deterministic schedulers by name, and stochastic ones for policy gradients."""

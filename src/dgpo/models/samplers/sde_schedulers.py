@@ -1,0 +1,196 @@
+"""Stochastic samplers as diffusers schedulers, thin over :mod:`dgpo.core.sde`.
+
+A pipeline drives them like any scheduler. Only ``step`` is theirs: schedule, shift and timesteps
+stay diffusers' own. Pipelines hand no generator to ``step``, so the schedulers hold the seed of
+every row, and a picture depends neither on its batch nor on which other steps add noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Sequence
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from torch import Tensor
+
+from dgpo.core.precision import widen
+from dgpo.core.process import Level, Process
+from dgpo.core.sde import DDIM, Sde
+from dgpo.core.seeds import stream
+from dgpo.errors import UserError
+from dgpo.models.samplers.schedulers import (
+    fresh,
+    is_continuous,
+    is_flow_matching,
+    make_scheduler,
+    process_of,
+)
+
+_ELSE = "use an algorithm on noised samples, such as dgpo"
+
+
+class _Noisy:
+    """What both schedulers add to diffusers' own: the sampler, the noisy steps and the seeds."""
+
+    sde: Sde
+    process: Process
+    noisy: Container[int] = ()
+    seeds: Sequence[int] = ()
+
+    def _noised(
+        self, output: Tensor, sample: Tensor, index: int, level: Level, next_level: Level
+    ) -> Tensor:
+        """The end of a step that adds noise, in the dtype of ``output``: what is returned here is
+        what its density is computed of later."""
+        if len(self.seeds) != len(sample):
+            raise UserError(
+                f"{type(self).__name__} holds the seeds of {len(self.seeds)} rows and was given "
+                f"{len(sample)}: call with_noise with one seed for each row of the batch"
+            )
+        moments = self.sde.moments(self.process, sample, output, level, next_level)
+        drawn = [
+            torch.randn(sample.shape[1:], generator=stream(seed, "step", index))
+            for seed in self.seeds
+        ]
+        noise = torch.stack(drawn).to(moments.mean)
+        return (moments.mean + moments.std * noise).to(output.dtype)
+
+
+class FlowMatchSdeScheduler(_Noisy, FlowMatchEulerDiscreteScheduler):
+    """Flow-SDE, Dance-SDE or CPS at the noisy steps, Euler at the others and at the last."""
+
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        *args: Any,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        index = self.step_index
+        assert index is not None and self.timesteps is not None and self.sigmas is not None
+        s, s_next = (float(sigma) for sigma in self.sigmas[index : index + 2])
+        if index not in self.noisy or s_next == 0:
+            return super().step(model_output, timestep, sample, return_dict=return_dict)  # pyright: ignore
+        self._step_index = index + 1
+        now = Level(torch.as_tensor(timestep), s)
+        then = Level(torch.as_tensor(self.timesteps[index + 1]), s_next)
+        return _answer(self._noised(model_output, sample, index, now, then), return_dict)
+
+
+class DdimSdeScheduler(_Noisy, DDIMScheduler):
+    """DDIM, with noise at the noisy steps; every step goes to the next level of the schedule.
+
+    x0 is not clipped.
+    """
+
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        *args: Any,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        time = torch.as_tensor(timestep).to(self.timesteps.device)
+        index = int((self.timesteps == time).nonzero()[0])
+        now = self._level(index)
+        if index + 1 < len(self.timesteps):
+            then = self._level(index + 1)
+            if index in self.noisy:
+                made = self._noised(model_output, sample, index, now, then)
+                return _answer(made, return_dict)
+            a_next = 1 - then.sigma**2
+        else:
+            a_next = float(self.final_alpha_cumprod)
+        clean = self.process.x0(sample, model_output, now)
+        noise = (widen(sample) - math.sqrt(1 - now.sigma**2) * clean) / now.sigma
+        mean = math.sqrt(a_next) * clean + math.sqrt(1 - a_next) * noise
+        return _answer(mean.to(model_output.dtype), return_dict)
+
+    def _level(self, index: int) -> Level:
+        time = self.timesteps[index]
+        return Level(time, math.sqrt(1.0 - float(self.alphas_cumprod[int(time)])))
+
+
+def _answer(sample: Tensor, return_dict: bool) -> Any:
+    """A step's sample in the form that the pipeline asks for; AudioLDM2 wants the object."""
+    return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
+
+
+SdeScheduler = FlowMatchSdeScheduler | DdimSdeScheduler
+
+
+def make_sde_scheduler(sde: Sde, base: Any, key: str = "algorithm.sde") -> SdeScheduler:
+    """The stochastic sampler with the schedule of a pipeline's scheduler (above all its shift).
+
+    It adds no noise until :func:`with_noise` says at which steps.
+
+    Args:
+        sde: the sampler's settings.
+        base: the scheduler of the pipeline.
+        key: the recipe's, for errors.
+
+    Raises:
+        UserError: the sampler does not fit the pipeline's prediction type, or the scheduler has
+            inverted sigmas (Mochi) or other settings that the sampler cannot carry.
+    """
+    kind, process = getattr(sde, "kind", type(sde).__name__), process_of(base)
+    if base.config.get("invert_sigmas"):
+        raise UserError(
+            f"{key}: {type(base).__name__} has inverted sigmas (Mochi), for which no "
+            f"stochastic sampler is defined here; {_ELSE}"
+        )
+    if not sde.fits(process):
+        fitting = "flow, dance or cps" if is_flow_matching(base) else "ddim (algorithm ddpo)"
+        raise UserError(
+            f"{key}.kind = {kind!r} does not fit a pipeline whose denoiser answers "
+            f"{type(process).__name__}: use {fitting}"
+        )
+    if not isinstance(sde, DDIM):
+        made = FlowMatchSdeScheduler.from_config(make_scheduler("euler", base).config)
+    else:
+        made = DdimSdeScheduler.from_config(_ddim_config(base, key))
+    assert isinstance(made, SdeScheduler)
+    made.sde, made.process = sde, process
+    return made
+
+
+def with_noise(scheduler: SdeScheduler, steps: Container[int], seeds: Sequence[int]) -> Any:
+    """A fresh copy that adds noise at some steps, for one batch.
+
+    Args:
+        scheduler: from :func:`make_sde_scheduler`.
+        steps: positions in the schedule; the last step stays deterministic.
+        seeds: one a row. A row's noise at a step is a function of its seed and the step alone.
+    """
+    made = fresh(scheduler)
+    made.noisy, made.seeds = steps, tuple(seeds)
+    return made
+
+
+def _ddim_config(base: Any, key: str) -> dict[str, Any]:
+    config = base.config
+    if config.get("snr_shift_scale", 1.0) != 1.0:
+        raise UserError(
+            f"{key}: DDIM with noise cannot carry snr_shift_scale of {type(base).__name__}; {_ELSE}"
+        )
+    if is_continuous(base):
+        raise UserError(
+            f"{key}: DDIM with noise does not know the noise levels of {type(base).__name__}; "
+            f"{_ELSE}"
+        )
+    for clips in ("clip_sample", "thresholding"):
+        if config.get(clips):
+            raise UserError(
+                f"{key}: {type(base).__name__} clips x0 ({clips}), and a clipped step has no "
+                "Gaussian density: the sampler of the trained model must not clip"
+            )
+    return dict(make_scheduler("ddim", base).config)

@@ -1,0 +1,315 @@
+"""LoRA layers of a denoiser: attached by peft, merged for rollouts, saved as diffusers reads them.
+
+LoRA: ``y = W x + (alpha / rank) B A x`` with ``A`` [rank, in] and ``B`` [out, rank] (arXiv
+2106.09685).
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dgpo.distributed.sharding import is_sharded
+from dgpo.errors import UserError
+from dgpo.models.weights.restoring import put_back
+
+ADAPTER = "default"
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""The projections of an attention layer, as nearly all denoisers of diffusers call them."""
+_SECOND = "transformer_2"
+_PEFT_FILE = "adapter_model.safetensors"
+_TRAINABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class LoraSettings(Protocol):
+    """What a recipe says about the LoRA."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def targets(self) -> Sequence[str]: ...
+    @property
+    def init(self) -> Literal["gaussian", "default"]: ...
+
+
+def refuse_adapted(denoisers: Mapping[str, nn.Module]) -> None:
+    """Refuse denoisers that carry a LoRA already: it would be trained, or hide the layers that
+    ``lora.targets`` name.
+
+    Raises:
+        UserError: one does.
+    """
+    for name, denoiser in denoisers.items():
+        if any(isinstance(module, BaseTunerLayer) for module in denoiser.modules()):
+            raise UserError(
+                f"model: the {name} of this pipeline carries a LoRA already, of an earlier "
+                "training or of load_lora_weights; load the pipeline anew, or merge the LoRA with "
+                "pipe.fuse_lora() and then take it off with pipe.unload_lora_weights()"
+            )
+
+
+def attach(
+    denoisers: Mapping[str, nn.Module], settings: LoraSettings, seed: int
+) -> list[LoraLayer]:
+    """Add a LoRA to every denoiser; its weights are float32 and alone trainable.
+
+    Raises:
+        UserError: a target names no layer of the denoisers.
+    """
+    _check_targets(denoisers, settings.targets)
+    for denoiser in denoisers.values():
+        config = peft.LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,  # pyright: ignore[reportArgumentType]
+            target_modules=list(settings.targets),
+            init_lora_weights="gaussian" if settings.init == "gaussian" else True,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            if hasattr(denoiser, "add_adapter"):
+                denoiser.add_adapter(config, adapter_name=ADAPTER)  # pyright: ignore[reportCallIssue]
+            else:
+                peft.inject_adapter_in_model(config, denoiser, ADAPTER)
+    modules = (m for denoiser in denoisers.values() for m in denoiser.modules())
+    layers: list[LoraLayer] = [m for m in modules if isinstance(m, LoraLayer)]
+    for layer in layers:
+        for weights in (layer.lora_A, layer.lora_B):
+            # a step of 3e-4 on a bfloat16 weight would mostly round to nothing
+            weights[ADAPTER].float().requires_grad_(True)
+    return layers
+
+
+def _check_targets(denoisers: Mapping[str, nn.Module], targets: Sequence[str]) -> None:
+    names = _layer_names(denoisers)
+    for target in targets:
+        if _is_one_of(target, names):
+            continue
+        raise UserError(
+            f"lora.targets: no layer of {' or '.join(denoisers)} is called {target!r}; "
+            f"nearest: {', '.join(_nearest(target, names)) or 'none'}"
+        )
+
+
+def fitting_targets(denoisers: Mapping[str, nn.Module]) -> list[str]:
+    """Those of :data:`ATTENTION` that the denoisers have.
+
+    Raises:
+        UserError: none of them.
+    """
+    names = _layer_names(denoisers)
+    found = [target for target in ATTENTION if _is_one_of(target, names)]
+    if not found:
+        raise UserError(
+            f"no layer is called {', '.join(ATTENTION)}: name lora.targets yourself; "
+            f"the first layers are {', '.join(names[:8])}"
+        )
+    return found
+
+
+def _layer_names(denoisers: Mapping[str, nn.Module]) -> list[str]:
+    return [
+        name
+        for denoiser in denoisers.values()
+        for name, module in denoiser.named_modules()
+        if isinstance(module, _TRAINABLE)
+    ]
+
+
+def _is_one_of(target: str, names: Sequence[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for name in names)
+
+
+def _nearest(target: str, names: Sequence[str]) -> list[str]:
+    """Endings of layer names, as long as ``target`` is, that resemble it."""
+    depth = target.count(".") + 1
+    endings = {
+        ".".join(parts[-length:])
+        for parts in (name.split(".") for name in names)
+        for length in range(1, depth + 2)
+        # a name that starts with a block's number would fit one block alone
+        if length <= len(parts) and not parts[-length].isdigit()
+    }
+    return difflib.get_close_matches(target, sorted(endings), n=4, cutoff=0.4)
+
+
+def adapted_layers(denoisers: Mapping[str, nn.Module]) -> int:
+    """The number of layers that have a LoRA."""
+    return len(list(_layers_in(denoisers)))
+
+
+@contextmanager
+def disabled(layers: Sequence[LoraLayer]) -> Iterator[None]:
+    """The layers answer as if they had no LoRA, for the time of the block."""
+
+    def restore() -> None:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+    with put_back(restore):
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+
+
+def can_merge(layers: Sequence[LoraLayer]) -> bool:
+    """Whether ``W + scale B A`` can be written without loss worth speaking of: not in half
+    precision, where rounding the sum would lose small updates. Nor where ``W`` is sharded or
+    quantised."""
+    bases = [_base(layer) for layer in layers]
+    return bool(bases) and all(
+        b.dtype.itemsize >= 4 and not is_sharded(b) and type(b.data) is Tensor for b in bases
+    )
+
+
+@torch.no_grad()
+def merged(layers: Sequence[LoraLayer]) -> tuple[list[nn.Parameter], list[Tensor]]:
+    """The base weights of the layers, and what they are with the LoRA written in."""
+    bases = [_base(layer) for layer in layers]
+    values = [
+        base + layer.get_delta_weight(ADAPTER).to(base.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+        for base, layer in zip(bases, layers, strict=True)
+    ]
+    return bases, values
+
+
+@contextmanager
+def blended(layers: Sequence[LoraLayer]) -> Iterator[None]:
+    """The base weights are ``W + scale B A`` inside the block, as part of the autograd graph.
+
+    For a batch of many tokens this is cheaper than the LoRA's own two products of every token: one
+    small product for each layer, and gradients of ``A`` and ``B`` by way of that of the sum.
+    Backward may run after the block.
+    """
+    holders = [layer.get_base_layer() for layer in layers]
+    kept = [holder._parameters["weight"] for holder in holders]
+    values = [
+        weight + layer.get_delta_weight(ADAPTER).to(weight.dtype)  # pyright: ignore
+        for weight, layer in zip(kept, layers, strict=True)
+    ]
+
+    def restore() -> None:
+        for holder, weight in zip(holders, kept, strict=True):
+            holder._parameters["weight"] = weight
+
+    with disabled(layers), put_back(restore):
+        for holder, value in zip(holders, values, strict=True):
+            holder._parameters["weight"] = value  # pyright: ignore[reportArgumentType]
+        yield
+
+
+@torch.no_grad()
+def rounded(denoisers: Mapping[str, nn.Module]) -> None:
+    """Round every LoRA to the precision of its denoiser, as it is when a pipeline loads it."""
+    for layer in _layers_in(denoisers):
+        dtype = _base(layer).dtype
+        for weight in _own(layer):
+            weight.copy_(weight.to(dtype))
+
+
+@torch.no_grad()
+def widened(denoisers: Mapping[str, nn.Module]) -> None:
+    """Compute with every LoRA in float32, as in training, whatever a pipeline has made of it."""
+    for layer in _layers_in(denoisers):
+        for weight in _own(layer):
+            weight.data = weight.data.float()
+
+
+def _layers_in(denoisers: Mapping[str, nn.Module]) -> Iterator[LoraLayer]:
+    for denoiser in denoisers.values():
+        yield from (module for module in denoiser.modules() if isinstance(module, LoraLayer))
+
+
+def _own(layer: LoraLayer) -> Iterator[nn.Parameter]:
+    """The weights of a layer's LoRA."""
+    base = {id(weight) for weight in layer.get_base_layer().parameters()}
+    module: Any = layer
+    yield from (weight for weight in module.parameters() if id(weight) not in base)
+
+
+def _base(layer: LoraLayer) -> nn.Parameter:
+    weight = layer.get_base_layer().weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def save(pipe: Any, denoisers: Mapping[str, nn.Module], folder: Path) -> None:
+    """Write the LoRA of every denoiser; see :meth:`dgpo.models.policy.Policy.save`."""
+    save_weights = getattr(type(pipe), "save_lora_weights", None)
+    for name, denoiser in denoisers.items():
+        place = folder / name if name == _SECOND else folder
+        place.mkdir(exist_ok=True)
+        config: Any = vars(denoiser)["peft_config"][ADAPTER]
+        weights = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
+        weights = {key: value.detach().contiguous() for key, value in weights.items()}
+        if save_weights is None:
+            _save_for_peft(weights, config, place)
+            continue
+        stem = "unet" if name == "unet" else "transformer"
+        arguments: dict[str, Any] = {f"{stem}_lora_layers": weights}
+        metadata = f"{stem}_lora_adapter_metadata"
+        if metadata in inspect.signature(save_weights).parameters:
+            # peft holds names in sets, which every process orders differently
+            arguments[metadata] = {
+                key: sorted(value) if isinstance(value, set) else value
+                for key, value in config.to_dict().items()
+            }
+        save_weights(place, **arguments)
+
+
+def load(pipe: Any, folder: Path) -> Literal["diffusers", "peft"]:
+    """Put a saved LoRA into a pipeline, that of a second expert included.
+
+    Returns:
+        what read it: ``load_lora_weights`` of the pipeline, or peft where it has none.
+
+    Raises:
+        UserError: the folder holds a LoRA that was written for the other of the two.
+    """
+    by_peft = (folder / _PEFT_FILE).is_file()
+    if by_peft == hasattr(pipe, "load_lora_weights"):
+        raise UserError(f"{folder}: not a LoRA that {type(pipe).__name__} can read")
+    if not by_peft:
+        pipe.load_lora_weights(folder)
+        if (folder / _SECOND).is_dir():
+            pipe.load_lora_weights(folder / _SECOND, load_into_transformer_2=True)
+        return "diffusers"
+    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    peft.inject_adapter_in_model(peft.LoraConfig.from_pretrained(str(folder)), denoiser, ADAPTER)
+    set_peft_model_state_dict(denoiser, load_file(folder / _PEFT_FILE), ADAPTER)
+    return "peft"
+
+
+def _save_for_peft(weights: dict[str, Tensor], config: Any, folder: Path) -> None:
+    """For pipelines without a LoRA loader (PixArt): the two files that peft's own tools read."""
+    save_file(weights, str(folder / _PEFT_FILE))
+    settings = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    text = json.dumps(settings, indent=2, default=str)
+    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def lora_folder(given: Path) -> Path:
+    """A folder with a LoRA: the one given, or `lora` in it.
+
+    Raises:
+        UserError: neither holds one.
+    """
+    for folder in (given, given / "lora"):
+        if folder.is_dir() and any(folder.glob("*.safetensors")):
+            return folder
+    what = "holds no LoRA (*.safetensors)" if given.is_dir() else "is no folder"
+    raise UserError(f"--lora {given}: it {what}; give a run folder or its lora/")

@@ -1,0 +1,131 @@
+"""Copies of weights that lag behind: frozen references and exponential moving averages.
+
+Weights are put in place by exchanging storage, not by copying: what was there before comes back
+bit for bit, and a graph built before the exchange still finds its own tensors at backward. Pieces
+of sharded weights are copied, as the sharding keeps their storage; its graphs gather them anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dgpo.distributed.sharding import is_sharded, local
+from dgpo.errors import UserError
+from dgpo.models.weights.restoring import put_back
+
+
+@contextmanager
+def exchanged(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+    """``parameters`` hold ``values`` for the time of the block, and their own storage after it.
+
+    Nothing is copied where device and dtype agree and nothing is sharded. Do not train inside the
+    block.
+    """
+    own = [local(p).clone() if is_sharded(p) else p.data for p in parameters]
+
+    def restore() -> None:
+        for parameter, data in zip(parameters, own, strict=True):
+            _hold(parameter, data)
+
+    with put_back(restore):
+        for parameter, value in zip(parameters, values, strict=True):
+            _hold(parameter, local(value).to(device=parameter.device, dtype=parameter.dtype))
+        yield
+
+
+def _hold(parameter: nn.Parameter, value: Tensor) -> None:
+    if is_sharded(parameter):
+        local(parameter).copy_(value)
+    else:
+        parameter.data = value
+
+
+class Snapshot:
+    """A moving average of ``parameters``, equal to them when it is made.
+
+    ``shadow <- decay * shadow + (1 - decay) * parameter``
+
+    Args:
+        parameters: what is averaged.
+        device: where the copy lives; None for beside the parameters.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], device: torch.device | str | None = None
+    ) -> None:
+        self._parameters = list(parameters)
+        self._shadow = [p.detach().to(device or p.device, copy=True) for p in self._parameters]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The averaged weights, in the order of the parameters; sharded as they are."""
+        return self._shadow
+
+    @torch.no_grad()
+    def update(self, decay: float) -> None:
+        """Move towards the parameters: 0 makes the snapshot equal to them, 1 leaves it alone.
+
+        Raises:
+            UserError: ``decay`` is outside [0, 1].
+        """
+        if not 0.0 <= decay <= 1.0:
+            raise UserError(f"the decay of a moving average must be in [0, 1], got {decay}")
+        if not self._shadow:
+            return
+        shadow = [local(tensor) for tensor in self._shadow]
+        current = [
+            local(p.detach()).to(s.device) for p, s in zip(self._parameters, shadow, strict=True)
+        ]
+        torch._foreach_lerp_(shadow, current, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The parameters hold the averaged weights inside the block, and their own after it."""
+        with exchanged(self._parameters, self._shadow):
+            yield
+
+
+def fingerprints(modules: Iterable[Any], left_out: Sequence[Tensor]) -> dict[str, int]:
+    """The sum of the bits of every weight and buffer of ``modules`` but those that are
+    ``left_out``: to see that none has moved, without a copy as large as the model."""
+    known = {id(tensor) for tensor in left_out}
+    return {
+        f"{type(module).__name__}.{name}": _bits(tensor)
+        for module in modules
+        if isinstance(module, nn.Module)
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        if id(tensor) not in known
+    }
+
+
+def base_fingerprints(components: Mapping[str, Any]) -> dict[str, str]:
+    """A short text for every component's weights, by its name: the same on any device, another
+    after training, with a LoRA inside, or in another precision.
+
+    Buffers are left out: some are computed where the module lies. So are weights that lie nowhere
+    (``meta``, as offloading leaves them).
+    """
+    found = {}
+    for name, module in components.items():
+        if isinstance(module, nn.Module):
+            digest = hashlib.sha256()
+            for weight in module.parameters():
+                bits = None if weight.is_meta else _bits(weight)
+                digest.update(f"{tuple(weight.shape)} {weight.dtype} {bits}\n".encode())
+            found[name] = digest.hexdigest()[:16]
+    return found
+
+
+def _bits(tensor: Tensor) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):  # quantised: a wrapper around numbers and scales
+        names, _ = tensor.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
+        return sum(_bits(getattr(tensor, name)) for name in names)
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    values = tensor.detach().contiguous().reshape(-1)
+    return int(values.view(whole[values.element_size()]).sum(dtype=torch.int64))

@@ -1,0 +1,114 @@
+"""Rewards of the pictures that are there, while the next ones are sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from queue import SimpleQueue
+from time import monotonic
+from types import TracebackType
+
+import torch
+from PIL import Image
+
+from dgpo.prompts import Prompt
+from dgpo.rewards.call_limits import in_thread
+from dgpo.rewards.set import RewardSet, Scored
+
+
+class Scoring:
+    """Scores whole groups, or what this process has of them, as soon as the pictures are there.
+
+    With ``overlap`` one thread asks the rewards, in order, while the caller goes on; without, they
+    are asked in :meth:`finish`. The calls are the same, and so are their answers.
+
+    Args:
+        rewards: what to ask.
+        prompts: one a group.
+        size: pictures of a group.
+        overlap: whether to ask in a thread.
+        groups: of each picture, ascending; None for all pictures of all groups.
+    """
+
+    def __init__(
+        self,
+        rewards: RewardSet,
+        prompts: Sequence[Prompt],
+        size: int,
+        overlap: bool,
+        groups: Sequence[int] | None = None,
+    ) -> None:
+        self._rewards, self._prompts = rewards, list(prompts)
+        every = [group for group in range(len(self._prompts)) for _ in range(size)]
+        self._groups = every if groups is None else list(groups)
+        self._waiting: list[Image.Image] = []
+        self._given = 0
+        self._tasks: SimpleQueue[tuple[int, list[Image.Image]] | None] = SimpleQueue()
+        self._parts: list[Scored] = []
+        self._ended = False
+        self.seconds = 0.0
+        """Spent in rewards."""
+        self._work: Future[None] | None = in_thread(self._run) if overlap else None
+
+    def __enter__(self) -> Scoring:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ended = True  # after an error: what waits is not asked any more
+        self._tasks.put(None)
+
+    def add(self, images: Sequence[Image.Image]) -> None:
+        """The next pictures, group after group.
+
+        Raises:
+            UserError: a reward has failed for earlier ones; there is no use in sampling on.
+        """
+        if self._work is not None and self._work.done():
+            self._work.result()
+        self._waiting += images
+        first, end = self._given, self._given + len(self._waiting)
+        # of the group that the next picture belongs to, some may still be missing
+        while 0 < end < len(self._groups) and self._groups[end - 1] == self._groups[end]:
+            end -= 1
+        count = end - first
+        if count > 0:
+            groups = self._groups[first:end]
+            rows = [self._prompts[group] for group in groups]
+            self._rewards.announce(self._waiting[:count], rows, groups)
+            self._tasks.put((first, self._waiting[:count]))
+            self._waiting = self._waiting[count:]
+            self._given = end
+
+    def finish(self) -> Scored:
+        """The scores of all pictures, in order.
+
+        Raises:
+            UserError: a reward has failed.
+        """
+        assert self._given == len(self._groups) and not self._waiting, "pictures are missing"
+        self._tasks.put(None)
+        if self._work is None:
+            self._run()
+        else:
+            self._work.result()
+        parts = self._parts
+        names = self._rewards.names
+        return Scored(
+            {name: torch.cat([part.by_name[name] for part in parts]) for name in names},
+            torch.cat([part.weights for part in parts]),
+            {group: why for part in parts for group, why in part.lost.items()},
+        )
+
+    def _run(self) -> None:
+        while (task := self._tasks.get()) is not None and not self._ended:
+            first, images = task
+            began = monotonic()
+            groups = self._groups[first : first + len(images)]
+            rows = [self._prompts[group] for group in groups]
+            self._parts.append(self._rewards.score(images, rows, groups))
+            self.seconds += monotonic() - began

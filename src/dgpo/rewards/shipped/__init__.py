@@ -1,0 +1,1 @@
+"""The rewards that a recipe may name, one file each."""

@@ -1,0 +1,317 @@
+"""GenEval: are the objects of a prompt in the picture, in number, colour and place?
+
+An object detector of transformers finds COCO's 80 classes, CLIP names the colour of each object,
+and :mod:`dgpo.rewards.shipped.geneval_judge` gives the verdict. Prompt rows are those of the public
+metadata files: ``{"tag": ..., "include": [...], "exclude": [...], "prompt": ...}``.
+
+``geneval`` is the partial score for training, in (-inf, 1], almost always [0, 1];
+``geneval_strict`` is the benchmark's verdict, 0 or 1. Higher is better.
+
+Differs from the published evaluation: Mask2Former (Swin-S, COCO instances) and CLIP ViT-L/14 are
+those of transformers, not of mmdet and open_clip, so that no compiled extension is needed. Image
+size and post-processing are the library's: expect scores that differ, and compare only numbers of
+one detector; by how much is not measured. Licence: detector "other" on the hub, CLIP MIT.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dgpo.errors import UserError
+from dgpo.prompts import Prompt
+from dgpo.rewards.loading import batches, chosen, device, loading
+from dgpo.rewards.shipped import clip
+from dgpo.rewards.shipped.geneval_judge import (
+    COLORS,
+    LIMITS,
+    Detection,
+    Verdict,
+    check_row,
+    class_name,
+    judge,
+)
+
+DETECTOR = "facebook/mask2former-swin-small-coco-instance"
+VARIABLE = "DGPO_GENEVAL_DETECTOR"
+WITH_MASKS = ("mask2former", "maskformer")
+BACKGROUND = (153, 153, 153)
+"""Grey that covers what is not the object when its colour is named."""
+TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
+
+
+class Detector:
+    """A detector with the library's own post-processing: instances with masks, or boxes alone.
+
+    Args:
+        weights: hub id or folder of a Mask2Former or MaskFormer model, or of any model for
+            ``AutoModelForObjectDetection`` (DETR, RT-DETR, YOLOS, ...), with COCO's classes.
+        batch: pictures looked at together.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+
+    def __init__(self, weights: str, batch: int = 8) -> None:
+        import transformers
+
+        self.weights = weights
+        with loading("geneval", weights, VARIABLE):
+            config = transformers.AutoConfig.from_pretrained(weights)
+            self._masks = config.model_type in WITH_MASKS
+            auto: Any = (
+                transformers.AutoModelForUniversalSegmentation
+                if self._masks
+                else transformers.AutoModelForObjectDetection
+            )
+            self._model: Any = auto.from_pretrained(weights).eval().requires_grad_(False)
+            self._pixels: Any = transformers.AutoImageProcessor.from_pretrained(
+                weights, use_fast=False
+            )
+        self._names = {int(i): class_name(name) for i, name in self._model.config.id2label.items()}
+        self._batch = batch
+
+    @property
+    def classes(self) -> set[str]:
+        """What it can see, by GenEval's names."""
+        return set(self._names.values())
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Image.Image], least: float) -> list[list[Detection]]:
+        """The objects of each picture.
+
+        Args:
+            images: RGB, any size.
+            least: confidence below which nothing is reported.
+        """
+        self._model.to(device())
+        found: list[list[Detection]] = []
+        for (some,) in batches(self._batch, images):
+            inputs = self._pixels(some, return_tensors="pt").to(self._model.device)
+            outputs = self._model(**inputs)
+            sizes = [(image.height, image.width) for image in some]
+            found += (
+                self._instances(outputs, sizes, least)
+                if self._masks
+                else self._boxes(outputs, sizes, least)
+            )
+        return found
+
+    def _boxes(self, outputs: Any, sizes: list[tuple[int, int]], least: float) -> Any:
+        results = self._pixels.post_process_object_detection(
+            outputs, threshold=least, target_sizes=torch.tensor(sizes)
+        )
+        rows = []
+        for result in results:
+            parts = (result[key].tolist() for key in ("labels", "scores", "boxes"))
+            rows.append(
+                [Detection(self._names[i], s, tuple(b)) for i, s, b in zip(*parts, strict=True)]
+            )
+        return rows
+
+    def _instances(self, outputs: Any, sizes: list[tuple[int, int]], least: float) -> Any:
+        results = self._pixels.post_process_instance_segmentation(
+            outputs, threshold=least, target_sizes=sizes, return_binary_maps=True
+        )
+        rows = []
+        for result in results:
+            masks = result["segmentation"]  # one map a segment; one empty map where there are none
+            row = []
+            for info, mask in zip(result["segments_info"], masks, strict=False):
+                mask = mask.bool().cpu().numpy()
+                name = self._names[info["label_id"]]
+                row.append(Detection(name, info["score"], _box(mask), mask))
+            rows.append(row)
+        return rows
+
+
+def _box(mask: np.ndarray) -> tuple[float, float, float, float]:
+    """Left, top, and one past right and bottom of the pixels of a mask."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
+class ColorNamer:
+    """Names the colour of objects: the nearest of ten texts to the object cut out of the picture.
+
+    Args:
+        encoder: of CLIP.
+    """
+
+    def __init__(self, encoder: clip.ClipEncoder) -> None:
+        self._encoder = encoder
+        self._texts: dict[str, torch.Tensor] = {}
+
+    def __call__(self, image: Image.Image, objects: Sequence[Detection], name: str) -> list[str]:
+        """The colour of each object of one class in one picture."""
+        if not objects:
+            return []
+        vectors = self._encoder.images([cut_out(image, one) for one in objects])
+        return [COLORS[i] for i in (vectors @ self._colors(name).T).argmax(-1).tolist()]
+
+    def _colors(self, name: str) -> torch.Tensor:
+        """[10, D]: for each colour the mean direction of the templates."""
+        if name not in self._texts:
+            texts = [form.format(color, name) for color in COLORS for form in TEMPLATES]
+            vectors = self._encoder.texts(texts).unflatten(0, (len(COLORS), len(TEMPLATES)))
+            self._texts[name] = torch.nn.functional.normalize(vectors.mean(1), dim=-1)
+        return self._texts[name]
+
+
+def cut_out(image: Image.Image, one: Detection) -> Image.Image:
+    """The box of an object, with grey around its mask; at least one pixel wide and high."""
+    if one.mask is not None:
+        grey = Image.new("RGB", image.size, BACKGROUND)
+        image = Image.composite(image, grey, Image.fromarray(one.mask.astype(np.uint8) * 255))
+    left, top = (min(max(round(v), 0), s - 1) for v, s in zip(one.box, image.size, strict=False))
+    right, bottom = (min(round(v), s) for v, s in zip(one.box[2:], image.size, strict=True))
+    return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+
+
+class Eyes:
+    """Detector and colour namer together; one pass serves both scores of the same pictures.
+
+    Args:
+        detector: hub id or folder; default: what ``DGPO_GENEVAL_DETECTOR`` says, else Mask2Former.
+        clip_weights: hub id or folder; default: what ``DGPO_CLIP`` says, else ViT-L/14.
+        batch: pictures looked at together.
+    """
+
+    def __init__(
+        self, detector: str | None = None, clip_weights: str | None = None, batch: int = 8
+    ) -> None:
+        self.detector = Detector(chosen(detector, VARIABLE, DETECTOR), batch)
+        self._colors = ColorNamer(
+            clip.shared_encoder(chosen(clip_weights, clip.VARIABLE, clip.WEIGHTS))
+        )
+        self._last: tuple[list[Any], list[Any], list[Verdict]] = ([], [], [])
+
+    def look(self, image: Image.Image, least: float) -> list[tuple[Detection, str]]:
+        """All objects of a picture and their colours, the most confident first.
+
+        Args:
+            image: any size.
+            least: confidence of what is reported.
+        """
+        plain = image.convert("RGB")
+        (found,) = self.detector([plain], least)
+        found.sort(key=lambda one: -one.score)
+        return [(one, self._colors(plain, [one], one.label)[0]) for one in found]
+
+    def verdicts(
+        self, images: Sequence[Image.Image], rows: Sequence[dict[str, Any]]
+    ) -> list[Verdict]:
+        """One verdict for each picture; ``rows`` are the prompts' metadata."""
+        before, told, verdicts = self._last
+        same = len(before) == len(images) and all(map(lambda a, b: a is b, before, images))
+        if same and told == list(rows):
+            return verdicts
+        plain = [image.convert("RGB") for image in images]
+        found = self.detector(plain, LIMITS.confidence)
+        verdicts = [
+            judge(objects, row, functools.partial(self._colors, image))
+            for image, objects, row in zip(plain, found, rows, strict=True)
+        ]
+        self._last = (list(images), list(rows), verdicts)
+        return verdicts
+
+
+@functools.cache
+def published() -> Eyes:
+    """The default detector and CLIP, loaded once for both rewards."""
+    return Eyes()
+
+
+class GenEval:
+    """A reward from GenEval's verdict.
+
+    Args:
+        name: what errors call it.
+        value: the number that is wanted of a verdict.
+        eyes: makes the detector and colour namer, at the first check or call.
+    """
+
+    def __init__(
+        self,
+        name: str = "geneval",
+        value: Callable[[Verdict], float] = lambda verdict: verdict.partial,
+        eyes: Callable[[], Eyes] = published,
+    ) -> None:
+        self.__name__ = name
+        self._value = value
+        self._make = eyes
+
+    @functools.cached_property
+    def _eyes(self) -> Eyes:
+        return self._make()  # kept here too: networks are looked for in a reward's attributes
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse rows that are not GenEval's, then load the models and compare the class names.
+
+        Raises:
+            UserError: the first such row, or a model that cannot be loaded.
+        """
+        wanted: dict[str, str] = {}
+        for row, prompt in enumerate(prompts):
+            where = prompt.place(row)
+            self._check_row(where, prompt.metadata.get("include"), prompt.metadata.get("exclude"))
+            clauses = [*prompt.metadata["include"], *(prompt.metadata.get("exclude") or ())]
+            for clause in clauses:
+                wanted.setdefault(clause["class"], where)
+        classes = self._eyes.detector.classes
+        for name, where in wanted.items():
+            if name not in classes:
+                raise UserError(
+                    f"reward {self.__name__!r}, {where}: the detector does not know "
+                    f"{name!r}, only {', '.join(sorted(classes))[:160]}"
+                )
+
+    def __call__(
+        self,
+        images: Sequence[Image.Image],
+        prompts: Sequence[str],
+        include: Sequence[list[dict[str, Any]] | None] | None = None,
+        exclude: Sequence[list[dict[str, Any]] | None] | None = None,
+        tag: Sequence[str | None] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        """One score for each picture.
+
+        Args:
+            images: any size.
+            prompts: their captions.
+            include, exclude, tag: the columns of GenEval's metadata.
+
+        Raises:
+            UserError: a row without ``include``.
+        """
+        none = [None] * len(prompts)
+        rows = [
+            {"include": i, "exclude": e, "tag": t}
+            for i, e, t in zip(include or none, exclude or none, tag or none, strict=True)
+        ]
+        for number, row in enumerate(rows):
+            self._check_row(f"prompt row {number}", row["include"], row["exclude"])
+        return [self._value(verdict) for verdict in self._eyes.verdicts(images, rows)]
+
+    def _check_row(self, where: str, include: Any, exclude: Any) -> None:
+        try:
+            check_row(include, exclude)
+        except ValueError as error:
+            raise UserError(
+                f"reward {self.__name__!r}, {where}: {error}; the prompts are GenEval's "
+                "jsonl with tag, include, exclude and prompt"
+            ) from error
+
+
+def _strict(verdict: Verdict) -> float:
+    return float(verdict.strict)
+
+
+geneval = GenEval()
+geneval_strict = GenEval("geneval_strict", _strict)

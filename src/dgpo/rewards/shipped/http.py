@@ -1,0 +1,309 @@
+"""A reward that is computed by `dgpo serve`, here or on another machine.
+
+Licence, range and direction: those of the reward that is served. Pictures and the frames of videos
+travel as PNG, scores as JSON numbers, so that a score is the very number that the server has
+computed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import operator
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from dgpo.errors import UserError
+from dgpo.rewards.call_limits import RewardFailure
+from dgpo.rewards.loading import need
+from dgpo.rewards.shipped.video import frames_of
+from dgpo.secrets import PASSWORD
+
+
+class _Retry(Exception):
+    """Something that may be better the next time."""
+
+
+_HEADERS = 512
+"""Bytes of a request, and of each part of it, that are neither a picture nor a prompt row; or less.
+"""
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """What the server takes at once: pictures (frames of videos too), their pixels, and bytes."""
+
+    images: float = math.inf
+    pixels: float = math.inf
+    bytes: float = math.inf
+
+    def cut(self, sizes: Sequence[tuple[int, int, int]], batch: int) -> Iterator[slice]:
+        """Rows of one request after the other.
+
+        Args:
+            sizes: pictures, pixels and bytes of each row.
+            batch: the most rows of a request.
+
+        Raises:
+            UserError: a row is too large for a request of its own.
+        """
+        first, sums = 0, (0, 0, _HEADERS)
+        most = (self.images, self.pixels, self.bytes)
+        for row, own in enumerate(sizes):
+            if any(map(operator.gt, (*own[:2], _HEADERS + own[2]), most)):
+                raise UserError(
+                    f"reward 'http', row {row} has {own[0]} pictures of {own[1]} pixels and "
+                    f"{own[2]} bytes; the server takes {self.images}, {self.pixels} and "
+                    f"{self.bytes} at once: start it with more --max-images, --max-megapixels or "
+                    "--max-mb"
+                )
+            more = tuple(map(operator.add, sums, own))
+            if row - first == batch or any(map(operator.gt, more, most)):
+                yield slice(first, row)
+                first, more = row, (*own[:2], _HEADERS + own[2])
+            sums = more
+        if sizes:
+            yield slice(first, len(sizes))
+
+
+class HttpReward:
+    """Asks a reward server.
+
+    Args:
+        url: its address, such as ``http://127.0.0.1:8765``; default: ``DGPO_REWARD_URL``.
+        reward: the name there; default: ``DGPO_REWARD_NAME``, or the only one that is served.
+        token_file: a file with the token; default: ``DGPO_REWARD_TOKEN_FILE``. The token itself
+            may be in ``DGPO_REWARD_TOKEN``; it is no argument, as recipes are written down.
+        timeout: seconds for one answer.
+        retries: further tries after a broken connection or a busy server.
+        pause: seconds before the first further try; each next one waits twice as long.
+        batch: pictures or videos of one request; fewer where the server takes fewer.
+        connections: requests at once, over as many connections, which are kept open.
+    """
+
+    __name__ = "http"
+
+    def __init__(
+        self,
+        url: str | None = None,
+        reward: str | None = None,
+        token_file: str | None = None,
+        timeout: float = 120.0,
+        retries: int = 3,
+        pause: float = 0.5,
+        batch: int = 16,
+        connections: int = 4,
+    ) -> None:
+        self._url, self._reward, self._token_file = url, reward, token_file
+        self._timeout, self._retries, self._pause = timeout, retries, pause
+        self._batch, self._connections = batch, connections
+        self._pool: Any = None
+        self._bounds: _Bounds | None = None
+
+    def check(self, prompts: Sequence[Any]) -> None:
+        """See that the server is there and serves the reward.
+
+        Raises:
+            UserError: it is not, or the token is not the right one.
+        """
+        served = self._offer().get("rewards", [])
+        wanted = self._name()
+        if wanted is None and len(served) != 1:
+            raise UserError(
+                f"reward 'http': {self._address()} serves {', '.join(served)}; set the option "
+                "reward, or DGPO_REWARD_NAME, to one of them"
+            )
+        if wanted is not None and wanted not in served:
+            raise UserError(
+                f"reward 'http': {self._address()} serves {', '.join(served)}, not {wanted!r}"
+            )
+
+    def __call__(
+        self, images: Sequence[Any], prompts: Sequence[str], **columns: Sequence[Any]
+    ) -> list[float]:
+        """One score for each picture or video.
+
+        Args:
+            images: B pictures, or B videos as
+                :class:`dgpo.rewards.shipped.video.PerFrame` takes them.
+            prompts: the caption of each.
+            columns: metadata, which goes along as JSON.
+
+        Raises:
+            RewardFailure: the server could not be reached, or did not answer, at any try.
+            UserError: it has refused the request, a row is neither a picture nor a video, or one
+                alone is too large.
+        """
+        if self._bounds is None:
+            self._offer()
+        texts = [str(text) for text in prompts]
+        rows = [{key: column[row] for key, column in columns.items()} for row in range(len(texts))]
+        frames, videos = _frames(images)
+        with ThreadPoolExecutor(self._connections) as pool:
+            files = [list(pool.map(_png, pictures)) for pictures in frames]
+            sizes = [
+                (
+                    len(pictures),
+                    sum(picture.width * picture.height for picture in pictures),
+                    sum(len(png) + _HEADERS for png in pngs) + len(_json_of([text, own])),
+                )
+                for pictures, pngs, text, own in zip(frames, files, texts, rows, strict=True)
+            ]
+            assert self._bounds is not None
+            jobs = [
+                pool.submit(self._score, files[part], texts[part], rows[part], videos)
+                for part in self._bounds.cut(sizes, self._batch)
+            ]
+            return [number for job in jobs for number in job.result()]
+
+    def _offer(self) -> dict[str, Any]:
+        """What the server serves, and how much it takes at once."""
+        offer = self._json(lambda client: client.get("/v1/rewards"))
+        given = (offer.get(f"max_{what}") for what in ("images", "pixels", "bytes"))
+        self._bounds = _Bounds(*(one if isinstance(one, int) else math.inf for one in given))
+        return offer
+
+    def _score(
+        self, pngs: list[list[bytes]], texts: list[str], rows: list[Any], videos: bool
+    ) -> list[float]:
+        name = self._name()
+        question = {"prompts": texts, "metadata": rows, "rewards": None if name is None else [name]}
+        if videos:
+            question["frames"] = [len(own) for own in pngs]
+        form = {"request": _json_of(question)}
+        every = enumerate(png for own in pngs for png in own)
+        files = [("images", (f"{place}.png", png, "image/png")) for place, png in every]
+        answer = self._json(lambda client: client.post("/v1/score", data=form, files=files))
+        scores = answer.get("scores")
+        if not isinstance(scores, dict) or len(scores) != 1:
+            raise UserError(
+                f"reward 'http': {self._address()} gave scores of several rewards; name one with "
+                "the option reward, or DGPO_REWARD_NAME"
+            )
+        (numbers,) = scores.values()
+        if not isinstance(numbers, list) or len(numbers) != len(texts):
+            raise RewardFailure(f"reward 'http': not {len(texts)} scores: {numbers!r:.80}")
+        return numbers
+
+    def _json(self, ask: Any) -> dict[str, Any]:
+        """The answer of a request, tried as often as may help."""
+        client, reason = self._client(), ""
+        for tried in range(self._retries + 1):
+            if tried:
+                time.sleep(self._pause * 2 ** (tried - 1))
+            try:
+                return self._answer(ask, client)
+            except _Retry as error:
+                reason = str(error)
+        raise RewardFailure(
+            f"reward 'http': no answer from {self._address()} after {self._retries + 1} tries; "
+            f"the last: {reason}",
+            gone=True,
+        )
+
+    def _answer(self, ask: Any, client: Any) -> dict[str, Any]:
+        import httpx
+
+        try:
+            response = ask(client)
+        except httpx.TransportError as error:
+            raise _Retry(f"{type(error).__name__} {error}") from error
+        if response.status_code in (408, 429, 502, 503, 504):
+            raise _Retry(f"status {response.status_code}: {response.text[:160]}")
+        try:
+            body = response.json()
+        except ValueError:
+            body = None
+        if response.status_code != 200:
+            detail = body.get("detail") if isinstance(body, dict) else response.text[:160]
+            hint = "; set DGPO_REWARD_TOKEN_FILE" if response.status_code == 401 else ""
+            raise UserError(
+                f"reward 'http': {self._address()} refused with status {response.status_code}: "
+                f"{detail}{hint}"
+            )
+        if not isinstance(body, dict):
+            raise UserError(f"reward 'http': {self._address()} is no reward server")
+        return body
+
+    def _client(self) -> Any:
+        if self._pool is None:
+            need("http", "httpx", "pip install httpx")
+            import httpx
+
+            token = self._token()
+            try:
+                self._pool = httpx.Client(
+                    base_url=self._address(),
+                    headers={"Authorization": f"Bearer {token}"} if token else {},
+                    timeout=self._timeout,
+                    limits=httpx.Limits(max_connections=self._connections),
+                )
+            except httpx.InvalidURL as error:
+                raise UserError(f"reward 'http': {self._address()!r}: {error}") from error
+        return self._pool
+
+    def _address(self) -> str:
+        url = self._url or os.environ.get("DGPO_REWARD_URL", "")
+        if not url.startswith(("http://", "https://")):
+            raise UserError(
+                f"reward 'http' asks a server ({url or 'none'} is given): set DGPO_REWARD_URL, or "
+                "the option url, to its address such as http://127.0.0.1:8765"
+            )
+        if PASSWORD.match(url):
+            raise UserError(
+                f"reward 'http': the address {url.split('@')[-1]!r} comes with a password, and "
+                "recipes are written down: leave it out, and use token_file"
+            )
+        return url.rstrip("/")
+
+    def _name(self) -> str | None:
+        return self._reward or os.environ.get("DGPO_REWARD_NAME") or None
+
+    def _token(self) -> str:
+        file = self._token_file or os.environ.get("DGPO_REWARD_TOKEN_FILE")
+        if not file:
+            return os.environ.get("DGPO_REWARD_TOKEN", "")
+        try:
+            return Path(file).expanduser().read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise UserError(f"reward 'http': token file {file}: {error}") from error
+
+
+def _json_of(given: Any) -> str:
+    try:
+        return json.dumps(given, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"reward 'http': the prompt rows hold what JSON cannot: {error}; leave it out"
+        ) from error
+
+
+def _frames(images: Sequence[Any]) -> tuple[list[list[Image.Image]], bool]:
+    """The pictures of each row, and whether the rows are videos."""
+    found = []
+    for row, image in enumerate(images):
+        pictures = [image] if isinstance(image, Image.Image) else frames_of(image)
+        if pictures is None:
+            raise UserError(
+                f"reward 'http', row {row} is {type(image).__name__}, neither a picture nor a "
+                "video: sounds cannot be sent; ask their reward in this process"
+            )
+        found.append(pictures)
+    videos = {not isinstance(image, Image.Image) for image in images}
+    if len(videos) > 1:
+        raise UserError("reward 'http': some rows are pictures and some are videos; send one kind")
+    return found, True in videos
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()

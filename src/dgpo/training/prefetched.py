@@ -1,0 +1,95 @@
+"""What was sampled before its iteration began, as a checkpoint keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dgpo.core.process import Level
+from dgpo.distributed.assignment import Assignment
+from dgpo.media import stacked, unstacked
+from dgpo.models.pipeline.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class Pending:
+    """The pictures of an iteration that were sampled before it, by weights that are gone since.
+
+    Args:
+        made: this process's share of them.
+        seconds: that sampling took.
+        during: the iteration before whose update they were sampled.
+    """
+
+    made: Rollout
+    seconds: float
+    during: int
+
+
+class Prefetched(NamedTuple):
+    """Pending pictures as tensors and JSON."""
+
+    tensors: dict[str, Tensor]
+    """By ``ITERATION.x0``, ``ITERATION.images`` and ``ITERATION.timesteps``; rows of all processes,
+    in the order of their places, on the CPU."""
+    facts: dict[str, Any]
+    """By the iteration's number."""
+
+
+NOTHING = Prefetched({}, {})
+
+
+def pack(
+    pending: Mapping[int, Pending], shares: Mapping[int, Assignment], made_for: Mapping[int, Any]
+) -> Prefetched:
+    """What the processes hold, as one. Collective.
+
+    Args:
+        pending: by the iteration whose pictures they are.
+        shares: this process's part of each.
+        made_for: JSON values by which :func:`unpack`'s caller knows what the pictures show.
+    """
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
+    for iteration, one in sorted(pending.items()):
+        made, share = one.made, shares[iteration]
+        assert made.images is not None and not made.steps, "policy gradients sample nothing ahead"
+        images, media = stacked(made.images)
+        tensors |= {
+            f"{iteration}.x0": share.whole(made.x0.cpu()).contiguous(),
+            f"{iteration}.images": share.whole(images).contiguous(),
+            f"{iteration}.timesteps": torch.stack([level.timestep.cpu() for level in made.levels]),
+        }
+        facts[str(iteration)] = {
+            "made_for": made_for[iteration],
+            "during": one.during,
+            "seconds": one.seconds,
+            "sigmas": [level.sigma for level in made.levels],
+            "media": media,
+        }
+    return Prefetched(tensors, facts)
+
+
+def unpack(packed: Prefetched, iteration: int, share: Assignment, device: torch.device) -> Pending:
+    """This process's share of what was packed.
+
+    Args:
+        iteration: whose pictures are wanted.
+        share: this process's part; the number of processes may be another than before.
+        device: of the model.
+    """
+    facts = packed.facts[str(iteration)]
+    x0, images, timesteps = (
+        packed.tensors[f"{iteration}.{name}"] for name in ("x0", "images", "timesteps")
+    )
+    pairs = zip(timesteps.to(device), facts["sigmas"], strict=True)
+    made = Rollout(
+        x0[share.mine].to(device),
+        unstacked(images[share.mine], facts["media"]),
+        [Level(timestep, sigma) for timestep, sigma in pairs],
+    )
+    return Pending(made, facts["seconds"], facts["during"])

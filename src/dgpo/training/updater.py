@@ -1,0 +1,298 @@
+"""Update: the forward passes that an algorithm declares, and the optimiser's steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dgpo.algorithms.base import Algorithm, BaseAlgorithm, TrajectoryAlgorithm
+from dgpo.distributed.processes import SINGLE, Processes
+from dgpo.distributed.sharding import is_sharded, local, sum_in_backward, whole
+from dgpo.errors import UserError
+from dgpo.interrupts import Terminated
+from dgpo.models.policy import Policy
+from dgpo.recipe import Recipe
+from dgpo.training.batch import Batch
+from dgpo.training.forward_rounds import ForwardRounds
+from dgpo.training.rounds import Round
+from dgpo.training.trajectory_rounds import TrajectoryRounds
+from dgpo.training.update_backup import UpdateBackup
+
+FIRST_SCALE = 2.0**16
+"""Of losses in float16, at first. It is halved after a step with an overflow, and doubled after
+SCALE_GROWS steps without one, as is usual for mixed precision (arXiv 1710.03740, section 3.2)."""
+SCALE_GROWS = 2000
+
+
+@dataclass
+class Means:
+    """Weighted means of named figures."""
+
+    totals: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+
+    def add(self, figures: Mapping[str, Tensor], weight: float) -> None:
+        for name, value in figures.items():
+            self.totals[name] = self.totals.get(name, 0.0) + weight * float(value)
+            self.weights[name] = self.weights.get(name, 0.0) + weight
+
+    def join(self, other: Means) -> None:
+        """Add what another has added up."""
+        for name, total in other.totals.items():
+            self.totals[name] = self.totals.get(name, 0.0) + total
+            self.weights[name] = self.weights.get(name, 0.0) + other.weights[name]
+
+    def over(self, processes: Processes, problem: str | None) -> tuple[Means, str | None]:
+        """The means over all processes, and the first problem that one of them has. Collective."""
+        if processes.single:
+            return self, problem
+        means, first = Means(), None
+        said = [self.totals, self.weights, problem]
+        for totals, weights, other in processes.all_gather_object(
+            said, "the loss of an optimiser step"
+        ):
+            means.join(Means(totals, weights))
+            first = first or other
+        return means, first
+
+    def result(self) -> dict[str, float]:
+        return {name: total / self.weights[name] for name, total in self.totals.items()}
+
+
+class NonFinite(UserError):
+    """Too many losses or gradients in a row were not finite."""
+
+
+class Updater:
+    """Turns a batch into optimiser steps.
+
+    Args:
+        policy: what is trained.
+        algorithm: which points, which snapshots, and the loss; an :class:`Algorithm` or a
+            :class:`TrajectoryAlgorithm`.
+        recipe: learning rate and its schedule, micro-batch, clipping of gradients, slow EMA.
+        processes: of the run; each brings the gradients of its own rows, and their sum is the step.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        algorithm: BaseAlgorithm,
+        recipe: Recipe,
+        processes: Processes = SINGLE,
+    ) -> None:
+        self.policy, self.algorithm, self.recipe = policy, algorithm, recipe
+        self._processes = processes
+        train = recipe.train
+        self.parameters = policy.parameters()
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=train.lr,
+            betas=train.betas,
+            weight_decay=train.weight_decay,
+            fused=True,
+        )
+        self.step = 0
+        """Optimiser steps taken so far."""
+        self.nonfinite = 0
+        """Steps left out in a row because a loss or a gradient was not finite."""
+        self.gradient_scale = FIRST_SCALE if recipe.precision == "float16" else 1.0
+        """What losses are multiplied with for their backward passes: the gradients of activations
+        in float16 would be rounded to nothing without it. Those of the weights, which are wider,
+        are divided by it."""
+        self.scaled = 0
+        """Steps taken since it changed."""
+        self.at_rest = True
+        """Whether everything is as it was when an update began, or as it is when one is done."""
+        self._all_steps = train.iterations * recipe.updates_per_iteration
+        self._rounds = rounds_of(policy, algorithm, recipe)
+        self._denoisers = list(policy.model.denoisers.values())
+        self._sharded = any(is_sharded(p) for p in self.parameters)
+        self._sums_once = self._sharded and train.sum_gradients == "step"
+
+    def update(
+        self, batch: Batch, iteration: int, pause: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
+        """Train on a batch; returns the means of the loss's figures over the iteration.
+
+        A step whose loss or gradient is not finite is left out and counted in
+        ``nonfinite_steps``. In float16 the first such steps lower the scale of losses instead of
+        being counted towards ``guards.nonfinite``.
+
+        Args:
+            batch: of the iteration.
+            iteration: counted from 0.
+            pause: called in every micro-batch but the last of an optimiser step, and between two
+                steps, equally often in every process. It may raise
+                what stops a run. Before the first optimiser step of the iteration nothing has
+                changed then; after it a LoRA is brought back to where the update began, of which a
+                copy is kept for it. There is none of all weights: ``at_rest`` tells.
+
+        Raises:
+            NonFinite: ``guards.nonfinite`` steps in a row were left out.
+            UserError: the policy of a policy gradient is not the one that its rollouts came from.
+        """
+        undo = None
+        if self.recipe.updates_per_iteration > 1 and self.recipe.lora is not None:
+            undo = UpdateBackup(self.policy, self.optimizer)
+        counters = self.step, self.nonfinite, self.gradient_scale, self.scaled
+        try:
+            found = self._update(batch, iteration, pause)
+        except (KeyboardInterrupt, Terminated):
+            if undo is not None:
+                undo.back()
+                self.at_rest = True
+            if self.at_rest:
+                self.step, self.nonfinite, self.gradient_scale, self.scaled = counters
+            raise
+        self.at_rest = True
+        return found
+
+    def _update(self, batch: Batch, iteration: int, pause: Callable[[], None]) -> dict[str, float]:
+        means, skipped = Means(), 0
+        self.optimizer.zero_grad()
+        for number, terms in enumerate(self._rounds(batch, iteration)):
+            if number:
+                pause()
+            figures = Means()
+            problem = self._backward(terms, figures, pause)
+            figures, problem = figures.over(self._processes, problem)
+            problem = problem or self._optimize(figures)
+            if problem is None:
+                self.nonfinite = 0
+                means.join(figures)
+                continue
+            skipped += 1
+            self.optimizer.zero_grad()
+            if self.gradient_scale > 1 and problem.startswith("gradient"):  # too large for float16
+                self.gradient_scale, self.scaled = self.gradient_scale / 2, 0
+                continue
+            self.nonfinite += 1
+            if self.nonfinite >= self.recipe.guards.nonfinite:
+                raise NonFinite(
+                    f"iteration {iteration + 1}: the {problem}, and no step was taken with it, "
+                    f"{self.nonfinite} times in a row (guards.nonfinite): lower train.lr and go on "
+                    "from the last checkpoint"
+                )
+        self.end_iteration(iteration)
+        found = means.result() or {"loss": math.nan}
+        return {**found, "nonfinite_steps": float(skipped)} if skipped else found
+
+    def refuse_broken_weights(self, iteration: int) -> None:
+        """See that the trained weights are numbers. Collective.
+
+        Args:
+            iteration: done so far.
+
+        Raises:
+            UserError: some are infinite or NaN, from which there is no way back.
+        """
+        finite = all(bool(torch.isfinite(local(p)).all()) for p in self.parameters)
+        if all(self._processes.all_gather_object(finite, "whether the weights are finite")):
+            return
+        raise UserError(
+            f"iteration {iteration}: the trained weights are not finite, so no checkpoint was made "
+            "of them: lower train.lr and go on from the last checkpoint"
+        )
+
+    def end_iteration(self, iteration: int) -> None:
+        """The end of an iteration, with or without a batch: move the old policy if it moves now."""
+        self._move_old("iteration", iteration)
+
+    def _backward(self, terms: Round, figures: Means, pause: Callable[[], None]) -> str | None:
+        """Gradients of all terms of a step; what is not finite, if something is not."""
+        problem = None
+        for term in terms:
+            if not math.isfinite(loss := term.loss.item()):
+                problem = problem or f"loss is {loss}"  # to the end: other processes run along
+            # where sums wait for a backward pass, a stop needs one as well
+            hears = not term.last and (term.loss.requires_grad or not self._sums_once)
+            stop = _heard(pause) if hears else None
+            if self._sums_once:
+                sum_in_backward(self._denoisers, term.last or stop is not None)
+            if term.loss.requires_grad:
+                (term.loss * (term.weight * self.gradient_scale)).backward()
+            if stop is not None:  # after the backward pass, which leaves nothing that is not summed
+                raise stop
+            if term.share:
+                figures.add({"loss": term.loss.detach(), **term.figures}, term.share)
+        return problem
+
+    def _optimize(self, figures: Means) -> str | None:
+        """One optimiser step; the averages that move with steps are moved once for it. None is
+        taken, and what is not finite is returned, if the gradient is not."""
+        train = self.recipe.train
+        if not self._sharded:  # which are summed by their backward
+            self._processes.sum_gradients(self.parameters)
+        self._unscale()
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm))
+        if not math.isfinite(number := norm.item()):
+            return f"gradient norm is {number}"
+        for group in self.optimizer.param_groups:
+            group["lr"] = train.lr * self._factor(self.step)
+        self.at_rest = False
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._grow_scale()
+        self._move_old("step", self.step)
+        self.step += 1
+        ema = self.recipe.ema
+        if self.step % ema.every == 0:
+            self.policy.slow.update(ema.decay_of(self.step // ema.every))
+        figures.add({"grad_norm": norm}, 1.0)
+        return None
+
+    def _unscale(self) -> None:
+        """Divide the gradients by the scale of their losses, a power of two."""
+        if self.recipe.precision != "float16":
+            return
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(self.gradient_scale)
+
+    def _grow_scale(self) -> None:
+        """Double the scale of losses after many steps without an overflow."""
+        self.scaled += 1
+        if self.recipe.precision == "float16" and self.scaled >= SCALE_GROWS:
+            self.gradient_scale, self.scaled = self.gradient_scale * 2, 0
+
+    def _move_old(self, when: Literal["step", "iteration"], count: int) -> None:
+        """Move the old policy if the algorithm has one that moves now."""
+        algorithm = self.algorithm
+        if isinstance(algorithm, Algorithm) and algorithm.old_moves == when:
+            self.policy.old.update(algorithm.old_decay(count))
+
+    def _factor(self, step: int) -> float:
+        """The learning rate's factor: warm-up, then constant, linear to 0, or half a cosine."""
+        train = self.recipe.train
+        warm = min(1.0, (step + 1) / train.warmup) if train.warmup else 1.0
+        part = min(1.0, step / self._all_steps)
+        if train.lr_schedule == "linear":
+            return warm * (1 - part)
+        if train.lr_schedule == "cosine":
+            return warm * 0.5 * (1 + math.cos(math.pi * part))
+        return warm
+
+
+def _heard(pause: Callable[[], None]) -> BaseException | None:
+    """What asks a run to stop, if it is asked to."""
+    try:
+        pause()
+    except (KeyboardInterrupt, Terminated) as stop:
+        return stop
+    return None
+
+
+def rounds_of(
+    policy: Policy, algorithm: BaseAlgorithm, recipe: Recipe
+) -> Callable[[Batch, int], Iterator[Round]]:
+    """How an algorithm's batch and iteration become the terms of optimiser steps."""
+    if isinstance(algorithm, TrajectoryAlgorithm):
+        return TrajectoryRounds(policy, algorithm, recipe).rounds
+    assert isinstance(algorithm, Algorithm)
+    return ForwardRounds(policy, algorithm, recipe).rounds

@@ -1,0 +1,1 @@
+"""How the weights of the small models were made: ``python -m tools.pretrain``."""
