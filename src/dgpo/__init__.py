@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from dgpo.prompts import Prompt
     from dgpo.recipe import Recipe
     from dgpo.trainer import Trainer
+    from dgpo.training.callbacks import Callback
 
-__all__ = ["DGPO", "Prompt", "Recipe", "Trainer", "UserError", "load_pocket"]
+__all__ = ["DGPO", "Callback", "Prompt", "Recipe", "Trainer", "UserError", "load_pocket"]
 
 _HOMES = {
+    "Callback": "dgpo.training.callbacks",
     "DGPO": "dgpo.algorithms.dgpo",
     "Prompt": "dgpo.prompts",
     "Recipe": "dgpo.recipe",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
+
 
 class UserError(ValueError):
     """A mistake in what the user gave (a recipe, a file, a call), not a fault of this library.
@@ -27,3 +30,11 @@ class MissingExtra(UserError):
     def __reduce__(self) -> tuple[type[MissingExtra], tuple[str, str]]:
         # the default would call the class with the finished message alone and fail
         return type(self), (self.package, self.extra)
+
+
+def told(error: BaseException) -> str:
+    """Tell an error of code that is not ours in one line: its type, its message, and where it was
+    raised, because the report shows no traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"

@@ -87,6 +87,7 @@ TABLES: dict[str, dict[str, str]] = {
     "benchmark": BENCHMARKS,
     "model": MODELS,
     "prompts": PROMPTS,
+    "callback": {},
 }
 
 

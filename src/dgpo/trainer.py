@@ -1,11 +1,14 @@
-"""The loop: collect groups, rank them, learn from the ranking; evaluate, save, go on."""
+"""The loop: collect groups, rank them, learn from the ranking; everything else is a callback."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 from typing import Any
+
+from typing_extensions import Unpack
 
 from dgpo.algorithms.base import Algorithm, BaseAlgorithm
 from dgpo.disk import says_disk_full
@@ -14,26 +17,27 @@ from dgpo.distributed.signals import deferred
 from dgpo.errors import UserError
 from dgpo.evaluation import Report
 from dgpo.interrupts import Terminated, all_or_nothing, terminable
-from dgpo.models.counting import COUNTED, Counter
+from dgpo.models.counting import Counter
+from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.policy import RollingWeights
 from dgpo.models.samplers.schedulers import make_scheduler
 from dgpo.models.weights.restoring import bring_back
-from dgpo.prompts import PromptSampler
+from dgpo.prompts import Prompt, PromptSampler
 from dgpo.recipe import Recipe
-from dgpo.run.manifest import record_start
-from dgpo.run.null_outputs import outputs
-from dgpo.run.progress import clock
-from dgpo.run.tracking import refuse_existing_run
+from dgpo.rewards import RewardSet
+from dgpo.run.tracking import plain, read_history, refuse_existing_run
 from dgpo.training.agreement import join
-from dgpo.training.arguments import full_recipe
+from dgpo.training.arguments import Given, Options, full_recipe, going_on, refuse_unknown
 from dgpo.training.batch import Batch
+from dgpo.training.callbacks import Callbacks, TrainerState, checked_callbacks, load_callbacks
 from dgpo.training.checkpoints import RunCheckpoints
+from dgpo.training.collector import Collected
+from dgpo.training.data import load_data
 from dgpo.training.held_out import HeldOut
-from dgpo.training.journal import Journal
+from dgpo.training.routine import Outputs, Tools, nothing_to_train, routine
 from dgpo.training.run_guards import save_batch
 from dgpo.training.setup import (
     check_model,
-    load_data,
     load_model,
     make_collector,
     make_policy,
@@ -56,9 +60,12 @@ class Trainer:
         eval_dataset: held-out prompts, likewise.
         algorithm: e.g. ``DGPO(beta=100)``; None for the recipe's.
         recipe: every other setting: a :class:`Recipe`, its name or file, or nested dicts.
-        resume: go on from the last whole checkpoint in the recipe's run folder; a run that was
-            stopped before its first begins again. A pipeline given as ``model`` must be the
-            untrained one.
+        resume: go on from the last whole checkpoint: True in the recipe's run folder, ``"last"`` in
+            the folder beside it that was written to last, a path in exactly that run folder. A run
+            that was stopped before its first checkpoint begins again. A pipeline given as
+            ``model`` must be the untrained one.
+        callbacks: :class:`dgpo.Callback` objects, beside those of ``run.callbacks``.
+        report_to: what other trainers call ``run.loggers``: a name, several, or ``"none"``.
 
     Raises:
         UserError: anything that would fail later, before compute is spent.
@@ -72,130 +79,89 @@ class Trainer:
         eval_dataset: Any = None,
         algorithm: BaseAlgorithm | None = None,
         recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
-        resume: bool = False,
+        **options: Unpack[Options],
     ) -> None:
-        self.recipe = full_recipe(
-            recipe,
-            model=model,
-            algorithm=algorithm,
-            reward_funcs=reward_funcs,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-        )
-        self.algorithm = self.recipe.algorithm
-        self.folder = Path(self.recipe.run.dir)
-        self.processes = current_processes()
-        self._checkpoints = RunCheckpoints(self.recipe, resume, self.processes)
-        if not resume and self.processes.main:
+        refuse_unknown(options)
+        resume, report_to = options.get("resume", False), options.get("report_to")
+        given = Given(model, reward_funcs, train_dataset, eval_dataset, algorithm, report_to)
+        self.recipe = recipe = full_recipe(going_on(recipe, resume), given)
+        self.processes = processes = current_processes()
+        self.callbacks = checked_callbacks(options.get("callbacks"))
+        self.callbacks += load_callbacks(recipe.run.callbacks)
+        self._checkpoints = RunCheckpoints(recipe, bool(resume), processes)
+        if not resume and processes.main:
             refuse_existing_run(self.folder)
-        data = load_data(self.recipe, reward_funcs, train_dataset, eval_dataset)
-        self._data, self.rewards, self.metrics = data, data.rewards, data.metrics
-        self.prompts, self.eval_prompts = data.prompts, data.eval_prompts
-        self.rewards.run_in(self.folder)
-        per_iteration = self.recipe.groups_per_iteration
-        self.sampler = PromptSampler(self.prompts, per_iteration, self.recipe.seed)
-        join(self.recipe, self.processes, self.rewards, self.prompts)
-
-        self.model = load_model(self.recipe, model, self._checkpoints, self.processes, data.texts)
-        self.scheduler = make_scheduler(self.recipe.rollout.scheduler, self.model.pipe.scheduler)
+        self.data = data = load_data(recipe, given)
+        self.sampler = PromptSampler(data.prompts, recipe.groups_per_iteration, recipe.seed)
+        join(recipe, processes, data.rewards, data.prompts)
+        loaded = load_model(recipe, model, self._checkpoints, processes, data.texts)
+        self.scheduler = make_scheduler(recipe.rollout.scheduler, loaded.pipe.scheduler)
         """The deterministic sampler: of evaluations, and of rollouts without noise."""
-        check_model(self.recipe, self.model, self.prompts[:2], self.scheduler)
-        self.model.check_pictures(data.texts)
-        self.policy = make_policy(self.recipe, self.model, data.texts)
-        self.updater = Updater(self.policy, self.algorithm, self.recipe, self.processes)
+        check_model(recipe, loaded, data, self.scheduler)
+        self.policy = make_policy(recipe, loaded, data.texts)
+        self.updater = Updater(self.policy, recipe, processes)
         self._collect = make_collector(
-            self.recipe, data, self.sampler, self.policy, self.scheduler, self.processes
+            recipe, data, self.sampler, self.policy, self.scheduler, processes
         )
-        self.counter = Counter(self.model.denoisers.values())
-        self._held_out = HeldOut(
-            self.recipe,
-            self.policy,
-            self.scheduler,
-            self.metrics,
-            self.eval_prompts,
-            self.prompts,
-            self.processes,
-        )
-
-        self.iteration = 0
-        """Iterations done."""
-        self.seconds = 0.0
-        """Training time spent: rollouts, rewards and updates; evaluation does not count."""
+        self._held_out = HeldOut(recipe, self.policy, self.scheduler, data, processes)
+        self.counter = Counter(loaded.denoisers.values())
+        self.state = self._restored()
         self.last_report: Report | None = None
-        self._before: list | None = None
-        self._goes_on, self._began = resume, False
-        self._between_updates = True
-        self._not_saved: set[int] = set()
-        """Iterations whose weights were not saved: their scores are no bar for others."""
-        self._stopped_early = False
-        """A guard has ended the run, and the best weights have taken the place of the last."""
-        counters, ahead = self._checkpoints.restore(self.policy, self.updater)
-        if counters:
-            self.iteration, self.seconds = counters["iteration"], counters["seconds"]
-            self.counter.totals = {name: counters.get(name, 0) for name in COUNTED}
-            self._not_saved = set(counters.get("not_saved", ()))
-        self._left_aside = self._collect.restore(ahead)
+
+    @classmethod
+    def from_run(cls, folder: str | Path, overrides: Sequence[str] = (), **given: Any) -> Trainer:
+        """A trainer that goes on with the run in a folder.
+
+        Args:
+            folder: the run folder.
+            overrides: settings to change, such as ``["train.iterations=200"]``.
+            given: arguments of the trainer that no recipe can hold, such as a pipeline, a function
+                of a notebook, or callbacks.
+
+        Raises:
+            UserError: there is no run, or as :class:`Trainer`.
+        """
+        file = Path(folder) / "recipe.yaml"
+        if not file.is_file():
+            raise UserError(f"from_run({str(folder)!r}): no run there (no recipe.yaml)")
+        return cls(recipe=Recipe.load(file, overrides), resume=folder, **given)
 
     def train(self) -> Report | None:
         """Run to the recipe's end; returns the last evaluation's report, if there was one.
 
         Ctrl-C saves a checkpoint and leaves with ``KeyboardInterrupt``; another ``train()``, or
         ``resume=True`` in another process, goes on from it. SIGTERM does so too, and ends the
-        process with code 0.
+        process with code 0. After the end it trains nothing, and says how to go on.
 
         Raises:
             UserError: a reward's answer is unusable (tried before the run folder is made), the run
-                diverged, the disk is full, or an update was stopped between its optimiser steps.
+                diverged, the disk is full, a callback raised, or an update was stopped between its
+                optimiser steps.
         """
-        if not self.updater.at_rest:
-            raise UserError(
-                "train(): the update of this run was cut off between its optimiser steps, and its "
-                "weights belong to no iteration: go on from the last checkpoint, by another "
-                "Trainer(..., resume=True)"
-            )
-        with (
-            self.processes.ending_together(),
-            terminable(),
-            deferred(self.processes),
-            says_disk_full(self.folder),
-        ):
-            return self._train()
-
-    def _train(self) -> Report | None:
-        try_rewards(self.recipe, self._data, self._held_out)
-        done = -1 if self._checkpoints.begins_again else self.iteration
-        # a first attempt that was stopped here may have made the run folder already
-        self._goes_on |= self._began and (self.folder / "recipe.yaml").exists()
-        self._began = True
-        resume_after = done if self._goes_on else None
-        tracker, progress = outputs(self.recipe, resume_after, self.processes)
-        self._goes_on = True
-        self._tracker, self._progress = tracker, progress
-        if self.processes.main:
-            record_start(self.folder, self.recipe.seed, self.iteration)
-        self._journal = Journal(
-            self.recipe,
-            tracker,
-            progress,
-            self.rewards.names,
-            self._held_out,
-            self.processes,
-            self._not_saved,
-        )
-        with tracker, progress, self.counter:
-            try:
-                self._start()
-                while not self._finished:
-                    self._iterate()
-                    self._when_due()
-                self._end()
-            except (KeyboardInterrupt, Terminated):
-                with all_or_nothing():  # whoever stops a run may do so twice
-                    bring_back()
-                    self._stop()
-                raise
-            finally:
-                self.rewards.close()
+        self.updater.refuse_half_an_update()
+        if self.state.phase == "ended":
+            print(nothing_to_train(self.state))
+            return self.last_report
+        with self._whole_or_resumable():
+            try_rewards(self.recipe, self.data, self._held_out)
+            with self._opened() as hooks:
+                try:
+                    hooks("on_train_begin")
+                    while not hooks.control.should_stop:
+                        hooks("on_iteration_begin")
+                        began = monotonic()
+                        collected = self._collected(hooks)
+                        row = self._update(collected, began, hooks)
+                        hooks("on_iteration_end", row=row)
+                    hooks("on_train_end")
+                    self.state.phase = "ended"
+                except (KeyboardInterrupt, Terminated):
+                    with all_or_nothing():  # whoever stops a run may do so twice
+                        bring_back()
+                        hooks("on_interrupt")
+                    raise
+                finally:
+                    self.rewards.close()
         return self.last_report
 
     def evaluate(self, weights: RollingWeights = "slow") -> Report:
@@ -204,178 +170,183 @@ class Trainer:
         Raises:
             UserError: there are no held-out prompts, or no such weights.
         """
-        if weights == "old" and not isinstance(self.algorithm, Algorithm):
-            raise UserError(
-                f"evaluate('old'): {self.algorithm.name} keeps no old policy; use 'slow' or "
-                "'policy'"
-            )
+        self._refuse_no_old(f"evaluate({weights!r})", weights)
         return self._held_out.score(weights)
 
-    def save_model(self, directory: str | Path) -> None:
-        """Write the slow average of the trained weights as diffusers reads them; of several
-        processes, all of which call this, the main one writes."""
-        self.policy.save(directory, "slow", writes=self.processes.main)
+    def save_model(self, directory: str | Path, weights: RollingWeights = "slow") -> None:
+        """Write weights as diffusers reads them; of several processes, all of which call this, the
+        main one writes.
 
-    def _iterate(self) -> None:
-        """One iteration: collect, update, log."""
-        recipe, began = self.recipe, monotonic()
-        self._progress.stage("rollout")
+        Args:
+            directory: a folder.
+            weights: the slow average, which is evaluated; the ``policy`` as it was trained last;
+                or the algorithm's ``old`` policy.
+
+        Raises:
+            UserError: there are no such weights.
+        """
+        self._refuse_no_old(f"save_model(weights={weights!r})", weights)
+        self.policy.save(directory, weights, writes=self.processes.main)
+
+    @property
+    def algorithm(self) -> BaseAlgorithm:
+        """The recipe's algorithm."""
+        return self.recipe.algorithm
+
+    @property
+    def iteration(self) -> int:
+        """Iterations done."""
+        return self.state.iteration
+
+    @property
+    def seconds(self) -> float:
+        """Training time spent; evaluation does not count."""
+        return self.state.seconds
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.recipe.run.dir)
+
+    @property
+    def model(self) -> PipelineModel:
+        """The pipeline that is trained."""
+        return self.policy.model
+
+    @property
+    def rewards(self) -> RewardSet:
+        """What is learned."""
+        return self.data.rewards
+
+    @property
+    def prompts(self) -> Sequence[Prompt]:
+        """The training rows."""
+        return self.data.prompts
+
+    @property
+    def eval_prompts(self) -> list[Prompt]:
+        """The held-out rows."""
+        return self.data.eval_prompts
+
+    def _collected(self, hooks: Callbacks) -> Collected:
+        """The pictures of the next iteration, with their rewards and advantages."""
         self.counter.begin()
-        collected = self._collect(self.iteration)
-        self._progress.stage("training")
-        collected_at = monotonic()
+        collected = self._collect(self.state.iteration)
+        if collected.rewards is not None:
+            hooks(
+                "on_rollout",
+                images=collected.images,
+                prompts=collected.prompts,
+                rewards=collected.rewards,
+                advantages=collected.advantages,
+            )
+        return collected
+
+    def _update(self, collected: Collected, began: float, hooks: Callbacks) -> dict[str, Any]:
+        """Learn from a batch; returns the iteration's row, which is written down by then."""
+        state, collected_at = self.state, monotonic()
+        # an iteration is counted, timed and written down as one: a signal waits until it is
         with all_or_nothing() as hear:
-            self._between_updates = False
+            state.phase = "updating"
             figures: dict[str, float] = {"loss": 0.0}
             if collected.batch is not None:
-                figures = self._update(collected.batch, hear)
+                figures = self._learn(collected.batch, hear)
             else:
-                self.updater.end_iteration(self.iteration)
+                self.updater.end_iteration(state.iteration)
             ended = monotonic()
-            self.iteration += 1
-            self.seconds += ended - began
-            row = {
-                "iteration": self.iteration,
-                **collected.figures,
-                **figures,
-                **self.counter.end(recipe.images_sampled, self.processes),
-                "seconds": self.seconds,
-                "seconds_iteration": ended - began,
-                "seconds_rollout": collected.seconds["rollout"],
-                "seconds_reward": collected.seconds["reward"],
-                "seconds_train": ended - collected_at,
-            }
-            self._journal.iteration(row)
-            self._between_updates = True
-        self._progress.iteration(
-            self.iteration,
-            reward=row["reward_mean"],
-            spread=1 - row["groups_dropped"] / recipe.groups_per_iteration,
-            clipped=row.get("clipped", 0.0),
-            samples_per_second=recipe.images_per_iteration / row["seconds_iteration"],
-            trained_seconds=self.seconds,
-        )
+            state.iteration += 1
+            state.seconds += ended - began
+            state.counted = self.counter.end(self.recipe.images_sampled, self.processes)
+            row = plain(
+                {
+                    "iteration": state.iteration,
+                    **collected.figures,
+                    **figures,
+                    **state.counted,
+                    "seconds": state.seconds,
+                    "seconds_iteration": ended - began,
+                    "seconds_rollout": collected.seconds["rollout"],
+                    "seconds_reward": collected.seconds["reward"],
+                    "seconds_train": ended - collected_at,
+                }
+            )
+            hooks("on_log", row=row)
+            state.phase = "between"
+        return row
 
-    def _update(self, batch: Batch, hear: Callable[[], None]) -> dict[str, float]:
+    def _learn(self, batch: Batch, hear: Callable[[], None]) -> dict[str, float]:
         def pause() -> None:
             hear()
             self.processes.stop_if_asked("the next micro-batch")
 
+        iteration = self.state.iteration
         try:
-            return self.updater.update(batch, self.iteration, pause)
+            return self.updater.update(batch, iteration, pause)
         except (KeyboardInterrupt, Terminated):
             # what the update has not changed, or has put back, is the state of the iteration before
-            self._between_updates = self.updater.at_rest
+            self.state.phase = "between" if self.updater.at_rest else "updating"
             raise
         except NonFinite as error:
-            prompts, rank = self.sampler.at(self.iteration), self.processes.rank
+            prompts, rank = self.sampler.at(iteration), self.processes.rank
             folder = self.folder / f"process-{rank}" if rank else self.folder
-            file = save_batch(folder, batch, prompts, self.iteration + 1, str(error))
+            file = save_batch(folder, batch, prompts, iteration + 1, str(error))
+            # all have written before the first of them ends the others
             self.processes.all_gather_object(None, "the batch that is not finite to be saved")
             raise UserError(f"{error}. The batch is in {file}") from error
 
-    @property
-    def _finished(self) -> bool:
-        limit = self.recipe.train.max_minutes
-        late = limit is not None and self.seconds >= 60 * limit
-        done = late or self.iteration >= self.recipe.train.iterations
-        done = done or self._journal.reason_to_stop is not None
-        return self.processes.broadcast_object(lambda: done, "whether the run goes on")
+    @contextmanager
+    def _whole_or_resumable(self) -> Iterator[None]:
+        """Errors end all processes, signals are heard where they do no harm, and a full disk is
+        told as such."""
+        with (
+            self.processes.ending_together(),
+            terminable(),
+            deferred(self.processes),
+            says_disk_full(self.folder),
+        ):
+            yield
 
-    def _start(self) -> None:
-        """Before the first update: the base model's pictures and score."""
-        for text in [*self._tracker.lost, *self._checkpoints.news(), *self._left_aside]:
-            self._progress.say(text)
-        self._left_aside = []
-        if self.iteration:
-            self._when_due()  # what a stop has left undone
-            return
-        self._before = self._journal.draw("before")
-        if self.recipe.eval.at_start:
-            self._evaluate()
+    @contextmanager
+    def _opened(self) -> Iterator[Callbacks]:
+        """The run folder, the progress bar and the callbacks of one ``train()``."""
+        state = self.state
+        after = -1 if state.phase == "again" else state.iteration
+        # a first attempt that was stopped here may have made the run folder already, or not
+        tried = state.phase == "tried" and not (self.folder / "recipe.yaml").exists()
+        new = tried or state.phase == "new"
+        state.phase = "tried" if state.phase == "new" else state.phase
+        outputs = Outputs(self.recipe, None if new else after, self.processes.main)
+        state.phase = "between"
+        state.news = [*outputs.lost, *self._checkpoints.news(), *state.news]
+        tools = Tools(
+            self._held_out,
+            self._checkpoints,
+            self.updater,
+            self._collect,
+            self.rewards.names,
+            self.processes,
+        )
+        with outputs, self.counter:
+            yield routine(self.callbacks, state, outputs, tools)
 
-    def _when_due(self) -> None:
-        """Evaluate, draw and save after an iteration, as often as the recipe says."""
-        if self._finished:
-            return  # the end does all three
-        recipe, done = self.recipe, self.iteration
-        if recipe.eval.due(done):
-            self._evaluate()
-        every = recipe.eval.every if recipe.samples.every is None else recipe.samples.every
-        if every and done % every == 0:
-            self._journal.draw(f"{done:06d}")
-        due = bool(recipe.checkpoint.every) and done % recipe.checkpoint.every == 0
-        due = due or (recipe.checkpoint.keep_best > 0 and self._journal.is_best(done))
-        if self.processes.broadcast_object(lambda: due, "whether a checkpoint is due"):
-            self._save_checkpoint()
+    def _restored(self) -> TrainerState:
+        """The state of the run, with weights and optimiser, if it goes on."""
+        checkpoints = self._checkpoints
+        state = TrainerState(self.recipe, self.processes.main, phase=checkpoints.start)
+        counters, early = checkpoints.restore(self.updater)
+        if counters:
+            state.read_json(counters)
+            self.counter.totals = dict(state.counted)
 
-    def _end(self) -> None:
-        if self._stopped_early:
-            return self._progress.say(f"the run was stopped early; results in {self.folder}")
-        steps, every = self.updater.step, self.recipe.ema.every
-        if 0 < steps < every:
-            self._journal.warn(
-                self.iteration,
-                f"ema.every = {every}: after {steps} optimiser steps the average, which is "
-                "evaluated and saved, has not moved; lower ema.every or train for longer",
+            def history() -> list[dict[str, Any]]:
+                return read_history(self.folder, state.iteration)
+
+            state.log_history = self.processes.broadcast_object(history, "the run's history")
+        state.news = self._collect.restore(early)
+        return state
+
+    def _refuse_no_old(self, what: str, weights: RollingWeights) -> None:
+        if weights == "old" and not isinstance(self.algorithm, Algorithm):
+            raise UserError(
+                f"{what}: {self.algorithm.name} keeps no old policy; use 'slow' or 'policy'"
             )
-        self._evaluate()
-        self._save_checkpoint(at_end=True)
-        reason = self.processes.broadcast_object(lambda: self._journal.reason_to_stop, "the end")
-        delivered = None if reason is None else self._stop_early(reason)
-        after = self._journal.draw("after")
-        if after is not None:
-            before = self._before or self._held_out.pictures(base=True)
-            self._tracker.compare(before, after, self._held_out.captions)
-        self._tracker.summarize(delivered)
-        took = clock(self.seconds)
-        self._progress.say(f"{self.iteration} iterations in {took}; results in {self.folder}")
-
-    def _stop_early(self, reason: str) -> int | None:
-        """A guard has ended the run: the weights of the best checkpoint are those that count. Its
-        iteration, or None where no checkpoint has a score."""
-        self._stopped_early = True
-        best = self._checkpoints.take_best(self.policy, self.updater)
-        what = "there is no score" if best is None else f"the best weights are of iteration {best}"
-        self._progress.say(f"stopped early, for {reason} (guards.stop); {what}")
-        return best
-
-    def _stop(self) -> None:
-        """After Ctrl-C or SIGTERM."""
-        if not self._between_updates:
-            what = f"stopped in the middle of an update; {self._checkpoints.standing}"
-        elif self._save_checkpoint():
-            what = f"stopped; {self.iteration} iterations are saved"
-        else:
-            what = f"stopped after a step that was not finite; {self._checkpoints.standing}"
-        self._tracker.summarize()
-        again = f"dgpo train {self.folder / 'recipe.yaml'} --resume, or Trainer(..., resume=True)"
-        self._progress.say(f"{what} in {self.folder}; to go on: {again}")
-
-    def _evaluate(self) -> None:
-        if self.eval_prompts:
-            report = self._journal.evaluate(self.iteration, self.seconds)
-            self.last_report = report or self.last_report
-
-    def _save_checkpoint(self, at_end: bool = False) -> bool:
-        """Save, unless the last step was left out for not being finite: its weights may be what
-        ends the run, and must not take the place of better ones. Returns whether the checkpoint of
-        the present iteration is there.
-
-        Args:
-            at_end: nothing comes after it that could be saved.
-        """
-        if self._stopped_early:
-            return True  # the last iteration's checkpoint keeps the last weights
-        if self.updater.nonfinite and not at_end:
-            self._not_saved.add(self.iteration)
-            return False
-        self._progress.stage("saving")
-        self.updater.refuse_broken_weights(self.iteration)
-        counters = {"iteration": self.iteration, "seconds": self.seconds, **self.counter.totals}
-        self._not_saved.discard(self.iteration)
-        counters |= {"not_saved": sorted(self._not_saved)}
-        score = self._journal.score(self.iteration)
-        ahead = self._collect.pending(self.iteration)
-        self._checkpoints.save(self.policy, self.updater, counters, score, ahead)
-        return True

@@ -15,7 +15,7 @@ from dgpo.recipe import Recipe
 from dgpo.rewards import load_rewards
 from dgpo.rewards.shipped.stand_in import level
 from dgpo.training.batch import Batch
-from dgpo.training.collection import collect
+from dgpo.training.collector import Collector
 from dgpo.training.updater import Updater, rounds_of
 
 _STEPS = 3
@@ -48,8 +48,8 @@ def two_iterations(
             "algorithm": {"name": "dgpo", **algorithm.model_dump()},
         }
     )
-    rewards, updater = load_rewards(level), Updater(policy, algorithm, recipe)
-    rounds = rounds_of(policy, algorithm, recipe)
+    collect = Collector(recipe, policy, load_rewards(level), lambda iteration: prompts)
+    updater, rounds = Updater(policy, recipe), rounds_of(policy, recipe)
 
     def objective(batch: Batch, iteration: int) -> float:
         with torch.no_grad():
@@ -58,7 +58,7 @@ def two_iterations(
 
     losses: list[tuple[float, float]] = []
     for iteration in range(2):
-        batch = collect(policy, rewards, algorithm, prompts, recipe, iteration, None).batch
+        batch = collect(iteration).batch
         if batch is None:
             raise UserError("the samples of a group are all alike: there is nothing to compare")
         before = objective(batch, iteration)

@@ -14,29 +14,30 @@ from dgpo.recipe.files import read_recipe
 from dgpo.run.manifest import FILE
 from dgpo.run.tracking import read_jsonl
 from dgpo.trainer import Trainer
+from dgpo.training.callbacks import Callback, Control, TrainerState
 
 State = Literal["new", "interrupted", "finished"]
 ENDED = "ended"
 """In a run's folder: the iteration at which the trainer ended it for a reason of its own."""
 
 
-class Race(Trainer):
-    """The trainer, which may stop as soon as a score is reached.
+class StopAtScore(Callback):
+    """Ends a run once two evaluations in a row reach a score.
 
     Args:
-        recipe: of the run.
-        resume: go on from the last checkpoint.
-        stop_at: the held-out score that ends the run once two evaluations in a row reach it; None
-            for the recipe's end.
+        score: on the held-out prompts; None: the run goes on to the recipe's end.
     """
 
-    def __init__(self, recipe: Recipe, resume: bool, stop_at: float | None) -> None:
-        super().__init__(recipe=recipe, resume=resume)
-        self._stop_at = stop_at
+    def __init__(self, score: float | None) -> None:
+        self._score = score
 
-    @property
-    def _finished(self) -> bool:
-        return super()._finished or arrived(self._tracker.evaluations, self._stop_at)
+    def on_train_begin(self, state: TrainerState, control: Control, **what: Any) -> None:
+        """Look at what was measured before a stop."""
+        control.should_stop |= arrived(state.evaluations, self._score)
+
+    def on_evaluate(self, state: TrainerState, control: Control, **what: Any) -> None:
+        """Look at the last two evaluations."""
+        control.should_stop |= arrived(state.evaluations, self._score)
 
 
 def arrived(evaluations: Sequence[Mapping[str, Any]], stop_at: float | None) -> bool:
@@ -84,7 +85,8 @@ def make(run: Run, stop_at: float | None) -> State:
     found = state(run, stop_at)
     if found == "finished":
         return found
-    race = Race(run.recipe, found == "interrupted", stop_at)
+    callbacks = [StopAtScore(stop_at)]
+    race = Trainer(recipe=run.recipe, resume=found == "interrupted", callbacks=callbacks)
     race.train()
     if state(run, stop_at) == "interrupted":
         (run.folder / ENDED).write_text(f"{race.iteration}\n", encoding="utf-8")

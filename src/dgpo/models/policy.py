@@ -53,8 +53,6 @@ class Policy:
         lora_weights.refuse_adapted(model.denoisers)
         self.model = model
         self.lora = lora
-        self.engine: Any = None
-        """What makes the rollouts, if it is another program (:mod:`dgpo.rollouts`)."""
         for module in model.pipe.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()

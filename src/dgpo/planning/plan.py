@@ -23,7 +23,7 @@ from dgpo.recipe import Recipe
 from dgpo.rewards import RewardSet, load_rewards
 from dgpo.rewards.mixing import routed
 from dgpo.training.agreement import refuse_unshardable
-from dgpo.training.collection import rollout_scheduler
+from dgpo.training.collector import rollout_scheduler
 from dgpo.training.held_out import eval_sampler
 from dgpo.training.offline import ranked_prompts
 

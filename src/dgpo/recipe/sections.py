@@ -260,3 +260,5 @@ class SampleSettings(Settings):
 class RunSettings(Settings):
     dir: str = Field(default="runs/run", min_length=1)
     """The run's folder; a recipe file's default is runs/<its name>."""
+    callbacks: list[str] = Field(default_factory=list)
+    """Callbacks of your own, as package.module:Class or path/to/file.py:Class."""

@@ -18,6 +18,8 @@ from dgpo.recipe import Recipe
 from dgpo.run.card import model_card
 from dgpo.run.pictures import before_after, curve, grid
 
+FILES = ("metrics.jsonl", "evaluations.jsonl")
+"""The files of a run's iterations and of its evaluations."""
 REQUIRED = ("iteration", "reward_mean", "loss", "seconds")
 """What every line of ``metrics.jsonl`` has; ``seconds`` is training time since the start."""
 
@@ -155,9 +157,9 @@ class Tracker:
         """
         missing = [key for key in REQUIRED if key not in row]
         assert not missing, f"metrics row without {missing}"
-        plain = _plain(row)
-        _append(self._metrics, plain)
-        self._scalars("train", plain, plain["iteration"])
+        values = plain(row)
+        _append(self._metrics, values)
+        self._scalars("train", values, values["iteration"])
 
     def evaluation(self, iteration: int, seconds: float, report: Any) -> None:
         """Write an evaluation's :class:`dgpo.evaluation.Report` (or a mapping like it).
@@ -167,8 +169,7 @@ class Tracker:
             seconds: training time spent by then.
             report: the evaluation's outcome.
         """
-        body: dict[str, Any] = dict(report) if isinstance(report, Mapping) else asdict(report)
-        row = _plain({"iteration": iteration, "seconds": seconds, **body})
+        row = evaluation_row(iteration, seconds, report)
         _append(self._evaluations, row)
         self._scalars("eval", {k: v for k, v in row.items() if k != "seconds"}, iteration)
 
@@ -221,6 +222,24 @@ class Tracker:
                 self._events.add_scalar(f"{prefix}/{key}", value, step)
 
 
+def evaluation_row(iteration: int, seconds: float, report: Any) -> dict[str, Any]:
+    """A line of ``evaluations.jsonl``; arguments as of :meth:`Tracker.evaluation`."""
+    body: dict[str, Any] = dict(report) if isinstance(report, Mapping) else asdict(report)
+    return plain({"iteration": iteration, "seconds": seconds, **body})
+
+
+def read_history(folder: str | Path, last: int) -> list[dict[str, Any]]:
+    """The iterations and evaluations of a run up to iteration ``last``, in the order in which they
+    were made.
+
+    Raises:
+        UserError: as :func:`read_jsonl`.
+    """
+    rows = [row for name in FILES for row in read_jsonl(Path(folder) / name)]
+    known = [row for row in rows if type(row.get("iteration")) is int]
+    return sorted((r for r in known if r["iteration"] <= last), key=lambda r: r["iteration"])
+
+
 def _event_writer(folder: Path, resume_after: int | None) -> Any:
     # tensorboard takes a second to import: only a run that trains pays for it
     from torch.utils.tensorboard import SummaryWriter
@@ -229,12 +248,12 @@ def _event_writer(folder: Path, resume_after: int | None) -> Any:
     return SummaryWriter(str(folder), purge_step=purge)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Numbers, texts, lists and dicts that JSON can hold."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

@@ -6,19 +6,20 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dgpo.algorithms.base import BaseAlgorithm
 from dgpo.core.groups import Groups
 from dgpo.core.process import Level
 from dgpo.distributed.assignment import Assignment
 from dgpo.models.pipeline.probes import Step
 from dgpo.models.pipeline.prompt_encoder import Conditioning
 from dgpo.models.pipeline.rollout import Rollout
+from dgpo.recipe import Recipe
 from dgpo.rewards import Scored
-from dgpo.rewards.mixing import Combine, mix
+from dgpo.rewards.mixing import mix
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,16 @@ class Batch:
         prompts: conditioning, one row a GROUP, with the negative prompt if a loss wants guidance.
         levels: the rollout's own schedule.
         advantages: [B].
-        groups: group of each row.
-        places: [B], the position of each row among all pictures of the iteration.
+        groups: the group of each row.
+        positions: [B], the position of each row among all pictures of the iteration.
         total: number of pictures of the iteration that would be trained if every group had spread;
             groups that a reward has failed do not count.
         lost: the groups that a reward has failed.
         steps: the rollout's steps that a policy gradient trains on, rows as in ``x0``.
-        shares: the places of the rows of every process, if there are several; ``groups`` then
-            counts those of all, and the rest is this process's.
+        by_process: the positions of the rows of every process, if there are several; ``groups``
+            then counts the groups of all, and the rest is this process's.
         split: whether a group is spread over several processes.
-        spare: one row of this process, for passes that others make without it.
+        dummy: one row of this process, for passes that others make without it.
     """
 
     x0: Tensor
@@ -47,13 +48,13 @@ class Batch:
     levels: list[Level]
     advantages: Tensor
     groups: Groups
-    places: Tensor
+    positions: Tensor
     total: int
     lost: tuple[int, ...] = ()
     steps: Sequence[Step] = ()
-    shares: tuple[Tensor, ...] = ()
+    by_process: tuple[Tensor, ...] = ()
     split: bool = False
-    spare: Batch | None = None
+    dummy: Batch | None = None
 
     @property
     def share(self) -> float:
@@ -62,27 +63,27 @@ class Batch:
         return self.count / self.total
 
     @property
-    def everyone(self) -> tuple[Tensor, ...]:
-        """The places of the rows of every process."""
-        return self.shares or (self.places,)
+    def all_positions(self) -> tuple[Tensor, ...]:
+        """The positions of the rows of every process."""
+        return self.by_process or (self.positions,)
 
     @property
     def count(self) -> int:
-        """Rows of all processes."""
-        return sum(map(len, self.everyone))
+        """The number of rows of all processes."""
+        return sum(map(len, self.all_positions))
 
     @property
-    def most(self) -> int:
-        """Rows of the process that has the most."""
-        return max(map(len, self.everyone))
+    def largest_share(self) -> int:
+        """The number of rows of the process that has the most."""
+        return max(map(len, self.all_positions))
 
     @property
-    def here(self) -> Groups:
+    def local_groups(self) -> Groups:
         """The groups of this process's rows, without the other processes: nothing is summed."""
-        if not self.shares:
+        if not self.by_process:
             return self.groups
-        alone = Groups(self.groups.index, self.groups.size, self.groups.count)
-        return alone.subset(torch.arange(len(self.places)))
+        local = Groups(self.groups.index, self.groups.size, self.groups.count)
+        return local.subset(torch.arange(len(self.positions)))
 
     def parts(self, size: int) -> list[Tensor]:
         """This process's rows, at most ``size`` at once."""
@@ -90,38 +91,46 @@ class Batch:
 
     def conditioning(self, rows: Tensor) -> Conditioning:
         """The conditioning of some rows."""
-        return self.prompts.rows(self.here.index[rows])
+        return self.prompts.rows(self.local_groups.index[rows])
+
+
+class Built(NamedTuple):
+    """What has become of all pictures of an iteration."""
+
+    batch: Batch | None
+    """What this process trains on; None if the rewards of no group differ."""
+    figures: dict[str, float]
+    """Columns of ``metrics.jsonl``."""
+    advantages: Tensor
+    """[N] of all pictures: 0 in a group without spread, NaN in a group that a reward has failed."""
 
 
 def build_batch(
-    scored: Scored,
-    made: Rollout,
-    cond: Conditioning,
-    every: Groups,
-    algorithm: BaseAlgorithm,
-    combine: Combine,
-    share: Assignment | None = None,
-) -> tuple[Batch | None, dict[str, float]]:
-    """The groups that were scored and have spread, and the figures of all that were scored.
+    recipe: Recipe, scored: Scored, made: Rollout, cond: Conditioning, assignment: Assignment
+) -> Built:
+    """Choose the groups that were scored and have spread. The same choice in every process.
 
     Args:
-        scored: all pictures, those of other processes included.
+        recipe: its algorithm says what can teach, ``combine`` what several rewards amount to.
+        scored: all N pictures, also those of other processes.
         made: the pictures of this process.
-        cond: of the groups that this process has pictures of.
-        every: the groups of all pictures.
-        share: which of them are here; None for all.
+        cond: embeddings of the groups that this process has pictures of.
+        assignment: which pictures are this process's.
     """
-    share = share or Assignment.of(every.count, every.size, 1)
-    for why in dict.fromkeys(scored.lost.values()) if share.processes.main else ():
+    algorithm = recipe.algorithm
+    every = Groups.contiguous(assignment.count, assignment.size)
+    for why in dict.fromkeys(scored.lost.values()) if assignment.processes.main else ():
         warnings.warn(f"a group is left out: {why}", stacklevel=3)
     found = torch.tensor([group not in scored.lost for group in range(every.count)])
     rows = every.each(found).nonzero()[:, 0]
+    advantages = torch.full((every.count * every.size,), math.nan)
     figures = {"groups_dropped": 0.0, "groups_skipped": float(len(scored.lost))}
     if not len(rows):
-        return None, {"reward_mean": math.nan, "reward_std": math.nan, "spread": 0.0, **figures}
+        nothing = {"reward_mean": math.nan, "reward_std": math.nan, "spread": 0.0}
+        return Built(None, {**nothing, **figures}, advantages)
     groups = every.subset(rows)
     by_name = {name: value[rows] for name, value in scored.by_name.items()}
-    mixed = mix(by_name, scored.weights[rows], groups, combine)
+    mixed = mix(by_name, scored.weights[rows], groups, recipe.combine)
     spread = groups.spread(mixed.merit)
     figures = {
         "reward_mean": float(mixed.total.mean()),
@@ -131,63 +140,80 @@ def build_batch(
         "groups_skipped": float(len(scored.lost)),
         **mixed.figures,
     }
+    advantages[rows] = 0.0
     if not bool(spread.any()):
-        return None, figures
-    advantages = algorithm.advantages(mixed.merit, groups)
-    size, trained = algorithm.trained_per_group or groups.size, groups.each(spread)
+        return Built(None, figures, advantages)
+    own = algorithm.advantages(mixed.merit, groups)
+    trained = groups.each(spread)
+    advantages[rows] = torch.where(trained, own, 0).to(advantages)
+    size = algorithm.trained_per_group or groups.size
     if size != groups.size:
-        trained = trained & (advantages != 0)
+        trained = trained & (own != 0)
     kept = trained.nonzero()[:, 0]
-    chosen = replace(groups.subset(kept), size=size)
-    batch = _batch(rows[kept], chosen, advantages[kept], groups.count * size, made, cond, share)
-    return replace(batch, lost=tuple(sorted(scored.lost))), figures
+    chosen = _Chosen(
+        positions=rows[kept],
+        groups=replace(groups.subset(kept), size=size),
+        advantages=own[kept],
+        total=groups.count * size,
+        lost=tuple(sorted(scored.lost)),
+    )
+    return Built(_batch(chosen, made, cond, assignment), figures, advantages)
 
 
-def _batch(
-    places: Tensor,
-    groups: Groups,
-    advantages: Tensor,
-    total: int,
-    made: Rollout,
-    cond: Conditioning,
-    share: Assignment,
-) -> Batch:
-    """This process's rows of what is trained: all [n] of it are given, but for the pictures."""
-    processes, split = share.processes, share.splits(places)
-    here = torch.isin(places, share.mine)
-    mine = places[here]
-    rows = share.find(mine)
+class _Chosen(NamedTuple):
+    """What is trained of all pictures: as in :class:`Batch`, for the rows of all processes."""
+
+    positions: Tensor
+    groups: Groups
+    advantages: Tensor
+    total: int
+    lost: tuple[int, ...]
+
+
+def _batch(chosen: _Chosen, made: Rollout, cond: Conditioning, assignment: Assignment) -> Batch:
+    """This process's part of what is trained."""
+    processes, split = assignment.processes, assignment.splits(chosen.positions)
+    here = torch.isin(chosen.positions, assignment.mine)
+    mine = chosen.positions[here]
+    # the sums over a group that several processes share go over all of them
     reduce = {"reduce": processes.sum} if split else {}
     batch = Batch(
-        x0=made.x0[rows],
-        prompts=cond.rows(torch.searchsorted(share.held, (mine // share.size).unique())),
+        **_rows(made, cond, assignment, mine),
         levels=made.levels,
-        advantages=advantages[here],
-        groups=replace(groups, index=groups.index[here], **reduce),
-        places=mine,
-        total=total,
-        steps=[_rows(step, rows) for step in made.steps],
+        advantages=chosen.advantages[here],
+        groups=replace(chosen.groups, index=chosen.groups.index[here], **reduce),
+        total=chosen.total,
+        lost=chosen.lost,
     )
     if processes.single:
         return batch
-    first = torch.arange(1)
-    spare = replace(
+    dummy = replace(
         batch,
-        x0=made.x0[first],
-        prompts=cond.rows(first),
-        advantages=advantages.new_zeros(1),
+        **_rows(made, cond, assignment, assignment.mine[:1]),
+        advantages=chosen.advantages.new_zeros(1),
         groups=Groups.contiguous(1, 1),
-        places=share.mine[first],
-        steps=[_rows(step, first) for step in made.steps],
     )
-    return replace(batch, shares=share.divided(places), split=split, spare=spare)
+    by_process = assignment.divided(chosen.positions)
+    return replace(batch, by_process=by_process, split=split, dummy=dummy)
 
 
-def _rows(step: Step, rows: Tensor) -> Step:
-    """Some rows of a step."""
-    return replace(
-        step,
-        sample=step.sample[rows],
-        output=step.output[rows],
-        previous=step.previous[rows],
-    )
+def _rows(
+    made: Rollout, cond: Conditioning, assignment: Assignment, positions: Tensor
+) -> dict[str, Any]:
+    """What this process has made at some of its positions, and the embeddings of their groups."""
+    rows = assignment.find(positions)
+    held = (positions // assignment.size).unique()
+    return {
+        "x0": made.x0[rows],
+        "prompts": cond.rows(torch.searchsorted(assignment.held, held)),
+        "positions": positions,
+        "steps": [
+            replace(
+                step,
+                sample=step.sample[rows],
+                output=step.output[rows],
+                previous=step.previous[rows],
+            )
+            for step in made.steps
+        ],
+    }

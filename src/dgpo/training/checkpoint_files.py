@@ -33,7 +33,6 @@ from dgpo.disk import DAMAGED, replace_folder
 from dgpo.distributed.processes import SINGLE, Processes
 from dgpo.distributed.sharding import like, put, whole
 from dgpo.errors import UserError
-from dgpo.models.policy import Policy
 from dgpo.training.prefetched import NOTHING, Prefetched
 from dgpo.training.tensor_file import described, read
 from dgpo.training.updater import Updater
@@ -68,32 +67,30 @@ class Found:
 
 def save_checkpoint(
     folder: Path,
-    policy: Policy,
     updater: Updater,
     counters: Mapping[str, Any],
     *,
     score: float | None = None,
     base: Mapping[str, str] | None = None,
     ahead: Prefetched = NOTHING,
-    processes: Processes = SINGLE,
 ) -> Path:
     """Write the checkpoint of an iteration; one of the same iteration is replaced once the new one
     is whole. Of several processes, all of which call this, the main one writes.
 
     Args:
         folder: of all checkpoints of the run.
+        updater: holds what is saved, gathered where it is sharded over processes.
         counters: JSON values, at least ``iteration``.
         score: of the held-out prompts at this iteration, if it is known.
         base: :func:`dgpo.models.weights.snapshots.base_fingerprints` before training.
         ahead: pictures of later iterations.
-        processes: of the run; what is sharded over them is gathered.
 
     Raises:
         OSError: it could not be written; the checkpoints before it are as they were.
     """
     place = folder / f"{counters['iteration']:08d}"
-    tensors = _tensors(policy, updater, processes.main)
-    if not processes.main:
+    tensors = _tensors(updater)
+    if not updater.processes.main:
         return place
     for left in folder.glob("*.new"):  # by a run that was killed
         shutil.rmtree(left)
@@ -185,18 +182,17 @@ def any_checkpoint(folder: Path) -> bool:
     return bool(_places(folder))
 
 
-def load_checkpoint(
-    folder: Path | None, policy: Policy, updater: Updater, processes: Processes = SINGLE
-) -> dict[str, Any]:
-    """Put a checkpoint's weights, averages and optimiser back; returns its counters.
+def load_checkpoint(folder: Path | None, updater: Updater) -> dict[str, Any]:
+    """Put a checkpoint's weights, averages and optimiser back; returns its counters. Collective.
 
     Args:
         folder: ``Found.folder``; only the main process reads it, and tells the others.
-        processes: of the run, all of which call this.
+        updater: gets it.
 
     Raises:
         UserError: it belongs to other settings.
     """
+    policy, processes = updater.policy, updater.processes
     state, facts = processes.broadcast_object(
         lambda: _contents(folder), "a checkpoint to go on from"
     )
@@ -258,10 +254,9 @@ def _places(folder: Path) -> list[Path]:
     return [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
 
 
-def _tensors(policy: Policy, updater: Updater, keep: bool) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, whole; none where they are not to be kept. Collective if some
-    are sharded."""
-    tensors = policy.state_dict() | {
+def _tensors(updater: Updater) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, whole, in the main process. Collective if some are sharded."""
+    tensors = updater.policy.state_dict() | {
         f"optimizer.{index}.{name}": torch.as_tensor(value)
         for index, state in updater.optimizer.state_dict()["state"].items()
         for name, value in state.items()
@@ -269,7 +264,7 @@ def _tensors(policy: Policy, updater: Updater, keep: bool) -> dict[str, Tensor]:
     kept: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         gathered = whole(tensor)
-        if keep:
+        if updater.processes.main:
             kept[name] = gathered.cpu().contiguous()
     return kept
 

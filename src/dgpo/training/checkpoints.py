@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dgpo.disk import replace_folder, set_aside
 from dgpo.distributed.processes import SINGLE, Processes
@@ -46,14 +46,15 @@ class RunCheckpoints:
         self._recipe, self._processes = recipe, processes
         self._model = "model" if recipe.lora is None else "lora"
         self._base: dict[str, str] = {}
-        self.begins_again = resume and processes.broadcast_object(
-            self._was_never_saved, "whether there is a checkpoint"
-        )
-        """Whether the folder holds a run that was stopped before its first checkpoint."""
-        self._goes_on = resume and not self.begins_again
+        self.start: Literal["new", "again", "between"] = "new"
+        """How the run begins: in a new folder, again since it was stopped before its first
+        checkpoint, or between two iterations of an earlier run."""
+        if resume:
+            never = processes.broadcast_object(self._was_never_saved, "whether it was ever saved")
+            self.start = "again" if never else "between"
         self.found: Found | None = None
         """What the main process goes on from; None in a run that begins."""
-        if self._goes_on and processes.main:
+        if self.start == "between" and processes.main:
             self.found = find_checkpoint(self._folder)
 
     def look_at(self, components: Mapping[str, Any]) -> None:
@@ -70,13 +71,13 @@ class RunCheckpoints:
         if self.found is not None:
             refuse_other_base(self.found, self._base)
 
-    def restore(self, policy: Policy, updater: Updater) -> tuple[dict[str, Any], Prefetched]:
+    def restore(self, updater: Updater) -> tuple[dict[str, Any], Prefetched]:
         """The counters of the checkpoint that the run goes on from, none if it begins; and what was
         sampled ahead."""
-        if not self._goes_on:
+        if self.start != "between":
             return {}, NOTHING
         folder = None if self.found is None else self.found.folder
-        state = load_checkpoint(folder, policy, updater, self._processes)
+        state = load_checkpoint(folder, updater)
         return state, load_ahead(folder, state, self._processes)
 
     def news(self) -> list[str]:
@@ -87,7 +88,7 @@ class RunCheckpoints:
         """
         found, self.found = self.found, None
         if found is None:
-            again, self.begins_again = self.begins_again, False
+            again, self.start = self.start == "again", "new"
             why = f"no checkpoint was finished in {self._folder} before the run was stopped"
             return [f"begins again: {why}"] if again else []
         left = [
@@ -98,7 +99,6 @@ class RunCheckpoints:
 
     def save(
         self,
-        policy: Policy,
         updater: Updater,
         counters: Mapping[str, Any],
         score: float | None,
@@ -107,20 +107,13 @@ class RunCheckpoints:
         """Write a checkpoint, delete those that need not be kept, and write the model."""
         keep = self._recipe.checkpoint
         saved = save_checkpoint(
-            self._folder,
-            policy,
-            updater,
-            counters,
-            score=score,
-            base=self._base,
-            ahead=ahead,
-            processes=self._processes,
+            self._folder, updater, counters, score=score, base=self._base, ahead=ahead
         )
         if self._processes.main:
             prune(self._folder, keep.keep_last, keep.keep_best, saved)
-        self._save_model(policy)
+        self._save_model(updater.policy)
 
-    def take_best(self, policy: Policy, updater: Updater) -> int | None:
+    def take_best(self, updater: Updater) -> int | None:
         """Put the best checkpoint back and write its model; its iteration, None without a score."""
         best: list[Found] = []
 
@@ -132,8 +125,8 @@ class RunCheckpoints:
         if iteration is None:
             return None
         folder = best[0].folder if best else None
-        load_checkpoint(folder, policy, updater, self._processes)
-        self._save_model(policy)
+        load_checkpoint(folder, updater)
+        self._save_model(updater.policy)
         return iteration
 
     @property

@@ -1,82 +1,201 @@
-"""Iteration after iteration, with pictures that are sampled ahead of their rewards."""
+"""Collect: the pictures of an iteration, their rewards, and the batch that can teach."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from time import monotonic
+from typing import Any, Protocol
 
-from dgpo.algorithms.base import BaseAlgorithm
+import torch
+from torch import Tensor
+
+from dgpo.algorithms.base import TrajectoryAlgorithm
+from dgpo.core.seeds import seed_for
 from dgpo.distributed.assignment import Assignment
 from dgpo.distributed.processes import SINGLE, Processes
-from dgpo.models.policy import Policy
-from dgpo.prompts import PromptSampler
+from dgpo.errors import UserError
+from dgpo.models.pipeline.adapter import PipelineModel
+from dgpo.models.pipeline.prompt_encoder import Conditioning
+from dgpo.models.pipeline.rollout import Rollout
+from dgpo.models.policy import RollingWeights
+from dgpo.models.samplers.schedulers import make_scheduler
+from dgpo.models.samplers.sde_schedulers import make_sde_scheduler, with_noise
+from dgpo.prompts import Prompt
 from dgpo.recipe import Recipe
-from dgpo.rewards import RewardSet
-from dgpo.training.collection import Collected, Sampled, sample, score, show_again
-from dgpo.training.prefetched import Pending, Prefetched, pack, unpack
+from dgpo.rewards import RewardSet, Scored
+from dgpo.rewards.scoring import Scoring
+from dgpo.rollouts.engine import LocalEngine, RolloutEngine, RolloutRequest
+from dgpo.training.batch import Batch, build_batch
+from dgpo.training.prefetched import Prefetched, PrefetchedRollout, pack, unpack
 
 _CHANGES_NO_PICTURE = {"ahead", "batch", "overlap_rewards", "engine"}
-"""Of ``rollout``."""
+"""The keys of ``rollout`` that say when and where pictures are made, not which."""
+
+
+class Sampler(Protocol):
+    """What makes pictures: the policy, or a model that is not trained."""
+
+    model: PipelineModel
+
+    @property
+    def sharded(self) -> bool:
+        """Whether every process must take part in every pass."""
+        ...
+
+    def rolling(self, weights: RollingWeights = "policy") -> AbstractContextManager[None]:
+        """Put weights in place for rollouts."""
+        ...
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The groups of an iteration, before their pictures are made.
+
+    Args:
+        prompts: one row for each of all groups.
+        assignment: which pictures are this process's.
+        cond: the embeddings of the groups that this process has pictures of.
+        scoring: asks the rewards as soon as pictures are there.
+    """
+
+    prompts: Sequence[Prompt]
+    assignment: Assignment
+    cond: Conditioning
+    scoring: Scoring
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """This process's pictures of an iteration, and the seconds that sampling took."""
+
+    asked: Asked
+    rollout: Rollout
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What an iteration trains on, and what was seen on the way to it.
+
+    Args:
+        batch: None if the rewards of no group differ.
+        figures: columns of ``metrics.jsonl``.
+        seconds: by stage (``rollout``, ``reward``).
+        images: this process's B pictures; empty where they were ranked before the run.
+        prompts: their B texts.
+        rewards: what each reward says of them, float32 [B]; NaN where it was not asked.
+        advantages: [B]; 0 in a group without spread, NaN in one that a reward has failed.
+    """
+
+    batch: Batch | None
+    figures: dict[str, float]
+    seconds: dict[str, float]
+    images: Sequence[Any] = ()
+    prompts: Sequence[str] = ()
+    rewards: dict[str, Tensor] | None = None
+    advantages: Tensor | None = None
 
 
 class Collector:
-    """Collects what each iteration trains on.
+    """Samples ``group_size`` pictures of each prompt, scores them, and keeps what can teach.
 
-    With ``rollout.ahead`` = N the pictures of the N iterations after it are sampled first, by the
-    weights of the moment, so that rewards that take their time have something to look at while the
-    policy is updated. A checkpoint keeps them: the weights that have made them are gone.
+    With the recipe's seed, the iteration fixes every random number. With ``rollout.ahead`` = N the
+    pictures of the next N iterations are sampled early, by the weights of the moment, so that slow
+    rewards have something to look at while the policy is updated. A checkpoint keeps these
+    pictures, because the weights that made them are gone.
 
     Args:
-        policy: that makes the pictures.
-        rewards: asked about them.
-        algorithm: says what can teach.
-        prompts: of each iteration.
-        recipe: ``rollout``, the group's size, and the last iteration.
-        scheduler: as of :func:`dgpo.training.collection.collect`.
-        processes: of the run.
+        recipe: sampler, sizes and seed of the run.
+        policy: makes the pictures.
+        rewards: are asked about them.
+        prompts: from an iteration, counted from 0, to its rows, one a group.
+        engine: another program that samples for the policy; None for the policy's own pipeline.
+        processes: each makes its share of the pictures and asks the rewards about it; what is
+            compared are the numbers of all.
+
+    Raises:
+        UserError: the sampler does not fit the pipeline.
     """
 
     def __init__(
         self,
-        policy: Policy,
-        rewards: RewardSet,
-        algorithm: BaseAlgorithm,
-        prompts: PromptSampler,
         recipe: Recipe,
-        scheduler: Any,
+        policy: Sampler,
+        rewards: RewardSet,
+        prompts: Callable[[int], Sequence[Prompt]],
+        engine: RolloutEngine | None = None,
         processes: Processes = SINGLE,
     ) -> None:
-        self._policy, self._rewards, self._algorithm = policy, rewards, algorithm
-        self._prompts, self._recipe, self._scheduler = prompts, recipe, scheduler
-        self._processes = processes
+        self._recipe, self._policy, self._rewards = recipe, policy, rewards
+        self._prompts, self._processes = prompts, processes
+        self._engine = engine or LocalEngine(policy)
+        self._scheduler = rollout_scheduler(recipe, policy.model.pipe.scheduler)
         self._sampled: dict[int, Sampled] = {}
-        self._pending: dict[int, Pending] = {}
+        self._early: dict[int, PrefetchedRollout] = {}
         """What earlier weights have made, until the iteration after its own."""
 
     def __call__(self, iteration: int) -> Collected:
-        """What an iteration trains on.
+        """What an iteration trains on. Collective.
 
         Args:
             iteration: counted from 0; after an error the same one may be asked for again.
 
         Raises:
-            UserError: as :func:`dgpo.training.collection.collect`.
+            UserError: the samples are not finite, or a reward's answer is unusable.
         """
-        # what this iteration has sampled before an error is sampled again, by the same weights:
-        # the figures of the iteration then count it as if there had been no error
-        self._pending = self._kept(iteration)
-        self._sampled = {n: made for n, made in self._sampled.items() if n in self._pending}
+        # What this iteration has sampled before an error is sampled again, by the same weights:
+        # the figures of the iteration then count it as if there had been no error.
+        self._early = self._kept(iteration)
+        self._sampled = {n: made for n, made in self._sampled.items() if n in self._early}
         last = min(iteration + self._recipe.rollout.ahead, self._recipe.train.iterations - 1)
         for one in range(iteration, last + 1):
             if one in self._sampled:
                 continue
-            if one in self._pending:
-                self._sampled[one] = self._show_again(one, self._pending[one])
-                continue
-            made = self._sampled[one] = self._sample(one)
-            if one > iteration:
-                self._pending[one] = Pending(made.rollout, made.seconds, iteration)
-        return score(self._sampled.pop(iteration), self._algorithm, self._recipe)
+            early = self._early.get(one)
+            made = self._sampled[one] = self.sample(one) if early is None else self._show(one)
+            if early is None and one > iteration:
+                self._early[one] = PrefetchedRollout(made.rollout, made.seconds, iteration)
+        return self.score(self._sampled.pop(iteration))
+
+    def sample(self, iteration: int) -> Sampled:
+        """Make the pictures, and show them to those rewards that take time. Collective.
+
+        Raises:
+            UserError: the samples are not finite, or a reward has failed already.
+        """
+        began = monotonic()
+        with ExitStack() as on_error:
+            asked = self._ask(iteration, on_error)
+            rollout = self._roll(iteration, asked)
+            on_error.pop_all()
+        return Sampled(asked, rollout, monotonic() - began)
+
+    def score(self, made: Sampled) -> Collected:
+        """Wait for the rewards, and choose what can teach. Collective.
+
+        Raises:
+            UserError: a reward's answer is unusable.
+        """
+        began, asked, assignment = monotonic(), made.asked, made.asked.assignment
+        with asked.scoring as scoring:
+            scored = _of_all(scoring.finish(), assignment)
+        waited = monotonic() - began
+        found = build_batch(self._recipe, scored, made.rollout, asked.cond, assignment)
+        figures = found.figures
+        if self._recipe.overlaps_rewards:
+            figures["seconds_reward_hidden"] = max(0.0, scoring.seconds - waited)
+        return Collected(
+            batch=found.batch,
+            figures=figures,
+            seconds={"rollout": made.seconds, "reward": waited},
+            images=made.rollout.images or (),
+            prompts=[asked.prompts[group].text for group in assignment.groups.tolist()],
+            rewards={name: of_all[assignment.mine] for name, of_all in scored.by_name.items()},
+            advantages=found.advantages[assignment.mine],
+        )
 
     def pending(self, iteration: int) -> Prefetched:
         """What a checkpoint has to keep beside the weights. Collective.
@@ -85,10 +204,10 @@ class Collector:
             iteration: the next one.
         """
         kept = self._kept(iteration)
-        shares = {one: self._share(one) for one in kept}
+        shares = {one: self._assignment(self._prompts(one)) for one in kept}
         return pack(kept, shares, {one: self._made_for(one) for one in kept})
 
-    def restore(self, packed: Prefetched) -> list[str]:
+    def restore(self, saved: Prefetched) -> list[str]:
         """Go on with what a checkpoint has kept. Pictures of other prompts or settings than the
         recipe's are left aside, and sampled when their iteration comes.
 
@@ -96,11 +215,12 @@ class Collector:
             a sentence if some were.
         """
         device, other = self._policy.model.device, []
-        for iteration in map(int, packed.facts):
-            if packed.facts[str(iteration)]["made_for"] != self._made_for(iteration):
+        for iteration in map(int, saved.facts):
+            if saved.facts[str(iteration)]["made_for"] != self._made_for(iteration):
                 other.append(iteration + 1)
                 continue
-            self._pending[iteration] = unpack(packed, iteration, self._share(iteration), device)
+            assignment = self._assignment(self._prompts(iteration))
+            self._early[iteration] = unpack(saved, iteration, assignment, device)
         if not other:
             return []
         which = ", ".join(map(str, other))
@@ -109,43 +229,140 @@ class Collector:
             " settings than the recipe"
         ]
 
-    def _kept(self, iteration: int) -> dict[int, Pending]:
-        """What was sampled before an iteration, for it and for later ones."""
-        kept = self._pending.items()
-        return {one: pending for one, pending in kept if pending.during < iteration <= one}
+    def _ask(self, iteration: int, on_error: ExitStack) -> Asked:
+        """An iteration's groups; after an error its rewards are not asked any more."""
+        recipe, prompts = self._recipe, self._prompts(iteration)
+        assignment = self._assignment(prompts)
+        guided = recipe.rollout.guidance_scale != 1 or recipe.algorithm.kl_guidance is not None
+        held = [prompts[group].text for group in assignment.held.tolist()]
+        cond = self._policy.model.encode(held, guidance=guided)
+        overlap, groups = recipe.overlaps_rewards, assignment.groups.tolist()
+        scoring = Scoring(self._rewards, prompts, recipe.group_size, overlap, groups)
+        return Asked(prompts, assignment, cond, on_error.enter_context(scoring))
 
-    def _share(self, iteration: int) -> Assignment:
-        groups = len(self._prompts.at(iteration))
-        return Assignment.of(groups, self._recipe.group_size, 1, self._processes)
+    def _show(self, iteration: int) -> Sampled:
+        """Pictures that were sampled early; rewards are asked about the same batches again."""
+        early = self._early[iteration]
+        images = early.made.images or []
+        with ExitStack() as on_error:
+            asked = self._ask(iteration, on_error)
+            for rows in asked.assignment.batches(self._recipe.rollout.batch):
+                asked.scoring.add([images[row] for row in rows.tolist()])
+            on_error.pop_all()
+        return Sampled(asked, early.made, early.seconds)
+
+    def _roll(self, iteration: int, asked: Asked) -> Rollout:
+        """This process's pictures, batch by batch."""
+        parts: list[Rollout] = []
+        with self._engine.holding(self._weights(iteration)):
+            for own in asked.assignment.batches(self._recipe.rollout.batch):
+                if not len(own) and not self._policy.sharded:
+                    continue
+                # with weights in pieces, a process without rows samples one for nothing:
+                # the others, which have one batch more, cannot gather weights without it
+                rows = own if len(own) else torch.arange(1)
+                part = self._engine.rollout(self._request(iteration, asked, rows))
+                if len(own):
+                    parts.append(part)
+                    asked.scoring.add(part.images or ())
+        rollout = _joined(parts)
+        if not bool(torch.isfinite(rollout.x0).all()):
+            raise UserError(
+                f"iteration {iteration + 1}: the sampler returned numbers that are not finite, so "
+                "the weights have diverged: lower train.lr and go on from the last checkpoint"
+            )
+        return rollout
+
+    def _request(self, iteration: int, asked: Asked, rows: Tensor) -> RolloutRequest:
+        """Some rows of this process. A row's noise depends on its place in the iteration alone,
+        so that neither batches nor processes change a picture."""
+        rollout, seed, scheduler = self._recipe.rollout, self._recipe.seed, self._scheduler
+        assignment = asked.assignment
+        places, groups = assignment.mine[rows].tolist(), assignment.rows[rows]
+        noisy, recorded = self._noisy_steps(iteration)
+        if noisy:
+            seeds = [seed_for(seed, "sde", iteration, place) for place in places]
+            scheduler = with_noise(scheduler, noisy, seeds)
+        held = assignment.held[groups].tolist()
+        return RolloutRequest(
+            texts=[asked.prompts[group].text for group in held],
+            cond=asked.cond.rows(groups),
+            seeds=[seed_for(seed, "rollout", iteration, place) for place in places],
+            steps=rollout.steps,
+            guidance_scale=rollout.guidance_scale,
+            scheduler=scheduler,
+            record=recorded,
+        )
+
+    def _noisy_steps(self, iteration: int) -> tuple[range, range]:
+        """The steps at which the sampler adds noise, and those whose tensors are kept."""
+        recipe = self._recipe
+        if isinstance(recipe.algorithm, TrajectoryAlgorithm):
+            noisy = recipe.algorithm.noisy_steps(recipe.rollout.steps, iteration, recipe.seed)
+            return noisy, noisy
+        return range(0 if recipe.rollout.sde is None else recipe.rollout.steps - 1), range(0)
+
+    def _weights(self, iteration: int) -> RollingWeights:
+        """Which weights make an iteration's rollouts."""
+        switch = self._recipe.rollout.switch_to_old_after
+        if switch is not None and iteration >= switch:
+            return "old"
+        return self._recipe.algorithm.samples_from
+
+    def _kept(self, iteration: int) -> dict[int, PrefetchedRollout]:
+        """What was sampled before an iteration, for it and for later ones."""
+        kept = self._early.items()
+        return {one: early for one, early in kept if early.during < iteration <= one}
+
+    def _assignment(self, prompts: Sequence[Prompt]) -> Assignment:
+        algorithm = self._recipe.algorithm
+        parts = algorithm.updates if isinstance(algorithm, TrajectoryAlgorithm) else 1
+        return Assignment.of(len(prompts), self._recipe.group_size, parts, self._processes)
 
     def _made_for(self, iteration: int) -> Any:
         """What the pictures of an iteration depend on beside the weights, as JSON reads it back."""
         recipe = self._recipe
         rollout = recipe.rollout.model_dump(mode="json", exclude=_CHANGES_NO_PICTURE)
-        asked = [prompt.text for prompt in self._prompts.at(iteration)]
+        asked = [prompt.text for prompt in self._prompts(iteration)]
         facts = {"prompts": asked, "group_size": recipe.group_size, "seed": recipe.seed}
         return json.loads(json.dumps({**facts, "rollout": rollout}))
 
-    def _show_again(self, iteration: int, pending: Pending) -> Sampled:
-        return show_again(
-            self._policy,
-            self._rewards,
-            self._algorithm,
-            self._prompts.at(iteration),
-            self._recipe,
-            pending.made,
-            pending.seconds,
-            self._processes,
-        )
 
-    def _sample(self, iteration: int) -> Sampled:
-        return sample(
-            self._policy,
-            self._rewards,
-            self._algorithm,
-            self._prompts.at(iteration),
-            self._recipe,
-            iteration,
-            self._scheduler,
-            self._processes,
+def rollout_scheduler(recipe: Recipe, base: Any) -> Any:
+    """The sampler of the rollouts: the algorithm's or ``rollout.sde`` if one of them is
+    stochastic, else ``rollout.scheduler``.
+
+    Args:
+        recipe: of the run.
+        base: the scheduler of the pipeline.
+
+    Raises:
+        UserError: it does not fit the pipeline.
+    """
+    if isinstance(recipe.algorithm, TrajectoryAlgorithm):
+        return make_sde_scheduler(recipe.algorithm.sde, base)
+    if recipe.rollout.sde is not None:
+        return make_sde_scheduler(recipe.rollout.sde, base, "rollout.sde")
+    return make_scheduler(recipe.rollout.scheduler, base)
+
+
+def _of_all(scored: Scored, assignment: Assignment) -> Scored:
+    """What all processes have scored, in the order of the places. Collective."""
+    values, lost = assignment.gather({**scored.by_name, "": scored.weights}, scored.lost)
+    weights = values.pop("")
+    return Scored(values, weights, lost)
+
+
+def _joined(parts: Sequence[Rollout]) -> Rollout:
+    """Rollouts of one schedule as one."""
+    steps = [
+        replace(
+            same[0],
+            sample=torch.cat([step.sample for step in same]),
+            output=torch.cat([step.output for step in same]),
+            previous=torch.cat([step.previous for step in same]),
         )
+        for same in zip(*(part.steps for part in parts), strict=True)
+    ]
+    images = [image for part in parts for image in part.images or ()]
+    return Rollout(torch.cat([part.x0 for part in parts]), images, parts[0].levels, steps)

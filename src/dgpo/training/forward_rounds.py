@@ -20,67 +20,77 @@ from dgpo.training.rounds import MicroLoss, Round, idle
 
 class ForwardRounds:
     """The rounds of an algorithm on noised samples: one for all levels together, or one for each,
-    as ``train.optimizer_step`` says; all of that ``train.inner_epochs`` times."""
+    as ``train.optimizer_step`` says; all of that ``train.inner_epochs`` times.
 
-    def __init__(self, policy: Policy, algorithm: Algorithm, recipe: Recipe) -> None:
-        self.policy, self.algorithm, self.recipe = policy, algorithm, recipe
-        self._lockstep = policy.sharded
+    Args:
+        policy: makes the predictions.
+        recipe: its algorithm, noise levels, micro-batch and seed; the algorithm trains on noised
+            samples (:class:`Algorithm`).
+    """
+
+    def __init__(self, policy: Policy, recipe: Recipe) -> None:
+        assert isinstance(recipe.algorithm, Algorithm)
+        self.policy, self.algorithm, self.recipe = policy, recipe.algorithm, recipe
         self._old_is_policy = False
 
-    def rounds(self, batch: Batch, iteration: int) -> Iterator[Round]:
+    def __call__(self, batch: Batch, iteration: int) -> Iterator[Round]:
+        """The optimiser steps of an iteration, one after the other."""
         generator = stream(self.recipe.seed, "levels", iteration)
         epochs, choice = self.recipe.train.inner_epochs, self.algorithm.timesteps
         chosen = [one for _ in range(epochs) for one in choice.choose(batch.levels, generator)]
         together = 1 if self.recipe.train.optimizer_step == "timestep" else choice.count
-        places = list(enumerate(chosen))
-        for start in range(0, len(places), together):
+        draws = list(enumerate(chosen))
+        for start in range(0, len(draws), together):
             self._old_is_policy = start == 0 and old_is_policy(self.algorithm, iteration)
-            yield self._terms(batch, iteration, places[start : start + together])
+            yield self._losses(batch, iteration, draws[start : start + together])
 
-    def _terms(self, batch: Batch, iteration: int, places: Sequence[tuple[int, int]]) -> Round:
-        for order, index in places:
+    def _losses(self, batch: Batch, iteration: int, draws: Sequence[tuple[int, int]]) -> Round:
+        """The losses of one step; a draw is its place in the iteration and its noise level."""
+        for order, index in draws:
             noise = self._noise(batch, iteration, order)
             for points, counts, last in self._micro_batches(batch, batch.levels[index], noise):
-                last = last and order == places[-1][0]
+                last = last and order == draws[-1][0]
                 if points is None or not counts:
                     yield idle(points, last)
                     continue
                 share = len(points.pred) / batch.count
                 # every micro-batch's mean counts with its size: their sum is the batch's mean
-                weight = share * batch.share / len(places)
+                weight = share * batch.share / len(draws)
                 yield MicroLoss(*self.algorithm.loss(points), share, weight, last)
 
     def _noise(self, batch: Batch, iteration: int, order: int) -> Tensor:
         """Noise [B, ...], fresh for every level, one for each group if the algorithm shares it.
 
-        It depends on a row's place in the iteration alone: neither micro-batches nor groups that
+        It depends on a row's position in the iteration alone: neither micro-batches nor groups that
         are left out change what the others are given.
         """
-        places = batch.places
-        if not len(places):
+        keys = batch.positions
+        if not len(keys):
             return batch.x0.clone()
         if self.algorithm.shared_noise:
-            places = places // self.recipe.group_size
+            keys = keys // self.recipe.group_size
         drawn = {
-            place: torch.randn(
+            key: torch.randn(
                 batch.x0.shape[1:],
-                generator=stream(self.recipe.seed, "noise", iteration, order, place),
+                generator=stream(self.recipe.seed, "noise", iteration, order, key),
             )
-            for place in places.unique().tolist()
+            for key in keys.unique().tolist()
         }
-        return torch.stack([drawn[place] for place in places.tolist()]).to(batch.x0.device)
+        return torch.stack([drawn[key] for key in keys.tolist()]).to(batch.x0.device)
 
     def _micro_batches(
         self, batch: Batch, level: Level, noise: Tensor
     ) -> Iterator[tuple[Forward | None, bool, bool]]:
         """The points of one level, micro-batch by micro-batch, predicted with gradients; whether
-        they count: not where only another process still has some; and whether they are the last.
+        they count; and whether they are the last.
 
-        Equally many in every process. None where it has nothing to do, and between predictions.
+        Every process yields equally often, because it can be stopped at each of these places, and
+        all must stop at the same one. Points do not count where only other processes have some
+        left; None stands for no points, and for a pause between two predictions.
         """
-        size = self.recipe.train.micro_batch or batch.most
+        size = self.recipe.train.micro_batch or batch.largest_share
         parts = batch.parts(size)
-        slots = -(-batch.most // size)
+        slots = -(-batch.largest_share // size)
         at_once = slots == 1
         whole_groups = not batch.split and (at_once or size % batch.groups.size == 0)
         if whole_groups or type(self.algorithm).weights is Algorithm.weights:
@@ -88,21 +98,22 @@ class ForwardRounds:
                 if counts := slot < len(parts):
                     points = self._points(batch, level, noise, parts[slot], with_gradient=True)
                 else:
-                    points = self._spare(batch, level, with_gradient=True)
+                    points = self._dummy(batch, level, with_gradient=True)
                 yield points, counts, slot == slots - 1
             return
-        # A part of a group cannot weigh the group: all parts are predicted first, without gradients
-        # if there are several. Snapshots are not asked again; only the policy runs a second time.
+        # A part of a group cannot weigh the group, whose weight is a function of all its members.
+        # So all parts are predicted first, without gradients if there are several; then the policy
+        # alone runs a second time, with gradients. Snapshots are not asked again.
         seen: list[Forward] = []
-        spare = None
+        dummy = None
         for slot in range(slots):
             if slot < len(parts):
                 seen.append(self._points(batch, level, noise, parts[slot], with_gradient=at_once))
             else:
-                spare = self._spare(batch, level, with_gradient=at_once)
+                dummy = self._dummy(batch, level, with_gradient=at_once)
             if not at_once:
                 yield None, False, False
-        # a process without rows takes part in the sums over the groups
+        # also a process without rows takes part in the sums over groups, which are collective
         nothing = torch.arange(0)
         every = seen or [self._points(batch, level, noise, nothing, with_gradient=False)]
         weights = self.algorithm.weights(_joined(every, batch))
@@ -116,11 +127,11 @@ class ForwardRounds:
                     pred = self.policy.predict(points.xt, level, batch.conditioning(rows))
                 yield replace(points, pred=pred, weights=weights[rows]), True, last
             else:
-                if spare is not None and not at_once:
-                    assert batch.spare is not None
-                    pred = self.policy.predict(spare.xt, level, batch.spare.prompts)
-                    spare = replace(spare, pred=pred)
-                yield spare, False, last
+                if dummy is not None and not at_once:
+                    assert batch.dummy is not None
+                    pred = self.policy.predict(dummy.xt, level, batch.dummy.prompts)
+                    dummy = replace(dummy, pred=pred)
+                yield dummy, False, last
 
     def _points(
         self, batch: Batch, level: Level, noise: Tensor, rows: Tensor, with_gradient: bool
@@ -156,17 +167,17 @@ class ForwardRounds:
             old=old,
             kl_ref=kl_ref,
             advantages=batch.advantages[rows],
-            groups=batch.here.subset(rows),
+            groups=batch.local_groups.subset(rows),
         )
 
-    def _spare(self, batch: Batch, level: Level, with_gradient: bool) -> Forward | None:
-        """The passes of a micro-batch for nothing, as other processes have one more; None where
-        each process is free to make its own."""
-        if not self._lockstep:
+    def _dummy(self, batch: Batch, level: Level, with_gradient: bool) -> Forward | None:
+        """A dummy micro-batch: with sharded weights every process must make the same passes. None
+        where each process is free to make its own."""
+        if not self.policy.sharded:
             return None
-        assert batch.spare is not None
-        noise, first = torch.zeros_like(batch.spare.x0), torch.arange(1)
-        return self._points(batch.spare, level, noise, first, with_gradient)
+        assert batch.dummy is not None
+        noise, first = torch.zeros_like(batch.dummy.x0), torch.arange(1)
+        return self._points(batch.dummy, level, noise, first, with_gradient)
 
 
 def old_is_policy(algorithm: Algorithm, iteration: int) -> bool:

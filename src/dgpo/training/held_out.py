@@ -7,11 +7,12 @@ from typing import Any
 
 from dgpo.distributed.processes import SINGLE, Processes
 from dgpo.errors import UserError
-from dgpo.evaluation import Metrics, Report, Sampling, evaluate, sample_images
+from dgpo.evaluation import Report, Sampling, evaluate, sample_images
 from dgpo.models.policy import Policy, RollingWeights
 from dgpo.models.samplers.schedulers import make_scheduler
 from dgpo.prompts import Prompt
 from dgpo.recipe import Recipe
+from dgpo.training.data import Data
 
 
 class HeldOut:
@@ -21,9 +22,8 @@ class HeldOut:
         recipe: ``eval``, ``samples`` and ``rollout`` are read.
         policy: whose weights are looked at.
         scheduler: the deterministic sampler, unless ``eval.scheduler`` names another.
-        metrics: what is measured.
-        prompts: the held-out rows; may be empty.
-        others: the training rows, of which grids are drawn where nothing is held out.
+        data: the held-out rows and what is measured on them; where nothing is held out, grids are
+            drawn of the training rows.
         processes: of the run. Scores are made by all of them, grids by the main one.
     """
 
@@ -32,21 +32,20 @@ class HeldOut:
         recipe: Recipe,
         policy: Policy,
         scheduler: Any,
-        metrics: Metrics,
-        prompts: Sequence[Prompt],
-        others: Sequence[Prompt],
+        data: Data,
         processes: Processes = SINGLE,
     ) -> None:
-        self._recipe, self._policy, self._metrics = recipe, policy, metrics
+        self._recipe, self._policy, self._metrics = recipe, policy, data.metrics
         self._processes = processes
-        self._prompts = list(prompts)
+        self.prompts = data.eval_prompts
+        """The held-out rows; may be empty."""
         rollout, own = recipe.rollout, recipe.eval
         guidance = rollout.guidance_scale if own.guidance_scale is None else own.guidance_scale
         if own.scheduler is not None:
             scheduler = eval_sampler(own.scheduler, policy.model.pipe.scheduler)
         self.sampling = Sampling(own.steps or rollout.steps, guidance, scheduler, own.batch)
         """How all pictures are sampled."""
-        rows = self._prompts or list(others)
+        rows = self.prompts or data.prompts
         count = min(recipe.samples.count, len(rows))
         self.shown = [rows[i * len(rows) // count] for i in range(count)]
         """The prompts of the grids: evenly from the held-out rows, or from the training rows."""
@@ -66,12 +65,12 @@ class HeldOut:
         Raises:
             UserError: there are none.
         """
-        if not self._prompts:
+        if not self.prompts:
             raise UserError("no held-out prompts: set prompts.eval, or give eval_dataset")
         name = self._recipe.prompts.eval or "eval_dataset"
         model = self._policy.model
         with self._policy.rolling(weights):
-            rows, processes = self._prompts, self._processes
+            rows, processes = self.prompts, self._processes
             return evaluate(model, rows, self._metrics, self.sampling, name, processes)[0]
 
     def pictures(self, base: bool = False) -> list:

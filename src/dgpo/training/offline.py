@@ -8,8 +8,6 @@ from typing import Any, Literal, cast
 
 import torch
 
-from dgpo.algorithms.base import BaseAlgorithm
-from dgpo.core.groups import Groups
 from dgpo.core.seeds import stream
 from dgpo.distributed.assignment import Assignment
 from dgpo.distributed.processes import SINGLE, Processes
@@ -22,7 +20,7 @@ from dgpo.prompts import PromptSampler
 from dgpo.recipe import Recipe
 from dgpo.rewards import Scored
 from dgpo.training.batch import build_batch
-from dgpo.training.collection import Collected
+from dgpo.training.collector import Collected
 from dgpo.training.prefetched import NOTHING, Prefetched
 
 NAME = "preferences"
@@ -90,11 +88,10 @@ class RankedCollector:
 
     Args:
         model: of the pipeline, not yet trained.
-        algorithm: says what can teach.
-        prompts: of each iteration, from :func:`ranked_prompts`.
-        recipe: ``group_size``, ``data`` and ``rollout.steps``.
-        scheduler: whose noise levels are trained.
-        processes: of the run; each encodes its share of the pictures.
+        recipe: ``algorithm``, ``group_size``, ``data`` and ``rollout.steps``.
+        prompts: draws each iteration's groups among those of :func:`ranked_prompts`.
+        scheduler: the sampler whose noise levels are trained.
+        processes: each encodes its share of the pictures.
 
     Raises:
         UserError: the pipeline cannot encode pictures.
@@ -103,13 +100,13 @@ class RankedCollector:
     def __init__(
         self,
         model: PipelineModel,
-        algorithm: BaseAlgorithm,
-        prompts: PromptSampler,
         recipe: Recipe,
+        prompts: PromptSampler,
         scheduler: Any,
         processes: Processes = SINGLE,
     ) -> None:
-        self._model, self._algorithm, self._recipe = model, algorithm, recipe
+        # there is one reward, the folder's: nothing to combine
+        self._model, self._recipe = model, recipe.model_copy(update={"combine": "sum"})
         self._prompts, self._processes = prompts, processes
         text = prompts.prompts[0].text
         self._encoder = PictureEncoder(model, text)
@@ -132,7 +129,7 @@ class RankedCollector:
             KeyboardInterrupt, Terminated: a signal has asked one of several processes to stop.
         """
         self._processes.stop_if_asked("reading an iteration's groups")
-        began, recipe, algorithm = monotonic(), self._recipe, self._algorithm
+        began, recipe = monotonic(), self._recipe
         chosen = cast(list[RankedGroup], self._prompts.at(iteration))
         size, pick = recipe.group_size, recipe.data.pick
         rows = [
@@ -142,21 +139,16 @@ class RankedCollector:
                 group.rewards, size, pick, stream(recipe.seed, "pick", iteration, number)
             )
         ]
-        share = Assignment.of(len(chosen), size, 1, self._processes)
-        mine = [rows[place] for place in share.mine.tolist()]
+        assignment = Assignment.of(len(chosen), size, 1, self._processes)
+        mine = [rows[place] for place in assignment.mine.tolist()]
         x0 = torch.stack([self._encoder(group.images[place]) for group, place in mine])
         rewards = torch.tensor([group.rewards[place] for group, place in rows])
-        texts = [chosen[number].text for number in share.held.tolist()]
-        batch, figures = build_batch(
-            Scored({NAME: rewards}, torch.ones(len(rows), 1, dtype=torch.float64)),
-            Rollout(x0, None, self._levels),
-            self._model.encode(texts, guidance=algorithm.kl_guidance is not None),
-            Groups.contiguous(len(chosen), size),
-            algorithm,
-            "sum",
-            share,
-        )
-        return Collected(batch, figures, {"rollout": monotonic() - began, "reward": 0.0})
+        texts = [chosen[number].text for number in assignment.held.tolist()]
+        cond = self._model.encode(texts, guidance=recipe.algorithm.kl_guidance is not None)
+        scored = Scored({NAME: rewards}, torch.ones(len(rows), 1, dtype=torch.float64))
+        built = build_batch(recipe, scored, Rollout(x0, None, self._levels), cond, assignment)
+        seconds = {"rollout": monotonic() - began, "reward": 0.0}
+        return Collected(built.batch, built.figures, seconds)
 
     def pending(self, iteration: int) -> Prefetched:
         """Nothing: no iteration's pictures are made by the weights of an earlier one."""

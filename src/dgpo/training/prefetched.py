@@ -16,7 +16,7 @@ from dgpo.models.pipeline.rollout import Rollout
 
 
 @dataclass(frozen=True)
-class Pending:
+class PrefetchedRollout:
     """The pictures of an iteration that were sampled before it, by weights that are gone since.
 
     Args:
@@ -44,24 +44,26 @@ NOTHING = Prefetched({}, {})
 
 
 def pack(
-    pending: Mapping[int, Pending], shares: Mapping[int, Assignment], made_for: Mapping[int, Any]
+    pending: Mapping[int, PrefetchedRollout],
+    assignments: Mapping[int, Assignment],
+    made_for: Mapping[int, Any],
 ) -> Prefetched:
     """What the processes hold, as one. Collective.
 
     Args:
         pending: by the iteration whose pictures they are.
-        shares: this process's part of each.
+        assignments: this process's part of each.
         made_for: JSON values by which :func:`unpack`'s caller knows what the pictures show.
     """
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
     for iteration, one in sorted(pending.items()):
-        made, share = one.made, shares[iteration]
+        made, assignment = one.made, assignments[iteration]
         assert made.images is not None and not made.steps, "policy gradients sample nothing ahead"
         images, media = stacked(made.images)
         tensors |= {
-            f"{iteration}.x0": share.whole(made.x0.cpu()).contiguous(),
-            f"{iteration}.images": share.whole(images).contiguous(),
+            f"{iteration}.x0": assignment.whole(made.x0.cpu()).contiguous(),
+            f"{iteration}.images": assignment.whole(images).contiguous(),
             f"{iteration}.timesteps": torch.stack([level.timestep.cpu() for level in made.levels]),
         }
         facts[str(iteration)] = {
@@ -74,12 +76,14 @@ def pack(
     return Prefetched(tensors, facts)
 
 
-def unpack(packed: Prefetched, iteration: int, share: Assignment, device: torch.device) -> Pending:
+def unpack(
+    packed: Prefetched, iteration: int, assignment: Assignment, device: torch.device
+) -> PrefetchedRollout:
     """This process's share of what was packed.
 
     Args:
         iteration: whose pictures are wanted.
-        share: this process's part; the number of processes may be another than before.
+        assignment: this process's part; the number of processes may be another than before.
         device: of the model.
     """
     facts = packed.facts[str(iteration)]
@@ -88,8 +92,8 @@ def unpack(packed: Prefetched, iteration: int, share: Assignment, device: torch.
     )
     pairs = zip(timesteps.to(device), facts["sigmas"], strict=True)
     made = Rollout(
-        x0[share.mine].to(device),
-        unstacked(images[share.mine], facts["media"]),
+        x0[assignment.mine].to(device),
+        unstacked(images[assignment.mine], facts["media"]),
         [Level(timestep, sigma) for timestep, sigma in pairs],
     )
-    return Pending(made, facts["seconds"], facts["during"])
+    return PrefetchedRollout(made, facts["seconds"], facts["during"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from dgpo.prompts import Prompt, PromptSampler, load_prompts, refuse_sizes
 from dgpo.recipe import Recipe
 from dgpo.rewards import Scored, load_rewards
 from dgpo.rewards.mixing import mix
-from dgpo.training.collection import rollout_scheduler, sample
+from dgpo.training.collector import Collector
 
 
 class _AsItIs:
@@ -70,15 +70,18 @@ def record(
     rewards.check(prompts)
     refuse_sizes(prompts, recipe.rollout.call)
     model = _AsItIs(PipelineModel(pipe, call=recipe.rollout.call))
-    scheduler = rollout_scheduler(recipe, pipe.scheduler)
     per_round = min(recipe.groups_per_iteration, count)
     sampler = PromptSampler(prompts, per_round, recipe.seed)
+
+    def rows_of(iteration: int) -> Sequence[Prompt]:
+        return sampler.at(iteration)[: count - iteration * per_round]
+
+    collector = Collector(recipe, model, rewards, rows_of)
     writer, written = GroupWriter(folder), 0
     for start in range(0, count, per_round):
         iteration = start // per_round
-        rows = sampler.at(iteration)[: count - start]
-        made = sample(model, rewards, recipe.algorithm, rows, recipe, iteration, scheduler)
-        with made.scoring as scoring:
+        rows, made = rows_of(iteration), collector.sample(iteration)
+        with made.asked.scoring as scoring:
             scored = scoring.finish()
         total = _combined(scored, len(rows), recipe)
         for number, row in enumerate(rows):

@@ -28,13 +28,13 @@ class MicroLoss(NamedTuple):
 
 
 def idle(points: Forward | Trajectory | None, last: bool) -> MicroLoss:
-    """A term that trains nothing: its passes are made because other processes make theirs, or none
-    are (``points`` is None) and it only keeps the place. Every process has equally many terms, so
-    that all can be stopped at the same one."""
+    """A loss that trains nothing: its passes are made because other processes make theirs, or it
+    has none (``points`` is None) and only keeps the place. Every process has equally many losses,
+    so that all can be stopped at the same one."""
     loss = torch.zeros(()) if points is None else points.pred.sum() * 0
     return MicroLoss(loss, {}, 0.0, 0.0, last)
 
 
 Round: TypeAlias = Iterator[MicroLoss]
-"""The terms of one optimiser step, each made when it is asked for, after the backward pass of the
+"""The losses of one optimiser step, each made when it is asked for, after the backward pass of the
 one before."""

@@ -156,7 +156,7 @@ def save_batch(
     """
     place = folder / "nonfinite" / f"{iteration:08d}.safetensors"
     place.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {"x0": batch.x0, "advantages": batch.advantages, "places": batch.places}
+    tensors = {"x0": batch.x0, "advantages": batch.advantages, "places": batch.positions}
     for step in batch.steps:
         for name in ("sample", "output", "previous"):
             tensors[f"steps.{step.index}.{name}"] = getattr(step, name)

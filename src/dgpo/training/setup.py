@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from dgpo.distributed.processes import Processes
-from dgpo.errors import UserError
-from dgpo.evaluation import Metrics
 from dgpo.media import Video, check_format
 from dgpo.models.load import check_vae, dtype_of, load_pipeline
 from dgpo.models.pipeline.adapter import PipelineModel
@@ -17,70 +14,15 @@ from dgpo.models.pipeline.self_check import self_check
 from dgpo.models.policy import Policy
 from dgpo.models.samplers.sde_schedulers import SdeScheduler
 from dgpo.models.weights.memory import save_memory
-from dgpo.prompts import Prompt, PromptSampler, load_prompts, refuse_sizes
+from dgpo.prompts import PromptSampler
 from dgpo.recipe import Recipe
-from dgpo.rewards import RewardSet, load_rewards
 from dgpo.training.agreement import place
 from dgpo.training.arguments import is_pipeline
 from dgpo.training.checkpoints import RunCheckpoints
-from dgpo.training.collection import rollout_scheduler
-from dgpo.training.collector import Collector
+from dgpo.training.collector import Collector, rollout_scheduler
+from dgpo.training.data import Data
 from dgpo.training.held_out import HeldOut, eval_sampler
-from dgpo.training.offline import RankedCollector, ranked_prompts
-
-
-@dataclass(frozen=True)
-class Data:
-    """What is learned and measured, and on which prompts."""
-
-    rewards: RewardSet
-    metrics: Metrics
-    prompts: Sequence[Prompt]
-    eval_prompts: list[Prompt]
-    offline: bool
-    """Whether the prompts are those of groups that were ranked before."""
-
-    @property
-    def texts(self) -> list[str]:
-        return [prompt.text for prompt in (*self.prompts, *self.eval_prompts)]
-
-
-def load_data(
-    recipe: Recipe, reward_funcs: Any = None, train_dataset: Any = None, eval_dataset: Any = None
-) -> Data:
-    """Load rewards, metrics and prompts, and let the first two refuse the third.
-
-    Args:
-        recipe: of the run.
-        reward_funcs, train_dataset, eval_dataset: as of the trainer; None for the recipe's.
-
-    Raises:
-        UserError: something is missing or does not fit.
-    """
-    offline = recipe.data.preferences is not None
-    if offline and train_dataset is not None:
-        raise UserError("train_dataset: data.preferences brings its own prompts; give one")
-    asked = recipe.rewards if reward_funcs is None else reward_funcs
-    rewards = load_rewards(asked) if asked or not offline else RewardSet([])
-    metrics = Metrics(recipe.eval.metrics or rewards)
-    source, held_out = recipe.prompts.train, recipe.prompts.eval
-    prompts: Sequence[Prompt] = (
-        ranked_prompts(recipe)
-        if offline
-        else load_prompts(source if train_dataset is None else train_dataset)
-    )
-    held_out = held_out if eval_dataset is None else eval_dataset
-    eval_prompts = [] if held_out is None else load_prompts(held_out)[: recipe.eval.limit]
-    refuse_sizes([*([] if offline else prompts), *eval_prompts], recipe.rollout.call)
-    if eval_prompts and not metrics.names:
-        raise UserError("eval.metrics is missing: what shall be measured on prompts.eval?")
-    if recipe.memory.offload_rewards:
-        rewards.offload()
-        metrics.offload()
-    if not offline:
-        rewards.check(prompts)
-    metrics.check(eval_prompts)
-    return Data(rewards, metrics, prompts, eval_prompts, offline)
+from dgpo.training.offline import RankedCollector
 
 
 def load_model(
@@ -122,15 +64,13 @@ def load_model(
     return made
 
 
-def check_model(
-    recipe: Recipe, model: PipelineModel, prompts: Sequence[Prompt], scheduler: Any
-) -> None:
+def check_model(recipe: Recipe, model: PipelineModel, data: Data, scheduler: Any) -> None:
     """See that training would train what samples: with the run's own samplers and guidance.
 
     Args:
         recipe: of the run.
         model: before any weight is trained.
-        prompts: a few, with which it is tried.
+        data: its prompts, with a few of which the model is tried.
         scheduler: the deterministic sampler.
 
     Raises:
@@ -143,13 +83,14 @@ def check_model(
         samplers += [noisy] if isinstance(noisy, SdeScheduler) else []
     if recipe.eval.scheduler is not None:
         samplers.append(eval_sampler(recipe.eval.scheduler, model.pipe.scheduler))
-    cond = model.encode([prompt.text for prompt in prompts], guidance=True)
+    cond = model.encode([prompt.text for prompt in data.prompts[:2]], guidance=True)
     rollout = recipe.rollout
     self_check(model, cond, samplers, rollout.guidance_scale, rollout.steps)
+    model.check_pictures(data.texts)
 
 
 def make_policy(recipe: Recipe, model: PipelineModel, texts: Sequence[str]) -> Policy:
-    """The model with the weights that are trained, and what makes its rollouts.
+    """The model with the weights that are trained.
 
     Args:
         recipe: of the run.
@@ -158,13 +99,9 @@ def make_policy(recipe: Recipe, model: PipelineModel, texts: Sequence[str]) -> P
             shall be.
 
     Raises:
-        UserError: a LoRA target, the device of snapshots or the engine does not fit.
+        UserError: a LoRA target or the device of snapshots does not fit.
     """
     policy = Policy(model, recipe.lora, recipe.seed, snapshot_device=recipe.memory.snapshot_device)
-    if recipe.rollout.engine is not None:
-        from dgpo.rollouts.remote import RemoteEngine
-
-        policy.engine = RemoteEngine(policy, recipe.rollout.engine, recipe.rollout.scheduler)
     if recipe.memory.free_text_encoders:
         model.encode_and_free(texts)
     return policy
@@ -203,10 +140,21 @@ def make_collector(
     """What gives each iteration its batch: the policy's own pictures, or ranked ones.
 
     Args:
+        recipe: of the run.
+        data: its rewards.
+        sampler: draws each iteration's prompts.
+        policy: samples.
         scheduler: the deterministic sampler.
+        processes: of the run.
+
+    Raises:
+        UserError: a sampler or the engine does not fit.
     """
-    algorithm, model = recipe.algorithm, policy.model
     if data.offline:
-        return RankedCollector(model, algorithm, sampler, recipe, scheduler, processes)
-    noisy = rollout_scheduler(recipe, model.pipe.scheduler)
-    return Collector(policy, data.rewards, algorithm, sampler, recipe, noisy, processes)
+        return RankedCollector(policy.model, recipe, sampler, scheduler, processes)
+    engine = None
+    if recipe.rollout.engine is not None:
+        from dgpo.rollouts.remote import RemoteEngine  # it needs httpx
+
+        engine = RemoteEngine(policy, recipe.rollout.engine, recipe.rollout.scheduler)
+    return Collector(recipe, policy, data.rewards, sampler.at, engine, processes)

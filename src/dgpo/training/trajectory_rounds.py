@@ -27,16 +27,21 @@ RATIO_TOLERANCE_HALF = 2e-3
 
 class TrajectoryRounds:
     """The rounds of a policy gradient: ``algorithm.updates`` for an iteration, each over all
-    trained steps of its own part of the groups."""
+    trained steps of its own part of the groups.
 
-    def __init__(self, policy: Policy, algorithm: TrajectoryAlgorithm, recipe: Recipe) -> None:
-        self.policy, self.algorithm, self.recipe = policy, algorithm, recipe
+    Args:
+        policy: makes the predictions.
+        recipe: its algorithm, a :class:`TrajectoryAlgorithm`, and its sizes.
+    """
+
+    def __init__(self, policy: Policy, recipe: Recipe) -> None:
+        assert isinstance(recipe.algorithm, TrajectoryAlgorithm)
+        self.policy, self.algorithm, self.recipe = policy, recipe.algorithm, recipe
         parameters = (p for d in policy.model.denoisers.values() for p in d.parameters())
         narrow = any(p.dtype.itemsize < 4 for p in parameters)
-        self._lockstep = policy.sharded
         self.tolerance = RATIO_TOLERANCE_HALF if narrow else RATIO_TOLERANCE
 
-    def rounds(self, batch: Batch, iteration: int) -> Iterator[Round]:
+    def __call__(self, batch: Batch, iteration: int) -> Iterator[Round]:
         """Part after part of the iteration's groups; one of which no group is left is skipped.
 
         Raises:
@@ -44,21 +49,21 @@ class TrajectoryRounds:
         """
         updates, groups = self.algorithm.updates, self.recipe.groups_per_iteration
 
-        def part_of(places: Tensor) -> Tensor:
-            return (places // self.recipe.group_size) * updates // groups
+        def part_of(positions: Tensor) -> Tensor:
+            return (positions // self.recipe.group_size) * updates // groups
 
-        fresh, mine = True, part_of(batch.places)
-        everywhere = [part_of(places) for places in batch.everyone]
+        fresh, mine = True, part_of(batch.positions)
+        everywhere = [part_of(positions) for positions in batch.all_positions]
         for part in range(updates):
             rows = (mine == part).nonzero()[:, 0]
             counts = [int((parts == part).sum()) for parts in everywhere]
             if any(counts):
                 scored = groups // updates - sum(n * updates // groups == part for n in batch.lost)
                 whole = batch.total // (groups - len(batch.lost)) * scored
-                yield self._terms(batch, rows, counts, whole, iteration, fresh)
+                yield self._losses(batch, rows, counts, whole, iteration, fresh)
                 fresh = False
 
-    def _terms(
+    def _losses(
         self,
         batch: Batch,
         rows: Tensor,
@@ -67,8 +72,14 @@ class TrajectoryRounds:
         iteration: int,
         fresh: bool,
     ) -> Round:
-        """The terms of a part: of ``rows``, while every process has as many as ``counts`` says, and
-        all had ``whole`` if every group had spread."""
+        """The losses of a part.
+
+        Args:
+            rows: this process's.
+            counts: how many rows each process has.
+            whole: how many all of them would have if every group had spread.
+            fresh: whether no optimiser step of this iteration has been taken.
+        """
         share = sum(counts) / whole
         size = self.recipe.train.micro_batch or max(counts)
         parts = [some for some in rows.split(size) if len(some)]
@@ -83,10 +94,10 @@ class TrajectoryRounds:
                 part = len(some) / sum(counts)
                 weight = part * share / len(batch.steps)
                 yield MicroLoss(*self.algorithm.loss(points), part, weight, last)
-            elif self._lockstep:
-                assert batch.spare is not None
-                spare = batch.spare
-                yield idle(self._points(spare, spare.steps[place], torch.arange(1)), last)
+            elif self.policy.sharded:
+                assert batch.dummy is not None
+                dummy = batch.dummy
+                yield idle(self._points(dummy, dummy.steps[place], torch.arange(1)), last)
             else:
                 yield idle(None, last)
 
@@ -108,7 +119,7 @@ class TrajectoryRounds:
             old=step.output[rows],
             ref=ref,
             advantages=batch.advantages[rows],
-            groups=batch.here.subset(rows),
+            groups=batch.local_groups.subset(rows),
         )
 
     @torch.no_grad()

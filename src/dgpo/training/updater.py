@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dgpo.algorithms.base import Algorithm, BaseAlgorithm, TrajectoryAlgorithm
+from dgpo.algorithms.base import Algorithm, TrajectoryAlgorithm
 from dgpo.distributed.processes import SINGLE, Processes
 from dgpo.distributed.sharding import is_sharded, local, sum_in_backward, whole
 from dgpo.errors import UserError
@@ -73,21 +73,18 @@ class Updater:
 
     Args:
         policy: what is trained.
-        algorithm: which points, which snapshots, and the loss; an :class:`Algorithm` or a
-            :class:`TrajectoryAlgorithm`.
-        recipe: learning rate and its schedule, micro-batch, clipping of gradients, slow EMA.
-        processes: of the run; each brings the gradients of its own rows, and their sum is the step.
+        recipe: the algorithm (which points, which snapshots, and the loss), learning rate and its
+            schedule, micro-batch, clipping of gradients, slow average.
+        processes: each brings the gradients of its own rows, and their sum is the step.
     """
 
     def __init__(
         self,
         policy: Policy,
-        algorithm: BaseAlgorithm,
         recipe: Recipe,
         processes: Processes = SINGLE,
     ) -> None:
-        self.policy, self.algorithm, self.recipe = policy, algorithm, recipe
-        self._processes = processes
+        self.policy, self.recipe, self.processes = policy, recipe, processes
         train = recipe.train
         self.parameters = policy.parameters()
         self.optimizer = torch.optim.AdamW(
@@ -110,7 +107,7 @@ class Updater:
         self.at_rest = True
         """Whether everything is as it was when an update began, or as it is when one is done."""
         self._all_steps = train.iterations * recipe.updates_per_iteration
-        self._rounds = rounds_of(policy, algorithm, recipe)
+        self._rounds = rounds_of(policy, recipe)
         self._denoisers = list(policy.model.denoisers.values())
         self._sharded = any(is_sharded(p) for p in self.parameters)
         self._sums_once = self._sharded and train.sum_gradients == "step"
@@ -156,12 +153,12 @@ class Updater:
     def _update(self, batch: Batch, iteration: int, pause: Callable[[], None]) -> dict[str, float]:
         means, skipped = Means(), 0
         self.optimizer.zero_grad()
-        for number, terms in enumerate(self._rounds(batch, iteration)):
+        for number, losses in enumerate(self._rounds(batch, iteration)):
             if number:
                 pause()
             figures = Means()
-            problem = self._backward(terms, figures, pause)
-            figures, problem = figures.over(self._processes, problem)
+            problem = self._backward(losses, figures, pause)
+            figures, problem = figures.over(self.processes, problem)
             problem = problem or self._optimize(figures)
             if problem is None:
                 self.nonfinite = 0
@@ -183,6 +180,19 @@ class Updater:
         found = means.result() or {"loss": math.nan}
         return {**found, "nonfinite_steps": float(skipped)} if skipped else found
 
+    def refuse_half_an_update(self) -> None:
+        """See that the weights belong to an iteration.
+
+        Raises:
+            UserError: the last update was cut off between its optimiser steps.
+        """
+        if not self.at_rest:
+            raise UserError(
+                "train(): the update of this run was cut off between its optimiser steps, and its "
+                "weights belong to no iteration: go on from the last checkpoint, by another "
+                "Trainer(..., resume=True)"
+            )
+
     def refuse_broken_weights(self, iteration: int) -> None:
         """See that the trained weights are numbers. Collective.
 
@@ -193,7 +203,7 @@ class Updater:
             UserError: some are infinite or NaN, from which there is no way back.
         """
         finite = all(bool(torch.isfinite(local(p)).all()) for p in self.parameters)
-        if all(self._processes.all_gather_object(finite, "whether the weights are finite")):
+        if all(self.processes.all_gather_object(finite, "whether the weights are finite")):
             return
         raise UserError(
             f"iteration {iteration}: the trained weights are not finite, so no checkpoint was made "
@@ -204,20 +214,22 @@ class Updater:
         """The end of an iteration, with or without a batch: move the old policy if it moves now."""
         self._move_old("iteration", iteration)
 
-    def _backward(self, terms: Round, figures: Means, pause: Callable[[], None]) -> str | None:
-        """Gradients of all terms of a step; what is not finite, if something is not."""
+    def _backward(self, losses: Round, figures: Means, pause: Callable[[], None]) -> str | None:
+        """Add up the gradients of a step; returns what is not finite, if something is not."""
         problem = None
-        for term in terms:
+        for term in losses:
             if not math.isfinite(loss := term.loss.item()):
-                problem = problem or f"loss is {loss}"  # to the end: other processes run along
-            # where sums wait for a backward pass, a stop needs one as well
+                # on to the end: other processes make the same passes, and would wait for these
+                problem = problem or f"loss is {loss}"
+            # where gradients are summed once, in the last backward pass, a stop needs one as well:
+            # what was not summed would be left behind
             hears = not term.last and (term.loss.requires_grad or not self._sums_once)
             stop = _heard(pause) if hears else None
             if self._sums_once:
                 sum_in_backward(self._denoisers, term.last or stop is not None)
             if term.loss.requires_grad:
                 (term.loss * (term.weight * self.gradient_scale)).backward()
-            if stop is not None:  # after the backward pass, which leaves nothing that is not summed
+            if stop is not None:
                 raise stop
             if term.share:
                 figures.add({"loss": term.loss.detach(), **term.figures}, term.share)
@@ -228,7 +240,7 @@ class Updater:
         taken, and what is not finite is returned, if the gradient is not."""
         train = self.recipe.train
         if not self._sharded:  # which are summed by their backward
-            self._processes.sum_gradients(self.parameters)
+            self.processes.sum_gradients(self.parameters)
         self._unscale()
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm))
         if not math.isfinite(number := norm.item()):
@@ -263,7 +275,7 @@ class Updater:
 
     def _move_old(self, when: Literal["step", "iteration"], count: int) -> None:
         """Move the old policy if the algorithm has one that moves now."""
-        algorithm = self.algorithm
+        algorithm = self.recipe.algorithm
         if isinstance(algorithm, Algorithm) and algorithm.old_moves == when:
             self.policy.old.update(algorithm.old_decay(count))
 
@@ -288,11 +300,7 @@ def _heard(pause: Callable[[], None]) -> BaseException | None:
     return None
 
 
-def rounds_of(
-    policy: Policy, algorithm: BaseAlgorithm, recipe: Recipe
-) -> Callable[[Batch, int], Iterator[Round]]:
-    """How an algorithm's batch and iteration become the terms of optimiser steps."""
-    if isinstance(algorithm, TrajectoryAlgorithm):
-        return TrajectoryRounds(policy, algorithm, recipe).rounds
-    assert isinstance(algorithm, Algorithm)
-    return ForwardRounds(policy, algorithm, recipe).rounds
+def rounds_of(policy: Policy, recipe: Recipe) -> Callable[[Batch, int], Iterator[Round]]:
+    """How the recipe's algorithm turns a batch and an iteration into optimiser steps."""
+    kinds = TrajectoryRounds if isinstance(recipe.algorithm, TrajectoryAlgorithm) else ForwardRounds
+    return kinds(policy, recipe)

@@ -1,0 +1,68 @@
+"""What a run learns and measures, and on which prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dgpo.errors import UserError
+from dgpo.evaluation import Metrics
+from dgpo.prompts import Prompt, load_prompts, refuse_sizes
+from dgpo.recipe import Recipe
+from dgpo.rewards import RewardSet, load_rewards
+from dgpo.training.arguments import Given
+from dgpo.training.offline import ranked_prompts
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is learned and measured, and on which prompts."""
+
+    rewards: RewardSet
+    metrics: Metrics
+    prompts: Sequence[Prompt]
+    eval_prompts: list[Prompt]
+    offline: bool
+    """Whether the prompts are those of groups that were ranked before."""
+
+    @property
+    def texts(self) -> list[str]:
+        return [prompt.text for prompt in (*self.prompts, *self.eval_prompts)]
+
+
+def load_data(recipe: Recipe, given: Given) -> Data:
+    """Load rewards, metrics and prompts, and let the first two refuse the third.
+
+    Args:
+        recipe: of the run.
+        given: rewards and prompts of the trainer's arguments, which go before the recipe's.
+
+    Raises:
+        UserError: something is missing or does not fit.
+    """
+    offline = recipe.data.preferences is not None
+    if offline and given.train_dataset is not None:
+        raise UserError("train_dataset: data.preferences brings its own prompts; give one")
+    asked = recipe.rewards if given.reward_funcs is None else given.reward_funcs
+    rewards = load_rewards(asked) if asked or not offline else RewardSet([])
+    metrics = Metrics(recipe.eval.metrics or rewards)
+    source, held_out = recipe.prompts.train, recipe.prompts.eval
+    prompts: Sequence[Prompt] = (
+        ranked_prompts(recipe)
+        if offline
+        else load_prompts(source if given.train_dataset is None else given.train_dataset)
+    )
+    held_out = held_out if given.eval_dataset is None else given.eval_dataset
+    eval_prompts = [] if held_out is None else load_prompts(held_out)[: recipe.eval.limit]
+    refuse_sizes([*([] if offline else prompts), *eval_prompts], recipe.rollout.call)
+    if eval_prompts and not metrics.names:
+        raise UserError("eval.metrics is missing: what shall be measured on prompts.eval?")
+    if recipe.memory.offload_rewards:
+        rewards.offload()
+        metrics.offload()
+    if not offline:
+        rewards.check(prompts)
+    metrics.check(eval_prompts)
+    rewards.run_in(Path(recipe.run.dir))
+    return Data(rewards, metrics, prompts, eval_prompts, offline)
