@@ -22,7 +22,7 @@ from dgpo.models.policy import Policy
 from dgpo.prompts import PromptSampler, load_prompts
 from dgpo.recipe import Recipe
 from dgpo.rewards import load_rewards
-from dgpo.training.collection import collect
+from dgpo.training.collector import collect
 
 
 class Waiting:

@@ -287,7 +287,7 @@ def test_a_bad_reward_is_named_before_the_run_begins(tmp_path: Path) -> None:
         def bad(images: Any, prompts: Any, answer: Any = answer) -> Any:
             return answer(images, prompts)
 
-        run._data = replace(run._data, rewards=load_rewards([bad]))
+        run.data = replace(run.data, rewards=load_rewards([bad]))
         with pytest.raises(UserError, match=message):
             run.train()
         assert not (tmp_path / "recipe.yaml").exists()  # so that the next try is not refused

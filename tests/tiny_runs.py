@@ -45,7 +45,7 @@ def settings(**changes: Any) -> dict[str, Any]:
 
 def trainer(folder: Path, reward: Any = brightness, **given: Any) -> Trainer:
     """A trainer of the tiny SD3; what is no argument of :class:`Trainer` changes a setting."""
-    own = ("model", "train_dataset", "eval_dataset", "algorithm", "resume")
+    own = ("model", "train_dataset", "eval_dataset", "algorithm", "resume", "callbacks")
     arguments = {key: given.pop(key) for key in own if key in given}
     arguments = {"model": sd3_small(), "train_dataset": PROMPTS, **arguments}
     recipe = settings(**given, run={"dir": str(folder)})

@@ -228,7 +228,7 @@ def test_the_files_are_written_from_runs_that_are_there(races, monkeypatch):
     def no_training(*args):
         raise AssertionError("a finished run was trained again")
 
-    monkeypatch.setattr(comparison_runs, "Race", no_training)
+    monkeypatch.setattr(comparison_runs, "Trainer", no_training)
     output = compare(*sources, "--seeds", "2", "--target", "0.8", "--out", "out").output
     assert output.count("found finished") == 4
     out = Path("out")
@@ -253,7 +253,7 @@ def test_every_file_can_be_made_again_from_what_was_kept(races, monkeypatch):
     for run in runs:
         (run.folder / "run.json").write_text(json.dumps({"starts": [start]}))
         keep(run, Path("results"))
-    monkeypatch.setattr(comparison_runs, "Race", None)  # nothing is trained
+    monkeypatch.setattr(comparison_runs, "Trainer", None)  # nothing is trained
     asked = [*sources, "--seeds", "2", "--target", "0.8", "--redraw"]
     compare(*asked, "--out", "out")
     output = compare(*asked, "--out", "again", "--results", "results").output
@@ -316,15 +316,13 @@ def test_from_end_to_end(write_recipe, monkeypatch):
         write_recipe("theirs", algorithm={"name": "awm"}, checkpoint={"every": 1}),
     ]
     command = [*sources, "--target", "0.99", "--out", "out", "--results", "results"]
-    iterate = comparison_runs.Race._iterate
 
-    def stops(race):
-        if race.recipe.algorithm.name == "awm" and race.iteration == 1:
+    def stops(self, state, control):
+        if state.recipe.algorithm.name == "awm" and state.iteration == 1:
             raise KeyboardInterrupt
-        iterate(race)
 
     with monkeypatch.context() as patch:
-        patch.setattr(comparison_runs.Race, "_iterate", stops)
+        patch.setattr(comparison_runs.StopAtScore, "on_iteration_begin", stops)
         assert "the same command goes on" in compare(*command, code=130).stderr
     assert "Not finished: theirs seed 0." in Path("out/table.md").read_text()
     ours = Path("out/ours-seed0/metrics.jsonl")
@@ -353,6 +351,6 @@ def test_from_end_to_end(write_recipe, monkeypatch):
     (recipe,) = json.loads(Path("early/table.json").read_text())["recipes"]
     assert [e["iteration"] for e in recipe["runs"][0]["evaluations"]] == [0, 1]
 
-    monkeypatch.setattr(comparison_runs, "Race", None)  # nothing is left to train
+    monkeypatch.setattr(comparison_runs, "Trainer", None)  # nothing is left to train
     assert compare(*command).output.count("found finished") == 2
     assert ours.stat().st_mtime_ns == written

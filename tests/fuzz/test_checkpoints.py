@@ -31,7 +31,7 @@ class Saved:
                 parameter.data.fill_(iteration / 7)
             self.weights[iteration] = [p.detach().clone() for p in self.run.policy.parameters()]
             counters = {"iteration": iteration, "seconds": 0.0}
-            save_checkpoint(self.folder, self.run.policy, self.run.updater, counters, score=0.5)
+            save_checkpoint(self.folder, self.run.updater, counters, score=0.5)
 
     def fresh(self) -> Path:
         shutil.rmtree(self.copy, ignore_errors=True)
@@ -93,7 +93,7 @@ def test_damaged_checkpoints(data: st.DataObject, saved: Saved) -> None:
         return
     for parameter in saved.run.policy.parameters():
         parameter.data.zero_()
-    state: Any = load_checkpoint(found.folder, saved.run.policy, saved.run.updater)
+    state: Any = load_checkpoint(found.folder, saved.run.updater)
     assert state["iteration"] == found.iteration and found.iteration in ITERATIONS
     for parameter, kept in zip(
         saved.run.policy.parameters(), saved.weights[found.iteration], strict=True

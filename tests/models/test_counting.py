@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from dgpo import Callback
 from dgpo.algorithms.flow_grpo import FlowGRPO
 from tiny_runs import PROMPTS, light, rows, trainer, without_times
 
@@ -62,24 +63,18 @@ def test_evaluations_are_not_counted(tmp_path):
 
 def test_a_run_that_was_resumed_has_the_same_metrics_bit_for_bit(tmp_path):
     trainer(tmp_path / "whole", train={"iterations": 3}).train()
-    run = trainer(tmp_path / "parts", train={"iterations": 3}, checkpoint={"every": 2})
-    iterate = run._iterate
 
-    def stops_in_the_third():
-        if run.iteration == 2:
-            # cut off after the rollout, which must not be counted twice
-            run.updater.update = _interrupt
-        iterate()
+    class StopsInTheThird(Callback):
+        def on_rollout(self, state, control, **what):
+            if state.iteration == 2:  # the rollout must not be counted twice
+                raise KeyboardInterrupt
 
-    run._iterate = stops_in_the_third
+    changes = {"train": {"iterations": 3}, "checkpoint": {"every": 2}}
+    run = trainer(tmp_path / "parts", **changes, callbacks=[StopsInTheThird()])
     with pytest.raises(KeyboardInterrupt):
         run.train()
     trainer(tmp_path / "parts", train={"iterations": 3}, resume=True).train()
     assert without_times(tmp_path / "parts") == without_times(tmp_path / "whole")
-
-
-def _interrupt(batch, iteration, pause):
-    raise KeyboardInterrupt
 
 
 def test_nothing_is_left_on_the_denoiser(tmp_path):

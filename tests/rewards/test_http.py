@@ -22,6 +22,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import dgpo.cli.serve
+from dgpo import Callback
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
 from dgpo.rewards import load_rewards
@@ -402,22 +403,21 @@ def test_a_server_that_is_killed_in_the_middle_of_a_run(process, on_error, tmp_p
     url, running = process
     options = {"url": url, "retries": 1, "pause": 0.01}
     term = {"options": options, "on_error": on_error}
+
+    class Killing(Callback):
+        def on_iteration_begin(self, state, control, **what):
+            if state.iteration == 1:
+                os.kill(running.pid, signal.SIGKILL)
+                running.wait()
+
     run = trainer(
         tmp_path / "run",
         {"http": term},
         train={"iterations": 3},
         eval_dataset=["a red cat"],
         rollout={"batch": 4},
+        callbacks=[Killing()],
     )
-    iterate = run._iterate
-
-    def killing():
-        if run.iteration == 1:
-            os.kill(running.pid, signal.SIGKILL)
-            running.wait()
-        iterate()
-
-    monkeypatch.setattr(run, "_iterate", killing)
     if on_error == "stop":
         with pytest.raises(UserError, match=r"no answer from http.* after 2 tries"):
             run.train()

@@ -63,7 +63,7 @@ def test_a_repeated_run_has_the_same_numbers(first: Path) -> None:
     assert_same(first, again, ("metrics.jsonl", "evaluations.jsonl"))
     assert contents(first) == before
     there, here = (read_recipe(place / "recipe.yaml") for place in (first, again))
-    assert here == {**there, "run": {"dir": str(again)}} and here["seed"] == 3
+    assert here == {**there, "run": {**there["run"], "dir": str(again)}} and here["seed"] == 3
     assert free_folder(first / "run.json") == first.with_name("run-repeat-2")
 
 

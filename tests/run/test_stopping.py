@@ -96,7 +96,7 @@ def test_the_same_object_begins_after_ctrl_c_while_the_run_folder_is_made(
 
     run = long_update(tmp_path, "dgpo")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(f"dgpo.run.null_outputs.{what}", stop)
+        patched.setattr(f"dgpo.training.routine.{what}", stop)
         run.train()
     assert (tmp_path / "recipe.yaml").exists() == (what == "Progress")
     run.train()

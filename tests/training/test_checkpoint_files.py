@@ -147,7 +147,7 @@ def test_a_checkpoint_is_whole_or_not_there(
 
     def save(iteration: int, score: float | None = None) -> Path:
         counters = {"iteration": iteration}
-        return save_checkpoint(folder, run.policy, run.updater, counters, score=score)
+        return save_checkpoint(folder, run.updater, counters, score=score)
 
     def names() -> list[str]:
         return sorted(place.name for place in folder.iterdir())
@@ -159,14 +159,15 @@ def test_a_checkpoint_is_whole_or_not_there(
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for name in ("checkpoint.save_file", "checkpoint._write_json", "disk.sync"):
+    files = "training.checkpoint_files"
+    for name in (f"{files}.save_file", f"{files}._write_json", "disk.sync"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"dgpo.run.{name}", full)
+            patch.setattr(f"dgpo.{name}", full)
             with pytest.raises(OSError, match="No space"):
                 save(2)
         assert names() == ["00000001"]
     weight.data.zero_()
-    assert load_checkpoint(first, run.policy, run.updater)["iteration"] == 1
+    assert load_checkpoint(first, run.updater)["iteration"] == 1
     assert torch.equal(weight, kept)
 
     first.rename(folder / "00000001.old")  # as a kill between the two renames leaves it
@@ -192,7 +193,7 @@ def test_a_checkpoint_is_whole_or_not_there(
 
     other = trainer(tmp_path / "other", lora={"rank": 2, "alpha": 2})
     with pytest.raises(UserError, match="does not fit this policy"):
-        load_checkpoint(folder / "00000006", other.policy, other.updater)
+        load_checkpoint(folder / "00000006", other.updater)
     with pytest.raises(UserError, match="holds no checkpoint to go on from"):
         find_checkpoint(tmp_path / "nothing")
 
@@ -247,10 +248,10 @@ def test_a_checkpoint_of_a_later_format_is_refused_and_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = trainer(tmp_path / "run")
-    save_checkpoint(tmp_path, run.policy, run.updater, {"iteration": 1})
+    save_checkpoint(tmp_path, run.updater, {"iteration": 1})
     with monkeypatch.context() as later:
         later.setattr("dgpo.training.checkpoint_files.FORMAT", 2)
-        save_checkpoint(tmp_path, run.policy, run.updater, {"iteration": 2})
+        save_checkpoint(tmp_path, run.updater, {"iteration": 2})
     with pytest.raises(UserError, match=r"00000002.*format 2, and this version of dgpo reads 1"):
         find_checkpoint(tmp_path)
     assert {"00000001", "00000002"} <= {place.name for place in tmp_path.iterdir()}
@@ -264,7 +265,7 @@ def test_damaged_files_are_named_and_the_checkpoint_before_is_taken(
     for name in ("tensors.safetensors", "state.json", "manifest.json"):
         folder = tmp_path / name
         for iteration in (1, 2):
-            save_checkpoint(folder, run.policy, run.updater, {"iteration": iteration})
+            save_checkpoint(folder, run.updater, {"iteration": iteration})
         file = folder / "00000002" / name
         damage(file)
         found = find_checkpoint(folder)

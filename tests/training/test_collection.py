@@ -17,7 +17,7 @@ from dgpo.prompts import Prompt
 from dgpo.recipe import Recipe
 from dgpo.rewards import load_rewards
 from dgpo.training.batch import Batch
-from dgpo.training.collection import collect
+from dgpo.training.collector import Collector
 from dgpo.training.forward_rounds import ForwardRounds
 from dgpo.training.updater import Updater
 from families.tiny import sd3_small
@@ -41,15 +41,9 @@ class Case:
         return [score for group in SCORES for score in group]
 
     def collect(self, iteration: int = 0) -> Batch:
-        found = collect(
-            self.policy,
-            load_rewards([self.reward]),
-            self.recipe.algorithm,
-            [Prompt(text) for text in PROMPTS[:COUNT]],
-            self.recipe,
-            iteration,
-            None,
-        )
+        prompts = [Prompt(text) for text in PROMPTS[:COUNT]]
+        rewards = load_rewards([self.reward])
+        found = Collector(self.recipe, self.policy, rewards, lambda _: prompts)(iteration)
         assert found.batch is not None and found.figures["groups_dropped"] == 1
         return found.batch
 
@@ -70,14 +64,14 @@ def test_a_part_of_each_group_is_kept(algorithm: Algorithm, size: int) -> None:
     assert batch.groups.size == size and batch.groups.count == 2
     assert batch.groups.index.tolist() == [0] * size + [1] * size
     assert batch.total == COUNT * size and batch.share == pytest.approx(2 / 3)
-    assert (batch.places // SIZE).tolist() == [0] * size + [2] * size
+    assert (batch.positions // SIZE).tolist() == [0] * size + [2] * size
     assert len(batch.x0) == len(batch.advantages) == 2 * size
     assert batch.conditioning(torch.arange(2 * size)).size == 2 * size
     if size == SIZE:
         return
     assert (batch.advantages != 0).all()
     kept = {2: ([0, 2], [0, 1]), 3: ([1, 2, 4], [0, 2, 3])}[size]  # of equals the first
-    assert batch.places.tolist() == kept[0] + [2 * SIZE + place for place in kept[1]]
+    assert batch.positions.tolist() == kept[0] + [2 * SIZE + place for place in kept[1]]
 
 
 @pytest.mark.parametrize("algorithm", [DiffusionDPO(timesteps=LEVELS), BestOfN(timesteps=LEVELS)])
@@ -85,7 +79,7 @@ def test_the_noise_of_a_group_does_not_depend_on_what_is_kept(algorithm: Algorit
     case, whole = Case(algorithm), Case(DGPO(timesteps=LEVELS))
     part, everything = case.collect(), whole.collect()
     noises = [
-        ForwardRounds(c.policy, c.recipe.algorithm, c.recipe)._noise(batch, 0, 0)
+        ForwardRounds(c.policy, c.recipe)._noise(batch, 0, 0)
         for c, batch in ((case, part), (whole, everything))
     ]
     size = part.groups.size
@@ -94,7 +88,7 @@ def test_the_noise_of_a_group_does_not_depend_on_what_is_kept(algorithm: Algorit
         mine = noises[0][group * size : (group + 1) * size]
         theirs = noises[1][group * SIZE]
         assert torch.equal(mine, theirs.expand_as(mine))
-    assert torch.equal(part.x0, everything.x0[torch.isin(everything.places, part.places)])
+    assert torch.equal(part.x0, everything.x0[torch.isin(everything.positions, part.positions)])
 
 
 @pytest.mark.parametrize(
@@ -110,7 +104,7 @@ def test_what_is_not_trained_or_declared_costs_no_forward_pass(
 ) -> None:
     case = Case(algorithm)
     batch = case.collect()
-    updater = Updater(case.policy, case.recipe.algorithm, case.recipe)
+    updater = Updater(case.policy, case.recipe)
     case.model.has_guidance(batch.prompts)
     with Calls(case.model.denoisers["transformer"]) as calls:
         updater.update(batch, 0)

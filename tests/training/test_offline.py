@@ -23,7 +23,7 @@ from dgpo.rewards import load_rewards
 from dgpo.rewards.shipped.stand_in import brightness
 from dgpo.trainer import Trainer
 from dgpo.training.batch import Batch
-from dgpo.training.collection import collect
+from dgpo.training.collector import Collector
 from dgpo.training.forward_rounds import old_is_policy
 from dgpo.training.offline import RankedCollector, picked, ranked_prompts
 from dgpo.training.updater import Updater
@@ -68,7 +68,7 @@ class Case:
         generator = torch.Generator().manual_seed(1)
         for tensor in (*self.policy.parameters(), *self.policy.old.tensors):
             tensor.data += 0.05 * torch.randn(tensor.shape, generator=generator)
-        self.updater = Updater(self.policy, recipe.algorithm, recipe)
+        self.updater = Updater(self.policy, recipe)
 
     def updated(self, batch: Batch) -> tuple[dict[str, float], list[Tensor]]:
         figures = self.updater.update(batch, iteration=0)
@@ -88,15 +88,8 @@ def test_a_recorded_group_gives_the_online_update_bit_by_bit(
         return seen["rewards"]
 
     prompts = [Prompt(text) for text in PROMPTS[:COUNT]]
-    found = collect(
-        online.policy,
-        load_rewards([reward]),
-        online.recipe.algorithm,
-        prompts,
-        online.recipe,
-        0,
-        None,
-    ).batch
+    rewards = load_rewards([reward])
+    found = Collector(online.recipe, online.policy, rewards, lambda _: prompts)(0).batch
     assert found is not None
 
     writer = GroupWriter(tmp_path / "groups")
@@ -106,14 +99,12 @@ def test_a_recorded_group_gives_the_online_update_bit_by_bit(
     offline = Case(recipe_of(tmp_path / "groups", algorithm=algorithm))
     sampler = PromptSampler(ranked_prompts(offline.recipe), COUNT, seed=0)
     monkeypatch.setattr(sampler, "at", lambda iteration: sampler.prompts)  # in the online order
-    collector = RankedCollector(
-        offline.model, offline.recipe.algorithm, sampler, offline.recipe, None
-    )
+    collector = RankedCollector(offline.model, offline.recipe, sampler, None)
     batch = collector(0).batch
     assert batch is not None
     for one, other in zip(batch.levels, found.levels, strict=True):
         assert one.sigma == other.sigma and torch.equal(one.timestep, other.timestep)
-    for key in ("advantages", "places"):
+    for key in ("advantages", "positions"):
         assert torch.equal(getattr(batch, key), getattr(found, key))
     assert torch.equal(batch.groups.index, found.groups.index) and batch.total == found.total
     # the VAE and eight bits have lost a part of x0: with the recorded one the updates are equal

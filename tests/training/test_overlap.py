@@ -15,7 +15,7 @@ from dgpo.models.policy import Policy
 from dgpo.prompts import Prompt
 from dgpo.recipe import Recipe
 from dgpo.rewards import load_rewards
-from dgpo.training.collection import Collected, collect
+from dgpo.training.collector import Collected, Collector
 from families.tiny import sd3_small
 from tiny_runs import PROMPTS, settings
 
@@ -52,9 +52,7 @@ def run(
     data = settings(group_size=4, groups_per_iteration=3, rollout=rollout)
     recipe = Recipe.from_dict({**data, "algorithm": DGPO(timesteps=LEVELS)})
     rows = [Prompt(text) for text in PROMPTS[:3]]
-    return collect(
-        policy, load_rewards({reward: term or 1.0}), recipe.algorithm, rows, recipe, 0, None
-    )
+    return Collector(recipe, policy, load_rewards({reward: term or 1.0}), lambda _: rows)(0)
 
 
 def test_overlapped_is_the_same_as_synchronous(policy: Policy) -> None:
@@ -87,7 +85,7 @@ def test_a_lost_group_is_left_out_and_counted(policy: Policy, overlap: bool) -> 
     assert found.figures["groups_skipped"] == 1 and found.figures["groups_dropped"] == 0
     batch = found.batch
     assert batch is not None and batch.groups.count == 2 and batch.share == 1
-    assert batch.places.tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
     assert batch.prompts.size == 2
     reward.breaks = set(PROMPTS)
     with pytest.warns(UserWarning, match="no answer"):

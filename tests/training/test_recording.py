@@ -21,7 +21,7 @@ from dgpo.prompts import PromptSampler, load_prompts
 from dgpo.recipe import Recipe
 from dgpo.rewards import load_rewards
 from dgpo.rewards.shipped.stand_in import brightness, redness
-from dgpo.training.collection import Sampled, collect, rollout_scheduler, sample
+from dgpo.training.collector import Collector, Sampled
 from dgpo.training.recording import record
 from families.tiny import sd3_small
 from tiny_runs import PROMPTS, light, rows, settings
@@ -47,7 +47,7 @@ def sampled_online(recipe: Recipe, prompts: str, iteration: int) -> Sampled:
     model = PipelineModel(sd3_small(), call=recipe.rollout.call)
     policy, rewards = Policy(model, recipe.lora), load_rewards(recipe.rewards)
     rows = PromptSampler(load_prompts(prompts), recipe.groups_per_iteration, recipe.seed)
-    return sample(policy, rewards, recipe.algorithm, rows.at(iteration), recipe, iteration, None)
+    return Collector(recipe, policy, rewards, rows.at).sample(iteration)
 
 
 def pixels(images: Any) -> np.ndarray:
@@ -116,9 +116,8 @@ def test_rollouts_may_add_noise(prompts: str) -> None:
         recipe = recipe_of(prompts, rollout={"sde": sde})
         model = PipelineModel(sd3_small(), call=recipe.rollout.call)
         policy = Policy(model, recipe.lora)
-        scheduler = rollout_scheduler(recipe, model.pipe.scheduler)
         rows, rewards = load_prompts(prompts)[:2], load_rewards(recipe.rewards)
-        batch = collect(policy, rewards, recipe.algorithm, rows, recipe, 0, scheduler).batch
+        batch = Collector(recipe, policy, rewards, lambda _, rows=rows: rows)(0).batch
         assert batch is not None and not batch.steps
         pictures.append(batch.x0)
         levels.append([level.sigma for level in batch.levels])

@@ -7,7 +7,6 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from dgpo.errors import UserError
+from dgpo.recipe import Recipe
 from dgpo.recipe.sections import GuardSettings
 from dgpo.rewards.shipped.stand_in import brightness
-from dgpo.training.journal import Journal
+from dgpo.training.callbacks import TrainerState
 from dgpo.training.run_guards import Guards
 from tiny_runs import PROMPTS, TIMESTEPS, Spy, light, rows, trainer
 
@@ -102,7 +102,7 @@ def test_what_is_not_finite_takes_the_place_of_no_checkpoint(tmp_path: Path, cap
     run = trainer(tmp_path / "stopped", stopping, algorithm=bad, **every)
     with pytest.raises(KeyboardInterrupt):
         run.train()
-    assert run._not_saved == {3}
+    assert run.state.not_saved == {3}
     assert left(tmp_path / "stopped") == ["00000001", "00000002"]
     assert "stopped after a step that was not finite" in " ".join(capsys.readouterr().err.split())
 
@@ -122,14 +122,13 @@ def test_what_is_not_finite_takes_the_place_of_no_checkpoint(tmp_path: Path, cap
 
 
 def test_a_score_whose_weights_were_not_saved_is_no_bar_for_others() -> None:
-    journal: Any = object.__new__(Journal)
     rows = [
         {"iteration": done, "overall": score} for done, score in ((10, 0.7), (20, 0.9), (30, 0.8))
     ]
-    journal.tracker, journal.not_saved = SimpleNamespace(evaluations=rows), set()
-    assert not journal.is_best(30)
-    journal.not_saved.add(20)
-    assert journal.is_best(30) and not journal.is_best(20)
+    state = TrainerState(Recipe(), iteration=30, log_history=rows)
+    assert not state.is_best
+    state.not_saved.add(20)
+    assert state.is_best and not replace(state, iteration=20).is_best
 
 
 def test_a_run_that_goes_on_knows_whose_weights_were_not_saved(tmp_path: Path) -> None:
@@ -164,7 +163,7 @@ def test_a_run_that_goes_on_knows_whose_weights_were_not_saved(tmp_path: Path) -
             continue
         with pytest.raises(KeyboardInterrupt):
             runs[-1].train()
-        assert runs[-1].iteration == 3 and runs[-1]._not_saved == {2}
+        assert runs[-1].iteration == 3 and runs[-1].state.not_saved == {2}
     names = sorted(place.name for place in (tmp_path / "checkpoints").iterdir())
     assert names == ["00000004", "00000005"]
 

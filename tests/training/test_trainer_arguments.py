@@ -15,7 +15,7 @@ from dgpo.pocket import load_pocket, load_pocket_sd, load_pocket_signs
 from dgpo.registry import MODELS
 from dgpo.rewards.shipped.stand_in import brightness
 from dgpo.trainer import Trainer
-from dgpo.training.arguments import full_recipe
+from dgpo.training.arguments import Given, full_recipe
 from families.tiny import build
 from tiny_runs import PROMPTS, settings, trainer
 
@@ -24,7 +24,7 @@ def test_a_pipeline_that_was_read_from_a_folder_is_known_by_it(tmp_path: Path) -
     build("sd15").save_pretrained(tmp_path)
     read = DiffusionPipeline.from_pretrained(tmp_path)
     assert isinstance(read.config["_name_or_path"], Path)  # as diffusers keeps it
-    assert full_recipe(None, model=read).model == str(tmp_path)
+    assert full_recipe(None, Given(model=read)).model == str(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_a_pipeline_that_was_read_from_a_folder_is_known_by_it(tmp_path: Path) -
     [("pocket", load_pocket), ("pocket-signs", load_pocket_signs), ("pocket-sd", load_pocket_sd)],
 )
 def test_a_loaded_pocket_is_known_by_its_name(name: str, load: Callable[[], Any]) -> None:
-    assert full_recipe(None, model=load()).model == name
+    assert full_recipe(None, Given(model=load())).model == name
     assert name in MODELS
 
 

@@ -21,7 +21,7 @@ from dgpo.recipe import Recipe
 from dgpo.rewards import load_rewards
 from dgpo.rewards.shipped.stand_in import brightness
 from dgpo.trainer import Trainer
-from dgpo.training.collection import Collected, collect
+from dgpo.training.collector import Collected, Collector
 from dgpo.training.trajectory_rounds import RATIO_TOLERANCE
 from dgpo.training.updater import Updater
 from families.tiny import sd3_small, sd15
@@ -62,16 +62,13 @@ class Case:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.data += 0.05 * noise.to(parameter)
         self.scheduler = make_sde_scheduler(algorithm.sde, pipe.scheduler)
-        self.updater = Updater(self.policy, algorithm, self.recipe)
+        self.updater = Updater(self.policy, self.recipe)
         Spy.seen.clear()
 
     def collect(self, reward: Any = brightness, iteration: int = 0) -> Collected:
         prompts = [Prompt(text) for text in PROMPTS]
-        algorithm = self.recipe.algorithm
         rewards = load_rewards(reward if isinstance(reward, dict) else [reward])
-        return collect(
-            self.policy, rewards, algorithm, prompts, self.recipe, iteration, self.scheduler
-        )
+        return Collector(self.recipe, self.policy, rewards, lambda _: prompts)(iteration)
 
     def gradients(self, reward: Any = brightness) -> list[list[Tensor]]:
         """Those of each optimiser step; no step changes a weight."""
@@ -168,7 +165,7 @@ def test_recorded_steps_are_those_of_the_groups_that_are_left() -> None:
     everything, left = case.collect().batch, case.collect(without_first_prompt).batch
     assert everything is not None and left is not None
     assert [step.index for step in left.steps] == [1]
-    assert left.places.tolist() == list(range(SIZE, COUNT * SIZE))
+    assert left.positions.tolist() == list(range(SIZE, COUNT * SIZE))
     for name in ("sample", "output", "previous"):
         ours, all_rows = getattr(left.steps[0], name), getattr(everything.steps[0], name)
         assert torch.equal(ours, all_rows[SIZE:])

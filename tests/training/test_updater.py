@@ -25,7 +25,7 @@ from dgpo.recipe.sections import EmaSettings
 from dgpo.rewards import load_rewards
 from dgpo.rewards.shipped.stand_in import brightness
 from dgpo.training.batch import Batch
-from dgpo.training.collection import collect
+from dgpo.training.collector import Collector
 from dgpo.training.forward_rounds import old_is_policy
 from dgpo.training.updater import SCALE_GROWS, NonFinite, Updater
 from families.tiny import sd3_small
@@ -47,7 +47,7 @@ class Case:
         generator = torch.Generator().manual_seed(1)
         for tensor in (*self.policy.parameters(), *self.policy.old.tensors):
             tensor.data += 0.05 * torch.randn(tensor.shape, generator=generator).to(dtype)
-        self.updater = Updater(self.policy, self.recipe.algorithm, self.recipe)
+        self.updater = Updater(self.policy, self.recipe)
         groups = Groups.contiguous(COUNT, SIZE)
         rewards = torch.randn(COUNT * SIZE, generator=generator)
         self.batch = Batch(
@@ -56,7 +56,7 @@ class Case:
             levels=self.levels(),
             advantages=self.recipe.algorithm.advantages(rewards, groups),
             groups=groups,
-            places=torch.arange(COUNT * SIZE),
+            positions=torch.arange(COUNT * SIZE),
             total=COUNT * SIZE,
         )
         self.model.has_guidance(self.batch.prompts)  # finds out by a call of its own
@@ -164,7 +164,7 @@ def test_an_old_policy_that_is_the_policy_costs_no_pass(monkeypatch: pytest.Monk
         algorithm = AWM.model_validate({"timesteps": timesteps})
         recipe = case.recipe.model_copy(update={"algorithm": algorithm})
         case.policy.old.update(0.0)
-        case.updater = Updater(case.policy, algorithm, recipe)
+        case.updater = Updater(case.policy, recipe)
         with Calls(case.policy.model.denoisers["transformer"]) as calls:
             found = case.gradients()
         assert calls.sizes == counted
@@ -194,15 +194,15 @@ def half_without_spread(images: Any, prompts: list[str]) -> list[float]:
 
 def collected(case: Case, reward: Any = half_without_spread) -> Any:
     prompts = [Prompt(text) for text in PROMPTS[:COUNT]]
-    algorithm = case.recipe.algorithm
-    return collect(case.policy, load_rewards([reward]), algorithm, prompts, case.recipe, 0, None)
+    rewards = load_rewards([reward])
+    return Collector(case.recipe, case.policy, rewards, lambda _: prompts)(0)
 
 
 def test_groups_without_spread_are_left_out_and_counted() -> None:
     case = Case(train=FREE)
     found = collected(case)
     assert found.figures["groups_dropped"] == 1.0
-    assert found.batch.places.tolist() == list(range(SIZE, 2 * SIZE))
+    assert found.batch.positions.tolist() == list(range(SIZE, 2 * SIZE))
     assert found.batch.share == 0.5
     with Calls(case.policy.model.denoisers["transformer"]) as calls:
         case.gradients(found.batch)
@@ -350,7 +350,7 @@ def test_averages_move_once_for_an_optimiser_step(
 
     def twice(self: Updater, iteration: int) -> Tensor:
         norm = right(self, iteration)
-        self.policy.old.update(self.algorithm.old_decay(self.step))
+        self.policy.old.update(self.recipe.algorithm.old_decay(self.step))
         return norm
 
     monkeypatch.setattr(Updater, "_optimize", twice)
@@ -389,7 +389,7 @@ def test_inner_epochs_train_the_same_pictures_with_noise_of_their_own() -> None:
 def test_an_old_policy_that_is_the_policy_is_asked_from_the_second_inner_epoch_on() -> None:
     case = Case(train={**FREE, "inner_epochs": 2})
     recipe = case.recipe.model_copy(update={"algorithm": AWM.model_validate(TWO_LEVELS)})
-    case.updater = Updater(case.policy, recipe.algorithm, recipe)
+    case.updater = Updater(case.policy, recipe)
     with Calls(case.policy.model.denoisers["transformer"]) as calls:
         case.updater.update(case.batch, iteration=0)
     rows = COUNT * SIZE
@@ -415,7 +415,8 @@ def test_a_warm_average_forgets_the_base_model_sooner() -> None:
 
 def test_an_iteration_without_a_batch_moves_the_old_policy_too() -> None:
     case = Case()
-    updater = Updater(case.policy, DiffusionNFT(), case.recipe)
+    recipe = case.recipe.model_copy(update={"algorithm": DiffusionNFT()})
+    updater = Updater(case.policy, recipe)
     before = [t.clone() for t in case.policy.old.tensors]
     updater.end_iteration(300)
     for old, was, now in zip(

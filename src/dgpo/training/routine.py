@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -251,10 +252,10 @@ class ProgressLine(OwnCallback):
     ) -> None:
         if self._outputs.progress is None:
             return
-        recipe = state.recipe
+        recipe, reward = state.recipe, row["reward_mean"]
         self._outputs.progress.iteration(
             state.iteration,
-            reward=row["reward_mean"],
+            reward=math.nan if reward is None else reward,
             spread=1 - row["groups_dropped"] / recipe.groups_per_iteration,
             clipped=row.get("clipped", 0.0),
             samples_per_second=recipe.images_per_iteration / row["seconds_iteration"],
