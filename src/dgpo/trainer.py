@@ -27,7 +27,14 @@ from dgpo.recipe import Recipe
 from dgpo.rewards import RewardSet
 from dgpo.run.tracking import plain, read_history, refuse_existing_run
 from dgpo.training.agreement import join
-from dgpo.training.arguments import Given, Options, full_recipe, going_on, refuse_unknown
+from dgpo.training.arguments import (
+    Given,
+    Options,
+    full_recipe,
+    going_on,
+    recipe_of_run,
+    refuse_unknown,
+)
 from dgpo.training.batch import Batch
 from dgpo.training.callbacks import Callbacks, TrainerState, checked_callbacks, load_callbacks
 from dgpo.training.checkpoints import RunCheckpoints
@@ -86,7 +93,7 @@ class Trainer:
         given = Given(model, reward_funcs, train_dataset, eval_dataset, algorithm, report_to)
         self.recipe = recipe = full_recipe(going_on(recipe, resume), given)
         self.processes = processes = current_processes()
-        self.callbacks = checked_callbacks(options.get("callbacks"))
+        self.callbacks = checked_callbacks(options.get("callbacks", ()))
         self.callbacks += load_callbacks(recipe.run.callbacks)
         self._checkpoints = RunCheckpoints(recipe, bool(resume), processes)
         if not resume and processes.main:
@@ -121,10 +128,7 @@ class Trainer:
         Raises:
             UserError: there is no run, or as :class:`Trainer`.
         """
-        file = Path(folder) / "recipe.yaml"
-        if not file.is_file():
-            raise UserError(f"from_run({str(folder)!r}): no run there (no recipe.yaml)")
-        return cls(recipe=Recipe.load(file, overrides), resume=folder, **given)
+        return cls(recipe=recipe_of_run(folder, overrides), resume=folder, **given)
 
     def train(self) -> Report | None:
         """Run to the recipe's end; returns the last evaluation's report, if there was one.

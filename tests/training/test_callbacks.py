@@ -13,9 +13,11 @@ from dgpo import Callback
 from dgpo.distributed.processes import Processes
 from dgpo.errors import UserError
 from dgpo.recipe import Recipe
+from dgpo.trainer import Trainer
 from dgpo.training.callbacks import Callbacks, TrainerState
 from dgpo.training.routine import Outputs, routine
-from tiny_runs import PROMPTS, light, rows, trainer
+from families.tiny import sd3_small
+from tiny_runs import PROMPTS, brightness, light, rows, settings, trainer
 
 HOOKS = [name for name in vars(Callback) if name.startswith("on_")]
 
@@ -80,12 +82,12 @@ def test_a_rollout_is_shown_with_rewards_and_advantages(tmp_path: Path) -> None:
     mean = float(what["rewards"][name].mean())
     assert mean == pytest.approx(rows(tmp_path)[0]["reward_mean"], rel=1e-6)
     groups = what["advantages"].view(2, 4)
-    assert torch.allclose(groups.sum(1), torch.zeros(2), atol=1e-5) and bool((groups != 0).all())
+    assert torch.allclose(groups.sum(1), torch.zeros(2), atol=1e-3) and bool((groups != 0).all())
 
 
 def test_groups_without_spread_and_lost_ones_have_such_advantages(tmp_path: Path) -> None:
     def reward(images: Any, prompts: list[str]) -> list[float]:
-        if prompts[0] == PROMPTS[1]:
+        if PROMPTS[1] in prompts:
             raise ValueError("no answer")
         return [1.0] * len(images)
 
@@ -184,19 +186,27 @@ def test_callbacks_are_named_in_a_recipe(tmp_path: Path) -> None:
         "    def __init__(self, number): ...\n"
         "class Other: ...\n"
     )
-    recipe = {"run": {"dir": str(tmp_path / "run"), "callbacks": [f"{file}:Counts"]}}
-    run = trainer(tmp_path / "run", **recipe)
+
+    def named(name: str) -> Trainer:
+        given: Any = {"dir": str(tmp_path / name), "callbacks": [f"{file}:{name}"]}
+        return Trainer(
+            model=sd3_small(),
+            reward_funcs=brightness,
+            train_dataset=PROMPTS,
+            recipe=settings(run=given),
+        )
+
+    run = named("Counts")
     assert Recipe.from_dict(run.recipe.to_dict()) == run.recipe
     run.train()
-    assert (tmp_path / "run/counted").read_text() == "2"
+    assert (tmp_path / "Counts/counted").read_text() == "2"
     for name, words in (
         ("Wants", r"Wants'.*takes arguments is given as an object"),
         ("Other", r"Other'.*is no dgpo\.Callback"),
         ("Missing", r"has no 'Missing'"),
     ):
-        given = {"run": {"dir": str(tmp_path / name), "callbacks": [f"{file}:{name}"]}}
         with pytest.raises(UserError, match=words):
-            trainer(tmp_path / name, **given)
+            named(name)
 
 
 @pytest.mark.parametrize("given", [3, [3], [Callback, "name"]])

@@ -17,6 +17,7 @@ from dgpo.algorithms.base import BaseAlgorithm
 from dgpo.errors import UserError
 from dgpo.models.load import Precision
 from dgpo.recipe import Recipe
+from dgpo.recipe.files import apply_overrides, read_recipe
 from dgpo.settings import key_tree, suggest_key
 from dgpo.training.callbacks import Callback
 
@@ -83,14 +84,28 @@ def going_on(recipe: Any, resume: bool | str | Path) -> Any:
         if not runs:
             raise UserError(f"resume = 'last': {beside} holds no run; start without resume")
         folder = max(runs, key=_written)
-    file = folder / "recipe.yaml"
+    of_run = recipe_of_run(folder)
+    recipe = of_run if recipe is None else _recipe_of(recipe)
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": str(folder)})})
+
+
+def recipe_of_run(folder: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a run folder. It may lack what was given in Python and has no name.
+
+    Args:
+        folder: of a run.
+        overrides: ``a.b=c``, the values in YAML.
+
+    Raises:
+        UserError: there is no run, or as :meth:`Recipe.from_dict`.
+    """
+    file = Path(folder).expanduser() / "recipe.yaml"
     if not file.is_file():
         raise UserError(
-            f"resume = {str(resume)!r}: no run there (no recipe.yaml); give the run's folder, or "
-            "True for the recipe's run.dir"
+            f"{str(folder)!r} holds no run to go on with (no recipe.yaml); give a run's folder, or "
+            "resume=True for the recipe's run.dir"
         )
-    recipe = _recipe_of(file if recipe is None else recipe)
-    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": str(folder)})})
+    return Recipe.from_dict(apply_overrides(read_recipe(file), overrides), f"recipe {file}")
 
 
 def _written(folder: Path) -> float:

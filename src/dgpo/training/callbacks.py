@@ -283,8 +283,8 @@ def checked_callbacks(given: Any) -> list[Callback]:
     Raises:
         UserError: one is no :class:`Callback`.
     """
-    given = [given] if isinstance(given, (Callback, type)) else given
-    return [_callback(one, "callbacks") for one in given or ()]
+    several = isinstance(given, (list, tuple))
+    return [_callback(one, "callbacks") for one in (given if several else [given])]
 
 
 def _callback(found: Any, where: str) -> Callback:
