@@ -81,7 +81,7 @@ class Algorithm(BaseAlgorithm):
     timesteps: TimestepChoice = TimestepChoice()
     """Which noise levels of the rollout's schedule are trained."""
     shared_noise: bool = True
-    """Whether all samples of a group share one noise at a level; each level draws its own."""
+    """All samples of a group share one noise at a level; each level draws its own."""
 
     def weights(self, points: Forward) -> Tensor | None:
         """Return detached group weights ``[B]``; None means that the loss needs no whole groups.

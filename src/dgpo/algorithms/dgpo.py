@@ -89,7 +89,7 @@ class DGPO(GuidedKl, NormalizedRewards, Algorithm):
     clip: float | None = Field(default=1e-2, gt=0)
     """The trust region around the old policy; null turns it off."""
     loss_scale: Literal["reference", "paper"] = "reference"
-    """Whether beta shapes the group weight alone (reference) or scales the gradient too (paper)."""
+    """What beta scales: the group weight alone (reference), or the gradient too (paper)."""
     reference: Literal["frozen", "ema"] = "frozen"
     """The baseline of the group margin: the frozen model or the old policy."""
     advantage_std: Literal["group", "batch"] = "group"

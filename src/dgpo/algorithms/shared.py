@@ -55,6 +55,7 @@ class GuidedKl(Settings):
 
     @property
     def kl_guidance(self) -> float | None:
+        """Return ``kl_cfg`` if the term needs guidance, else None."""
         return self.kl_cfg if self.kl > 0 and self.kl_cfg != 1 else None
 
     @property

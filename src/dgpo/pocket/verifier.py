@@ -151,7 +151,7 @@ def verify(image: np.ndarray, metadata: dict[str, Any]) -> Verdict:
 
     Args:
         image: uint8 or float [32, 32, 3] in 0..255.
-        metadata: as :func:`~dgpo.pocket.scenes.parse_caption` returns it.
+        metadata: what :func:`~dgpo.pocket.scenes.parse_caption` returns for the caption.
 
     >>> from dgpo.pocket.scenes import draw_scene, parse_caption, render
     >>> row = parse_caption("a photo of a red circle")
