@@ -69,7 +69,7 @@ def replace_text(file: Path, text: str) -> None:
     whole = file.with_suffix(".tmp")
     try:
         whole.write_text(text, encoding="utf-8")
-        sync(whole)
+        sync(whole)  # first: the new name could reach the disk before the text does
     except BaseException:
         whole.unlink(missing_ok=True)
         raise
@@ -94,6 +94,7 @@ def replace_folder(place: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)  # or it would keep a full disk full
         raise
+    # no folder can be renamed onto another: the earlier one steps aside until the new one stands
     if place.exists():
         if old.exists():
             shutil.rmtree(old)

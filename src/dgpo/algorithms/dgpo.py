@@ -85,7 +85,7 @@ class DGPO(GuidedKl, NormalizedRewards, Algorithm):
 
     name: ClassVar[str] = "dgpo"
     beta: float = Field(default=100.0, gt=0)
-    """How sharp the preference is: how soon a well ordered group stops to count."""
+    """How sharp the preference is: how soon a well ordered group stops counting."""
     clip: float | None = Field(default=1e-2, gt=0)
     """The trust region around the old policy; null turns it off."""
     loss_scale: Literal["reference", "paper"] = "reference"
@@ -95,7 +95,7 @@ class DGPO(GuidedKl, NormalizedRewards, Algorithm):
     advantage_std: Literal["group", "batch"] = "group"
     """Which deviation divides the rewards: the one in their group or in the whole batch."""
     sample_weights: Literal["advantage", "uniform"] = "advantage"
-    """How much each sample counts: as its |A|, or equally among the better and among the worse
+    """How much each sample counts: by its |A|, or equally among the better and among the worse
     samples, so that both halves weigh the same."""
     old_decay_max: float = Field(default=0.3, ge=0, lt=1)
     """The largest decay of the old policy's EMA."""

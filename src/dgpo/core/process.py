@@ -94,8 +94,9 @@ class FlowMatching(Process):
 
 @dataclass(frozen=True, eq=False)
 class _VariancePreserving(Process):
-    """``xt = sqrt(a) x0 + sqrt(1 - a) e`` with ``a = alphas_cumprod[timestep]`` (DDPM,
-    arXiv 2006.11239, eq. 4), which a level holds as ``sigma = sqrt(1 - a)``.
+    """The noised sample is ``xt = sqrt(a) x0 + sqrt(1 - a) e``, ``a = alphas_cumprod[timestep]``.
+
+    A level holds a as ``sigma = sqrt(1 - a)``. Source: DDPM (arXiv 2006.11239), eq. 4.
 
     Args:
         alphas_cumprod: the scheduler's table ``[T]``, decreasing.

@@ -72,6 +72,7 @@ def _read(pixels: np.ndarray, region: np.ndarray, mask: np.ndarray, box: tuple) 
     near = ndimage.binary_dilation(region, structure=_EIGHT)
     background = np.asarray(BACKGROUND, np.float32)
     axis = rgb - background
+    # how far a pixel's colour is on the way from the background to the object's colour
     cover = np.clip((pixels - background) @ axis / max(float(axis @ axis), 1.0), 0, 1) * near
     total = float(cover.sum())
     grid = np.arange(SIDE) + 0.5
@@ -105,6 +106,7 @@ def _bank() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         for radius in radii:
             lift = 0.0
             if shape == "triangle":
+                # its centroid lies below its centre, and objects are placed by their centroid
                 fine = (np.arange(_WINDOW * 8) + 0.5) / 8 - _WINDOW / 2
                 dense = coverage(shape, fine[None, :], fine[:, None], radius)
                 lift = float(dense.sum(1) @ fine / dense.sum())
@@ -126,7 +128,7 @@ def _best_shape(cover: np.ndarray, x: float, y: float) -> tuple[str, float]:
     window = padded[top + _WINDOW : top + 2 * _WINDOW, left + _WINDOW : left + 2 * _WINDOW]
     flat = window.reshape(-1).astype(np.float32)
     spill = float(cover.sum()) - float(flat.sum())
-    both = np.minimum(bank, flat).sum(1)
+    both = np.minimum(bank, flat).sum(1)  # intersection; what spills over counts in the union only
     iou = both / (sums + float(flat.sum()) + spill - both)
     best = int(iou.argmax())
     return SHAPES[kinds[best]], float(iou[best])

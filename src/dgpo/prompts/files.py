@@ -30,10 +30,9 @@ def read_rows(path: Path) -> Iterator[Row]:
     kind = _kind(path)
     if kind != "file":
         hint = nearest(str(path), PROMPTS)
-        what = "is a folder" if kind == "folder" else "does not exist"
+        what = "this is a folder" if kind == "folder" else "the file does not exist"
         raise UserError(
-            f"prompts {str(path)!r:.200}: the file {what}{hint}; "
-            f"built-in sets: {', '.join(sorted(PROMPTS))}"
+            f"prompts {str(path)!r:.200}: {what}{hint}; built-in sets: {', '.join(sorted(PROMPTS))}"
         )
     readers = {".txt": _text_row, ".jsonl": _json_row}
     read = readers.get(path.suffix.lower())

@@ -118,7 +118,7 @@ class RemoteEngine(RolloutEngine):
 
     def _send(self, name: str, data: bytes) -> None:
         """Send weights; the server answers with the hash of the tensors that it has read."""
-        self._sent = None
+        self._sent = None  # if anything fails now, nobody knows which weights the server has
         answer = self._ask("PUT", f"/v1/weights/{name}", content=data)
         self.bytes_sent += len(data)
         try:

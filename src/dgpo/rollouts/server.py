@@ -71,7 +71,7 @@ class Sampler:
         with self._lock, tempfile.TemporaryDirectory() as folder:
             if self._layers:
                 self._pipe.unload_lora_weights()
-            self._weights, self._layers = None, []
+            self._weights, self._layers = None, []  # until the new ones are known to be in place
             (Path(folder) / "pytorch_lora_weights.safetensors").write_bytes(data)
             try:
                 lora.load(self._pipe, Path(folder))
