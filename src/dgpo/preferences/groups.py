@@ -251,7 +251,7 @@ def _checked_size(
         if found != (width, height):
             raise UserError(
                 f"{where}: {file} is {width} x {height} pixels, and {found[0]} x {found[1]} are "
-                "needed: all pictures must have one size, and rollout.call.height and width must "
+                "wanted: all pictures must have one size, and rollout.call.height and width must "
                 "be that size if the recipe sets them"
             )
         wanted = found
