@@ -70,7 +70,7 @@ class BaseAlgorithm(Settings, ABC):
 class Algorithm(BaseAlgorithm):
     """An ``Algorithm`` trains on clean samples that are noised again.
 
-    A new one needs ``advantages`` and ``loss``; everything else has a default.
+    A new one needs ``name``, ``advantages`` and ``loss``; everything else has a default.
     """
 
     points: ClassVar[Literal["forward", "trajectory"]] = "forward"
