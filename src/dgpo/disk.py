@@ -1,4 +1,4 @@
-"""Writing so that a kill or a full disk leaves what was there before."""
+"""Files and folders are replaced so that a kill or a full disk leaves the earlier ones whole."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 from dgpo.errors import UserError
 
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
-"""What reading a file of a run raises that is not what was written."""
+"""The errors that reading a damaged file of a run may raise."""
 _FULL = ("No space left", "StorageFull", "Disk quota exceeded", "QuotaExceeded")
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a write failed because no space, or no more of the user's share, was left."""
+    """Return whether a write failed because the disk, or the user's quota of it, is full."""
     if isinstance(error, SafetensorError):  # it hides the operating system's reason in a text
         return any(words in str(error) for words in _FULL)
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -28,10 +28,10 @@ def is_disk_full(error: BaseException) -> bool:
 
 @contextmanager
 def says_disk_full(folder: Path) -> Iterator[None]:
-    """A full disk during the block becomes one clear error.
+    """Turn a full disk during the block into one clear error.
 
     Raises:
-        UserError: the disk is full; what was saved before is whole.
+        UserError: the disk is full; the checkpoints that were saved before are whole.
     """
     try:
         yield
@@ -41,12 +41,12 @@ def says_disk_full(folder: Path) -> Iterator[None]:
         raise UserError(
             f"the disk of {folder} is full, or your quota of it ({error}). The checkpoints that "
             "were saved before are whole: free some space, or lower checkpoint.keep_last and "
-            f"checkpoint.keep_best, and go on with: dgpo train {folder / 'recipe.yaml'} --resume"
+            f"checkpoint.keep_best; then go on with: dgpo train {folder / 'recipe.yaml'} --resume"
         ) from error
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """Write a file, or the names in a folder, through to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -55,19 +55,21 @@ def sync(path: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename what is damaged, so that it is neither read nor counted, nor lost; the new name is the
-    first of ``NAME.damaged``, ``NAME.damaged-2``, ... that is free."""
+    """Rename a damaged file or folder, so that it is not read again and not lost.
+
+    The new name is the first of ``NAME.damaged``, ``NAME.damaged-2``, ... that is free.
+    """
     names = itertools.chain(("damaged",), (f"damaged-{n}" for n in itertools.count(2)))
     places = (path.with_name(f"{path.name}.{name}") for name in names)
     return path.rename(next(place for place in places if not place.exists()))
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Put a text in the place of a file: a kill or a full disk leaves one or the other, whole."""
+    """Replace a file by a text; a kill or a full disk leaves the old file or the new one, whole."""
     whole = file.with_suffix(".tmp")
     try:
         whole.write_text(text, encoding="utf-8")
-        sync(whole)
+        sync(whole)  # first: the new name could reach the disk before the text does
     except BaseException:
         whole.unlink(missing_ok=True)
         raise
@@ -75,10 +77,10 @@ def replace_text(file: Path, text: str) -> None:
 
 
 def replace_folder(place: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a new folder, and put it in the place of the one of that name.
+    """Let ``write`` fill a new folder, then replace the folder ``place`` by it.
 
-    Whatever fails or is killed meanwhile, ``place`` is one or the other as a whole, or for the
-    moment between two renames ``place.old`` is the earlier one.
+    Whatever fails or is killed meanwhile, ``place`` is the old folder or the new one, whole. Only
+    between the two renames is there no ``place``; then ``place.old`` is the old folder.
     """
     new, old = (place.with_name(f"{place.name}.{age}") for age in ("new", "old"))
     if new.exists():  # left by a run that was killed
@@ -92,6 +94,7 @@ def replace_folder(place: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)  # or it would keep a full disk full
         raise
+    # no folder can be renamed onto another: the earlier one steps aside until the new one stands
     if place.exists():
         if old.exists():
             shutil.rmtree(old)

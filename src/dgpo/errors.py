@@ -1,4 +1,4 @@
-"""What a user did wrong, told so that the message alone is enough to put it right."""
+"""Errors tell a user what is wrong; their message alone is enough to put it right."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave (a recipe, a file, a call), not a fault of this library.
+    """The user gave something that cannot work: a recipe, a file or a call is wrong, not dgpo.
 
-    The message holds the value that was got, the recipe key or argument it came from, and what
-    would work. The command line prints the message alone, without a traceback.
+    The message holds the value, the recipe key or argument that it came from, and what would work.
+    The command line prints the message alone, without a traceback.
     """
 
 
@@ -20,6 +20,10 @@ class MissingExtra(UserError):
     Args:
         package: the distribution that could not be imported, e.g. ``"rapidocr"``.
         extra: the extra of ``dgpo`` that installs it, e.g. ``"ocr"``.
+
+    >>> raise MissingExtra("imageio-ffmpeg", "media")
+    Traceback (most recent call last):
+    dgpo.errors.MissingExtra: needs imageio-ffmpeg: pip install 'dgpo[media]'
     """
 
     def __init__(self, package: str, extra: str) -> None:
@@ -28,7 +32,7 @@ class MissingExtra(UserError):
         super().__init__(f"needs {package}: pip install 'dgpo[{extra}]'")
 
     def __reduce__(self) -> tuple[type[MissingExtra], tuple[str, str]]:
-        # the default would call the class with the finished message alone and fail
+        # errors travel between processes; the default would call the class with the message alone
         return type(self), (self.package, self.extra)
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM where they can do no harm."""
+"""Ctrl-C and SIGTERM are handled so that they do no harm."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from typing import Any
 
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 TWICE = 5.0
-"""Seconds in which a second SIGTERM is taken for the first."""
+"""For so many seconds a second SIGTERM counts as a copy of the first."""
 
 
 class Terminated(BaseException):
-    """SIGTERM, as a cluster sends before it takes a machine away. No ``SystemExit``: a reward that
-    calls ``sys.exit`` is a reward that failed, and this is not."""
+    """The process got a SIGTERM, which a cluster sends before it takes a machine away.
+
+    It is no ``SystemExit``, because a reward that calls ``sys.exit`` has failed, and this is not a
+    failure.
+    """
 
 
 class RaiseTerminated:
-    """A handler that raises :class:`Terminated`.
+    """This signal handler raises :class:`Terminated`.
 
-    Clusters and launchers both pass a SIGTERM on, so that a process gets it twice: one that comes
-    soon after the first does not interrupt what the first has begun to undo.
+    Clusters and launchers both pass a SIGTERM on, so a process may get it twice. A second one that
+    comes within :data:`TWICE` is ignored, so that it does not interrupt the cleaning up.
     """
 
     def __init__(self) -> None:
@@ -37,13 +40,13 @@ class RaiseTerminated:
 
 
 def hear_again() -> None:
-    """Raise what a SIGTERM has raised where nothing can be raised: Python prints it and goes on
-    after a ``__del__``, or what the garbage collector calls.
+    """Raise :class:`Terminated` again if a SIGTERM came and the program has gone on all the same.
 
-    To be called where no stop is under way.
+    Python only prints an exception that is raised in a ``__del__`` or in a callback of the garbage
+    collector. Call this function where no stop is under way.
 
     Raises:
-        Terminated: the run has gone on after one.
+        Terminated: a SIGTERM has come before.
     """
     handler = signal.getsignal(signal.SIGTERM)
     if isinstance(handler, RaiseTerminated) and handler.raised > float("-inf"):
@@ -52,11 +55,10 @@ def hear_again() -> None:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """A SIGTERM during the block is raised in it as :class:`Terminated`, and then ends the process
-    with code 0.
+    """Raise a SIGTERM that comes during the block as :class:`Terminated`; then exit with code 0.
 
-    A handler that the program has set itself is left alone, and so is everything outside the main
-    thread, which alone hears of signals.
+    A handler that the program has set itself stays in place. Outside the main thread, which alone
+    receives signals, the block runs unchanged.
 
     Raises:
         SystemExit: with code 0, after a SIGTERM.
@@ -79,11 +81,11 @@ def terminable() -> Iterator[None]:
 
 @contextmanager
 def all_or_nothing() -> Iterator[Callable[[], None]]:
-    """A Ctrl-C or SIGTERM during the block is heard once the block is done, or where the block
-    calls what it is given.
+    """Hold back a Ctrl-C or SIGTERM until the block is done, or until the block calls the function
+    that it is given.
 
-    A second Ctrl-C is raised at once, unless the program has a handler of its own for them. Outside
-    the main thread, which alone hears of signals, the block runs as it is.
+    A second Ctrl-C is raised at once, unless the program has a handler of its own. Outside the main
+    thread, which alone receives signals, the block runs unchanged.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
@@ -111,5 +113,6 @@ def all_or_nothing() -> Iterator[Callable[[], None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: set by C code
+    # raised only now, so that the handlers of before are in place and nothing is left half done
     if heard:
         signal.raise_signal(heard[0])

@@ -1,4 +1,4 @@
-"""Videos and sounds that a pipeline makes: what rewards are given of them, and their files."""
+"""Videos and sounds that a pipeline makes are given to rewards and saved as files."""
 
 from __future__ import annotations
 
@@ -15,37 +15,48 @@ from torch import Tensor
 from dgpo.errors import MissingExtra, UserError
 
 KEY_FRAMES = 3
+"""How many frames of a video are shown where pictures are shown."""
 VideoFormat = Literal["mp4", "gif"]
+"""The file formats in which videos can be written."""
 _RATES = ("sampling_rate", "sample_rate")
 
 
 @dataclass(frozen=True, eq=False)
 class Video:
-    """A video.
+    """A ``Video`` holds the frames of one video.
 
     Args:
         frames: uint8 [T, 3, H, W].
+
+    >>> video = Video(torch.zeros(8, 3, 16, 32, dtype=torch.uint8))
+    >>> len(video.key_frames()), video.pictures[0].size
+    (3, (32, 16))
     """
 
     frames: Tensor
 
     @property
     def pictures(self) -> list[Image.Image]:
-        """The frames as T pictures."""
+        """Return the T frames as pictures."""
         return [Image.fromarray(frame) for frame in self.frames.permute(0, 2, 3, 1).numpy()]
 
     def key_frames(self, count: int = KEY_FRAMES) -> list[Image.Image]:
-        """At most ``count`` pictures, evenly from the first frame to the last."""
+        """Return at most ``count`` pictures, evenly spaced from the first frame to the last."""
         places = np.linspace(0, len(self.frames) - 1, min(count, len(self.frames))).round()
         pictures = self.pictures
         return [pictures[int(place)] for place in places]
 
     def save(self, file: Path, fps: int) -> None:
-        """Write ``.mp4`` (H.264) or ``.gif``, by the file's suffix; sides of odd length are
-        brought to even ones by repeating the last row or column, as H.264 wants it.
+        """Write the video as ``.mp4`` (H.264) or ``.gif``, by the file's suffix.
+
+        H.264 needs sides of even length, so an odd one gets its last row or column twice.
+
+        Args:
+            file: where to write.
+            fps: frames a second.
 
         Raises:
-            MissingExtra: an mp4, and imageio-ffmpeg is not installed.
+            MissingExtra: the file is an mp4 and imageio-ffmpeg is not installed.
         """
         if file.suffix == ".gif":
             first, *others = self.pictures
@@ -65,26 +76,35 @@ class Video:
 
 @dataclass(frozen=True, eq=False)
 class Sound:
-    """A sound.
+    """A ``Sound`` holds the waveform of one sound.
 
     Args:
         waveform: float32 [channels, samples] in -1..1.
         sampling_rate: samples a second.
+
+    >>> Sound(torch.zeros(2, 8000), sampling_rate=16000).picture(size=(160, 80)).size
+    (160, 80)
     """
 
     waveform: Tensor
     sampling_rate: int
 
     def save(self, file: Path) -> None:
-        """Write a ``.wav`` of 16 bits; what is louder than 1 is cut."""
+        """Write a ``.wav`` of 16 bits; values beyond -1..1 are cut off."""
         from scipy.io import wavfile
 
         whole = (self.waveform.clamp(-1, 1) * 32767).round().to(torch.int16)
         wavfile.write(file, self.sampling_rate, whole.T.contiguous().numpy())
 
     def picture(self, size: tuple[int, int] = (160, 80)) -> Image.Image:
-        """The waveform as it is drawn in grids, from left to right: the range of the samples of
-        each column, or a line where there are fewer samples than columns."""
+        """Draw the waveform from left to right, as grids show it.
+
+        Each column shows the range of its samples; a sound with fewer samples than columns is a
+        line.
+
+        Args:
+            size: width and height in pixels.
+        """
         width, height = size
         image = Image.new("RGB", size, (255, 255, 255))
         draw = ImageDraw.Draw(image)
@@ -102,14 +122,14 @@ class Sound:
 
 
 def media_of(result: Any, pipe: Any) -> list[Any]:
-    """What a pipeline's call returned: B pictures, videos or sounds.
+    """Return what a pipeline's call made as B pictures, videos or sounds.
 
     Args:
-        result: the first of its outputs: pictures, lists of frames, or an array of samples.
-        pipe: knows the sampling rate of its sounds.
+        result: the first output of the call: pictures, lists of frames, or an array of samples.
+        pipe: the pipeline, which knows the sampling rate of its sounds.
 
     Raises:
-        UserError: it is none of these, or the sampling rate cannot be found.
+        UserError: the result is none of these, or the pipeline tells no sampling rate.
     """
     rows = list(result)
     if all(isinstance(row, Image.Image) for row in rows):
@@ -132,10 +152,10 @@ def _video(frames: Sequence[Image.Image]) -> Video:
 
 
 def sampling_rate(pipe: Any) -> int:
-    """Samples a second of the sounds that a pipeline makes, as its parts say.
+    """Return how many samples a second the sounds of a pipeline have.
 
     Raises:
-        UserError: none of them does.
+        UserError: no part of the pipeline says so.
     """
     holders = [pipe, *(getattr(pipe, name, None) for name in ("vocoder", "vae"))]
     for holder in holders:
@@ -147,14 +167,19 @@ def sampling_rate(pipe: Any) -> int:
 
 
 def stacked(made: Sequence[Any]) -> tuple[Tensor, dict[str, Any]]:
-    """Pictures, videos or sounds of one size as one tensor, and what else they are.
+    """Stack pictures, videos or sounds of one kind and size into one tensor.
 
     Args:
-        made: one or more, all of one kind.
+        made: B of them, at least one.
 
     Returns:
-        pictures [B, H, W] or [B, H, W, channels], videos uint8 [B, T, 3, H, W] or sounds float32
-        [B, channels, samples], and JSON values: :func:`unstacked` makes the same of both again.
+        A tensor and JSON values, from which :func:`unstacked` makes the same objects again. The
+        tensor holds pictures [B, H, W] or [B, H, W, channels], videos uint8 [B, T, 3, H, W], or
+        sounds float32 [B, channels, samples].
+
+    >>> tensor, facts = stacked([Sound(torch.zeros(2, 100), 8000)])
+    >>> tensor.shape, facts
+    (torch.Size([1, 2, 100]), {'kind': 'sound', 'sampling_rate': 8000})
     """
     first = made[0]
     if isinstance(first, Video):
@@ -166,7 +191,7 @@ def stacked(made: Sequence[Any]) -> tuple[Tensor, dict[str, Any]]:
 
 
 def unstacked(tensor: Tensor, facts: dict[str, Any]) -> list[Any]:
-    """The pictures, videos or sounds of :func:`stacked`."""
+    """Return the pictures, videos or sounds that :func:`stacked` was given."""
     if facts["kind"] == "video":
         return [Video(frames) for frames in tensor]
     if facts["kind"] == "sound":
@@ -177,8 +202,11 @@ def unstacked(tensor: Tensor, facts: dict[str, Any]) -> list[Any]:
 def given_to_rewards(
     made: Sequence[Any], columns: dict[str, list[Any]]
 ) -> tuple[list[Any], dict[str, list[Any]]]:
-    """What a reward gets: pictures as they are, videos as frames [T, 3, H, W], sounds as
-    waveforms [channels, samples] with a column ``sampling_rate``."""
+    """Return what a reward is given: the samples and the columns of their rows.
+
+    Pictures stay as they are, a video becomes its frames [T, 3, H, W], and a sound its waveform
+    [channels, samples], with a column ``sampling_rate``.
+    """
     given = [
         one.frames if isinstance(one, Video) else one.waveform if isinstance(one, Sound) else one
         for one in made
@@ -188,10 +216,10 @@ def given_to_rewards(
 
 
 def check_format(video: VideoFormat) -> None:
-    """See that videos can be written.
+    """Check that videos can be written in a format.
 
     Raises:
-        MissingExtra: as mp4, and imageio-ffmpeg is not installed.
+        MissingExtra: the format is mp4 and imageio-ffmpeg is not installed.
     """
     if video == "mp4":
         try:
@@ -203,8 +231,14 @@ def check_format(video: VideoFormat) -> None:
 def save_media(
     made: Sequence[Any], folder: Path, video: VideoFormat, fps: int, first: int = 0
 ) -> list[Path]:
-    """Write pictures, videos and sounds as ``FOLDER/00000.png`` (mp4, gif, wav), in order, from the
-    number ``first`` on.
+    """Write pictures, videos and sounds in order as ``FOLDER/00000.png`` (or mp4, gif, wav).
+
+    Args:
+        made: what to write.
+        folder: made if it is not there.
+        video: the format of videos.
+        fps: frames a second of videos.
+        first: the number of the first file.
 
     Raises:
         MissingExtra: see :func:`check_format`.

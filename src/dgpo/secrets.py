@@ -1,6 +1,6 @@
-"""What nobody else may know: known by its name or by its form, and kept out of all that is written.
+"""Secrets are found by their name or by their form, and kept out of everything that is written.
 
-Recipes are written into run folders, so a secret has no place in them, however deep it lies.
+Recipes are copied into run folders, so no secret may stand in one, however deep it is nested.
 """
 
 from __future__ import annotations
@@ -13,21 +13,26 @@ _NAME = re.compile(
     r"(?i)(.*[^a-z0-9])?(token|secret|passw(or)?d|passphrase|((api|access|private|secret)[_-]?)?key"
     r"|credentials?|authorization|auth|cookie)"
 )
-"""Names of settings that hold a secret."""
+"""Matches the names of settings that hold a secret."""
 PASSWORD = re.compile(r"\w+://[^/?#\s]*@")
-"""The beginning of an address that comes with a password."""
+"""Matches the beginning of an address that contains a password, such as ``http://me:pw@``."""
 _FORM = re.compile(r"(?i:bearer)\s+\S{16,}|(hf_|sk-|ghp_|gho_|github_pat_|glpat-)[\w-]{16,}")
-"""Texts that are secrets, whatever they are called."""
+"""Matches texts that are secrets, whatever the setting is called."""
 _WORD = re.compile(
     r"(?i)token|secret|passw|passphrase|api.?key|\bkey\b|credential|authorization|\bauth\b|cookie"
     r"|bearer\s|://[^/?#\s]*@|^(hf_|sk-|ghp_|gho_|github_pat_|glpat-)"
 )
-"""In a word of a command it is enough that one is spoken of."""
+"""Matches a word of a command that mentions a secret; hiding too much does no harm here."""
 HIDDEN = "***"
+"""Stands where a secret was."""
 
 
 def secrets_in(value: Any, name: str = "") -> Iterator[str]:
-    """Where secrets lie in nested data, as dotted names below ``name``; never what they are."""
+    """Yield the dotted names below ``name`` where nested data holds secrets, never the secrets.
+
+    >>> list(secrets_in({"address": "http://x", "login": [{"token": "abc"}]}, "options"))
+    ['options.login[0].token']
+    """
     if isinstance(value, Mapping):
         for key, part in value.items():
             below = f"{name}.{key}" if name else str(key)
@@ -43,7 +48,11 @@ def secrets_in(value: Any, name: str = "") -> Iterator[str]:
 
 
 def masked(value: Any) -> Any:
-    """The same nested data with :data:`HIDDEN` in the place of every secret, to be shown."""
+    """Return the same nested data with :data:`HIDDEN` in place of every secret, ready to be shown.
+
+    >>> masked({"lr": 1e-4, "api_key": "abc"})
+    {'lr': 0.0001, 'api_key': '***'}
+    """
     if isinstance(value, Mapping):
         return {k: HIDDEN if _names_one(k, part) else masked(part) for k, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -53,7 +62,11 @@ def masked(value: Any) -> Any:
 
 
 def masked_words(words: Sequence[str]) -> list[str]:
-    """The words of a command, without what looks like a secret."""
+    """Return the words of a command, without anything that looks like a secret.
+
+    >>> masked_words(["dgpo", "serve", "--token", "abc"])
+    ['dgpo', 'serve', '--token', '***']
+    """
     shown, hide = [], False
     for word in words:
         key, equals, value = word.partition("=")

@@ -1,4 +1,4 @@
-"""What all settings are, and what is said of wrong ones: one line each that puts them right."""
+"""All settings are frozen models; each wrong one gets one line that says how to put it right."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dgpo.secrets import masked
 
 
 class _Clear(type(BaseModel)):
-    """``DGPO(bta=3)`` is answered as a recipe's file would be.
+    """``DGPO(bta=3)`` raises the same clear error as a wrong recipe file.
 
-    Only a call by name comes through here; within a recipe pydantic validates its sections itself,
-    and the recipe gathers what is wrong in all of them.
+    Only a direct call comes through here. Within a recipe pydantic validates the sections itself,
+    and the recipe gathers the problems of all of them.
     """
 
     if not TYPE_CHECKING:  # type checkers shall see the fields
@@ -30,10 +30,15 @@ class _Clear(type(BaseModel)):
 
 
 class Settings(BaseModel, metaclass=_Clear):
-    """Frozen settings: an unknown key, an infinite number or a NaN is refused.
+    """Settings are frozen, and refuse an unknown key, an infinite number or a NaN.
 
     Raises:
-        UserError: all that is wrong, with the keys, the values and what would work.
+        UserError: names everything that is wrong: the keys, the values and what would work.
+
+    >>> from dgpo.algorithms.dgpo import DGPO
+    >>> DGPO(bta=3)
+    Traceback (most recent call last):
+    dgpo.errors.UserError: DGPO: unknown key bta (did you mean beta?)
     """
 
     model_config = ConfigDict(
@@ -75,23 +80,29 @@ SYNONYMS = {
     "mixed_precision": "precision",
     "dtype": "precision",
 }
-"""What other trainers call our keys; spelling alone would not find them."""
+"""The names that other trainers use for our keys; their spelling alone would not find ours."""
 
 
 def key_tree(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key below a model of settings."""
+    """Return every dotted key of a settings model and of the models inside it."""
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
         for part in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            part = getattr(part, "__origin__", part)  # of an Annotated
+            part = getattr(part, "__origin__", part)  # the type inside an Annotated
             if isinstance(part, type) and issubclass(part, BaseModel):
                 keys += key_tree(part, f"{prefix}{name}.")
     return keys
 
 
 def suggest_key(key: str, valid: Iterable[str]) -> str:
-    """`` (did you mean train.lr?)``: a key beside it first, then the same name elsewhere."""
+    """Return a hint such as `` (did you mean train.lr?)`` for an unknown key.
+
+    Keys of the same section come first, then the same name in another section.
+
+    >>> suggest_key("train.learning_rate", ["train.lr", "rollout.steps"])
+    ' (did you mean train.lr?)'
+    """
     valid = list(valid)
     parent, _, leaf = key.rpartition(".")
     prefix = parent + "." if parent else ""
@@ -112,7 +123,13 @@ def suggest_key(key: str, valid: Iterable[str]) -> str:
 
 
 def problems(error: ValidationError, valid: Iterable[str], prefix: str = "") -> list[str]:
-    """One line for each thing that is wrong."""
+    """Return one line for each problem that pydantic found.
+
+    Args:
+        error: what pydantic raised.
+        valid: all dotted keys there are, from which the nearest one is suggested.
+        prefix: stands before every key, such as ``"train."``.
+    """
     lines: list[str] = []
     valid = list(valid)
     for one in error.errors(include_url=False):
@@ -126,8 +143,8 @@ def problems(error: ValidationError, valid: Iterable[str], prefix: str = "") -> 
 
 
 def _key(prefix: str, place: Sequence[int | str], valid: Sequence[str]) -> str:
-    """The dotted key of a place; below a section with a ``kind`` pydantic names the kind too, and
-    below a choice of types ours, as ``<type>``."""
+    """Return the dotted key of pydantic's location, without the parts that are no keys: the
+    ``kind`` of a section, and ``<type>`` where several types are allowed."""
     parts: list[str] = []
     chosen = ""
     for part in place:
@@ -151,6 +168,7 @@ def _line(
     if kind == "value_error":
         message = str(context.get("error", message))
         return message if not key or key in message else f"{key}: {message}"
+    # masked together with its name, by which a secret is known
     got = masked({key.rpartition(".")[2]: got}).popitem()[1]
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return f"{key} = {got!r:.80}: should hold keys and values"
@@ -160,7 +178,7 @@ def _line(
 
 
 def raise_problems(lines: list[str], where: str) -> None:
-    """Raise one :class:`UserError` with all lines, or return when there is none."""
+    """Raise one :class:`UserError` with all lines; return if there is no line."""
     if len(lines) == 1:
         raise UserError(f"{where}: {lines[0]}")
     if lines:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -280,3 +280,27 @@ def test_it_trains_a_pipeline(row: Row, tmp_path: Path, monkeypatch: pytest.Monk
     assert len(rows(tmp_path / "run")) == 2
     moved = zip(before, run.policy.parameters(), strict=True)
     assert any(not torch.equal(a, b) for a, b in moved)
+
+
+class Smallest(Algorithm):
+    """The least that a new method writes: a name, how rewards become advantages, and the loss."""
+
+    name: ClassVar[str] = "smallest"
+
+    def advantages(self, rewards: Tensor, groups: Groups) -> Tensor:
+        return rewards - groups.each(groups.mean(rewards))
+
+    def loss(self, points: Forward) -> tuple[Tensor, dict[str, Tensor]]:
+        error = points.error(points.pred)
+        return (points.advantages.to(error) * error).mean(), {"error": error.detach().mean()}
+
+
+def test_a_new_method_needs_a_name_advantages_and_a_loss_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    algorithm = Smallest.model_validate({"timesteps": {"count": 2, "indices": (0, 2)}})
+    assert algorithm.snapshots == frozenset() and algorithm.old_decay(7) == 0
+    light(monkeypatch)
+    run = trainer(tmp_path / "run", algorithm=algorithm, train={"iterations": 1})
+    run.train()
+    assert len(rows(tmp_path / "run")) == 1

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dgpo.algorithms import AWM
-from dgpo.algorithms.awm import clipped_surrogate, matching_logp, stopped_by_clip
+from dgpo.algorithms.awm import matching_logp
+from dgpo.algorithms.surrogate import clipped_surrogate, stopped_by_clip
 from dgpo.core import FlowMatching, Groups, Level
 from oracles.toy import LEVEL, Toy
 

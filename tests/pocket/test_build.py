@@ -5,16 +5,10 @@ import math
 import pytest
 import torch
 
-from dgpo.pocket.build import (
-    TEXT_WIDTH,
-    TOKENS,
-    build_silent_encoder,
-    build_text_encoder,
-    build_tokenizer,
-    build_transformer,
-)
 from dgpo.pocket.scenes import CATEGORIES, all_metadata
 from dgpo.pocket.signs import caption
+from dgpo.pocket.text import TEXT_WIDTH, TOKENS, build_text_encoder, build_tokenizer
+from tools.pretrain.build import build_silent_encoder, build_transformer
 from tools.pretrain.captions import encode_text, tokenize
 from tools.pretrain.transformer import TailAttention
 

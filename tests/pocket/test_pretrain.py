@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from dgpo.pocket.build import build_text_encoder, build_tokenizer, build_transformer
 from dgpo.pocket.scenes import COLORS, SHAPES, Scene, Shape, parse_caption
+from dgpo.pocket.text import build_text_encoder, build_tokenizer
 from tools.pretrain import captions
+from tools.pretrain.build import build_transformer
 from tools.pretrain.common import Stage
 from tools.pretrain.data import draw_scenes, layout_of
 from tools.pretrain.measures import corrupt

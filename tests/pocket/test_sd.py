@@ -16,12 +16,13 @@ from dgpo.errors import UserError
 from dgpo.evaluation.benchmarks import POCKET_SD_GENEVAL
 from dgpo.models.samplers.schedulers import make_scheduler
 from dgpo.pocket import WEIGHTS, load_pocket, load_pocket_sd
-from dgpo.pocket.build import build_text_encoder, build_tokenizer, build_vae
-from dgpo.pocket.build_sd import assemble_sd, build_unet, noise_schedule, reading_encoder
 from dgpo.pocket.prompts import test_prompts as held_out_rows
+from dgpo.pocket.text import build_text_encoder, build_tokenizer
 from dgpo.pocket.verifier import find_objects
 from families.tiny import build
 from tools.pretrain import unet as lessons
+from tools.pretrain.build import build_vae
+from tools.pretrain.build_sd import assemble_sd, build_unet, noise_schedule, reading_encoder
 from tools.pretrain.captions import CaptionTable, tokenize
 from tools.pretrain.cli_sd import pretrain_sd, save_sd
 from tools.pretrain.sign_skill import sign_skill

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from dgpo.pocket import signs
-from dgpo.pocket.signs import LENGTHS, Sign, caption, draw_sign, numbers, render
+from dgpo.pocket.signs import LENGTHS, caption, numbers
 from dgpo.rewards.shipped.ocr import quoted
+from tools.pretrain.sign_drawing import Sign, draw_sign, render
 
 
 def test_numbers_are_split_without_overlap() -> None:

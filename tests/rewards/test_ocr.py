@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from dgpo.errors import MissingExtra, UserError
-from dgpo.pocket.signs import draw_sign, render, test_prompts
+from dgpo.pocket.signs import test_prompts
 from dgpo.prompts import Prompt
 from dgpo.registry import resolve
 from dgpo.rewards import load_rewards
@@ -20,6 +20,7 @@ from dgpo.rewards.shipped.ocr import (
     pocket_ocr_exact,
     quoted,
 )
+from tools.pretrain.sign_drawing import draw_sign, render
 
 test_prompts.__test__ = False  # the name is the package's, pytest would collect it
 

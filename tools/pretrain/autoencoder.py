@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from dgpo.pocket.build import build_vae
+from tools.pretrain.build import build_vae
 from tools.pretrain.common import Stage, schedule
 
 

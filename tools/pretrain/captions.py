@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from dgpo.pocket.build import TEXT_WIDTH, TOKENS, build_text_encoder
+from dgpo.pocket.text import TEXT_WIDTH, TOKENS, build_text_encoder
 from tools.pretrain.common import Stage, schedule
 
 

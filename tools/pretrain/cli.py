@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dgpo.errors import UserError
-from dgpo.pocket.build import assemble, build_tokenizer, build_transformer
+from dgpo.pocket.text import build_tokenizer
 from tools.pretrain.autoencoder import encode, reconstruct, train_vae
+from tools.pretrain.build import assemble, build_transformer
 from tools.pretrain.captions import CaptionTable, train_text_encoders
 from tools.pretrain.skills import Skill, scene_skill
 from tools.pretrain.transformer import FlowData, FlowSettings, train_flow

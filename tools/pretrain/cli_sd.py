@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from dgpo.errors import UserError
 from dgpo.pocket import load_pocket
-from dgpo.pocket.build_sd import assemble_sd, build_unet, reading_encoder
 from tools.pretrain.autoencoder import encode
+from tools.pretrain.build_sd import assemble_sd, build_unet, reading_encoder
 from tools.pretrain.captions import CaptionTable
 from tools.pretrain.cli import check_pipeline, save_pipeline
 from tools.pretrain.skills import Skill

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dgpo.pocket.signs import HEIGHT, LENGTHS, WIDTH, caption, draw_sign, numbers, render
+from dgpo.pocket.signs import HEIGHT, LENGTHS, WIDTH, caption, numbers
 from dgpo.pocket.signs import test_prompts as held_out_rows
+from tools.pretrain.sign_drawing import draw_sign, render
 from tools.pretrain.skills import Examples, Skill
 
 DIGIT_NOISE = 0.45

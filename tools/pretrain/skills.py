@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dgpo.pocket.build import SCENES_SHIFT, SHIFT, TOKENS
 from dgpo.pocket.scenes import (
     CATEGORIES,
     COLORS,
@@ -21,7 +20,9 @@ from dgpo.pocket.scenes import (
     all_metadata,
     render,
 )
+from dgpo.pocket.text import TOKENS
 from dgpo.pocket.verifier import find_objects, judge
+from tools.pretrain.build import SCENES_SHIFT, SHIFT
 from tools.pretrain.data import (
     LAST_WEIGHTS,
     SCENE_WEIGHTS,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from diffusers import StableDiffusion3Pipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
-from dgpo.pocket.build_sd import noise_schedule
+from tools.pretrain.build_sd import noise_schedule
 from tools.pretrain.captions import CaptionTable
 from tools.pretrain.common import Stage, schedule
 from tools.pretrain.transformer import LayoutHead

@@ -1,4 +1,4 @@
-"""What every algorithm decides, and nothing of how a model is run."""
+"""An algorithm decides what is trained and how; it never sees how a model is run."""
 
 from __future__ import annotations
 
@@ -15,102 +15,119 @@ from dgpo.core.timesteps import TimestepChoice
 from dgpo.core.window import StepWindow
 from dgpo.settings import Settings
 
+SnapshotName = Literal["ref", "old"]
+"""Names a fixed or slower copy of the policy: the frozen reference or the old policy."""
+
 
 class BaseAlgorithm(Settings, ABC):
-    """What all algorithms decide. They see predictions, never the model: the trainer makes the
-    forward passes that they declare, and no others.
+    """A ``BaseAlgorithm`` makes the decisions that all algorithms make.
 
-    Derive from :class:`Algorithm` to train on clean samples that are noised again, from
+    An algorithm sees predictions, never the model: the trainer makes the forward passes that the
+    algorithm declares, and no others.
+
+    Derive from :class:`Algorithm` to train on clean samples that are noised again, or from
     :class:`TrajectoryAlgorithm` to train on the steps of the rollout.
     """
 
     name: ClassVar[str]
     """The registered name, as in ``algorithm: {name: ...}``."""
     points: ClassVar[Literal["forward", "trajectory"]]
-    """Train on clean samples noised again, or on the steps of the rollout."""
+    """What is trained: clean samples that are noised again, or the steps of the rollout."""
     samples_from: ClassVar[Literal["policy", "old"]] = "policy"
-    """Whose pictures the mathematics is about; ``rollout.switch_to_old_after`` may ask for the old
-    policy's with any algorithm."""
+    """Which model makes the pictures that the mathematics is about. With any algorithm
+    ``rollout.switch_to_old_after`` may ask for pictures of the old policy."""
+
+    @property
+    def snapshots(self) -> frozenset[SnapshotName]:
+        """Name the snapshots whose predictions the loss reads; by default none.
+
+        The predictions have no guidance for an :class:`Algorithm`, and the guidance of the rollout
+        for a :class:`TrajectoryAlgorithm`, which may name ``"ref"`` alone.
+        """
+        return frozenset()
 
     @property
     def kl_guidance(self) -> float | None:
-        """Guidance scale of the KL term's reference, if it wants a forward pass of its own
-        (``Forward.kl_ref``); else None."""
+        """Return the guidance scale of ``Forward.kl_ref`` if the KL term reads it, else None.
+
+        The reference then makes a forward pass more.
+        """
         return None
 
     @property
     def trained_per_group(self) -> int | None:
-        """How many samples of each group are trained: exactly those whose advantage is not zero.
-        None for whole groups. The others cost no forward pass."""
+        """Return how many samples of each group are trained; None means all of them.
+
+        They must be exactly those whose advantage is not zero. The others cost no forward pass.
+        """
         return None
 
     @abstractmethod
     def advantages(self, rewards: Tensor, groups: Groups) -> Tensor:
-        """Rewards ``[B]`` of whole groups to advantages ``[B]``."""
+        """Turn the rewards ``[B]`` of whole groups into advantages ``[B]``."""
 
 
 class Algorithm(BaseAlgorithm):
-    """An algorithm on clean samples that are noised again: its settings and decisions."""
+    """An ``Algorithm`` trains on clean samples that are noised again.
+
+    A new one needs ``name``, ``advantages`` and ``loss``; everything else has a default.
+    """
 
     points: ClassVar[Literal["forward", "trajectory"]] = "forward"
     old_moves: ClassVar[Literal["step", "iteration"]] = "step"
-    """When the old policy moves: after every optimiser step, or once an iteration's update is done,
-    so that with a decay of 0 it is the policy that the next iteration's pictures come from."""
+    """When the old policy moves: after every optimiser step, or once the update of an iteration is
+    done. Then, with a decay of 0, it is the policy that makes the next iteration's pictures."""
 
     timesteps: TimestepChoice = TimestepChoice()
     """Which noise levels of the rollout's schedule are trained."""
     shared_noise: bool = True
-    """One noise for all samples of a group at one level, drawn anew for every level."""
-
-    @property
-    @abstractmethod
-    def snapshots(self) -> frozenset[Literal["ref", "old"]]:
-        """Snapshots whose predictions the loss reads, without guidance."""
+    """All samples of a group share one noise at a level; each level draws its own."""
 
     def weights(self, points: Forward) -> Tensor | None:
-        """Detached group weights ``[B]``, or None if the loss has no statistic over a group.
+        """Return detached group weights ``[B]``; None means that the loss needs no whole groups.
 
-        Needs whole groups (over all processes). Predictions without gradients will do: for groups
-        larger than a micro-batch, one such pass over whole groups gives ``Forward.weights`` for
-        every micro-batch.
+        This needs whole groups (over all processes), but no gradients: where a group is larger than
+        a micro-batch, one such pass over whole groups gives ``Forward.weights`` for every
+        micro-batch.
         """
         return None
 
     @abstractmethod
     def loss(self, points: Forward) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss (0-dim) and its metrics (0-dim, detached).
+        """Return the loss (0-dim) and its metrics (0-dim, detached).
 
-        Both are means over the samples given, so that micro-batches, and processes, averaged with
-        their sizes as weights give the gradient of the whole batch.
+        Both are means over the samples given: micro-batches and processes, averaged with their
+        sizes as weights, then give the gradient of the whole batch.
         """
 
-    @abstractmethod
     def old_decay(self, step: int) -> float:
-        """Decay of the old policy's EMA after optimizer step ``step``, counted from 0 (after the
-        update of iteration ``step`` if ``old_moves`` says so).
+        """Return the decay of the old policy's EMA; at 0, the default, it becomes the policy.
 
-        At 0 the old policy becomes the policy.
+        Args:
+            step: the optimiser step that was just taken, or the iteration that was just trained if
+                ``old_moves`` is ``"iteration"``; counted from 0.
         """
+        return 0.0
 
 
 class TrajectoryAlgorithm(BaseAlgorithm):
-    """A policy gradient on the steps of the rollout: its settings and decisions.
+    """A ``TrajectoryAlgorithm`` is a policy gradient on the steps of the rollout.
 
-    The rollout is made by a stochastic sampler. Of each trained step the loss sees where it began
-    and ended, the prediction it was made with, and the policy's now. ``updates`` optimiser steps
-    are taken on one iteration's rollouts, so that the policy is that of the rollouts in the first.
+    A stochastic sampler makes the rollout. For each trained step the loss sees where it began and
+    ended, the prediction that made it, and the policy's prediction now. One iteration's rollouts
+    serve ``updates`` optimiser steps; at the first the policy is still the one that made them.
     """
 
     points: ClassVar[Literal["forward", "trajectory"]] = "trajectory"
     sde_kinds: ClassVar[tuple[str, ...]] = ("flow", "dance", "cps")
-    """The samplers that the loss is meant for, by ``sde.kind``."""
+    """The kinds of samplers (``sde.kind``) that the loss is meant for."""
 
     sde: AnySde = FlowSDE()
     """The sampler of the rollouts and its noise."""
     window: StepWindow | None = None
     """The steps that add noise and are trained; null: all but the last, which has no density."""
     updates: int = Field(default=2, ge=1)
-    """Optimiser steps of an iteration, each on its own equal part of the groups."""
+    """How many optimiser steps an iteration takes, each on its own equal part of the groups."""
 
     @model_validator(mode="after")
     def _sampler_of_this_algorithm(self) -> TrajectoryAlgorithm:
@@ -121,18 +138,13 @@ class TrajectoryAlgorithm(BaseAlgorithm):
             )
         return self
 
-    @property
-    @abstractmethod
-    def snapshots(self) -> frozenset[Literal["ref"]]:
-        """Snapshots whose predictions the loss reads, with the guidance of the rollout."""
-
     def noisy_steps(self, steps: int, iteration: int, seed: int) -> range:
-        """The steps of an iteration's rollouts that add noise and are trained.
+        """Return the steps of an iteration's rollouts that add noise and are trained.
 
         Args:
-            steps: of the rollout.
+            steps: how many steps the rollout has.
             iteration: counted from 0.
-            seed: of the run.
+            seed: the run's seed.
 
         Raises:
             UserError: the rollout has too few steps.
@@ -143,4 +155,4 @@ class TrajectoryAlgorithm(BaseAlgorithm):
 
     @abstractmethod
     def loss(self, points: Trajectory) -> tuple[Tensor, dict[str, Tensor]]:
-        """As :meth:`Algorithm.loss`: means over the samples given, metrics detached."""
+        """Return the loss and its detached metrics, as :meth:`Algorithm.loss` does."""

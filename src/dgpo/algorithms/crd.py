@@ -1,4 +1,4 @@
-"""CRD: Centered Reward Distillation (arXiv 2603.14128).
+"""CRD is Centered Reward Distillation (arXiv 2603.14128).
 
 The policy's implicit reward is fitted to the true one. Its unknown constant log Z is the same for
 all samples of a prompt, so both are centred within their group:
@@ -18,47 +18,59 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from dgpo.algorithms.base import Algorithm
+from dgpo.algorithms.base import Algorithm, SnapshotName
 from dgpo.algorithms.shared import GuidedKl, NormalizedRewards
 from dgpo.core.groups import Groups
 from dgpo.core.points import Forward
 
 
 def centred_residual(reward: Tensor, wanted: Tensor, groups: Groups) -> Tensor:
-    """``e`` of (1): two ``[B]`` to ``[B]``, without gradient, with the means of all processes.
-    Raises ValueError if a group is only partly here."""
+    """Return ``e`` of (1) without gradient: two ``[B]`` to ``[B]``.
+
+    Raises:
+        ValueError: a group is only partly here (in all processes together).
+    """
     gap = (reward - wanted).detach()
     return gap - groups.each(groups.mean(gap))
 
 
 def crd_loss(reward: Tensor, residual: Tensor) -> Tensor:
-    """The value of (1) and the gradient of (3), from ``r [B]`` and the detached ``e [B]``."""
+    """Return the value of (1) with the gradient of (3), from ``r [B]`` and detached ``e [B]``."""
     moved = 2 * residual * (reward - reward.detach())  # zero in value
     return (residual.square() + moved).mean()
 
 
 class CRD(GuidedKl, NormalizedRewards, Algorithm):
-    """CRD. Differs from the paper: the weight of the KL term is constant, not adapted to the
-    reward, and the pictures are the policy's own; the paper's come from a second EMA, which is the
-    policy itself for the first 75 iterations."""
+    """CRD fits the policy's implicit reward to the true one, within each group.
+
+    Differs from the paper: the weight of the KL term is constant, not adapted to the reward, and
+    the pictures are the policy's own; the paper's come from a second EMA, which is the policy
+    itself for the first 75 iterations.
+
+    >>> algorithm = CRD()
+    >>> sorted(algorithm.snapshots), algorithm.kl_guidance
+    (['old'], 4.5)
+    >>> [algorithm.old_decay(iteration) for iteration in (0, 50, 500)]
+    [0.25, 0.5, 0.999]
+    """
 
     name: ClassVar[str] = "crd"
     old_moves: ClassVar[Literal["step", "iteration"]] = "iteration"
     kl: float = Field(default=0.1, ge=0)
-    """Weight of mean (v - v_ref)^2 with the frozen reference."""
+    """The weight of mean (v - v_ref)^2 with the frozen reference."""
     kl_cfg: float = Field(default=4.5, ge=1)
-    """Guidance scale of v_ref in the KL term; 1 is no guidance."""
+    """The guidance scale of v_ref in the KL term; 1 is no guidance."""
     advantage_max: float = Field(default=5.0, gt=0)
-    """The m of (2): advantages are clamped to this absolute value."""
+    """The m of (2), the largest absolute value of an advantage; larger ones are clamped."""
     old_decay_start: float = Field(default=0.25, ge=0, lt=1)
-    """Decay of the old policy's EMA after the first iteration."""
+    """The decay of the old policy's EMA after the first iteration."""
     old_decay_rate: float = Field(default=0.005, ge=0)
-    """Growth of that decay with each iteration."""
+    """How much that decay grows with each iteration."""
     old_decay_max: float = Field(default=0.999, ge=0, lt=1)
-    """Largest decay of the old policy's EMA."""
+    """The largest decay of the old policy's EMA."""
 
     @property
-    def snapshots(self) -> frozenset[Literal["ref", "old"]]:
+    def snapshots(self) -> frozenset[SnapshotName]:
         return frozenset(("old", "ref") if self.kl_reads_ref else ("old",))
 
     def weights(self, points: Forward) -> Tensor:
@@ -84,5 +96,5 @@ class CRD(GuidedKl, NormalizedRewards, Algorithm):
         return min(self.old_decay_start + self.old_decay_rate * step, self.old_decay_max)
 
     def _reward(self, points: Forward) -> Tensor:
-        """r of (2), ``[B]``."""
+        """Return r of (2), ``[B]``."""
         return points.error(points.snapshot("old")).detach() - points.error(points.pred)

@@ -1,7 +1,7 @@
-"""DDPO: Training Diffusion Models with Reinforcement Learning (arXiv 2305.13301).
+"""DDPO trains diffusion models with reinforcement learning (arXiv 2305.13301).
 
-PPO on the log-densities of DDIM's steps with noise, for models that predict noise or v; the
-importance-sampling estimator of the paper, section 4.3.
+It is PPO on the log-densities of DDIM's steps with noise, for models that predict noise or v: the
+paper's importance-sampling estimator, section 4.3. The surrogate is that of Flow-GRPO.
 """
 
 from __future__ import annotations
@@ -9,28 +9,24 @@ from __future__ import annotations
 from typing import ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
-from dgpo.algorithms.policy_gradient import PolicyGradient, ppo
-from dgpo.core.points import Trajectory
-from dgpo.core.sde import DDIM, AnySde, Moments
+from dgpo.algorithms.flow_grpo import FlowGRPO
+from dgpo.core.sde import DDIM, AnySde
 
 
-class DDPO(PolicyGradient):
-    """DDPO. Differs from the paper: advantages are normalised in the iteration's groups rather than
-    by running statistics of each prompt; the last step is deterministic and not trained."""
+class DDPO(FlowGRPO):
+    """DDPO is PPO on the steps of DDIM.
+
+    Differs from the paper: advantages are normalised in the iteration's groups rather than by
+    running statistics of each prompt; the last step is deterministic and not trained.
+
+    >>> DDPO(sde={"kind": "ddim", "eta": 0.5}).sde
+    DDIM(kind='ddim', eta=0.5)
+    """
 
     name: ClassVar[str] = "ddpo"
     sde_kinds: ClassVar[tuple[str, ...]] = ("ddim",)
     sde: AnySde = DDIM()
-    """The sampler of the rollouts; eta 1 is that of DDPM."""
-    clip: float = Field(default=1e-4, gt=0, lt=1)
-    """Largest change of the ratio, in either direction."""
+    """The sampler of the rollouts; with eta 1 it is DDPM's."""
     kl: float = Field(default=0.0, ge=0)
-    """Weight of ``mean (mu - mu_ref)^2 / (2 std^2)``; the paper has none."""
-
-    def surrogate(
-        self, points: Trajectory, now: Moments, old: Moments, advantages: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        log_ratio = points.log_prob(now) - points.log_prob(old)
-        return ppo(log_ratio, advantages, self.clip)
+    """The weight of ``mean (mu - mu_ref)^2 / (2 std^2)``; the paper has no such term."""

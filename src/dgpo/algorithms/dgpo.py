@@ -1,4 +1,4 @@
-"""DGPO: Direct Group Preference Optimization (arXiv 2510.08425, ICLR 2026).
+"""DGPO is Direct Group Preference Optimization (arXiv 2510.08425, ICLR 2026).
 
 With the denoising losses d_i of a group of G samples, those of a baseline d_i^base, and advantages
 A_i that sum to zero (so that log Z cancels), the loss of a group and its gradient are
@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dgpo.algorithms.base import Algorithm
+from dgpo.algorithms.base import Algorithm, SnapshotName
 from dgpo.algorithms.shared import GuidedKl, NormalizedRewards, uniform_advantages
 from dgpo.core.groups import Groups
 from dgpo.core.points import Forward
@@ -25,56 +25,86 @@ from dgpo.core.points import Forward
 def group_margin(
     error: Tensor, base_error: Tensor, advantages: Tensor, groups: Groups, beta: float
 ) -> Tensor:
-    """``S_g`` of (1): three ``[B]`` to ``[count]``, summed over all processes, without gradient.
-    Raises ValueError if a group is only partly here."""
+    """Return ``S_g`` of (1) without gradient: three ``[B]`` to ``[count]``.
+
+    Raises:
+        ValueError: a group is only partly here (in all processes together).
+    """
     return beta * groups.mean(advantages * (error - base_error).detach())
+
+
+def group_weights(points: Forward, baseline: SnapshotName, beta: float) -> Tensor:
+    """Return each sample's detached group weight ``w`` of (2), ``[B]``, from whole groups."""
+    error = points.error(points.pred).detach()
+    base = points.error(points.snapshot(baseline))
+    margin = group_margin(error, base, points.advantages.to(error), points.groups, beta)
+    return points.groups.each(margin.sigmoid())
 
 
 def clip_where_done(
     error: Tensor, old_error: Tensor, advantages: Tensor, clip: float
 ) -> tuple[Tensor, Tensor]:
-    """Stops the gradient of samples that moved by ``clip`` in their own direction: where
-    ``exp(d_old - d)`` is above ``1 + clip`` (A > 0) or below ``1 - clip`` (A <= 0).
-    Returns the errors ``[B]``, their values unchanged, and a bool ``[B]``, True where stopped."""
+    """Stop the gradient of samples that have moved by ``clip`` in their own direction.
+
+    They are those whose ``exp(d_old - d)`` is above ``1 + clip`` (A > 0) or below ``1 - clip``
+    (A <= 0).
+
+    Returns:
+        The errors ``[B]`` with unchanged values, and a bool ``[B]``, True where stopped.
+    """
     moved = torch.expm1(old_error - error).detach()  # keeps the digits that exp(.) - 1 would lose
     done = torch.where(advantages > 0, moved > clip, moved < -clip)
     return torch.where(done, error.detach(), error), done
 
 
 def dgpo_loss(error: Tensor, advantages: Tensor, weights: Tensor, beta: float | None) -> Tensor:
-    """``mean_i(sg[w_i] A_i d_i)``, all ``[B]``, as in the published runs if ``beta`` is None. Else
-    the value and the gradient of (1) averaged over groups (S is held to 16 in the value)."""
+    """Return the loss of samples ``[B]`` whose group weights are known.
+
+    If ``beta`` is None it is ``mean_i(sg[w_i] A_i d_i)``, as in the published runs. Else it has the
+    value and the gradient of (1), averaged over groups (the value limits S to 16).
+    """
     published = (weights.detach() * advantages * error).mean()
+    # two terms: the value of (1) without a gradient, and the gradient of (2) without a value
     value = -torch.log1p(-weights.detach().clamp(max=1 - 1e-7)).mean()  # sigmoid(-S) = 1 - w
     return published if beta is None else value + beta * (published - published.detach())
 
 
 class DGPO(GuidedKl, NormalizedRewards, Algorithm):
-    """DGPO; with ``reference="ema"`` the EMA-reference mode of TDM-R1 (arXiv 2603.07700).
-    Differs from the paper: the default loss drops the factor beta, as the published runs do."""
+    """DGPO trains on all samples of a group, the better ones up and the worse ones down.
+
+    With ``reference="ema"`` it is the EMA-reference mode of TDM-R1 (arXiv 2603.07700). Differs from
+    the paper: the default loss drops the factor beta, as the published runs do.
+
+    >>> algorithm = DGPO(beta=50, clip=None)
+    >>> sorted(algorithm.snapshots)  # no trust region, so no old policy
+    ['ref']
+    >>> rewards = torch.tensor([0.0, 1.0, 1.0, 0.0])
+    >>> algorithm.advantages(rewards, Groups.contiguous(count=1, size=4))
+    tensor([-0.9998,  0.9998,  0.9998, -0.9998])
+    """
 
     name: ClassVar[str] = "dgpo"
     beta: float = Field(default=100.0, gt=0)
-    """Sharpness of the group preference."""
+    """How sharp the preference is: how soon a well ordered group stops counting."""
     clip: float | None = Field(default=1e-2, gt=0)
-    """Trust region around the old policy; null turns it off."""
+    """The trust region around the old policy; null turns it off."""
     loss_scale: Literal["reference", "paper"] = "reference"
-    """reference: beta shapes the group weight only; paper: the gradient is beta times that."""
+    """What beta scales: the group weight alone (reference), or the gradient too (paper)."""
     reference: Literal["frozen", "ema"] = "frozen"
     """The baseline of the group margin: the frozen model or the old policy."""
     advantage_std: Literal["group", "batch"] = "group"
-    """Rewards are divided by their deviation in the group or in the whole batch."""
+    """Which deviation divides the rewards: the one in their group or in the whole batch."""
     sample_weights: Literal["advantage", "uniform"] = "advantage"
-    """The w of a group's reward: |A|, or the same for all of the better and for all of the worse
-    samples, so that both halves still weigh the same."""
+    """How much each sample counts: by its |A|, or equally among the better and among the worse
+    samples, so that both halves weigh the same."""
     old_decay_max: float = Field(default=0.3, ge=0, lt=1)
-    """Largest decay of the old policy's EMA."""
+    """The largest decay of the old policy's EMA."""
     old_decay_rate: float = Field(default=0.001, ge=0)
-    """Growth of that decay with each optimizer step, from 0."""
+    """How much that decay grows with each optimiser step, from 0."""
 
     @property
-    def snapshots(self) -> frozenset[Literal["ref", "old"]]:
-        used: dict[Literal["ref", "old"], bool] = {
+    def snapshots(self) -> frozenset[SnapshotName]:
+        used: dict[SnapshotName, bool] = {
             "ref": self.reference == "frozen" or self.kl_reads_ref,
             "old": self.reference == "ema" or self.clip is not None,
         }
@@ -85,10 +115,7 @@ class DGPO(GuidedKl, NormalizedRewards, Algorithm):
         return uniform_advantages(normal, groups) if self.sample_weights == "uniform" else normal
 
     def weights(self, points: Forward) -> Tensor:
-        error = points.error(points.pred).detach()
-        base = points.error(points.snapshot("ref" if self.reference == "frozen" else "old"))
-        margin = group_margin(error, base, points.advantages.to(error), points.groups, self.beta)
-        return points.groups.each(margin.sigmoid())
+        return group_weights(points, "ref" if self.reference == "frozen" else "old", self.beta)
 
     def loss(self, points: Forward) -> tuple[Tensor, dict[str, Tensor]]:
         error = points.error(points.pred)

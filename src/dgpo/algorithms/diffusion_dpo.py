@@ -1,38 +1,43 @@
-"""Online Diffusion-DPO (arXiv 2311.12908, eq. 14) on the best and the worst sample of each group.
+"""Online Diffusion-DPO (arXiv 2311.12908, eq. 14) trains on the best and worst of each group.
 
     L = -log sigmoid(-(beta/2) [(d_w - d_w^ref) - (d_l - d_l^ref)])                         (1)
-for the better sample w and the worse l, with one noise and one level for both. This is the loss of
-DGPO for groups of two with A = +1 and -1, and is computed as such.
+for the better sample w and the worse l, with one noise and one level for both. It is computed as
+what it equals: the loss of DGPO for groups of two with A = +1 and -1.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
-from dgpo.algorithms.base import Algorithm
-from dgpo.algorithms.dgpo import dgpo_loss, group_margin
+from dgpo.algorithms.base import Algorithm, SnapshotName
+from dgpo.algorithms.dgpo import dgpo_loss, group_weights
 from dgpo.core.groups import Groups
 from dgpo.core.points import Forward
 from dgpo.core.precision import widen
 
 
 class DiffusionDPO(Algorithm):
-    """Diffusion-DPO on pairs of the policy's own pictures.
+    """Diffusion-DPO prefers the best picture of each group to the worst.
 
-    Differs from the paper: the pairs are not a fixed data set but the best and the worst of each
-    group, and d is a mean over dimensions without a weight for the level, so that beta is 100
-    where the paper, which counts the sum over levels, has thousands.
+    Differs from the paper: the pairs are not a fixed data set but the policy's own pictures, and d
+    is a mean over dimensions without a weight for the level, so that beta is 100 where the paper,
+    which counts the sum over levels, has thousands.
+
+    >>> import torch
+    >>> rewards = torch.tensor([0.1, 0.9, 0.5, 0.7])
+    >>> DiffusionDPO(beta=100).advantages(rewards, Groups.contiguous(count=1, size=4))
+    tensor([-1.,  1.,  0.,  0.])
     """
 
     name: ClassVar[str] = "diffusion_dpo"
     beta: float = Field(default=100.0, gt=0)
-    """Strength of the implicit KL to the reference; large values stay near it."""
+    """The strength of the implicit KL to the reference; large values keep the policy near it."""
 
     @property
-    def snapshots(self) -> frozenset[Literal["ref", "old"]]:
+    def snapshots(self) -> frozenset[SnapshotName]:
         return frozenset(("ref",))
 
     @property
@@ -40,16 +45,15 @@ class DiffusionDPO(Algorithm):
         return 2
 
     def advantages(self, rewards: Tensor, groups: Groups) -> Tensor:
-        """+1 for the best of a group, -1 for the worst (of equals the first), else 0; all 0 in a
-        group without spread, whose best is its worst."""
+        """Return 1 for the best of a group, -1 for the worst (among equals the first), else 0.
+
+        A group without spread, whose best is also its worst, gets 0.
+        """
         best, worst = groups.rank(rewards) == 0, groups.rank(-rewards) == 0
         return best.to(widen(rewards)) - worst.to(widen(rewards))
 
     def weights(self, points: Forward) -> Tensor:
-        error = points.error(points.pred).detach()
-        base = points.error(points.snapshot("ref"))
-        margin = group_margin(error, base, points.advantages.to(error), points.groups, self.beta)
-        return points.groups.each(margin.sigmoid())
+        return group_weights(points, "ref", self.beta)
 
     def loss(self, points: Forward) -> tuple[Tensor, dict[str, Tensor]]:
         error = points.error(points.pred)
@@ -57,6 +61,3 @@ class DiffusionDPO(Algorithm):
         loss = dgpo_loss(error, points.advantages.to(error), weights, self.beta)
         metrics = {"error": error, "weight": weights, "margin": weights.logit(1e-7)}
         return loss, {name: value.detach().mean() for name, value in metrics.items()}
-
-    def old_decay(self, step: int) -> float:
-        return 0.0

@@ -1,4 +1,4 @@
-"""DiffusionNFT: negative-aware fine-tuning on the forward process (arXiv 2509.16117).
+"""DiffusionNFT is negative-aware fine-tuning on the forward process (arXiv 2509.16117).
 
 The policy's prediction v stands for two others, one that is told what is good and one that is told
 what is bad. Their clean samples x0(.) are fitted in proportion to a probability of being good:
@@ -6,9 +6,9 @@ what is bad. Their clean samples x0(.) are fitted in proportion to a probability
     L+- = mean (x0(v+-) - x0)^2 / sg[max(mean |x0(v+-) - x0|, 1e-5)]                        (2)
     loss = (m/b) mean_i[r_i L+_i + (1-r_i) L-_i],    r = A/(2m) + 1/2,  |A| <= m            (3)
 At v = v_old the gradient of (3) is mean_i A_i grad L_i, where L is (2) of v itself. Elsewhere a
-sample with A = 0 is not without effect: with r = 1/2 it pulls v back to v_old.
+sample with A = 0 has an effect too: with r = 1/2 it pulls v back to v_old.
 
-Clean samples, not velocities, are compared, so that (1) to (3) hold for any noising process.
+(2) compares clean samples, not velocities, so that (1) to (3) hold for any noising process.
 """
 
 from __future__ import annotations
@@ -18,30 +18,36 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from dgpo.algorithms.base import Algorithm
+from dgpo.algorithms.base import Algorithm, SnapshotName
 from dgpo.algorithms.shared import NormalizedRewards
 from dgpo.core.points import Forward
 from dgpo.core.precision import mean_square, widen_pair
 
 
 def implicit_predictions(out: Tensor, old: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """v+ and v- of (1): two ``[B, ...]`` to two, in full precision; gradients through ``out``."""
+    """Return v+ and v- of (1), ``[B, ...]`` in full precision; gradients flow through ``out``."""
     out, old = widen_pair(out, old.detach(), "the predictions of the policy and of the old policy")
     return beta * out + (1 - beta) * old, (1 + beta) * old - beta * out
 
 
 def scaled_error(clean: Tensor, x0: Tensor) -> Tensor:
-    """(2): the squared error over the detached absolute error, two ``[B, ...]`` to ``[B]``."""
+    """Return (2), the squared over the detached absolute error: two ``[B, ...]`` to ``[B]``."""
     clean, x0 = widen_pair(clean, x0, "the predicted and the true clean samples")
     scale = (clean.detach() - x0).abs().flatten(1).mean(1).clamp(min=1e-5)
     return mean_square(clean, x0) / scale
 
 
 class DiffusionNFT(NormalizedRewards, Algorithm):
-    """DiffusionNFT, with the pictures of the old policy, which moves once an iteration.
+    """DiffusionNFT trains on pictures of the old policy, which moves once an iteration.
 
     Differs from the paper: the noise levels are those of ``timesteps`` and one noise serves a
     group, as for every algorithm here; the published runs train all levels of the schedule.
+
+    >>> algorithm = DiffusionNFT(old_schedule="late")
+    >>> algorithm.samples_from, sorted(algorithm.snapshots)
+    ('old', ['old', 'ref'])
+    >>> [algorithm.old_decay(iteration) for iteration in (0, 75, 1000)]
+    [0.0, 0.0, 0.999]
     """
 
     name: ClassVar[str] = "diffusion_nft"
@@ -51,15 +57,16 @@ class DiffusionNFT(NormalizedRewards, Algorithm):
     """How far v+ and v- lie from the old prediction; small values move the policy further.
     Published: 1 (GenEval, PickScore) and 0.1 (OCR, several rewards)."""
     kl: float = Field(default=1e-4, ge=0)
-    """Weight of mean (v - v_ref)^2 with the frozen reference."""
+    """The weight of mean (v - v_ref)^2 with the frozen reference."""
     advantage_max: float = Field(default=5.0, gt=0)
-    """The m of (3): advantages are clamped to this absolute value, which means certainly good."""
+    """The m of (3), the largest absolute value of an advantage; at m a sample is certainly good."""
     old_schedule: Literal["early", "late"] = "early"
-    """Decay of the old policy after iteration n. early: min(0.001 n, 0.5), published for GenEval
-    and PickScore; late: 0 until n = 75, then min(0.0075 (n - 75), 0.999), published for OCR."""
+    """The decay of the old policy after iteration n. early: min(0.001 n, 0.5), published for
+    GenEval and PickScore; late: 0 until n = 75, then min(0.0075 (n - 75), 0.999), published for
+    OCR."""
 
     @property
-    def snapshots(self) -> frozenset[Literal["ref", "old"]]:
+    def snapshots(self) -> frozenset[SnapshotName]:
         return frozenset(("old", "ref") if self.kl > 0 else ("old",))
 
     def loss(self, points: Forward) -> tuple[Tensor, dict[str, Tensor]]:

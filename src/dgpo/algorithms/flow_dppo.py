@@ -1,8 +1,8 @@
-"""Flow-DPPO (arXiv 2606.11025): a trust region in the divergence of a step, not in its ratio.
+"""Flow-DPPO puts a trust region on the divergence of a step, not on its ratio (arXiv 2606.11025).
 
     loss = mean_i -A_i r_i,      r_i = exp(log p - log p_old)                                    (1)
-A step's term has no gradient where ``mean |mu - mu_old|^2 / (2 std^2) >= tau`` and the gradient
-would take it further out (A > 0 and r > 1, or A < 0 and r < 1). The ratio of one sample is a noisy
+A term has no gradient where ``mean |mu - mu_old|^2 / (2 std^2) >= tau`` and the gradient would take
+the step further out (A > 0 and r > 1, or A < 0 and r < 1). The ratio of one sample is a noisy
 sign of how far the policy has moved; the divergence is exact and costs nothing here.
 """
 
@@ -20,11 +20,15 @@ from dgpo.core.sde import Moments
 
 
 class FlowDPPO(PolicyGradient):
-    """Flow-DPPO."""
+    """Flow-DPPO stops a step that has diverged from the one that was made.
+
+    >>> sorted(FlowDPPO(tau=1e-5).snapshots)
+    ['ref']
+    """
 
     name: ClassVar[str] = "flow_dppo"
     tau: float = Field(default=1e-5, gt=0)
-    """Largest divergence from the step that was taken, the mean over dimensions."""
+    """The largest divergence from the step that was made, the mean over dimensions."""
 
     def surrogate(
         self, points: Trajectory, now: Moments, old: Moments, advantages: Tensor

@@ -1,7 +1,7 @@
-"""Flow-GRPO: Training Flow Matching Models via Online RL (arXiv 2505.05470).
+"""Flow-GRPO trains flow matching models by online RL (arXiv 2505.05470).
 
-With ``mu`` the mean of a step of the sampler and ``log p`` its log-density, the mean over all
-dimensions, the loss of a step is
+Let ``mu`` be the mean of the sampler's step and ``log p`` its log-density, the mean over all
+dimensions. The loss of a step is
     mean_i max(-A_i r_i, -A_i clip(r_i, 1 - c, 1 + c)) + k mean_i |mu - mu_ref|^2 / (2 rate^2)   (1)
     r_i = exp(log p(x'_i) - log p_old(x'_i))                                                     (2)
 Flow-GRPO-Fast and MixGRPO (arXiv 2507.21802) are the same with noise in a ``window`` of steps;
@@ -16,18 +16,27 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from dgpo.algorithms.policy_gradient import PolicyGradient, ppo
+from dgpo.algorithms.policy_gradient import PolicyGradient
+from dgpo.algorithms.surrogate import ppo
 from dgpo.core.points import Trajectory
 from dgpo.core.sde import Moments
 
 
 class FlowGRPO(PolicyGradient):
-    """Flow-GRPO. Differs from the paper: the last step of the sampler is deterministic and not
-    trained; the log-density is the mean over dimensions, as in the published runs."""
+    """Flow-GRPO is PPO on the log-densities of the sampler's steps.
+
+    Differs from the paper: the last step of the sampler is deterministic and not trained; the
+    log-density is the mean over dimensions, as in the published runs.
+
+    >>> FlowGRPO(sde={"kind": "dance"}, kl=0).snapshots  # DanceGRPO needs no reference
+    frozenset()
+    >>> FlowGRPO(window={"size": 2, "mode": "sliding"}).noisy_steps(steps=10, iteration=3, seed=0)
+    range(3, 5)
+    """
 
     name: ClassVar[str] = "flow_grpo"
     clip: float = Field(default=1e-4, gt=0, lt=1)
-    """Largest change of the ratio, in either direction."""
+    """The largest change of the ratio, in either direction."""
 
     def surrogate(
         self, points: Trajectory, now: Moments, old: Moments, advantages: Tensor

@@ -1,4 +1,4 @@
-"""RWR: reward-weighted regression (Peters and Schaal, ICML 2007; for diffusion models arXiv
+"""RWR is reward-weighted regression (Peters and Schaal, ICML 2007; for diffusion models arXiv
 2302.12192 and, as a baseline, 2305.13301).
 
     L = mean_i w_i d_i,    w_i = G softmax_g(z/T)_i                                         (1)
@@ -22,31 +22,31 @@ from dgpo.core.precision import widen
 
 
 def weighted_regression(points: Forward) -> tuple[Tensor, dict[str, Tensor]]:
-    """``mean_i A_i d_i`` with the advantages as weights, and its metrics."""
+    """Return ``mean_i A_i d_i``, with the advantages as weights, and its metrics."""
     error = points.error(points.pred)
     loss = (points.advantages.to(error) * error).mean()
     return loss, {"error": error.detach().mean()}
 
 
 class RWR(Algorithm):
-    """Reward-weighted regression on the policy's own pictures.
+    """RWR is a regression on the policy's own pictures, weighted by their rewards.
 
-    The advantage of a sample is its weight w itself, so that it needs no snapshot and no group
-    statistic beside the loss. Differs from the definition: a group without spread, whose weights
-    would all be 1, is left out, as for every algorithm here; its advantages are 0.
+    The advantage of a sample is its weight w itself, so the loss needs no snapshot and no group
+    statistic. Differs from the definition: a group without spread, whose weights would all be 1, is
+    left out, as for every algorithm here; its advantages are 0.
+
+    >>> weights = RWR(temperature=0.5).advantages(torch.tensor([0.0, 1.0]), Groups.contiguous(1, 2))
+    >>> weights, weights.mean()
+    (tensor([0.0360, 1.9640]), tensor(1.))
     """
 
     name: ClassVar[str] = "rwr"
     temperature: float = Field(default=1.0, ge=0.01)
-    """The T of (1), in deviations of the reward."""
+    """The temperature T of (1), in deviations of the reward."""
     advantage_std: Literal["group", "batch"] = "group"
-    """Rewards are divided by their deviation in the group or in the whole batch."""
+    """Which deviation divides the rewards: the one in their group or in the whole batch."""
     advantage_max: float = Field(default=5.0, gt=0, le=7)
-    """Normalised rewards are clamped to this absolute value."""
-
-    @property
-    def snapshots(self) -> frozenset[Literal["ref", "old"]]:
-        return frozenset()
+    """The largest absolute value of a normalised reward; larger ones are clamped."""
 
     def advantages(self, rewards: Tensor, groups: Groups) -> Tensor:
         normal = groups.normalize(rewards, self.advantage_std, eps=1e-4).double()
@@ -58,6 +58,3 @@ class RWR(Algorithm):
 
     def loss(self, points: Forward) -> tuple[Tensor, dict[str, Tensor]]:
         return weighted_regression(points)
-
-    def old_decay(self, step: int) -> float:
-        return 0.0

@@ -1,7 +1,7 @@
-"""The mathematics alone: groups, noising processes, noise levels, stochastic samplers and the
-points of a loss.
+"""This room holds the mathematics alone: groups, noising processes, noise levels, stochastic
+samplers, and the points that a loss sees.
 
-Imports torch, pydantic and the standard library only; a test holds it to that.
+It imports torch, pydantic and the standard library only; a test keeps it so.
 """
 
 from dgpo.core.groups import Groups

@@ -1,4 +1,4 @@
-"""Groups: the samples of one prompt, and the statistics over them."""
+"""A group is the samples of one prompt; its statistics turn rewards into advantages."""
 
 from __future__ import annotations
 
@@ -18,24 +18,33 @@ def _alone(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Which group each sample belongs to.
+    """``Groups`` say which group each sample belongs to.
 
-    Groups are known by an explicit number and never by their prompt's text: a prompt drawn twice
-    makes two groups.
+    A group has a number of its own and is never known by its prompt's text: a prompt that is drawn
+    twice makes two groups.
 
-    A group may be spread over several processes. Then every process holds the same numbering
-    (``count`` is the number of groups everywhere) and ``reduce`` adds a tensor over the processes
+    A group may be spread over several processes. Then every process uses the same numbers
+    (``count`` is the number of groups everywhere), and ``reduce`` adds a tensor over the processes
     (an all-reduce with SUM of float and int64 tensors). Every method that sums is then collective:
-    all processes must call it, in one order.
+    all processes must call it, in the same order.
 
     Args:
-        index: group number of each sample, int64 ``[B]``, values in ``[0, count)``, any order.
-        size: samples in a whole group, the G of the papers.
-        count: number of groups, those that have no sample here included.
-        reduce: sum of a tensor over the processes; the identity by default.
+        index: the group number of each sample, int64 ``[B]``, values in ``[0, count)``, any order.
+        size: how many samples a whole group has, the G of the papers.
+        count: how many groups there are, including those without a sample here.
+        reduce: adds a tensor over the processes; by default there is one process.
 
     Raises:
         ValueError: ``index`` is not a vector of int64 in range, or ``size`` is below 1.
+
+    >>> groups = Groups.contiguous(count=2, size=3)
+    >>> groups.index
+    tensor([0, 0, 0, 1, 1, 1])
+    >>> rewards = torch.tensor([0.0, 0.5, 1.0, 1.0, 1.0, 1.0])
+    >>> groups.mean(rewards)
+    tensor([0.5000, 1.0000])
+    >>> groups.normalize(rewards, eps=0)
+    tensor([-1.2247,  0.0000,  1.2247,  0.0000,  0.0000,  0.0000])
     """
 
     index: Tensor
@@ -58,11 +67,11 @@ class Groups:
 
     @classmethod
     def contiguous(cls, count: int, size: int) -> Groups:
-        """``count`` groups of ``size``, one after the other: 0 0 0 1 1 1 ..."""
+        """Make ``count`` groups of ``size`` samples, one after the other: 0 0 0 1 1 1 ..."""
         return cls(torch.arange(count).repeat_interleave(size), size, count)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum over each group, over all processes.
+        """Return the sum over each group, over all processes.
 
         Args:
             x: ``[B, ...]``.
@@ -78,7 +87,7 @@ class Groups:
         return self.reduce(total.index_add(0, self.index.to(x.device), x))
 
     def each(self, v: Tensor) -> Tensor:
-        """Each sample's own group's value: ``[count, ...] -> [B, ...]``.
+        """Give each sample the value of its group: ``[count, ...] -> [B, ...]``.
 
         Raises:
             ValueError: ``v`` does not have one row a group.
@@ -88,11 +97,11 @@ class Groups:
         return v[self.index.to(v.device)]
 
     def mean(self, x: Tensor) -> Tensor:
-        """Mean over each group: ``[B] -> [count]``, in float32 (float64 kept).
+        """Return the mean over each group: ``[B] -> [count]``, in float32 (float64 stays).
 
         Raises:
-            ValueError: a group is only partly here. Statistics of a part of a group are never what
-                an algorithm means, and nothing later would show the mistake.
+            ValueError: a group is only partly here. An algorithm never means the statistics of a
+                part of a group, and nothing later would show the mistake.
         """
         self._one_row_each(x)
         x = widen(x)
@@ -108,7 +117,7 @@ class Groups:
         return total / self.size
 
     def std(self, x: Tensor) -> Tensor:
-        """Population standard deviation of each group: ``[B] -> [count]``.
+        """Return the population standard deviation of each group: ``[B] -> [count]``.
 
         Raises:
             ValueError: a group is only partly here.
@@ -118,17 +127,16 @@ class Groups:
     def normalize(
         self, x: Tensor, scale: Literal["group", "batch"] = "group", eps: float = 1e-4
     ) -> Tensor:
-        """Advantages ``A = (x - mean_group) / (std + eps)``, which sum to zero in each group.
+        """Return advantages ``A = (x - mean_group) / (std + eps)``, which sum to 0 in each group.
 
         Args:
             x: rewards ``[B]``.
-            scale: ``"group"`` divides by the group's own standard deviation, ``"batch"`` by that of
-                all rewards of the batch (over all processes). Both are population deviations.
+            scale: ``"group"`` divides by the standard deviation of the group, ``"batch"`` by the
+                one of all rewards of the batch (over all processes). Both are of the population.
             eps: added to the deviation.
 
         Returns:
-            ``[B]``, exactly zero in a group whose members are all equal: rounding in the mean would
-            otherwise leave a residue that ``eps`` does not hide.
+            ``[B]``, exactly zero in a group whose members are all equal.
 
         Raises:
             ValueError: a group is only partly here, or ``scale`` is neither of the two.
@@ -137,14 +145,15 @@ class Groups:
             raise ValueError(f"scale must be 'group' or 'batch', got {scale!r}")
         centred = widen(x) - self.each(self.mean(x))
         std = self.each(self.std(x)) if scale == "group" else self._std_of_all(x)
+        # rounding in the mean of equal rewards leaves a residue that eps does not hide
         return torch.where(self.each(self.spread(x)), centred / (std + eps), 0)
 
     def spread(self, x: Tensor) -> Tensor:
-        """True where the members of a group differ: ``[B] -> bool [count]``.
+        """Tell whether the members of each group differ: ``[B] -> bool [count]``.
 
-        Exact, and over all processes with sums alone: the bits of the numbers are cut into 16-bit
-        integers h, and by Cauchy-Schwarz ``n * sum h^2 = (sum h)^2`` only if all h are equal. Both
-        sides are exact in int64 for groups of up to 2^15 samples.
+        The answer is exact, and needs sums alone over the processes: the bits of the numbers are
+        cut into 16-bit integers h, and by Cauchy-Schwarz ``n * sum h^2 = (sum h)^2`` only if all h
+        are equal. Both sides are exact in int64 for groups of up to 2^15 samples.
         """
         x = widen(x) + 0.0  # -0.0 becomes 0.0, the only two equal numbers that differ in bits
         bits = x.view(torch.int64 if x.dtype == torch.float64 else torch.int32)
@@ -155,12 +164,12 @@ class Groups:
         return (members * second != first.square()).any(1)
 
     def rank(self, x: Tensor) -> Tensor:
-        """Place of each sample in its group, 0 for the largest: ``[B] -> int64 [B]``.
+        """Return the place of each sample in its group, 0 for the largest: ``[B] -> int64 [B]``.
 
-        Of equal numbers the one that stands first in the batch is placed first.
+        Among equal numbers the first in the batch gets the first place.
 
         Raises:
-            ValueError: a group is not wholly in this process: places cannot be found by sums.
+            ValueError: a group is not wholly in this process; sums cannot find places.
         """
         self._one_row_each(x)
         index = self.index.to(x.device)
@@ -177,11 +186,11 @@ class Groups:
         return torch.empty_like(place).scatter_(0, order, place)
 
     def subset(self, rows: Tensor) -> Groups:
-        """The groups of some of the samples, group numbers compacted in their old order.
+        """Return the groups of some of the samples, numbered anew in their old order.
 
         ``rows`` may hold whole groups or parts. ``size`` stays the size of a whole group, so group
-        statistics of a part raise. A group keeps its number as long as any process holds a row of
-        it, so this is collective like the sums; ``reduce`` is kept.
+        statistics of a part raise. A group is left out only if no process holds a row of it, so the
+        call is collective like the sums.
 
         Args:
             rows: positions in the batch, int64 ``[b]``.

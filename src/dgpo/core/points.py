@@ -1,4 +1,4 @@
-"""Points: what a loss sees of the model."""
+"""Points are all that a loss sees of the model."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from dgpo.core.sde import Moments, Sde
 
 @dataclass(frozen=True, eq=False)
 class Forward:
-    """Clean samples noised again to one level, and the predictions there.
+    """``Forward`` holds clean samples, noised again to one level, and the predictions there.
 
     Args:
         x0, noise, xt, target: ``[B, ...]`` in the denoiser's own input space, full precision.
-        level: the noise level, shared by all samples.
+        level: the noise level that all samples share.
         process: how ``xt`` was made of ``x0`` and ``noise``.
         pred: the policy's prediction, ``[B, ...]``; gradients flow through it alone.
         ref: the frozen reference's prediction, without guidance; None if not declared.
         old: the old policy's prediction; None if not declared.
-        kl_ref: the prediction the KL term compares with when it wants its own guidance.
+        kl_ref: the reference's prediction with the guidance of the KL term; None if not declared.
         advantages: ``[B]``.
         groups: the group of each sample.
-        weights: detached group weights ``[B]`` from a pass over whole groups, for a micro-batch
-            that does not hold whole groups.
+        weights: detached group weights ``[B]`` from a pass over whole groups; a micro-batch that
+            holds parts of groups needs them.
 
     Raises:
         ValueError: two shapes do not fit together.
@@ -54,13 +54,13 @@ class Forward:
         _one_number_a_sample(self, ("advantages", "weights"))
 
     def error(self, out: Tensor) -> Tensor:
-        """Denoising loss ``d`` of each sample: mean over all other dims of ``(out - target)^2``.
+        """Return each sample's denoising loss ``d``, the mean of ``(out - target)^2``.
 
         Args:
             out: a prediction ``[B, ...]``.
 
         Returns:
-            ``[B]`` in float32 (float64 kept), whatever the dtype of ``out``.
+            ``[B]`` in float32 (float64 stays), whatever the dtype of ``out``.
 
         Raises:
             ValueError: ``out`` has not the shape of ``target``.
@@ -68,7 +68,7 @@ class Forward:
         return mean_square(out, self.target)
 
     def clean(self, out: Tensor) -> Tensor:
-        """The clean sample ``[B, ...]`` that a prediction amounts to, in full precision.
+        """Return the clean sample ``[B, ...]`` that a prediction amounts to, in full precision.
 
         Raises:
             ValueError: ``out`` has not the shape of ``xt``.
@@ -76,10 +76,10 @@ class Forward:
         return self.process.x0(self.xt, out, self.level)
 
     def snapshot(self, name: Literal["ref", "old", "kl_ref"]) -> Tensor:
-        """The prediction of a snapshot that the algorithm has declared.
+        """Return the prediction of a snapshot that the algorithm declares.
 
         Raises:
-            ValueError: it was not evaluated.
+            ValueError: the points do not hold this prediction.
         """
         prediction = {"ref": self.ref, "old": self.old, "kl_ref": self.kl_ref}[name]
         if prediction is None:
@@ -92,18 +92,19 @@ class Forward:
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """One step of the rollouts, and the predictions at its beginning.
+    """A ``Trajectory`` holds one step of the rollouts and the predictions where it began.
+
+    All three predictions have the guidance of the rollout.
 
     Args:
         xt: ``[B, ...]``, where the step began, as the denoiser saw it.
-        xnext: ``[B, ...]``, where it ended, as the sampler returned it (in its dtype).
+        xnext: ``[B, ...]``, where the step ended, as the sampler returned it (in its dtype).
         level, next_level: the noise levels of the two, shared by all samples.
-        process: what a prediction means.
+        process: says what a prediction means.
         sde: the sampler.
         pred: the policy's prediction at ``xt``; gradients flow through it alone.
-        old: the prediction that the step was made with, recorded in the rollout.
-        ref: the frozen reference's prediction; None if not declared. All three have the guidance of
-            the rollout.
+        old: the prediction that made the step, recorded in the rollout.
+        ref: the frozen reference's prediction; None if not declared.
         advantages: ``[B]``.
         groups: the group of each sample.
 
@@ -129,22 +130,22 @@ class Trajectory:
 
     @property
     def duration(self) -> float:
-        """How much noise the step takes away: ``s - s'``, the papers' ``-dt``."""
+        """Return how much noise the step takes away: ``s - s'``, the papers' ``-dt``."""
         return self.level.sigma - self.next_level.sigma
 
     def moments(self, out: Tensor) -> Moments:
-        """Mean and deviation of the step that the sampler makes of a prediction ``[B, ...]``."""
+        """Return the mean and deviation of the step that a prediction ``[B, ...]`` leads to."""
         return self.sde.moments(self.process, self.xt, out, self.level, self.next_level)
 
     def log_prob(self, moments: Moments) -> Tensor:
-        """Log-density of the step that was taken, mean over all dims but the first: ``[B]``."""
+        """Return the log-density ``[B]`` of the step that was taken, the mean over dimensions."""
         return self.sde.log_prob(self.xnext, moments)
 
     def reference(self) -> Tensor:
-        """The reference's prediction.
+        """Return the reference's prediction.
 
         Raises:
-            ValueError: it was not evaluated.
+            ValueError: the points do not hold it.
         """
         if self.ref is None:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""One rule for precision: what is compared or squared is float32, or float64 if it came so.
+"""There is one rule for precision: numbers are compared and squared in float32 or float64.
 
 Trust regions of DGPO are as narrow as 1e-5. A bfloat16 number near one has a spacing of 8e-3, so
 half-precision inputs are widened before the first arithmetic operation, not after it.
@@ -11,16 +11,16 @@ from torch import Tensor
 
 
 def widen(x: Tensor) -> Tensor:
-    """``x`` in float32; float64 is kept."""
+    """Return ``x`` in float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
 def widen_pair(a: Tensor, b: Tensor, names: str) -> tuple[Tensor, Tensor]:
-    """Two tensors of equal shape in their common full precision.
+    """Return two tensors of equal shape in their common full precision.
 
     Args:
         a, b: any equal shapes, any floating dtypes.
-        names: what the two are, for the message, e.g. ``"x0 and noise"``.
+        names: how the message calls the two, e.g. ``"x0 and noise"``.
 
     Raises:
         ValueError: the shapes differ. Broadcasting would silently mix samples here.
@@ -33,7 +33,7 @@ def widen_pair(a: Tensor, b: Tensor, names: str) -> tuple[Tensor, Tensor]:
 
 
 def mean_square(a: Tensor, b: Tensor) -> Tensor:
-    """Per-sample mean of ``(a - b)^2`` over all dims but the first, in full precision.
+    """Return each sample's mean of ``(a - b)^2`` over all dims but the first, in full precision.
 
     Args:
         a, b: ``[B, ...]``, one shape.
@@ -43,6 +43,9 @@ def mean_square(a: Tensor, b: Tensor) -> Tensor:
 
     Raises:
         ValueError: the shapes differ.
+
+    >>> mean_square(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 0.0]]))
+    tensor([5.])
     """
     a, b = widen_pair(a, b, "the two sides of a squared error")
     return (a - b).square().flatten(1).mean(1)

@@ -1,4 +1,4 @@
-"""Noising processes: how a clean sample is corrupted and what the denoiser should answer.
+"""A noising process says how a clean sample is corrupted and what the denoiser should answer.
 
 Noise enters here in full precision: half-precision inputs give float32 results, float64 stays.
 """
@@ -17,14 +17,14 @@ from dgpo.errors import UserError
 
 @dataclass(frozen=True)
 class Level:
-    """One noise level of a rollout's schedule.
+    """A ``Level`` is one noise level of a rollout's schedule.
 
     Args:
         timestep: 0-dim, as the scheduler hands it to the denoiser.
-        sigma: the same level in [0, 1]. Flow matching: the scheduler's own sigma (1 is pure noise,
-            unless the schedule is inverted). Noise- and v-prediction: ``sqrt(1 - alphas_cumprod)``
-            of the scheduler's own table, or between two of its entries where a sampler's timesteps
-            are no whole numbers.
+        sigma: the same level in [0, 1]. Flow matching takes the scheduler's own sigma (1 is pure
+            noise, unless the schedule is inverted). Noise and v prediction take
+            ``sqrt(1 - alphas_cumprod)`` from the scheduler's table, or between two of its entries
+            if the sampler's timesteps are no whole numbers.
     """
 
     timestep: Tensor
@@ -32,36 +32,45 @@ class Level:
 
 
 class Process(Protocol):
-    """``x0``, ``noise``, ``xt``, ``output`` are ``[B, ...]`` of one shape, at one level.
+    """A ``Process`` relates clean samples, noise, noised samples and the denoiser's output.
 
-    The methods that take two of them raise ValueError if the shapes differ.
+    ``x0``, ``noise``, ``xt`` and ``output`` are ``[B, ...]`` of one shape, at one level. A method
+    that takes two of them raises ValueError if the shapes differ.
     """
 
     def noise_level(self, level: Level) -> float:
-        """The factor of the noise in ``xt``, in [0, 1]: 1 is pure noise, whatever the schedule."""
+        """Return the factor of the noise in ``xt``, in [0, 1]; 1 is always pure noise."""
         ...
 
     def corrupt(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor:
-        """The noised sample ``xt``."""
+        """Return the noised sample ``xt``."""
         ...
 
     def target(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor:
-        """What a perfect denoiser would answer at ``xt`` if it knew ``x0`` and ``noise``."""
+        """Return what a perfect denoiser would answer at ``xt`` if it knew ``x0`` and ``noise``."""
         ...
 
     def x0(self, xt: Tensor, output: Tensor, level: Level) -> Tensor:
-        """The clean sample that the denoiser's ``output`` at ``xt`` amounts to."""
+        """Return the clean sample that the denoiser's ``output`` at ``xt`` amounts to."""
         ...
 
 
 @dataclass(frozen=True)
-class FlowMatching:
-    """Straight paths ``xt = (1 - s) x0 + s e`` with velocity ``e - x0`` (rectified flow,
-    arXiv 2209.03003).
+class FlowMatching(Process):
+    """Flow matching moves on straight paths ``xt = (1 - s) x0 + s e`` with velocity ``e - x0``.
+
+    Source: rectified flow (arXiv 2209.03003).
 
     Args:
         inverted: the schedule's sigma counts the clean share (Mochi): ``s = 1 - sigma`` and the
             denoiser answers ``x0 - e``, so that ``x0 = xt + (1 - sigma) output``.
+
+    >>> import torch
+    >>> process, level = FlowMatching(), Level(torch.tensor(250.0), sigma=0.25)
+    >>> x0, noise = torch.tensor([[4.0]]), torch.tensor([[0.0]])
+    >>> xt = process.corrupt(x0, noise, level)
+    >>> xt, process.x0(xt, process.target(x0, noise, level), level)
+    (tensor([[3.]]), tensor([[4.]]))
     """
 
     inverted: bool = False
@@ -84,9 +93,10 @@ class FlowMatching:
 
 
 @dataclass(frozen=True, eq=False)
-class _VariancePreserving:
-    """``xt = sqrt(a) x0 + sqrt(1 - a) e`` with ``a = alphas_cumprod[timestep]`` (DDPM,
-    arXiv 2006.11239, eq. 4), which a level holds as ``sigma = sqrt(1 - a)``.
+class _VariancePreserving(Process):
+    """The noised sample is ``xt = sqrt(a) x0 + sqrt(1 - a) e``, ``a = alphas_cumprod[timestep]``.
+
+    A level holds a as ``sigma = sqrt(1 - a)``. Source: DDPM (arXiv 2006.11239), eq. 4.
 
     Args:
         alphas_cumprod: the scheduler's table ``[T]``, decreasing.
@@ -95,7 +105,7 @@ class _VariancePreserving:
     alphas_cumprod: Tensor
 
     def level(self, timestep: Tensor) -> Level:
-        """The level of a whole timestep, with ``sigma = sqrt(1 - a)``.
+        """Return the level of a whole timestep, with ``sigma = sqrt(1 - a)``.
 
         Raises:
             UserError: the timestep is no index of ``alphas_cumprod``.
@@ -103,8 +113,8 @@ class _VariancePreserving:
         t, last = float(timestep), len(self.alphas_cumprod) - 1
         if not t.is_integer() or not 0 <= t <= last:
             raise UserError(
-                f"timestep {t} is no index of alphas_cumprod (0..{last}): choose a rollout "
-                "scheduler whose timesteps are whole numbers, e.g. rollout.scheduler=ddim"
+                f"timestep {t} is no index of alphas_cumprod (0..{last}): choose a sampler whose "
+                "timesteps are whole numbers, such as rollout.scheduler=ddim"
             )
         return Level(timestep, math.sqrt(1 - float(self.alphas_cumprod[int(t)])))
 
@@ -117,14 +127,20 @@ class _VariancePreserving:
         return signal * x0 + sigma * noise
 
     def _scales(self, level: Level) -> tuple[float, float]:
-        """``sqrt(a), sqrt(1 - a)``."""
+        """Return ``sqrt(a), sqrt(1 - a)``."""
         return math.sqrt(1 - level.sigma**2), level.sigma
 
 
 @dataclass(frozen=True, eq=False)
 class Epsilon(_VariancePreserving):
-    """Noise prediction: the denoiser answers ``e``, and ``x0 = (xt - sqrt(1-a) e) / sqrt(a)``
-    (DDPM, arXiv 2006.11239). ``x0`` is undefined where ``a = 0``."""
+    """The denoiser answers the noise ``e``, so that ``x0 = (xt - sqrt(1-a) e) / sqrt(a)``.
+
+    ``x0`` is undefined where ``a = 0``. Source: DDPM (arXiv 2006.11239).
+
+    >>> import torch
+    >>> round(Epsilon(torch.tensor([0.91, 0.36])).level(torch.tensor(1)).sigma, 3)
+    0.8
+    """
 
     def target(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor:
         return widen_pair(x0, noise, "x0 and noise")[1]
@@ -137,8 +153,12 @@ class Epsilon(_VariancePreserving):
 
 @dataclass(frozen=True, eq=False)
 class VPrediction(_VariancePreserving):
-    """Velocity ``v = sqrt(a) e - sqrt(1-a) x0``, so that ``x0 = sqrt(a) xt - sqrt(1-a) v``
-    (progressive distillation, arXiv 2202.00512, app. D)."""
+    """The denoiser answers ``v = sqrt(a) e - sqrt(1-a) x0``.
+
+    So ``x0 = sqrt(a) xt - sqrt(1-a) v``.
+
+    Source: progressive distillation (arXiv 2202.00512), app. D.
+    """
 
     def target(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor:
         x0, noise = widen_pair(x0, noise, "x0 and noise")

@@ -1,12 +1,13 @@
-"""Stochastic samplers: mean, deviation and log-density of one of their steps.
+"""A stochastic sampler's step has a mean, a deviation and a log-density.
 
 A sampler goes from one noise level to the next, less noisy one, by ``x' = mean + std z`` with
-``z ~ N(0, I)``. What the noise adds to a deterministic sampler is a density of the step, which the
-policy gradient needs. Flow-SDE, Dance-SDE and DDIM keep the marginal distributions in the limit of
-many steps; CPS keeps the coefficients of x0 and noise in every step.
+``z ~ N(0, I)``. The noise gives the step a density, which the policy gradient needs. Flow-SDE,
+Dance-SDE and DDIM keep the marginal distributions in the limit of many steps; CPS keeps the
+coefficients of x0 and noise in every step.
 
-Notation of flow matching: ``s -> s'`` the two sigmas, ``dt = s' - s < 0``, ``v`` the velocity.
-Of noise and v prediction: ``a = 1 - s^2`` and ``a' = 1 - s'^2``, the scheduler's alphas_cumprod.
+Notation for flow matching: ``s -> s'`` are the two sigmas, ``dt = s' - s < 0``, and ``v`` is the
+velocity. Notation for noise and v prediction: ``a = 1 - s^2`` and ``a' = 1 - s'^2`` are the
+scheduler's alphas_cumprod.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ _PURE_NOISE = 1 - 1e-6  # a sigma of 1 that went through float32
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """The Gaussian of one step, ``N(mean, std^2)`` in every dimension.
+    """``Moments`` describe the Gaussian of one step, ``N(mean, std^2)`` in every dimension.
 
     Args:
-        mean: ``[B, ...]``, float32 (float64 kept); gradients flow through it.
-        std: of the noise that the step adds, above 0.
-        rate: the diffusion coefficient, ``std / sqrt(-dt)``, of a sampler that discretises an SDE;
-            ``std`` of one that does not (CPS, DDIM).
+        mean: ``[B, ...]``, float32 (float64 stays); gradients flow through it.
+        std: the deviation of the noise that the step adds, above 0.
+        rate: the diffusion coefficient ``std / sqrt(-dt)`` if the sampler discretises an SDE, else
+            (CPS, DDIM) ``std``.
     """
 
     mean: Tensor
@@ -41,8 +42,9 @@ class Moments:
     rate: float
 
     def kl(self, other: Moments) -> Tensor:
-        """``mean (mean - mean')^2 / (2 std^2)``: the divergence of two steps of equal ``std``, for
-        one dimension on average. ``[B]``.
+        """Return the divergence of two steps of equal ``std``, the mean over dimensions: ``[B]``.
+
+        It is ``mean (mean - mean')^2 / (2 std^2)``.
 
         Raises:
             ValueError: the shapes differ.
@@ -51,27 +53,27 @@ class Moments:
 
 
 class Sde(BaseModel, ABC):
-    """Settings of one stochastic sampler, and the mathematics of its step."""
+    """An ``Sde`` holds the settings of one stochastic sampler and the mathematics of its step."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
 
     def fits(self, process: Process) -> bool:
-        """Whether the sampler is one of this noising process."""
+        """Return whether the sampler works for this noising process."""
         return isinstance(process, FlowMatching) and not process.inverted
 
     def moments(
         self, process: Process, xt: Tensor, output: Tensor, level: Level, next_level: Level
     ) -> Moments:
-        """Mean and deviation of the step from ``xt``.
+        """Return the mean and the deviation of the step from ``xt``.
 
         Args:
-            process: what the denoiser's ``output`` means.
+            process: says what the denoiser's ``output`` means.
             xt: ``[B, ...]`` at ``level``.
             output: the denoiser's answer there, ``[B, ...]``.
-            level, next_level: from where to where, both with noise (the last step of a schedule, to
-                sigma 0, has no density).
+            level, next_level: where the step begins and ends, both with noise (the last step of a
+                schedule, to sigma 0, has no density).
 
         Raises:
             ValueError: the sampler does not fit the process, the noise does not fall from
@@ -86,7 +88,8 @@ class Sde(BaseModel, ABC):
         return self._moments(process, xt, output, level, s_next)
 
     def log_prob(self, value: Tensor, moments: Moments) -> Tensor:
-        """Log-density of ``value [B, ...]``, the MEAN over all dims but the first: ``[B]``.
+        """Return the log-density of ``value [B, ...]``, the MEAN over all dims but the first:
+        ``[B]``.
 
         Raises:
             ValueError: the shapes differ.
@@ -101,10 +104,12 @@ class Sde(BaseModel, ABC):
 
 
 def reverse_sde(xt: Tensor, v: Tensor, s: float, s_next: float, rate: float) -> Moments:
-    """An Euler-Maruyama step of the SDE with diffusion coefficient ``rate`` that has the marginals
-    of the flow: ``mean = x + [v + rate^2/(2s) (x + (1-s) v)] dt``, ``std = rate sqrt(-dt)``.
+    """Make an Euler-Maruyama step of the SDE that has the marginals of the flow.
 
-    ``-(x + (1-s) v)/s`` is the score. Source: Flow-GRPO (arXiv 2505.05470), section 4.2.
+    With ``rate`` the diffusion coefficient, ``mean = x + [v + rate^2/(2s) (x + (1-s) v)] dt`` and
+    ``std = rate sqrt(-dt)``; ``-(x + (1-s) v)/s`` is the score.
+
+    Source: Flow-GRPO (arXiv 2505.05470), section 4.2.
     """
     dt = s_next - s
     drift = v + rate**2 / (2 * s) * (xt + (1 - s) * v)
@@ -112,15 +117,23 @@ def reverse_sde(xt: Tensor, v: Tensor, s: float, s_next: float, rate: float) -> 
 
 
 class FlowSDE(Sde):
-    """Flow-SDE: diffusion coefficient ``noise_level sqrt(s / (1 - s))``; at s = 1 the denominator
-    takes the next sigma.
+    """Flow-SDE has the diffusion coefficient ``noise_level sqrt(s / (1 - s))``.
 
-    Source: Flow-GRPO (arXiv 2505.05470), section 4.2.
+    At s = 1 the denominator takes the next sigma. Source: Flow-GRPO (arXiv 2505.05470), section
+    4.2.
+
+    >>> import torch
+    >>> from dgpo.core import FlowMatching, Level
+    >>> now, after = (Level(torch.tensor(1000.0 * s), s) for s in (0.5, 0.41))
+    >>> xt, velocity = torch.tensor([[1.0]]), torch.tensor([[2.0]])
+    >>> step = FlowSDE(noise_level=0.5).moments(FlowMatching(), xt, velocity, now, after)
+    >>> step.mean, round(step.std, 3)
+    (tensor([[0.7750]]), 0.15)
     """
 
     kind: Literal["flow"] = "flow"
     noise_level: float = Field(default=0.7, gt=0)
-    """The a of the paper."""
+    """The noise level, the a of the paper."""
 
     def _moments(
         self, process: Process, xt: Tensor, output: Tensor, level: Level, s_next: float
@@ -131,7 +144,7 @@ class FlowSDE(Sde):
 
 
 class DanceSDE(Sde):
-    """The SDE of DanceGRPO: the same with a constant diffusion coefficient, ``noise_level``.
+    """Dance-SDE is the same SDE with a constant diffusion coefficient, ``noise_level``.
 
     Source: DanceGRPO (arXiv 2505.07818), section 3.1, which writes the score as
     ``-(x - (1-s) x0) / s^2``.
@@ -139,7 +152,7 @@ class DanceSDE(Sde):
 
     kind: Literal["dance"] = "dance"
     noise_level: float = Field(default=0.3, gt=0)
-    """The eta of the paper."""
+    """The noise level, the eta of the paper."""
 
     def _moments(
         self, process: Process, xt: Tensor, output: Tensor, level: Level, s_next: float
@@ -148,19 +161,20 @@ class DanceSDE(Sde):
 
 
 class CPS(Sde):
-    """Coefficients-preserving sampling: of the noise of the next level, a part is the noise that
-    the model sees, and the rest, ``std = s' sin(pi noise_level / 2)``, is drawn anew:
-    ``mean = (1-s') x0 + sqrt(s'^2 - std^2) x1`` with ``x0 = x - s v`` and ``x1 = x + (1-s) v``.
+    """CPS, coefficients-preserving sampling, draws a part of the next level's noise anew.
 
+    The new noise has ``std = s' sin(pi noise_level / 2)``; the rest is the noise that the model
+    sees: ``mean = (1-s') x0 + sqrt(s'^2 - std^2) x1``, ``x0 = x - s v`` and ``x1 = x + (1-s) v``.
     Where x0 is certain, every level's marginal is exact, however few the steps; where it is not,
-    some variance is lost at each step. The log-probability is simplified, as in the published runs:
+    each step loses some variance. The log-probability is simplified, as in the published runs:
     ``-mean (x' - mean)^2``.
+
     Source: arXiv 2509.05952.
     """
 
     kind: Literal["cps"] = "cps"
     noise_level: float = Field(default=0.7, gt=0, le=1)
-    """Share of new noise: 1 replaces all of it."""
+    """The share of new noise; 1 replaces all of it."""
 
     def log_prob(self, value: Tensor, moments: Moments) -> Tensor:
         return -mean_square(value, moments.mean)
@@ -176,15 +190,17 @@ class CPS(Sde):
 
 
 class DDIM(Sde):
-    """DDIM with noise: ``std = eta (s'/s) sqrt(1 - a/a')`` and
-    ``mean = sqrt(a') x0 + sqrt(s'^2 - std^2) e``, where x0 and e are what the output says.
+    """DDIM with noise has ``std = eta (s'/s) sqrt(1 - a/a')``.
 
-    Source: DDIM (arXiv 2010.02502), eq. 12 and 16. ``eta`` 1 is the sampler of DDPM.
+    Its mean is ``sqrt(a') x0 + sqrt(s'^2 - std^2) e``, with the x0 and e that the output stands
+    for. With ``eta`` 1 it is the sampler of DDPM.
+
+    Source: DDIM (arXiv 2010.02502), eq. 12 and 16.
     """
 
     kind: Literal["ddim"] = "ddim"
     eta: float = Field(default=1.0, gt=0, le=1)
-    """Share of the noise of DDPM."""
+    """How much of DDPM's noise is added, as a share."""
 
     def fits(self, process: Process) -> bool:
         return not isinstance(process, FlowMatching)
@@ -217,4 +233,4 @@ AnySde = Annotated[
         custom_error_message="kind should be flow, dance, cps or ddim",
     ),
 ]
-"""A sampler's settings by their ``kind``, as in ``sde: {kind: flow, noise_level: 0.7}``."""
+"""Holds the settings of any sampler, told apart by ``kind``: ``{kind: flow, noise_level: 0.7}``."""

@@ -1,4 +1,4 @@
-"""Which noise levels of the rollout's own schedule are trained."""
+"""A choice of timesteps says which noise levels of the rollout's own schedule are trained."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ from dgpo.errors import UserError
 
 
 class TimestepChoice(BaseModel):
-    """Levels drawn without replacement from the noisier part of the schedule.
+    """A ``TimestepChoice`` draws levels without replacement from the noisier part of the schedule.
 
-    The draw is shared by every sample of an iteration. Give ``indices`` or ``t_min``, not both;
-    with ``indices=None`` and ``t_min=None`` every level may be drawn.
+    All samples of an iteration share the draw. Give ``indices`` or ``t_min``, not both; with
+    ``indices=None`` and ``t_min=None`` every level may be drawn.
 
     Source: DGPO (arXiv 2510.08425), timestep clip. Differs from the paper: the paper states the
     clip as a smallest noise level, the published runs use indices 0..6 (OCR, PickScore) or 0..4
     (GenEval) of a 10-step schedule; both ways are offered and the default is 0..6.
+
+    >>> levels = [Level(torch.tensor(1000.0 * s), s) for s in (1.0, 0.75, 0.5, 0.25)]
+    >>> choice = TimestepChoice(count=2, t_min=0.6)
+    >>> sorted(choice.choose(levels, torch.Generator()))
+    [0, 1]
     """
 
     model_config = ConfigDict(
@@ -30,10 +35,10 @@ class TimestepChoice(BaseModel):
     count: int = Field(default=4, ge=1)
     """How many levels are trained in one iteration."""
     indices: tuple[int, int] | None = (0, 6)
-    """First and last level of the rollout's schedule that may be drawn, both included; 0 is the
-    noisiest."""
+    """The first and the last level of the rollout's schedule that may be drawn, both included; 0 is
+    the noisiest."""
     t_min: float | None = Field(default=None, ge=0, lt=1)
-    """Smallest noise level that may be drawn, in sigma."""
+    """The smallest noise level that may be drawn, in sigma."""
 
     @model_validator(mode="before")
     @classmethod
@@ -64,15 +69,15 @@ class TimestepChoice(BaseModel):
         return self
 
     def choose(self, levels: Sequence[Level], generator: torch.Generator) -> list[int]:
-        """Indices into ``levels``, distinct, in random order.
+        """Draw ``count`` distinct indices into ``levels``, in random order.
 
         Args:
-            levels: the rollout's schedule, noisiest first. Sigmas that rise along it belong to an
-                inverted schedule, whose noise level is ``1 - sigma``.
+            levels: the rollout's schedule, noisiest first. If its sigmas rise, the schedule is
+                inverted and its noise level is ``1 - sigma``.
             generator: seeded alike in every process, so that all draw the same levels.
 
         Raises:
-            UserError: the schedule does not have the levels asked for.
+            UserError: the schedule has too few levels that may be drawn.
         """
         allowed = self._allowed(levels)
         if len(allowed) < self.count:

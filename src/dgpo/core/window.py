@@ -1,4 +1,4 @@
-"""Which steps of a rollout add noise, and are trained; the others are steps of the ODE."""
+"""The window says which steps of a rollout add noise and are trained; the rest follow the ODE."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from dgpo.errors import UserError
 
 
 class StepWindow(BaseModel):
-    """A few neighbouring steps, others from time to time.
+    """A ``StepWindow`` covers a few neighbouring steps and moves from time to time.
 
     Sources: MixGRPO (arXiv 2507.21802), whose window slides, and Flow-GRPO-Fast, whose window is
     drawn anew for every iteration. Differs from MixGRPO: the window never grows shorter at the end
     of the rollout; as in the published runs it slides by one step and then begins again.
+
+    >>> window = StepWindow(size=2, mode="sliding")
+    >>> [list(window.place(steps=5, iteration=i, seed=0)) for i in range(4)]
+    [[0, 1], [1, 2], [2, 3], [0, 1]]
     """
 
     model_config = ConfigDict(
@@ -24,27 +28,28 @@ class StepWindow(BaseModel):
     )
 
     size: int = Field(default=2, ge=1)
-    """Steps in the window."""
+    """How many steps the window covers."""
     mode: Literal["random", "sliding"] = "random"
-    """random: a new place every so often; sliding: from the first place to the last, and again."""
+    """How the window moves: random draws a new place, sliding goes from the first to the last and
+    begins again."""
     every: int = Field(default=1, ge=1)
-    """Iterations that share a place."""
+    """How many iterations share a place."""
     first: int = Field(default=0, ge=0)
-    """The earliest step the window may hold; 0 is the noisiest."""
+    """The earliest step that the window may cover; 0 is the noisiest."""
     last: int | None = Field(default=None, ge=0)
-    """The latest step it may hold; null: the last but one of the rollout, the last with noise."""
+    """The latest step that the window may cover; null: the last but one, the last with noise."""
 
     @model_validator(mode="after")
     def _holds_its_steps(self) -> StepWindow:
         if self.last is not None and self.last - self.first + 1 < self.size:
             raise ValueError(
                 f"algorithm.window.first = {self.first} to last = {self.last} hold fewer than "
-                f"window.size = {self.size} steps"
+                f"window.size = {self.size} steps; widen them or lower window.size"
             )
         return self
 
     def problem(self, steps: int) -> str | None:
-        """Why the window does not fit a rollout of so many steps; None if it does."""
+        """Say why the window does not fit a rollout of so many steps; return None if it fits."""
         last = steps - 2 if self.last is None else self.last
         if last > steps - 2:
             return (
@@ -60,12 +65,12 @@ class StepWindow(BaseModel):
         return None
 
     def place(self, steps: int, iteration: int, seed: int) -> range:
-        """The steps of one iteration, the same in every process.
+        """Return the steps of one iteration, the same in every process.
 
         Args:
-            steps: of the rollout.
+            steps: how many steps the rollout has.
             iteration: counted from 0.
-            seed: of the run.
+            seed: the run's seed.
 
         Raises:
             UserError: the rollout has too few steps.

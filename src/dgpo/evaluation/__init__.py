@@ -1,4 +1,4 @@
-"""Evaluation on held-out prompts: seeded per prompt, by category, with confidence intervals."""
+"""An evaluation samples held-out prompts with fixed seeds and scores the pictures, by category."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from dgpo.prompts import Prompt
 
 @dataclass(frozen=True)
 class Report:
-    """What an evaluation found.
+    """A ``Report`` holds what an evaluation found.
 
     Args:
-        benchmark: its name, or the source of the prompts.
-        overall: the first metric: mean over the categories, with equal weight each.
-        categories: the first metric by category (a row's ``tag``).
+        benchmark: the benchmark's name, or the source of the prompts.
+        overall: the first metric, the mean over the categories, which count equally.
+        categories: the first metric in each category (the ``tag`` of the rows).
         rewards: every metric, averaged as ``overall`` is.
-        n: pictures scored.
-        ci95: interval of ``overall``.
-        intervals: interval of every metric.
+        n: how many pictures were scored.
+        ci95: the 95% confidence interval of ``overall``.
+        intervals: the 95% confidence interval of every metric.
     """
 
     benchmark: str
@@ -45,7 +45,7 @@ class Report:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def write(self, file: Path | str) -> None:
-        """Write JSON: ``benchmark``, ``overall``, ``categories``, ``rewards``, ``n``, ``ci95``."""
+        """Write everything but ``intervals`` as JSON."""
         body = asdict(self)
         del body["intervals"]
         Path(file).write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", "utf-8")
@@ -53,7 +53,14 @@ class Report:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the pictures of an evaluation are made."""
+    """``Sampling`` says how the pictures of an evaluation are made.
+
+    Args:
+        steps: ``num_inference_steps``.
+        guidance_scale: the guidance; 1 is none.
+        scheduler: the sampler, an object of diffusers; None for the pipeline's own.
+        batch: how many pictures are made at once.
+    """
 
     steps: int = 10
     guidance_scale: float = 1.0
@@ -68,17 +75,24 @@ def sample_images(
     seed: int = 0,
     share: Assignment | None = None,
 ) -> list[Image.Image]:
-    """One picture for each prompt row, in order; with a ``share`` for those of this process.
+    """Make one picture for each prompt row, in order.
 
-    A row's noise is seeded by its own ``seed`` column, or by ``seed`` plus its position, so a
-    picture does not depend on the batch it was made in.
+    The column ``seed`` of a row seeds its noise, or else ``seed`` plus its position does, so that a
+    picture does not depend on the batch that it is made in.
+
+    Args:
+        model: the pipeline, with the weights to be judged in place.
+        prompts: all rows.
+        sampling: how to sample.
+        seed: for rows without a seed of their own.
+        share: which of the rows this process makes; by default all.
     """
     share = share or Assignment((torch.arange(len(prompts)),), 1)
     images: list[Image.Image] = []
     for own in share.batches(sampling.batch):
         if not len(own) and not any_sharded(model.denoisers.values()):
             continue
-        # a pass for nothing where other processes have one batch more
+        # a dummy row: with sharded weights every process must make as many passes as the others
         places = share.mine[own].tolist() if len(own) else [0]
         rows = [prompts[place] for place in places]
         given = [row.metadata.get("seed") for row in rows]
@@ -107,18 +121,26 @@ def evaluate(
     name: str = "prompts",
     processes: Processes = SINGLE,
 ) -> tuple[Report, list[Image.Image]]:
-    """Sample every prompt once and score the pictures.
+    """Sample every prompt once and score the pictures. All processes must call it.
 
     Args:
         model: the pipeline, with the weights to be judged in place.
-        prompts: held-out rows; the column ``tag``, if any, is the category.
-        metrics: as :class:`Metrics` takes them; the first is the overall score.
+        prompts: held-out rows; the column ``tag``, if there is one, is the category.
+        metrics: what :class:`Metrics` takes; the first metric is the overall score.
         sampling: how to sample.
         name: what the report calls the benchmark.
-        processes: each samples and scores its share of the prompts. Collective.
+        processes: the processes that share the prompts, each sampling and scoring its own.
 
     Returns:
-        The report, of all pictures, and those of this process.
+        The report on all pictures, and the pictures of this process.
+
+    >>> from dgpo.pocket import load_pocket
+    >>> from dgpo.prompts import load_prompts
+    >>> model = PipelineModel(load_pocket(), call={"max_sequence_length": 1})
+    >>> prompts = load_prompts(["a photo of a red circle", "a photo of two squares"])
+    >>> report, pictures = evaluate(model, prompts, ["redness"], Sampling(steps=2))
+    >>> report.n, pictures[0].size
+    (2, (32, 32))
     """
     share = Assignment(processes.split(len(prompts)), 1, processes)
     images = sample_images(model, prompts, sampling, share=share)
@@ -131,7 +153,14 @@ def score(
     metrics: Metrics | Sequence[str | Callable],
     name: str = "images",
 ) -> Report:
-    """Score pictures that exist already; see :func:`evaluate`."""
+    """Score pictures that exist already, as :func:`evaluate` does.
+
+    >>> from dgpo.prompts import load_prompts
+    >>> pictures = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    >>> report = score(pictures, load_prompts(["a", "b"]), ["redness"])
+    >>> report.n, report.rewards.keys()
+    (2, dict_keys(['redness']))
+    """
     return _score(images, prompts, metrics, name, Assignment((torch.arange(len(prompts)),), 1))
 
 
@@ -164,15 +193,18 @@ def _score(
 
 
 def stratified_mean(values: Tensor, tags: Sequence[str]) -> Interval:
-    """Mean of the categories' means and its normal 95% interval.
+    """Return the mean of the categories' means and its normal 95% interval.
 
-    The variance is ``sum_c s_c^2 / n_c / C^2`` with the categories' sample variances ``s_c^2``; a
-    category of one picture has none to estimate and takes that of all pictures, which is rather too
-    large. A single picture in all leaves an interval of no width.
+    The variance is ``sum_c s_c^2 / n_c / C^2`` with the categories' sample variances ``s_c^2``. A
+    category of one picture has no variance of its own and takes the one of all pictures, which is
+    rather too large. If there is a single picture in all, the interval has no width.
 
     Args:
-        values: [N], one number a picture; NaN is left out.
-        tags: the category of each, N of them.
+        values: [N], one number for each picture; NaN is left out.
+        tags: the category of each picture, N of them.
+
+    >>> stratified_mean(torch.tensor([1.0, 0.0, 1.0, 1.0]), ["easy", "easy", "hard", "hard"])
+    Interval(value=0.75, low=0.26, high=1.24)
     """
     parts = list(_parts(values, tags).values())
     if not parts:
@@ -190,8 +222,10 @@ def _by_category(values: Tensor, tags: Sequence[str]) -> dict[str, float]:
 
 
 def _parts(values: Tensor, tags: Sequence[str]) -> dict[str, Tensor]:
-    """The numbers of each category, in float64, categories in order of appearance; rows without a
-    number (NaN: the prompt names other rewards) are left out."""
+    """Return the numbers of each category in float64, the categories in order of appearance.
+
+    Rows without a number are left out: a NaN says that the prompt names other rewards.
+    """
     rows: dict[str, list[int]] = {}
     for row, (tag, absent) in enumerate(zip(tags, values.isnan().tolist(), strict=True)):
         if not absent:

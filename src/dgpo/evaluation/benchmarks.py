@@ -1,4 +1,4 @@
-"""Benchmarks: prompts, metrics and a sampling protocol that are pinned together."""
+"""A benchmark pins prompts, metrics and a sampling protocol together."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A pinned protocol; the first metric is the overall score.
+    """A ``Benchmark`` is a pinned protocol; its first metric is the overall score.
 
     Args:
-        prompts: source of the held-out rows, as :func:`dgpo.prompts.load_prompts` takes it; None:
-            a file that dgpo does not ship, given by `dgpo eval --prompts`.
-        metrics: reward names; per picture, or of the whole set (such as KID).
+        name: what reports call it.
+        prompts: the source of the held-out rows, as :func:`dgpo.prompts.load_prompts` takes it.
+            None means a file that dgpo does not ship; `dgpo eval --prompts` names it.
+        metrics: the names of rewards, which judge a picture or the whole set (such as KID).
         steps, guidance_scale, scheduler: how the pictures are sampled.
-        call: further keyword arguments of the pipeline's call.
-        each: pictures drawn for each prompt, with seeds of their own.
+        call: additional keyword arguments for the pipeline's call.
+        each: how many pictures are made for each prompt, with different seeds.
     """
 
     name: str
@@ -43,12 +44,12 @@ POCKET_GENEVAL = Benchmark(
     scheduler="dpmsolver++",
     call={"max_sequence_length": 1},
 )
-"""660 held-out scenes in GenEval's six categories, 10 steps of DPM-Solver++, guidance 3."""
+"""Draws 660 held-out scenes in GenEval's six categories: 10 steps of DPM-Solver++, guidance 3."""
 
 POCKET_SD_GENEVAL = replace(
     POCKET_GENEVAL, name="pocket-sd-geneval", scheduler="ddim", guidance_scale=1.0, call={}
 )
-"""The same scenes for the noise-prediction pocket: 10 DDIM steps, no guidance."""
+"""Draws the same scenes with the noise-prediction pocket: 10 DDIM steps, no guidance."""
 
 POCKET_OCR = Benchmark(
     name="pocket-ocr",
@@ -56,7 +57,7 @@ POCKET_OCR = Benchmark(
     metrics=("pocket_ocr", "pocket_ocr_exact"),
     call={"max_sequence_length": 1, "height": 16, "width": 48},
 )
-"""Held-out digit strings on a sign, read by a real OCR engine, 10 Euler steps, no guidance."""
+"""Draws held-out numbers on a sign, which a real OCR engine reads: 10 Euler steps, no guidance."""
 
 GENEVAL = Benchmark(
     name="geneval",
@@ -67,6 +68,6 @@ GENEVAL = Benchmark(
     call={"height": 512, "width": 512},
     each=4,
 )
-"""GenEval's 553 prompts (``evaluation_metadata.jsonl`` of github.com/djghosh13/geneval), 4 pictures
-each, 40 steps, guidance 4.5, 512 x 512 pixels: how Stable Diffusion 3.5 Medium is measured in
-arXiv 2505.05470. Overall is the mean of the six tags."""
+"""Draws GenEval's 553 prompts (``evaluation_metadata.jsonl`` of github.com/djghosh13/geneval), 4
+pictures each, 40 steps, guidance 4.5, 512 x 512 pixels, as arXiv 2505.05470 measures Stable
+Diffusion 3.5 Medium. The overall score is the mean of the six tags."""

@@ -1,4 +1,4 @@
-"""An evaluation over several processes: each picture is made and scored by one of them."""
+"""Several processes share an evaluation: one of them makes and scores each picture."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from dgpo.rewards import RewardFailure
 def each_of_all(
     metrics: Metrics, images: Sequence[Any], prompts: Sequence[Prompt], share: Assignment
 ) -> dict[str, Tensor]:
-    """The metrics of single pictures, [N] each, of which every process asks its own. Collective.
+    """Ask the metrics that judge single pictures: [N] numbers each. All processes must call it.
 
     Args:
-        images: of this process.
-        prompts: all of them.
-        share: who has which.
+        metrics: the metrics to ask.
+        images: the pictures of this process.
+        prompts: the rows of all N pictures.
+        share: says which process has which pictures.
 
     Raises:
-        UserError: an answer is not as many finite numbers; a failure that the recipe lets pass is
-            raised in all processes.
+        UserError: a metric does not answer with one finite number for each picture.
+        RewardFailure: a metric failed in any process, and the recipe lets failures pass.
     """
     rows = [prompts[place] for place in share.mine.tolist()]
     if share.processes.single:
@@ -44,12 +45,9 @@ def each_of_all(
         if not failure.skips:
             raise
         failed = str(failure)
-    failures = [
-        one
-        for one in share.processes.all_gather_object(failed, "the scores of an evaluation")
-        if one
-    ]
-    if failures:
+    # told to all before anything is gathered: a process that left alone would hang the others
+    told = share.processes.all_gather_object(failed, "the scores of an evaluation")
+    if failures := [one for one in told if one]:
         raise RewardFailure(failures[0], skips=True)
     return share.gather(found, {})[0]
 
@@ -57,10 +55,16 @@ def each_of_all(
 def whole_of_all(
     metrics: Metrics, images: Sequence[Any], prompts: Sequence[Prompt], share: Assignment
 ) -> dict[str, Interval]:
-    """The metrics of the whole set, asked once by the main process. Collective.
+    """Let the main process ask the metrics of the whole set once. All processes must call it.
+
+    Args:
+        metrics: the metrics to ask.
+        images: the pictures of this process.
+        prompts: the rows of all pictures.
+        share: says which process has which pictures.
 
     Raises:
-        UserError: an answer is not (value, low, high), or the pictures cannot be sent to it.
+        UserError: an answer is not (value, low, high), or the pictures cannot be sent.
     """
     if share.processes.single or not metrics.has_of_set:
         return metrics.of_set(images, prompts)
@@ -78,7 +82,7 @@ def whole_of_all(
 
 
 def _sent(picture: Any) -> list[str]:
-    """The frames of a picture as PNG in base64: one of a still picture, which is no list."""
+    """Return a still picture or a list of frames as PNG in base64, after a word for its kind."""
     frames = picture if isinstance(picture, list) else [picture]
     if not all(isinstance(frame, Image.Image) for frame in frames):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Metrics: rewards that judge each picture, and figures of a whole set such as KID."""
+"""A metric is a reward that judges each picture, or a figure of a whole set such as KID."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dgpo.rewards import RewardSet, load_rewards
 
 
 class Interval(NamedTuple):
-    """A figure and its 95% confidence interval."""
+    """An ``Interval`` is a figure with its 95% confidence interval."""
 
     value: float
     low: float
@@ -24,22 +24,22 @@ class Interval(NamedTuple):
 
 
 class Metrics:
-    """Metrics in order, looked up and imported once.
+    """``Metrics`` are looked up and imported once, and asked in order.
 
     Args:
-        metrics: reward names or functions, or a :class:`RewardSet` whose rewards are the metrics.
-            One whose attribute ``of_set`` is true is called once for all pictures,
+        metrics: names or functions of rewards, or a :class:`RewardSet` whose rewards are the
+            metrics. A metric with a true attribute ``of_set`` is called once for all pictures:
             ``(images, prompts, **columns) -> (value, low, high)``.
 
     Raises:
-        UserError: none given, an unknown name, or one name twice.
+        UserError: there is no metric, a name is unknown, or a name stands twice.
     """
 
     def __init__(self, metrics: RewardSet | Sequence[str | Callable]) -> None:
         self._each: RewardSet | None = None
         self._of_set: dict[str, Callable[..., Sequence[float]]] = {}
         self.names: list[str] = []
-        """Of all metrics, in the order given."""
+        """The names of all metrics, in the order given."""
         if isinstance(metrics, RewardSet):
             self._each, self.names = metrics, metrics.names
             return
@@ -48,7 +48,7 @@ class Metrics:
             found: Any = resolve("reward", metric) if isinstance(metric, str) else metric
             name = metric if isinstance(metric, str) else _name(metric)
             if name in self.names:
-                raise UserError(f"eval.metrics: {name!r} given twice; give each its own name")
+                raise UserError(f"eval.metrics: {name!r} is given twice; give each its own name")
             self.names.append(name)
             if getattr(found, "of_set", False):
                 function: Any = found() if inspect.isclass(found) else found
@@ -60,16 +60,16 @@ class Metrics:
 
     @property
     def names_of_each(self) -> list[str]:
-        """Those of the metrics that judge each picture."""
+        """Return the names of the metrics that judge each picture."""
         return [] if self._each is None else self._each.names
 
     @property
     def has_of_set(self) -> bool:
-        """Whether there is a metric of the whole set."""
+        """Return whether there is a metric of the whole set."""
         return bool(self._of_set)
 
     def offload(self) -> None:
-        """See :meth:`RewardSet.offload`; a metric of a whole set stays where it is."""
+        """Call :meth:`RewardSet.offload`; a metric of a whole set stays where it is."""
         if self._each is not None:
             self._each.offload()
 
@@ -77,7 +77,7 @@ class Metrics:
         """Let every metric refuse prompts that it cannot score.
 
         Raises:
-            UserError: as the metric says.
+            UserError: a metric refuses a prompt.
         """
         if self._each is not None:
             self._each.check(prompts)
@@ -89,7 +89,7 @@ class Metrics:
     def of_each(
         self, images: Sequence[Image.Image], prompts: Sequence[Prompt]
     ) -> dict[str, Tensor]:
-        """The metrics of single pictures, [B] each.
+        """Ask the metrics of single pictures: [B] numbers each.
 
         Raises:
             UserError: an answer is not B finite numbers.
@@ -99,7 +99,7 @@ class Metrics:
     def of_set(
         self, images: Sequence[Image.Image], prompts: Sequence[Prompt]
     ) -> dict[str, Interval]:
-        """The metrics of the whole set.
+        """Ask the metrics of the whole set.
 
         Raises:
             UserError: an answer is not (value, low, high).

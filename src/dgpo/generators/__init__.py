@@ -1,4 +1,4 @@
-"""Prompt sets made from templates and word lists of our own: ``dgpo prompts``.
+"""``dgpo prompts`` makes prompt sets from templates and word lists of our own.
 
 A generator yields rows without end or until nothing new is left; :func:`make_rows` takes as many
 different ones as are wanted.

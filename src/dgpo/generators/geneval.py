@@ -1,8 +1,8 @@
-"""Prompts of GenEval's six categories with the metadata that its reward reads.
+"""The generator ``geneval`` makes prompts in GenEval's six categories, with their metadata.
 
 Source of the form: Ghosh et al., "GenEval" (arXiv 2310.11513): classes, colours, relations, counts
-of two to four, and clauses. Templates and plurals are our own, so that prompts differ in wording
-from the benchmark's; those that coincide with it can be left out (``without``).
+of two to four, and clauses. The templates and plurals are our own, so that the prompts differ in
+wording from the benchmark's; those that coincide with it can be left out (``without``).
 """
 
 from __future__ import annotations
@@ -40,15 +40,17 @@ _ONE = {
     "broccoli": "head of broccoli",
 }
 _UNPAINTED = {"person"}
-"""Classes that no colour is asked of."""
+"""The classes that get no colour."""
 
 Clause = dict[str, Any]
 _Draw = Callable[[np.random.Generator], tuple[str, list[Clause]]]
 
 
 def rows(random: np.random.Generator) -> Iterator[dict[str, Any]]:
-    """Rows without end, the six categories in turn: ``prompt``, ``tag``, ``include`` and, for
-    counting, ``exclude``."""
+    """Yield rows without end, the six categories in turn.
+
+    A row has ``prompt``, ``tag``, ``include`` and, for counting, ``exclude``.
+    """
     while True:
         for tag, draw in CATEGORIES.items():
             things, include = draw(random)
@@ -61,7 +63,7 @@ def rows(random: np.random.Generator) -> Iterator[dict[str, Any]]:
 
 
 def plural(name: str) -> str:
-    """Several of a class: ``buses``, ``teddy bears``, ``people``."""
+    """Return the plural of a class: ``buses``, ``teddy bears``, ``people``."""
     if name in _IRREGULAR:
         return _IRREGULAR[name]
     if name.endswith(("s", "ch", "sh", "x")):
@@ -70,7 +72,7 @@ def plural(name: str) -> str:
 
 
 def one(name: str, color: str | None = None) -> str:
-    """One of a class with its article: ``an orange car``, ``a pair of skis``."""
+    """Return one of a class with its article: ``an orange car``, ``a pair of skis``."""
     thing = _ONE.get(name, name)
     words = f"{color} {thing}" if color else thing
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"

@@ -1,4 +1,4 @@
-"""As many different rows as are wanted, in an order that the seed alone decides."""
+"""Prompt rows are drawn until there are enough different ones; the seed alone decides which."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dgpo.registry import nearest
 
 Row = dict[str, Any]
 TRIES = 20
-"""Rows drawn for each one wanted, after which a generator is said to have no more."""
+"""How many rows are drawn for each wanted one before a generator counts as exhausted."""
 
 
 def _pocket(random: np.random.Generator) -> Iterator[Row]:
-    """The captions of the small model's scenes that no test holds, shuffled, once each."""
+    """Yield the captions of the pocket's scenes that are not held out, shuffled, once each."""
     from dgpo.pocket.prompts import train_prompts
 
     every = train_prompts()
@@ -36,21 +36,27 @@ GENERATORS: dict[str, Callable[[np.random.Generator], Iterator[Row]]] = {
 
 
 def make_rows(kind: str, count: int, seed: int, without: Collection[str] = ()) -> list[Row]:
-    """Rows with ``count`` different prompts.
+    """Make rows with ``count`` different prompts.
 
     Args:
         kind: ``geneval``, ``ocr`` or ``pocket``.
-        count: how many.
-        seed: equal seeds give equal rows, and the first rows of a longer list.
-        without: prompts that must not be among them; upper case and spaces do not tell two apart.
+        count: how many rows to make.
+        seed: equal seeds give equal rows; a smaller ``count`` gives the first of them.
+        without: prompts to leave out; upper case and extra spaces make no difference.
 
     Raises:
-        UserError: no such kind, or there are not so many.
+        UserError: the kind is unknown, or it has too few prompts.
+
+    >>> rows = make_rows("geneval", count=6, seed=0)
+    >>> [row["tag"] for row in rows]
+    ['single_object', 'two_object', 'counting', 'colors', 'position', 'color_attr']
+    >>> rows == make_rows("geneval", count=100, seed=0)[:6]
+    True
     """
     if kind not in GENERATORS:
         raise UserError(
-            f"no generator is called {kind!r}{nearest(kind, GENERATORS)}; "
-            f"there are: {', '.join(GENERATORS)}"
+            f"unknown generator {kind!r}{nearest(kind, GENERATORS)}; "
+            f"there are {', '.join(GENERATORS)}"
         )
     found: list[Row] = []
     seen = {_plain(text) for text in without}
@@ -61,7 +67,7 @@ def make_rows(kind: str, count: int, seed: int, without: Collection[str] = ()) -
             found.append(row)
             if len(found) == count:
                 return found
-    raise UserError(f"--n {count}: {kind} has but {len(found)} different prompts; ask for no more")
+    raise UserError(f"--n {count}: {kind} has only {len(found)} different prompts; ask for fewer")
 
 
 def _plain(text: str) -> str:
@@ -69,17 +75,17 @@ def _plain(text: str) -> str:
 
 
 def write_rows(out: Path, rows: Sequence[Row]) -> None:
-    """Write rows: all of them as ``.jsonl``, the prompts alone as ``.txt``.
+    """Write whole rows as ``.jsonl``, or the prompts alone as ``.txt``.
 
     Raises:
-        UserError: another kind of file, one that is there already, or a ``.txt`` for rows whose
-            metadata a reward needs.
+        UserError: the file has another suffix or exists already, or it is a ``.txt`` and a reward
+            needs the metadata of the rows.
     """
     suffix = out.suffix.lower()
     if suffix not in (".jsonl", ".txt"):
         raise UserError(f"--out {out}: should end with .jsonl, or with .txt for the prompts alone")
     if suffix == ".txt" and "include" in rows[0]:
-        raise UserError(f"--out {out}: a .txt would lose what the reward looks for; use .jsonl")
+        raise UserError(f"--out {out}: a .txt would lose what the reward needs; use .jsonl")
     dumped = (json.dumps(row, ensure_ascii=False) for row in rows)
     lines = dumped if suffix == ".jsonl" else (row["prompt"] for row in rows)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -87,6 +93,6 @@ def write_rows(out: Path, rows: Sequence[Row]) -> None:
         with out.open("x", encoding="utf-8", newline="\n") as stream:
             stream.writelines(f"{line}\n" for line in lines)
     except FileExistsError:
-        raise UserError(f"--out {out} is there already; it is left as it is") from None
+        raise UserError(f"--out {out} is there already; give another name or move it") from None
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from error

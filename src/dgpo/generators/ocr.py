@@ -1,4 +1,4 @@
-"""Prompts that quote what is to be read in the picture, from word lists of our own."""
+"""The generator ``ocr`` makes prompts that quote what is to be read in the picture."""
 
 from __future__ import annotations
 
@@ -47,8 +47,11 @@ ENDINGS = (
 
 
 def rows(random: np.random.Generator) -> Iterator[dict[str, Any]]:
-    """Rows without end: ``prompt``, ``text`` (what is to be read) and ``tag`` (its kind): one to
-    three words and a number of one to five digits, in turn."""
+    """Yield rows without end: one word, two words, three words and a number, in turn.
+
+    A row has ``prompt``, ``text`` (what is to be read) and ``tag`` (which of the four it is); a
+    number has one to five digits.
+    """
     while True:
         for tag, text in (
             ("1 word", _pick(OPENINGS + MIDDLES + ENDINGS, random)),

@@ -1,10 +1,10 @@
-"""Out-of-domain measures: what training never optimises, so that reward hacking shows.
+"""Out-of-domain measures are never optimised by training, so they show reward hacking.
 
-Three small networks, trained by the pretraining command on renders alone:
+They are three small networks, which the pretraining command trains on renders alone:
 
-* features for the kernel distance KID between samples and fresh renders (lower is better);
-* an image-text matching model in the manner of CLIP: cosine of picture and caption;
-* a no-reference quality: predicted freedom from blur, noise and colour shifts, 1 is a clean render.
+* features for KID, the kernel distance between samples and fresh renders (lower is better);
+* an image-text matching model in the manner of CLIP: the cosine of picture and caption;
+* a no-reference quality: how free from blur, noise and colour shifts; 1 is a clean render.
 """
 
 from __future__ import annotations
@@ -21,15 +21,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
-from dgpo.pocket.build import TOKENS, build_text_encoder, build_tokenizer
 from dgpo.pocket.scenes import draw_scene, parse_caption, render
+from dgpo.pocket.text import TOKENS, build_text_encoder, build_tokenizer
 
 FEATURES = 64
+"""The width of the features."""
 _FILE = Path(__file__).parent / "weights" / "measures" / "measures.safetensors"
 
 
 class PictureNet(nn.Module):
-    """A small convolutional network: [B, 3, 32, 32] in [-1, 1] to features [B, 64] and outputs."""
+    """A ``PictureNet`` is a small convolutional network with two outputs.
+
+    It turns pictures [B, 3, 32, 32] in [-1, 1] into features [B, 64] and ``outputs`` numbers each.
+    """
 
     def __init__(self, outputs: int):
         super().__init__()
@@ -44,12 +48,13 @@ class PictureNet(nn.Module):
         self.head = nn.Linear(FEATURES, outputs)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the features [B, 64] and the outputs [B, outputs]."""
         features = self.features(self.body(pixels))
         return features, self.head(features)
 
 
 class Measures(nn.Module):
-    """The three networks; their weights are one file of the package."""
+    """``Measures`` are the three networks; their weights are one file of the package."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +66,7 @@ class Measures(nn.Module):
         self.scale = nn.Parameter(torch.tensor(2.5))
 
     def embed_text(self, captions: Sequence[str]) -> Tensor:
-        """Unit vectors [N, 64] of captions."""
+        """Return unit vectors [N, 64] for captions."""
         ids = self.tokenizer(
             list(captions),
             padding="max_length",
@@ -72,13 +77,14 @@ class Measures(nn.Module):
         return nn.functional.normalize(self.text(ids).text_embeds, dim=-1)
 
     def embed_picture(self, pixels: Tensor) -> Tensor:
-        """Unit vectors [N, 64] of pictures [N, 3, 32, 32]."""
+        """Return unit vectors [N, 64] for pictures [N, 3, 32, 32]."""
         return nn.functional.normalize(self.picture(pixels)[1], dim=-1)
 
 
 @functools.cache
 def load_measures() -> Measures:
-    """The trained networks of the package."""
+    """Return the trained networks of the package."""
+    # building draws initial weights, which must not move the caller's random state
     with torch.random.fork_rng(devices=[]):
         measures = Measures()
     measures.load_state_dict(load_file(_FILE))
@@ -86,24 +92,21 @@ def load_measures() -> Measures:
 
 
 def as_pixels(images: Sequence[Image.Image] | np.ndarray) -> Tensor:
-    """Pictures (PIL, or uint8 [N, 32, 32, 3]) as [N, 3, 32, 32] in [-1, 1]."""
-    array = (
-        images
-        if isinstance(images, np.ndarray)
-        else np.stack([np.asarray(i.convert("RGB")) for i in images])
-    )
-    return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
+    """Return pictures (PIL, or uint8 [N, 32, 32, 3]) as [N, 3, 32, 32] in [-1, 1]."""
+    if not isinstance(images, np.ndarray):
+        images = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @torch.no_grad()
 def features(images: Sequence[Image.Image] | np.ndarray) -> Tensor:
-    """Features [N, 64] in which KID is computed."""
+    """Return the features [N, 64] on which KID is computed."""
     return load_measures().attributes(as_pixels(images))[0]
 
 
 @torch.no_grad()
 def match(images: Sequence[Image.Image], prompts: Sequence[str], **_: object) -> list[float]:
-    """Cosine of picture and caption, in [-1, 1]; higher is better."""
+    """Return the cosine of picture and caption, in [-1, 1]; higher is better."""
     measures = load_measures()
     pictures = measures.embed_picture(as_pixels(images))
     return (pictures * measures.embed_text(prompts)).sum(-1).tolist()
@@ -111,15 +114,15 @@ def match(images: Sequence[Image.Image], prompts: Sequence[str], **_: object) ->
 
 @torch.no_grad()
 def quality(images: Sequence[Image.Image], prompts: Sequence[str], **_: object) -> list[float]:
-    """No-reference quality: 1 for a clean render, about 0 for a badly corrupted one."""
+    """Return the no-reference quality: 1 for a clean render, about 0 for a badly corrupted one."""
     return load_measures().quality(as_pixels(images))[1][:, 0].tolist()
 
 
 def kid(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Unbiased squared kernel distance of two sets of features, and its standard error.
+    """Return the unbiased squared kernel distance of two sets of features, and its standard error.
 
     ``MMD^2 = mean k(a, a') + mean k(b, b') - 2 mean k(a, b)`` with ``k(x, y) = (x.y / d + 1)^3``;
-    the error is that of the statistic's first-order (influence) terms.
+    the first-order (influence) terms of the statistic give the error.
 
     Source: Binkowski et al., "Demystifying MMD GANs" (arXiv 1801.01401), section 4.
     Differs from the paper: one estimate over all samples instead of a mean over subsets.
@@ -145,7 +148,7 @@ def kid(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 class PocketKID:
-    """KID of samples against fresh renders of the same captions; 0 is best, lower is better."""
+    """``PocketKID`` compares samples with fresh renders of the same captions; 0 is best."""
 
     of_set = True
     __name__ = "pocket_kid"
@@ -153,7 +156,7 @@ class PocketKID:
     def __call__(
         self, images: Sequence[Image.Image], prompts: Sequence[str], **_: object
     ) -> tuple[float, float, float]:
-        """The distance and its 95% confidence interval."""
+        """Return the distance and its 95% confidence interval."""
         rng = np.random.default_rng(2_008_425)
         fresh = render([draw_scene(parse_caption(prompt), rng) for prompt in prompts])
         value, error = kid(features(images), features(fresh))

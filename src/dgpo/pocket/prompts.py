@@ -1,8 +1,8 @@
-"""The pocket GenEval prompt sets: what training may see, and what it must not.
+"""The pocket GenEval prompt sets separate what training may see from what it must not.
 
-For ``position`` whole pairs of shapes are held out, for ``color_attr`` whole combinations of two
-coloured shapes (both orders together), so that the test measures new combinations of known things.
-The other four categories have too few captions for that: the test holds all of them.
+Whole pairs of shapes are held out for ``position``, and whole combinations of two coloured shapes
+(both orders together) for ``color_attr``, so that the test measures new combinations of known
+things. The other four categories have too few captions for that: the test has all of them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 from dgpo.pocket.scenes import CATEGORIES, all_metadata
 
 HELD_OUT_PAIRS = (frozenset({"circle", "cross"}), frozenset({"square", "triangle"}))
-"""Unordered shape pairs that no training row of ``position`` has."""
+"""The unordered pairs of shapes that no training row of ``position`` has."""
 HELD_OUT_SHARE = 0.2
-"""Share of the unordered ``color_attr`` combinations that no training row has."""
+"""The share of the unordered ``color_attr`` combinations that no training row has."""
 TRAIN_WEIGHTS = {
     "single_object": 1,
     "two_object": 3,
@@ -27,10 +27,11 @@ TRAIN_WEIGHTS = {
     "position": 2,
     "color_attr": 3,
 }
-"""Rows of each category in every dozen training rows: more of what is hard, as Flow-GRPO's GenEval
-set has it (7 position, 5 counting, 3 two colours, 1 colours, 1 two objects, 0 single)."""
+"""How many rows of each category are in a dozen training rows. Hard categories have more, as in
+Flow-GRPO's GenEval set (7 position, 5 counting, 3 two colours, 1 colours, 1 two objects, 0
+single)."""
 TEST_ROWS = 110
-"""Test rows of each category."""
+"""How many test rows there are of each category."""
 _SEED = 2510_08425
 _NOISE = 1_000_000
 
@@ -41,7 +42,7 @@ def _combination(row: dict[str, Any]) -> frozenset[tuple[str, str]]:
 
 @functools.cache
 def held_out_combinations() -> frozenset[frozenset[tuple[str, str]]]:
-    """The ``color_attr`` combinations ``{(colour, shape), (colour, shape)}`` of the test."""
+    """Return the held-out ``color_attr`` combinations ``{(colour, shape), (colour, shape)}``."""
     every = sorted({tuple(sorted(_combination(row))) for row in all_metadata()["color_attr"]})
     random = np.random.Generator(np.random.PCG64(_SEED))
     chosen = random.permutation(len(every))[: round(HELD_OUT_SHARE * len(every))]
@@ -49,14 +50,14 @@ def held_out_combinations() -> frozenset[frozenset[tuple[str, str]]]:
 
 
 def held_out(row: dict[str, Any]) -> bool:
-    """Whether a caption's metadata belongs to a held-out combination."""
+    """Return whether a caption's metadata belongs to a held-out combination."""
     if row["tag"] == "position":
         return frozenset(clause["class"] for clause in row["include"]) in HELD_OUT_PAIRS
     return row["tag"] == "color_attr" and _combination(row) in held_out_combinations()
 
 
 def train_prompts() -> list[dict[str, Any]]:
-    """Rows that cycle over the six categories by ``TRAIN_WEIGHTS``, without what is held out.
+    """Return rows that cycle over the six categories by ``TRAIN_WEIGHTS``, none held out.
 
     Each row has ``prompt``, ``tag`` and ``include``.
     """
@@ -71,9 +72,13 @@ def train_prompts() -> list[dict[str, Any]]:
 
 
 def test_prompts() -> list[dict[str, Any]]:
-    """660 rows, 110 of each category in turn, fixed for ever.
+    """Return 660 rows, 110 of each category in turn; they never change.
 
-    Each row has ``prompt``, ``tag``, ``include`` and ``seed``, the seed of its initial noise.
+    Each row has ``prompt``, ``tag``, ``include`` and ``seed``, which seeds its initial noise.
+
+    >>> rows = test_prompts()
+    >>> len(rows), rows[0]["tag"], rows[0]["seed"]
+    (660, 'single_object', 1000000)
     """
     random = np.random.Generator(np.random.PCG64(_SEED + 1))
     chosen = {}

@@ -1,7 +1,7 @@
-"""Scenes of coloured shapes: what is drawn, the caption that describes it, and the renderer.
+"""A scene shows coloured shapes; its caption describes it, and the renderer draws it.
 
-A scene is one to four flat shapes on a light canvas.  Its caption belongs to one of GenEval's six
-categories, and its metadata has GenEval's form, so a reward written for the one reads the other::
+A scene is one to four flat shapes on a light canvas. Its caption belongs to one of GenEval's six
+categories, and its metadata has GenEval's form, so that GenEval's reward can read it::
 
     {"tag": "position", "prompt": "a photo of a circle left of a square",
      "include": [{"class": "circle", "count": 1, "position": ["left of", 1]},
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 SIDE = 32
-"""Canvas width and height in pixels."""
+"""The width and height of the canvas in pixels."""
 BACKGROUND = (225, 225, 225)
 SHAPES = ("circle", "square", "cross", "triangle")
 PLURALS = {"circle": "circles", "square": "squares", "cross": "crosses", "triangle": "triangles"}
@@ -33,11 +33,11 @@ NUMBERS = ("one", "two", "three", "four")
 RELATIONS = ("left of", "right of", "above", "below")
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 MARGIN = 2 / SIDE
-"""Least distance between the boxes of two shapes, as a share of the side."""
+"""The least distance between the boxes of two shapes, as a share of the side."""
 
 
 class Shape(NamedTuple):
-    """One drawn shape; ``x``, ``y`` (centre) and ``r`` (radius) are shares of the side."""
+    """A ``Shape`` is one shape of a scene; ``x``, ``y`` (centre) and ``r`` are shares of SIDE."""
 
     shape: str
     color: str
@@ -48,18 +48,23 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says (``metadata``) and one way to draw it (``shapes``)."""
+    """A ``Scene`` is what a caption says (``metadata``) and one way to draw it (``shapes``)."""
 
     metadata: dict[str, Any]
     shapes: tuple[Shape, ...]
 
     @property
     def caption(self) -> str:
+        """Return the caption that describes the scene."""
         return self.metadata["prompt"]
 
 
 def caption_of(tag: str, include: list[dict[str, Any]]) -> str:
-    """The one caption for a category and its clauses (inverse of :func:`parse_caption`)."""
+    """Return the one caption of a category and its clauses (the inverse of :func:`parse_caption`).
+
+    >>> caption_of("counting", [{"class": "circle", "count": 3}])
+    'a photo of three circles'
+    """
     first = include[0]
     if tag == "counting":
         count = first["count"]
@@ -78,10 +83,14 @@ _NOUNS = re.compile(rf"a photo of {_NOUN}(?: (and|{'|'.join(RELATIONS)}) {_NOUN}
 
 
 def parse_caption(caption: str) -> dict[str, Any]:
-    """GenEval-style metadata of a caption.
+    """Return GenEval's metadata for a caption.
 
     Raises:
-        ValueError: the caption is not one of the forms that this module writes.
+        ValueError: the caption has none of the forms that this module writes.
+
+    >>> row = parse_caption("a photo of a red circle and a blue square")
+    >>> row["tag"], row["include"][1]
+    ('color_attr', {'class': 'square', 'count': 1, 'color': 'blue'})
     """
     text = caption.strip().lower()
     if match := _COUNT.fullmatch(text):
@@ -117,7 +126,7 @@ def parse_caption(caption: str) -> dict[str, Any]:
 
 
 def all_metadata() -> dict[str, list[dict[str, Any]]]:
-    """Every caption that exists, by category, in a fixed order."""
+    """Return every caption that exists, by category, in a fixed order."""
 
     def one(tag: str, *include: dict[str, Any]) -> dict[str, Any]:
         clauses = list(include)
@@ -147,7 +156,12 @@ def all_metadata() -> dict[str, list[dict[str, Any]]]:
 
 
 def draw_scene(metadata: dict[str, Any], rng: np.random.Generator) -> Scene:
-    """A random picture of a caption: places, sizes, and the colours that it leaves open."""
+    """Choose at random how a caption is drawn: places, sizes, and the colours that it leaves open.
+
+    >>> scene = draw_scene(parse_caption("a photo of two circles"), np.random.default_rng(0))
+    >>> [shape.shape for shape in scene.shapes], render([scene]).shape
+    (['circle', 'circle'], (1, 32, 32, 3))
+    """
     wanted: list[tuple[str, str]] = []
     for clause in metadata["include"]:
         color = clause.get("color") or str(rng.choice(list(COLORS)))
@@ -196,7 +210,7 @@ def _related(first: tuple[float, float], second: tuple[float, float], relation: 
 
 
 def render(scenes: list[Scene]) -> np.ndarray:
-    """Draw scenes.  Returns uint8 [N, 32, 32, 3]; edges are anti-aliased by coverage."""
+    """Draw scenes as uint8 [N, 32, 32, 3], with edges anti-aliased by coverage."""
     count = len(scenes)
     canvas = np.tile(np.asarray(BACKGROUND, np.float32), (count, SIDE, SIDE, 1))
     grid = np.arange(SIDE, dtype=np.float32) + 0.5
@@ -216,15 +230,15 @@ def render(scenes: list[Scene]) -> np.ndarray:
 
 
 def coverage(shape: str, x: np.ndarray, y: np.ndarray, r: np.ndarray | float) -> np.ndarray:
-    """Share of a pixel that a shape covers, from its signed distance.
+    """Return the share of a pixel that a shape covers, found by its signed distance.
 
     Args:
         shape: one of ``SHAPES``.
-        x, y: pixel centres relative to the shape's centre, in pixels, x right and y down.
-        r: radius in pixels.
+        x, y: pixel centres relative to the shape's centre, in pixels, x to the right and y down.
+        r: the radius in pixels.
 
     Returns:
-        Coverage in [0, 1], of the arguments' broadcast shape.
+        The coverage in [0, 1], in the broadcast shape of the arguments.
     """
     ax, ay = np.abs(x), np.abs(y)
     if shape == "circle":

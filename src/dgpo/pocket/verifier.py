@@ -1,9 +1,9 @@
-"""The exact verifier: reads the shapes back from a picture and scores it against a caption.
+"""The exact verifier reads the shapes back from a picture and scores it against a caption.
 
-An object is an 8-connected region that differs from the background; its colour is that of most of
-its core pixels; its shape is the best match in a bank of templates drawn at many sub-pixel places
-and radii (intersection over union of coverage).  What matches nothing is ``unknown`` and counts as
-a wrong object.
+An object is an 8-connected region that differs from the background. Most of its core pixels decide
+its colour. Its shape is the best match in a bank of templates, drawn at many sub-pixel places and
+radii (intersection over union of coverage). An object that matches nothing is ``unknown`` and
+counts as a wrong one.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from scipy import ndimage
 from dgpo.pocket.scenes import BACKGROUND, COLORS, SHAPES, SIDE, coverage
 
 DIFFERS = 45
-"""Least difference from the background, in some channel, of an object's pixel (0 to 255)."""
+"""How much an object's pixel must differ from the background in some channel (0 to 255)."""
 LEAST_PIXELS = 8
+"""Smaller regions are specks, not objects."""
 LEAST_IOU = 0.75
+"""An object that matches its best template less is ``unknown``."""
 COLOR_RADIUS = 75.0
-"""Largest RGB distance (0 to 255) of a core pixel to the palette colour that it counts for."""
+"""The largest RGB distance (0 to 255) of a core pixel to the palette colour that it votes for."""
 _WINDOW = 16
 _EIGHT = np.ones((3, 3), bool)
 _PALETTE = np.asarray(list(COLORS.values()), np.float32)
@@ -31,7 +33,7 @@ _NAMES = tuple(COLORS)
 
 @dataclass(frozen=True)
 class Found:
-    """An object read from a picture; ``x`` and ``y`` are its centre in pixels."""
+    """A ``Found`` is an object read from a picture; ``x`` and ``y`` are its centre in pixels."""
 
     shape: str
     color: str
@@ -47,7 +49,7 @@ def find_objects(image: np.ndarray) -> list[Found]:
         image: uint8 or float [32, 32, 3] in 0..255.
 
     Raises:
-        ValueError: another size.
+        ValueError: the picture has another size.
     """
     if image.shape != (SIDE, SIDE, 3):
         raise ValueError(
@@ -70,6 +72,7 @@ def _read(pixels: np.ndarray, region: np.ndarray, mask: np.ndarray, box: tuple) 
     near = ndimage.binary_dilation(region, structure=_EIGHT)
     background = np.asarray(BACKGROUND, np.float32)
     axis = rgb - background
+    # how far a pixel's colour is on the way from the background to the object's colour
     cover = np.clip((pixels - background) @ axis / max(float(axis @ axis), 1.0), 0, 1) * near
     total = float(cover.sum())
     grid = np.arange(SIDE) + 0.5
@@ -94,7 +97,7 @@ def _color(patch: np.ndarray, mask: np.ndarray) -> tuple[str, np.ndarray]:
 
 @functools.cache
 def _bank() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Templates [N, 256] centred on their centroid, their sums [N] and shape indices [N]."""
+    """Return templates [N, 256] centred on their centroid, their sums [N] and shape indices [N]."""
     grid = np.arange(_WINDOW) + 0.5 - _WINDOW / 2
     places = (np.arange(4) - 1.5) / 4
     radii = np.linspace(0.12, 0.19, 12) * SIDE
@@ -103,6 +106,7 @@ def _bank() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         for radius in radii:
             lift = 0.0
             if shape == "triangle":
+                # its centroid lies below its centre, and objects are placed by their centroid
                 fine = (np.arange(_WINDOW * 8) + 0.5) / 8 - _WINDOW / 2
                 dense = coverage(shape, fine[None, :], fine[:, None], radius)
                 lift = float(dense.sum(1) @ fine / dense.sum())
@@ -124,7 +128,7 @@ def _best_shape(cover: np.ndarray, x: float, y: float) -> tuple[str, float]:
     window = padded[top + _WINDOW : top + 2 * _WINDOW, left + _WINDOW : left + 2 * _WINDOW]
     flat = window.reshape(-1).astype(np.float32)
     spill = float(cover.sum()) - float(flat.sum())
-    both = np.minimum(bank, flat).sum(1)
+    both = np.minimum(bank, flat).sum(1)  # intersection; what spills over counts in the union only
     iou = both / (sums + float(flat.sum()) + spill - both)
     best = int(iou.argmax())
     return SHAPES[kinds[best]], float(iou[best])
@@ -132,7 +136,7 @@ def _best_shape(cover: np.ndarray, x: float, y: float) -> tuple[str, float]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Strict success, and the soft score in [0, 1]."""
+    """A ``Verdict`` is the strict success and the soft score in [0, 1]."""
 
     strict: bool
     soft: float
@@ -141,17 +145,29 @@ class Verdict:
 def verify(image: np.ndarray, metadata: dict[str, Any]) -> Verdict:
     """Score one picture against a caption's metadata.
 
-    The soft score is the mean over the caption's clauses, as in GenEval's training reward: for
-    every wanted shape ``1 - |wanted - found| / wanted`` (not below 0); for a named colour the share
-    of the wanted objects that have it, if the count is right, else 0; for a position 1 or 0; and
-    one clause more that nothing else is in the picture, ``1 / (1 + other objects)``.  Strict
-    means that every clause is met exactly and that all colours are palette colours.
+    The soft score is the mean over the caption's clauses, as in GenEval's training reward. A wanted
+    shape gives ``1 - |wanted - found| / wanted`` (not below 0). A named colour gives the share of
+    the wanted objects that have it, or 0 if their count is wrong. A position gives 1 or 0. One more
+    clause wants nothing else in the picture: ``1 / (1 + other objects)``. Strict success means that
+    every clause is met exactly and that all colours are palette colours.
+
+    Args:
+        image: uint8 or float [32, 32, 3] in 0..255.
+        metadata: what :func:`~dgpo.pocket.scenes.parse_caption` returns for the caption.
+
+    >>> from dgpo.pocket.scenes import draw_scene, parse_caption, render
+    >>> row = parse_caption("a photo of a red circle")
+    >>> (picture,) = render([draw_scene(row, np.random.default_rng(0))])
+    >>> verify(picture, row)
+    Verdict(strict=True, soft=1.0)
+    >>> verify(picture, parse_caption("a photo of two circles"))
+    Verdict(strict=False, soft=0.75)
     """
     return judge(find_objects(image), metadata)
 
 
 def judge(found: list[Found], metadata: dict[str, Any]) -> Verdict:
-    """:func:`verify` for objects that were already read."""
+    """Score objects that are read already, as :func:`verify` does."""
     include = metadata["include"]
     named = {clause["class"] for clause in include}
     clauses: list[float] = []

@@ -1,4 +1,4 @@
-"""Groups of pictures that were ranked before, as folders that offline training reads."""
+"""Offline training reads folders with groups of pictures that were ranked before."""
 
 from dgpo.preferences.groups import FILE, GroupWriter, RankedGroup, read_groups
 

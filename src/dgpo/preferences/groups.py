@@ -1,12 +1,12 @@
-"""Groups of pictures that were ranked before: a folder that people, models and other tools write.
+"""A folder of ranked groups can be written by people, models and other tools, and read here.
 
-``groups.jsonl`` in the folder holds one object for each group::
+Its file ``groups.jsonl`` holds one object for each group::
 
     {"prompt": "a red cat", "images": ["images/000000-00.png", ...], "rewards": [0.25, ...],
      "raters": {"ann": [0.0, ...]}, "metadata": {"tag": "colors"}}
 
-``rewards`` has a finite number for each picture, higher is better. ``raters`` (what each of several
-raters said) and ``metadata`` (what the prompt's row says beside its text) may be left out.
+``rewards`` has a finite number for each picture; higher is better. ``raters`` (the numbers of
+single raters) and ``metadata`` (the other columns of the prompt's row) may be left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt, load_prompts
 from dgpo.prompts.caption import PICTURES as SOURCES
+from dgpo.prompts.files import text_lines
 
 FILE = "groups.jsonl"
 PICTURES = "images"
@@ -33,12 +34,12 @@ _OURS = re.compile(r"(\d{6,})-\d+\.png")
 
 @dataclass(frozen=True)
 class RankedGroup(Prompt):
-    """A prompt, pictures of it, and how good each of them is.
+    """A ``RankedGroup`` is a prompt with pictures of it, and how good each of them is.
 
     Args:
         images: the files of the pictures, two or more.
-        rewards: a number for each picture, higher is better.
-        raters: the numbers of single raters, by their name.
+        rewards: a number for each picture; higher is better.
+        raters: the numbers of single raters, by their names.
     """
 
     images: tuple[Path, ...] = ()
@@ -47,7 +48,7 @@ class RankedGroup(Prompt):
 
 
 class _Row(BaseModel):
-    """A line of the file, as it is written."""
+    """One line of the file, as it is written."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -78,24 +79,32 @@ def read_groups(
     """Read a folder of ranked groups.
 
     Args:
-        folder: holds ``groups.jsonl`` and, at or below it, the pictures.
-        size: width and height that all pictures must have, in pixels; what is None must only be
-            the same in all of them.
+        folder: holds ``groups.jsonl`` and, at any depth, the pictures.
+        size: the width and height in pixels that all pictures must have; None stands for the size
+            of the first picture.
 
     Raises:
-        UserError: what is missing or broken, with the file and its line; a path that leads out of
-            the folder; a picture that cannot be read or is of another size.
+        UserError: something is missing or broken (the error names the file and the line), a path
+            leads out of the folder, or a picture cannot be read or has another size.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pictures = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    ...     number = GroupWriter(folder).add("a red square", pictures, rewards=[1.0, 0.0])
+    ...     (group,) = read_groups(folder)
+    >>> number, group.text, group.rewards, [file.name for file in group.images]
+    (0, 'a red square', (1.0, 0.0), ['000000-00.png', '000000-01.png'])
     """
     place = Path(folder)
     file = place / FILE
     if not file.is_file():
         what = f"the folder has no {FILE}" if place.is_dir() else "there is no such folder"
         raise UserError(
-            f"data.preferences = {str(folder)!r}: {what}; `dgpo collect` writes one, "
-            "docs/offline.md says what it holds"
+            f"data.preferences = {str(folder)!r}: {what}; `dgpo collect` writes such a folder, "
+            "docs/offline.md says what is in it"
         )
     groups = []
-    for where, line in _lines(file):
+    for where, line in text_lines(file):
         group = _group(place, line, where)
         size = _checked_size(group.images, size, where)
         groups.append(group)
@@ -105,17 +114,17 @@ def read_groups(
 
 
 class GroupWriter:
-    """Adds groups to a folder, which is made if it is not there.
+    """A ``GroupWriter`` adds groups to a folder, which it makes if there is none.
 
-    A group's pictures are written before its line, and the line is on the disk when :meth:`add`
-    returns: whatever stops the writing, every line that is there stands for a whole group. One
-    process writes a folder at a time.
+    It writes a group's pictures before its line, and the line is on the disk when :meth:`add`
+    returns: whatever stops the writing, every line stands for a whole group. Only one process may
+    write to a folder at a time.
 
     Args:
-        folder: new, empty, or one that groups shall be added to.
+        folder: the folder, with or without groups in it.
 
     Raises:
-        UserError: the file there does not end with a line.
+        UserError: the last line of the file in the folder was cut off.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -124,7 +133,7 @@ class GroupWriter:
         (self.folder / PICTURES).mkdir(parents=True, exist_ok=True)
         if self._file.exists() and (text := self._file.read_bytes()) and text[-1:] != b"\n":
             raise UserError(
-                f"{self._file}: the last line was cut off; delete it (its group is lost), and the "
+                f"{self._file}: the last line was cut off; delete it: its group is lost, but the "
                 "others are whole"
             )
         names = (_OURS.fullmatch(file.name) for file in (self.folder / PICTURES).iterdir())
@@ -142,14 +151,14 @@ class GroupWriter:
         """Write a group; its pictures become ``images/NUMBER-PLACE.png``, without loss.
 
         Args:
-            prompt: the text.
+            prompt: the prompt's text.
             images: two or more pictures of it.
-            rewards: a finite number for each, higher is better.
-            raters: the numbers of single raters, by their name.
-            metadata: what else the prompt's row says; JSON values.
+            rewards: a finite number for each picture; higher is better.
+            raters: the numbers of single raters, by their names.
+            metadata: the other columns of the prompt's row, as JSON values.
 
         Returns:
-            the group's number.
+            The group's number.
 
         Raises:
             UserError: the group could not be read back; nothing was written.
@@ -164,12 +173,13 @@ class GroupWriter:
         try:
             line = json.dumps(row, ensure_ascii=False)
         except (TypeError, ValueError) as error:
-            raise UserError(f"group {prompt!r:.80}: its metadata is no JSON ({error})") from error
+            raise UserError(f"group {prompt!r:.80}: its metadata is not JSON ({error})") from error
         _parsed(line, f"group {prompt!r:.80}")
         if not all(isinstance(image, Image.Image) for image in images):
             kind = type(images[0]).__name__
-            raise UserError(f"group {prompt!r:.80}: groups hold pictures, got {kind}")
+            raise UserError(f"group {prompt!r:.80}: a group must hold pictures, got {kind}")
         self._next += 1
+        # first the pictures, then the line: a line stands for a whole group, whatever happens
         for name, image in zip(names, images, strict=True):
             image.convert("RGB").save(self.folder / name)
         with self._file.open("a", encoding="utf-8") as stream:
@@ -181,18 +191,6 @@ class GroupWriter:
 
 def _floats(values: Sequence[float]) -> list[float]:
     return [float(value) for value in values]
-
-
-def _lines(file: Path) -> Iterator[tuple[str, str]]:
-    # split on newline bytes alone: str.splitlines would also cut at U+2028 inside a prompt
-    for number, raw in enumerate(file.read_bytes().split(b"\n"), start=1):
-        where = f"{file}, line {number}"
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 ({error.reason}); save it as UTF-8") from error
-        if line:
-            yield where, line
 
 
 def _parsed(line: str, where: str) -> _Row:
@@ -229,7 +227,7 @@ def _group(folder: Path, line: str, where: str) -> RankedGroup:
 
 
 def _inside(folder: Path, name: str, where: str) -> Path:
-    """The file behind a relative path, which must not lead out of the folder, nor by a link."""
+    """Return the file of a relative path, which must not leave the folder, not even by a link."""
     path = PurePosixPath(name)
     file = folder / path
     if path.is_absolute() or "\\" in name or ".." in path.parts or "\0" in name:
@@ -246,15 +244,15 @@ def _inside(folder: Path, name: str, where: str) -> Path:
 def _checked_size(
     files: Sequence[Path], wanted: tuple[int | None, int | None], where: str
 ) -> tuple[int, int]:
-    """The size of the pictures, which is what is wanted of it; only their headers are read."""
+    """Return the one size that all pictures have; only their headers are read."""
     for file in files:
         width, height = _size(file, where)
         found = (wanted[0] or width, wanted[1] or height)
         if found != (width, height):
             raise UserError(
                 f"{where}: {file} is {width} x {height} pixels, and {found[0]} x {found[1]} are "
-                "wanted: all pictures must have one size, that of rollout.call.height and width "
-                "if the recipe sets them"
+                "wanted: all pictures must have one size, and rollout.call.height and width must "
+                "be that size if the recipe sets them"
             )
         wanted = found
     assert wanted[0] is not None and wanted[1] is not None

@@ -1,4 +1,4 @@
-"""Prompts: rows of text and metadata, from files, lists and datasets."""
+"""Prompts are rows of text and metadata, read from files, lists and datasets."""
 
 from dgpo.prompts.prompts import Prompt, PromptSampler, load_prompts, refuse_sizes
 

@@ -1,4 +1,4 @@
-"""The text of a prompt that speaks of a picture: to edit it, or to set it moving."""
+"""A caption is the text of a prompt that comes with pictures, to edit them or to animate them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ from PIL import ExifTags, Image, ImageOps
 from dgpo.errors import UserError
 
 PICTURES = {"image": "RGB", "mask": "L"}
-"""Keys of a prompt row that name a picture, and the mode in which it is read."""
+"""The keys of a prompt row that name a picture, and the mode in which it is read."""
 _ORIENTATION = ExifTags.Base.Orientation
-_ON_ITS_SIDE = range(5, 9)  # of EXIF's eight orientations
+_ON_ITS_SIDE = range(5, 9)  # those of EXIF's eight orientations that swap width and height
 
 
 class Caption(str):
-    """A text that carries its pictures.
+    """A ``Caption`` is a text that carries its pictures.
 
-    They travel with the text through everything that passes texts on, so that none of it can lose
-    them. As a text it equals the same text with other pictures: :attr:`pictures` tell them apart.
+    The pictures travel with the text through everything that passes texts on, so that nothing can
+    lose them. Two captions of one text are equal as texts; their :attr:`pictures` may differ.
 
     Args:
         text: the prompt.
         files: for ``image`` and ``mask`` a file, or a picture.
+
+    >>> caption = Caption("make it blue", {"image": Image.new("RGB", (64, 32))})
+    >>> caption == "make it blue", caption.size_of("image")
+    (True, (64, 32))
     """
 
     files: Mapping[str, Any]
@@ -37,15 +41,18 @@ class Caption(str):
 
     @property
     def pictures(self) -> dict[str, Image.Image]:
-        """The pictures; the same object for the same file while it is remembered."""
+        """Return the pictures; a file that is still remembered gives the same object."""
         return {
             key: _read(str(given), PICTURES[key]) if isinstance(given, (str, Path)) else given
             for key, given in self.files.items()
         }
 
     def size_of(self, key: str) -> tuple[int, int]:
-        """Width and height of a picture in pixels, as its file says without being decoded (but for
-        an oblong PNG, which may say at its end that it lies on its side)."""
+        """Return the width and height of a picture in pixels.
+
+        The file's header is enough, except for an oblong PNG, which may say at its end that it lies
+        on its side.
+        """
         given = self.files[key]
         if not isinstance(given, (str, Path)):
             return given.size
@@ -59,7 +66,7 @@ class Caption(str):
 
 
 def pictures_of(text: str) -> dict[str, Image.Image]:
-    """The pictures of a text, of which a plain one has none."""
+    """Return the pictures of a text; a plain text has none."""
     return text.pictures if isinstance(text, Caption) else {}
 
 
@@ -68,5 +75,5 @@ def _read(file: str, mode: str) -> Image.Image:
     try:
         with Image.open(file) as opened:
             return ImageOps.exif_transpose(opened).convert(mode)
-    except Exception as error:  # broken files raise many things; all mean that it is none
+    except Exception as error:  # broken files raise many things; all mean that it is no picture
         raise UserError(f"picture {file}: it cannot be read ({error})") from error

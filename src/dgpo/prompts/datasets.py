@@ -1,7 +1,7 @@
-"""Prompts from the library ``datasets``: a set of the hub, or files and folders of one's own.
+"""The library ``datasets`` reads prompts from a set of the hub or from your own files and folders.
 
-``datasets:NAME?split=...&column=...&config=...&revision=...``: NAME is ``owner/name`` on the hub,
-a folder (one of files, or one that ``save_to_disk`` wrote), or a file (.parquet, .csv, .json,
+In ``datasets:NAME?split=...&column=...&config=...&revision=...`` NAME is ``owner/name`` on the hub,
+a folder (with files in it, or written by ``save_to_disk``), or a file (.parquet, .csv, .json,
 .jsonl, .arrow).
 """
 
@@ -17,8 +17,8 @@ from dgpo.registry import nearest
 
 PREFIX = "datasets:"
 OPTIONS = ("split", "column", "config", "revision")
-"""``split``: default train; ``column``: of the prompt, default prompt; ``config``: one of several
-tables of a set; ``revision``: commit or tag on the hub."""
+"""The options after the name: ``split`` (default train), ``column`` with the prompts (default
+prompt), ``config`` (the table, if a set has several) and ``revision`` (a commit or tag)."""
 _KINDS = {
     ".parquet": "parquet",
     ".csv": "csv",
@@ -29,12 +29,12 @@ _KINDS = {
 
 
 def dataset_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of ``datasets:...``, each with its place.
+    """Return the rows of ``datasets:...``, each with its place.
 
-    A set that wants to run code of its own is refused by the library: nothing here trusts it.
+    The library refuses a set that wants to run code of its own, and nothing here allows it.
 
     Raises:
-        UserError: an option that there is not, or what the library says if it cannot be read.
+        UserError: an option is unknown, or the library cannot read the set.
     """
     name, options = _parsed(source)
     try:
@@ -43,7 +43,7 @@ def dataset_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise MissingExtra("datasets", "datasets") from error
     try:
         table = _load(datasets, name, options)
-    except Exception as error:  # the library raises a dozen kinds; all mean that it is not there
+    except Exception as error:  # the library raises a dozen kinds; all mean that it cannot be read
         first = (str(error) or type(error).__name__).partition("\n")[0]
         raise UserError(f"prompts {source}: {first:.300}") from error
     column = options.get("column", "prompt")
@@ -93,7 +93,7 @@ def _rows(table: Iterable[Any], column: str, source: str) -> Iterator[tuple[str,
 
 
 def without_gaps(value: Any) -> Any:
-    """A row without the cells that a table has filled with None, clauses in lists likewise."""
+    """Return a row without the cells that a table has filled with None, also inside lists."""
     if isinstance(value, dict):
         return {key: without_gaps(own) for key, own in value.items() if own is not None}
     return [without_gaps(one) for one in value] if isinstance(value, list) else value

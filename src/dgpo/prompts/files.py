@@ -1,4 +1,4 @@
-"""Rows of prompt files: ``.txt`` and ``.jsonl``, each with the place that an error names."""
+"""Prompt files are read row by row (``.txt``, ``.jsonl``), each with the place for errors."""
 
 from __future__ import annotations
 
@@ -18,34 +18,31 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 Row = tuple[str, dict[str, Any]]
-"""Where it stands (the file and the line), and what it says."""
+"""Holds where a row stands (the file and the line) and what it says."""
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file that are not blank, as ``{"prompt": ..., ...}``.
-
-    UTF-8 with or without a byte order mark, UTF-16 and UTF-32 with one, Unix and Windows line ends.
+    """Yield the rows of a prompt file as ``{"prompt": ..., ...}``, without blank lines.
 
     Raises:
-        UserError: no such file, a kind that is not known, or a line that cannot be read.
+        UserError: there is no such file, its kind is unknown, or a line cannot be read.
     """
     kind = _kind(path)
     if kind != "file":
         hint = nearest(str(path), PROMPTS)
-        what = "is a folder" if kind == "folder" else "does not exist"
+        what = "this is a folder" if kind == "folder" else "the file does not exist"
         raise UserError(
-            f"prompts {str(path)!r:.200}: the file {what}{hint}; "
-            f"built-in sets: {', '.join(sorted(PROMPTS))}"
+            f"prompts {str(path)!r:.200}: {what}{hint}; built-in sets: {', '.join(sorted(PROMPTS))}"
         )
     readers = {".txt": _text_row, ".jsonl": _json_row}
     read = readers.get(path.suffix.lower())
     if read is None:
         raise UserError(
-            f"prompts {path}: {path.suffix or 'no suffix'} is not a known kind; "
-            "give a .txt (one prompt a line) or a .jsonl (an object with 'prompt' a line), or "
-            f"datasets:{path} for what the library datasets reads"
+            f"prompts {path}: {path.suffix or 'no suffix'} is not a known kind of file; give a "
+            ".txt (one prompt a line) or a .jsonl (one object with 'prompt' a line), or write "
+            f"datasets:{path} to let the library datasets read it"
         )
-    for where, line in _lines(path):
+    for where, line in text_lines(path):
         yield where, read(line, where)
 
 
@@ -56,19 +53,26 @@ def _kind(path: Path) -> str:
         return "nothing"
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
+def text_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the lines of a text file that are not blank, each after its place (``f, line 2``).
+
+    The file is UTF-8 with or without a byte order mark, or UTF-16 or UTF-32 with one; its lines end
+    as on Unix or on Windows.
+
+    Raises:
+        UserError: the file cannot be read, or a line is no text.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"prompts {path}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     coding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
     if coding is not None:
         try:
             data = data.decode(coding).encode("utf-8")
         except UnicodeError as error:
-            raise UserError(
-                f"prompts {path}: its mark says {coding.upper()}, and it is not"
-            ) from error
+            said = f"{path}: its byte order mark says {coding.upper()}, but it is not"
+            raise UserError(f"{said}; save it as UTF-8") from error
     # split on newline bytes alone: str.splitlines would also cut at U+2028 inside a prompt
     for number, raw in enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         where = f"{path}, line {number}"
@@ -78,7 +82,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
             raise UserError(f"{where}: not UTF-8 ({error.reason}); save it as UTF-8") from error
         if "\0" in line:
             raise UserError(
-                f"{where}: it holds zero bytes, as UTF-16 without a mark does; save it as UTF-8"
+                f"{where}: zero bytes, as in UTF-16 without a mark; save the file as UTF-8"
             )
         if line:
             yield where, line
@@ -99,7 +103,7 @@ def _json_row(line: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: {error}") from error
     if not isinstance(row, dict):
         example = '{"prompt": "a cat"}'
-        raise UserError(f"{where}: a row is an object such as {example}, got {line:.80}")
+        raise UserError(f"{where}: a row must be an object such as {example}, got {line:.80}")
     return row
 
 
@@ -113,4 +117,4 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON; leave the key out, or write null")
+    raise ValueError(f"{name} is not JSON; leave the key out, or write null")

@@ -1,4 +1,4 @@
-"""Prompts: reading them from files, lists and datasets, and choosing those of an iteration."""
+"""Prompts are read from files, lists and datasets, and chosen for each iteration."""
 
 from __future__ import annotations
 
@@ -22,23 +22,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption and what else its row says (GenEval clauses, the text to be read, a seed, ...).
+    """A ``Prompt`` is a text and what else its row says (GenEval clauses, a text to read, a seed).
 
-    Where the row names an ``image`` or a ``mask``, the text is a
+    If the row names an ``image`` or a ``mask``, the text is a
     :class:`~dgpo.prompts.caption.Caption`.
+
+    Args:
+        text: what the model is asked for.
+        metadata: the other columns of the row, which rewards may read.
+
+    >>> prompt = Prompt("a photo of two cats", {"tag": "counting"})
+    >>> prompt.column("tag"), prompt.column("seed")
+    ('counting', None)
     """
 
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False, repr=False, kw_only=True)
-    """Where it stands, for errors: ``rows.jsonl, line 3``; empty: not known."""
+    """The place that errors name, such as ``rows.jsonl, line 3``; empty if it is not known."""
 
     def place(self, row: int) -> str:
-        """What errors call it: where it stands, else its number in a list."""
+        """Return what errors call the row: its place, or else its number in a list."""
         return self.where or f"prompt row {row}"
 
     def column(self, key: str) -> Any:
-        """What a reward is given of this row: pictures as pictures, the rest as it is written."""
+        """Return what a reward is given for a column: a picture, or the value as it is written."""
         return pictures_of(self.text).get(key, self.metadata.get(key))
 
 
@@ -48,48 +56,57 @@ def load_prompts(
     """Read prompts.
 
     Args:
-        source: a registered name (``pocket-geneval/train``), ``package.module:function`` that
-            returns rows, a ``.txt`` file (one prompt a line), a ``.jsonl`` file (an object a line
-            with ``"prompt"``; what else it has is metadata), ``datasets:...`` (see
-            :mod:`dgpo.prompts.datasets`), or the rows themselves: strings, dicts with ``"prompt"``,
-            :class:`Prompt`, or a ``datasets.Dataset``. ``"image"`` and ``"mask"`` are pictures, or
-            their files, relative to the prompt file (or to the folder one stands in, for rows that
-            come from no file). Blank lines are skipped; a row that comes twice counts twice.
+        source: where the prompts are, one of
+
+            - a registered name (``pocket-geneval/train``),
+            - ``package.module:function``, a function that returns rows,
+            - a ``.txt`` file with one prompt a line,
+            - a ``.jsonl`` file with one object a line, ``"prompt"`` and metadata,
+            - ``datasets:...`` (see :mod:`dgpo.prompts.datasets`),
+            - the rows: strings, dicts with ``"prompt"``, :class:`Prompt`, a ``datasets.Dataset``.
+
+            ``"image"`` and ``"mask"`` of a row are pictures or files; a relative file is looked for
+            beside the prompt file, or in the working directory for rows that come from no file.
+            Blank lines are skipped; a row that comes twice counts twice.
 
     Raises:
-        UserError: nothing there, no prompt in it, or a broken row (its line is named).
+        UserError: there is nothing to read, there is no prompt in it, or a row is broken (the error
+            names its line).
+
+    >>> load_prompts(["a red cat", {"prompt": "two dogs", "tag": "counting"}])
+    [Prompt(text='a red cat', metadata={}), Prompt(text='two dogs', metadata={'tag': 'counting'})]
+    >>> len(load_prompts("pocket-geneval/test"))
+    660
     """
     if source is None:
         raise UserError(
-            "no prompts: set prompts.train in the recipe or give train_dataset; "
+            "there are no prompts: set prompts.train in the recipe or give train_dataset; "
             f"built-in sets: {', '.join(sorted(PROMPTS))}"
         )
     if isinstance(source, Path) or (isinstance(source, str) and _names_file(source)):
-        return _from_file(Path(source))
-    if isinstance(source, str) and source.startswith(PREFIX):
-        return _from_dataset(source)
-    if isinstance(source, str):
-        return _from_rows(_made_by(source), source)
-    if isinstance(splits := getattr(source, "column_names", None), dict):
-        names = ", ".join(map(repr, splits))
-        raise UserError(
-            f"prompts: {type(source).__name__} holds the splits {names}; give one of them, such as "
-            f"dataset[{next(iter(splits), 'train')!r}]"
-        )
-    if hasattr(source, "column_names"):  # a datasets.Dataset
-        return _from_rows(map(without_gaps, source))
-    return _from_rows(source)
+        path = Path(source)
+        prompts = [_row(row, where, path.parent) for where, row in read_rows(path)]
+    elif isinstance(source, str) and source.startswith(PREFIX):
+        prompts = [_row(row, where) for where, row in dataset_rows(source)]
+    elif isinstance(source, str):
+        prompts = _from_rows(_made_by(source), source)
+    else:
+        prompts = _from_rows(_without_gaps(source))
+    if not prompts:
+        name = f"prompts {source}" if isinstance(source, (str, Path)) else "prompts"
+        raise UserError(f"{name}: it is empty; at least one prompt is needed")
+    return prompts
 
 
 def refuse_sizes(prompts: Sequence[Prompt], call: Mapping[str, Any]) -> None:
-    """See that no row asks for a size of its own: all samples of a run have one.
+    """Refuse a row that asks for a size of its own, since all samples of a run have one size.
 
     Args:
-        prompts: of the run.
+        prompts: all prompts of the run.
         call: the recipe's ``rollout.call``.
 
     Raises:
-        UserError: a row has a ``height`` or ``width`` that is not the call's.
+        UserError: a row has another ``height`` or ``width`` than the call.
     """
     for prompt in prompts:
         for key in ("height", "width"):
@@ -122,18 +139,15 @@ def _names_file(source: str) -> bool:
         return ":" not in source
 
 
-def _from_file(path: Path) -> list[Prompt]:
-    prompts = [_row(row, where, path.parent) for where, row in read_rows(path)]
-    if not prompts:
-        raise UserError(f"prompts {path}: the file is empty; it needs at least one prompt")
-    return prompts
-
-
-def _from_dataset(source: str) -> list[Prompt]:
-    prompts = [_row(row, where) for where, row in dataset_rows(source)]
-    if not prompts:
-        raise UserError(f"prompts {source}: no row in it; at least one is needed")
-    return prompts
+def _without_gaps(source: Any) -> Any:
+    """Return the rows of a list as they are, those of a ``datasets.Dataset`` without None."""
+    columns = getattr(source, "column_names", None)
+    if isinstance(columns, dict):  # a DatasetDict
+        raise UserError(
+            f"prompts: {type(source).__name__} holds the splits {', '.join(map(repr, columns))}; "
+            f"give one of them, such as dataset[{next(iter(columns), 'train')!r}]"
+        )
+    return source if columns is None else map(without_gaps, source)
 
 
 def _row(row: dict[str, Any], where: str, folder: Path = Path()) -> Prompt:
@@ -145,7 +159,7 @@ def _row(row: dict[str, Any], where: str, folder: Path = Path()) -> Prompt:
         raise UserError(f"{where}: 'prompt' must be a text that is not empty, got {text!r:.80}")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(
-            f"{where}: 'prompt' holds half a character, which no file can: {text!r:.80}"
+            f"{where}: 'prompt' holds half a character, which no file can hold: {text!r:.80}"
         )
     files = {
         key: _picture(key, row[key], where, folder) for key in PICTURES if row.get(key) is not None
@@ -155,7 +169,7 @@ def _row(row: dict[str, Any], where: str, folder: Path = Path()) -> Prompt:
 
 
 def _picture(key: str, given: Any, where: str, folder: Path) -> Any:
-    """The file of a picture, or the picture that a dataset holds."""
+    """Return the absolute file of a picture, or the picture that a dataset holds."""
     if isinstance(given, Image.Image):
         return given.convert(PICTURES[key])
     if not isinstance(given, (str, Path)):
@@ -172,14 +186,14 @@ def _picture(key: str, given: Any, where: str, folder: Path) -> Any:
     try:
         with Image.open(file):
             return str(file)
-    except Exception as error:  # broken files raise many things; all mean that it is none
+    except Exception as error:  # broken files raise many things; all mean that it is no picture
         raise UserError(f"{where}: {key!r}: {file} is no picture that can be read") from error
 
 
 def _from_rows(rows: Any, name: str = "") -> list[Prompt]:
     if not isinstance(rows, Iterable):
         raise UserError(
-            f"{name or 'prompts'}: {rows!r:.80} holds no rows; give texts, or dicts with 'prompt'"
+            f"{name or 'prompts'}: {rows!r:.80} holds no rows; give texts or dicts with 'prompt'"
         )
     prompts = []
     for index, row in enumerate(rows):
@@ -190,33 +204,35 @@ def _from_rows(rows: Any, name: str = "") -> list[Prompt]:
             prompts.append(_row(row, where))
         else:
             prompts.append(_row({"prompt": row}, where))
-    if not prompts:
-        raise UserError(f"{name or 'prompts'}: no prompts; at least one is needed")
     return prompts
 
 
 class PromptSampler:
-    """Chooses the prompts of each iteration: shuffled epochs without replacement.
+    """A ``PromptSampler`` chooses the prompts of each iteration, in shuffled epochs.
 
-    The choice is a function of ``(seed, iteration)`` alone, so a run that goes on after a stop
-    needs no state to see the prompts it would have seen.
+    The choice depends on ``(seed, iteration)`` alone, so a run that goes on after a stop needs no
+    state to see the prompts that it would have seen.
 
     Args:
-        prompts: all of them.
-        per_iteration: how many an iteration takes (groups).
-        seed: of the shuffles; not negative.
+        prompts: all prompts of the run.
+        per_iteration: how many prompts (groups) an iteration takes.
+        seed: seeds the shuffles; not negative.
+
+    >>> sampler = PromptSampler(load_prompts(["a", "b", "c", "d"]), per_iteration=2, seed=0)
+    >>> sorted(prompt.text for i in (0, 1) for prompt in sampler.at(i))
+    ['a', 'b', 'c', 'd']
     """
 
     def __init__(self, prompts: Sequence[Prompt], per_iteration: int, seed: int) -> None:
         if not prompts:
-            raise UserError("no prompts to sample from")
+            raise UserError("prompts: it is empty; at least one prompt is needed")
         self.prompts = prompts
         self.per_iteration = per_iteration
         self.seed = seed
         self._orders: dict[int, np.ndarray] = {}
 
     def at(self, iteration: int) -> list[Prompt]:
-        """The prompts of an iteration (counted from 0), ``per_iteration`` of them."""
+        """Return the ``per_iteration`` prompts of an iteration, counted from 0."""
         first = iteration * self.per_iteration
         places = range(first, first + self.per_iteration)
         size = len(self.prompts)
@@ -225,7 +241,7 @@ class PromptSampler:
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
             random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            # the epochs of one iteration are neighbours: older ones are not needed again
+            # an iteration may reach into the next epoch; older orders are not needed again
             self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
             self._orders[epoch] = random.permutation(len(self.prompts))
         return self._orders[epoch]

@@ -1,4 +1,4 @@
-"""Where rollouts are made: by the policy itself, or by an engine in another process.
+"""Rollouts are made by the policy itself, or by an engine in another process.
 
 See docs/scaling.md, "Rollouts by another engine".
 """

@@ -1,4 +1,4 @@
-"""The seam between the loop and what samples: a request, its answer, and the weights in between."""
+"""An engine makes the rollouts that the loop requests, with the weights that the loop names."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from dgpo.models.policy import RollingWeights
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """One batch of pictures.
+    """A ``RolloutRequest`` asks for one batch of pictures.
 
     Args:
         texts: B prompts.
         cond: their embeddings, for an engine that shares the policy's memory.
-        seeds: of each row's initial noise and of all that is drawn for it: a picture is a function
-            of its text, its seed and the weights, not of its batch.
+        seeds: B seeds, each for everything that is drawn for its row, so that a picture depends on
+            its text, its seed and the weights, and not on its batch.
         steps: ``num_inference_steps``.
-        guidance_scale: 1 is no guidance.
+        guidance_scale: the guidance; 1 is none.
         scheduler: the sampler, an object of diffusers; None for the pipeline's own.
-        record: places of the steps whose tensors are wanted, for a policy gradient; none for the
-            methods on noised samples, which need the last sample alone.
+        record: the steps whose tensors a policy gradient needs. Methods on noised samples need the
+            last sample alone and record nothing.
     """
 
     texts: Sequence[str]
@@ -41,18 +41,17 @@ class RolloutRequest:
 
 
 class RolloutEngine(Protocol):
-    """What makes the pictures of a run."""
+    """A ``RolloutEngine`` makes the pictures of a run."""
 
     def holding(self, weights: RollingWeights) -> AbstractContextManager[None]:
-        """The policy's present weights, or one of its averages, are those that sample inside the
-        block: put in place, or sent."""
+        """Sample inside the block with the policy's present weights or with one of its averages."""
         ...
 
     def rollout(self, request: RolloutRequest) -> Rollout:
-        """Pictures, the last samples, and the schedule; rows as in the request.
+        """Return pictures, the last samples and the schedule, with rows as in the request.
 
         Raises:
-            UserError: the engine cannot be reached, or cannot do what is asked.
+            UserError: the engine cannot be reached, or cannot do what the request asks for.
         """
         ...
 
@@ -63,11 +62,11 @@ class _Rolling(Protocol):
     def rolling(self, weights: RollingWeights = "policy") -> AbstractContextManager[None]: ...
 
 
-class LocalEngine:
-    """The policy's own pipeline samples, with the policy's own weights.
+class LocalEngine(RolloutEngine):
+    """A ``LocalEngine`` samples with the policy's own pipeline.
 
     Args:
-        policy: or any model that can put weights in place.
+        policy: the policy, or any model that can put weights in place.
     """
 
     def __init__(self, policy: _Rolling) -> None:

@@ -1,4 +1,4 @@
-"""Rollouts by a server: the LoRA goes there when it has changed, pictures and samples come back."""
+"""A server makes the rollouts: it gets the LoRA when that has changed, and returns the pictures."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +19,40 @@ from dgpo.models.pipeline.rollout import Rollout
 from dgpo.models.policy import Policy, RollingWeights
 from dgpo.prompts.caption import Caption
 from dgpo.rewards.loading import need
-from dgpo.rollouts.engine import LocalEngine, RolloutRequest
+from dgpo.rollouts.engine import LocalEngine, RolloutEngine, RolloutRequest
 from dgpo.rollouts.wire import Ask, hash_of, unpack
 
 TOLERANCE = 0.1
-"""Largest relative difference of the first sample from the policy's own, root mean square: other
-kernels round otherwise; another model differs by about 1."""
+"""The largest relative difference (root mean square) that the first sample may have from the
+policy's own. Other kernels round otherwise; another model differs by about 1."""
 TOKEN = "DGPO_ROLLOUT_TOKEN"
-"""The variable, not what is in it."""
+"""The name of the environment variable that holds the server's token."""
 
 
-class RemoteEngine:
-    """A client of ``python -m dgpo.rollouts.server``, and of anything that speaks as it does.
+class RemoteEngine(RolloutEngine):
+    """A ``RemoteEngine`` is a client of ``python -m dgpo.rollouts.server`` or a server like it.
 
-    The first batch is made by the policy as well, for one row: a server with another model, another
-    sampler or a LoRA that it does not apply is found before anything is trained.
+    The policy also makes the first row of the first batch: a server that has another model or
+    sampler, or does not apply the LoRA, is found before anything is trained.
 
     Args:
-        policy: whose LoRA is sent.
-        url: of the server.
-        scheduler: the recipe's name of the sampler.
-        timeout: seconds for one answer.
+        policy: the policy, whose LoRA is sent.
+        url: the server's address.
+        scheduler: the sampler's name in the recipe; None for the pipeline's own.
+        timeout: how many seconds the server may take for one answer.
+
+    Raises:
+        UserError: the policy has no LoRA, httpx is not installed, or the address is none.
     """
 
     def __init__(
         self, policy: Policy, url: str, scheduler: str | None = None, timeout: float = 600.0
     ) -> None:
         if policy.lora is None:
-            raise UserError("rollout.engine: what travels is a LoRA; lora: null trains no LoRA")
+            raise UserError(
+                "rollout.engine: the server gets a LoRA, and lora: null trains none; set lora or "
+                "rollout.engine: null"
+            )
         need("rollout.engine", "httpx", "pip install httpx")
         import httpx
 
@@ -59,9 +66,9 @@ class RemoteEngine:
         self._sent: str | None = None
         self._checked = False
         self.bytes_sent = self.bytes_received = 0
-        """Of weights, and of answers."""
+        """How many bytes of weights were sent, and how many bytes of answers came back."""
         self.difference = float("nan")
-        """Of the first sample from the policy's own, relative."""
+        """How far the first sample was from the policy's own, relative."""
 
     @contextmanager
     def holding(self, weights: RollingWeights) -> Iterator[None]:
@@ -69,7 +76,7 @@ class RemoteEngine:
             self._policy.save(folder, weights)
             files = sorted(Path(folder).rglob("*.safetensors"))
             if len(files) != 1:
-                raise UserError(f"rollout.engine: one LoRA file can be sent, not {len(files)}")
+                raise UserError(f"rollout.engine: one LoRA file can be sent, got {len(files)}")
             data = files[0].read_bytes()
         name = hash_of(data)
         if name != self._sent:
@@ -82,9 +89,15 @@ class RemoteEngine:
 
     def rollout(self, request: RolloutRequest) -> Rollout:
         if request.record:
-            raise UserError("rollout.engine: it keeps no steps; a policy gradient needs them")
+            raise UserError(
+                "rollout.engine: a server returns no steps, which a policy gradient needs; set "
+                "rollout.engine: null"
+            )
         if any(isinstance(text, Caption) for text in request.texts):
-            raise UserError("rollout.engine: the pictures of prompt rows do not travel; use null")
+            raise UserError(
+                "rollout.engine: the pictures of prompt rows cannot be sent to a server; set "
+                "rollout.engine: null"
+            )
         ask = Ask(
             texts=[str(text) for text in request.texts],
             seeds=list(request.seeds),
@@ -104,33 +117,29 @@ class RemoteEngine:
         return Rollout(made.x0.to(device, dtype), made.images, made.levels)
 
     def _send(self, name: str, data: bytes) -> None:
-        """Send weights; the server says which it has now, by the tensors that it has read."""
-        self._sent = None
+        """Send weights; the server answers with the hash of the tensors that it has read."""
+        self._sent = None  # if anything fails now, nobody knows which weights the server has
         answer = self._ask("PUT", f"/v1/weights/{name}", content=data)
         self.bytes_sent += len(data)
         try:
             there = json.loads(answer)["weights"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"rollout.engine = {self._url!r}: it does not say which weights it has: "
+                f"rollout.engine = {self._url!r}: its answer does not say which weights it has: "
                 f"{answer[:100]!r}"
             ) from error
         if there != name:
             raise UserError(
-                f"rollout.engine = {self._url!r}: it has the weights {there!r:.20}, not {name[:12]}"
-                ", which were sent: they were changed on the way, or another run uses the server"
+                f"rollout.engine = {self._url!r}: it has the weights {there!r:.20}, but "
+                f"{name[:12]} were sent: they were changed on the way, or another run uses the "
+                "server"
             )
         self._sent = name
 
     def _compare(self, request: RolloutRequest, made: Rollout) -> None:
-        one = RolloutRequest(
-            texts=request.texts[:1],
-            cond=request.cond.rows(torch.tensor([0])),
-            seeds=request.seeds[:1],
-            steps=request.steps,
-            guidance_scale=request.guidance_scale,
-            scheduler=request.scheduler,
-        )
+        """Check the first row of an answer against the policy's own sample."""
+        row = request.cond.rows(torch.tensor([0]))
+        one = replace(request, texts=request.texts[:1], cond=row, seeds=request.seeds[:1])
         own = LocalEngine(self._policy).rollout(one)
         sigmas = [level.sigma for level in made.levels]
         wanted = [level.sigma for level in own.levels]
@@ -140,9 +149,9 @@ class RemoteEngine:
         if not self.difference <= TOLERANCE:
             raise UserError(
                 f"rollout.engine = {self._url!r}: the first picture differs from the policy's own "
-                f"by {self.difference:.3g} (allowed {TOLERANCE}): has the server the model "
+                f"by {self.difference:.3g} (allowed {TOLERANCE}): start the server with the model "
                 f"{self._policy.model.pipe.config.get('_name_or_path') or 'of the recipe'!r}, the "
-                "same sampler and precision, and does it apply the LoRA?"
+                "same sampler and precision, and see that it applies the LoRA"
             )
 
     def _ask(self, method: str, path: str, **body: Any) -> bytes:

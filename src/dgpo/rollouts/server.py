@@ -1,8 +1,8 @@
-"""A rollout server: the reference for the wire, and a stand-in where no other engine runs.
+"""The rollout server is the reference for the wire, and the engine where no other one runs.
 
     python -m dgpo.rollouts.server MODEL --port 8770
 
-``PUT /v1/weights/HASH`` takes a LoRA file, ``POST /v1/rollout`` makes pictures with it
+``PUT /v1/weights/HASH`` takes a LoRA file, and ``POST /v1/rollout`` makes pictures with it
 (:mod:`dgpo.rollouts.wire`). Requests run one after the other.
 """
 
@@ -31,15 +31,15 @@ from dgpo.serve.access import token_for
 from dgpo.serve.limits import Gate
 
 LARGEST = 2**32
-"""Bytes of a LoRA file."""
+"""How many bytes a LoRA file may have."""
 
 
 class Stale(UserError):
-    """The weights that were asked for are not those that are in place."""
+    """A request names other weights than those that are in place."""
 
 
 class Sampler:
-    """A pipeline that samples with the LoRA that was sent last.
+    """A ``Sampler`` is a pipeline that samples with the LoRA that was sent last.
 
     Args:
         pipe: the pipeline as it was before training.
@@ -53,44 +53,42 @@ class Sampler:
         self._layers: list[Any] = []
 
     def take(self, name: str, data: bytes) -> str:
-        """Put a LoRA in place of the one before.
+        """Replace the LoRA by another one.
 
         Args:
-            name: :func:`dgpo.rollouts.wire.hash_of` it.
-            data: a file as diffusers writes it.
+            name: its name, :func:`dgpo.rollouts.wire.hash_of` the file.
+            data: a LoRA file as diffusers writes it.
 
         Returns:
-            the hash of the tensors that are in place now.
+            The hash of the tensors that are in place now.
 
         Raises:
-            UserError: the tensors are not what their name says, or no LoRA of this pipeline.
+            UserError: the tensors do not fit their name, or are no LoRA for this pipeline.
         """
         found = hash_of(data)
         if found != name:
-            raise UserError("the weights are not those that their name says: they were changed")
+            raise UserError("the weights do not fit their name: they were changed on the way")
         with self._lock, tempfile.TemporaryDirectory() as folder:
             if self._layers:
                 self._pipe.unload_lora_weights()
-            self._weights, self._layers = None, []
+            self._weights, self._layers = None, []  # until the new ones are known to be in place
             (Path(folder) / "pytorch_lora_weights.safetensors").write_bytes(data)
             try:
                 lora.load(self._pipe, Path(folder))
-            except (
-                Exception
-            ) as error:  # diffusers and peft raise many kinds; all mean that it is none
-                raise UserError(f"no LoRA of this pipeline: {error}") from error
-            parts = (part for part in self._pipe.components.values())
+            except Exception as error:  # diffusers and peft raise many kinds
+                raise UserError(f"this is no LoRA for the pipeline: {error}") from error
+            parts = self._pipe.components.values()
             modules = (m for p in parts if isinstance(p, torch.nn.Module) for m in p.modules())
             self._layers = [module for module in modules if isinstance(module, LoraLayer)]
             self._weights = found
             return found
 
     def sample(self, ask: Ask) -> Rollout:
-        """Pictures with the weights that the request names.
+        """Make pictures with the weights that the request names.
 
         Raises:
-            Stale: others are in place.
-            UserError: the pipeline cannot do what is asked.
+            Stale: other weights are in place.
+            UserError: the pipeline cannot do what the request asks for.
         """
         with self._lock:
             if ask.weights != self._weights:
@@ -116,7 +114,7 @@ class Sampler:
 
     @contextmanager
     def _merged(self) -> Iterator[None]:
-        """The LoRA written into the base weights, as the policy does it for its own rollouts."""
+        """Merge the LoRA into the base weights inside the block, as the policy does to sample."""
         if not lora.can_merge(self._layers):
             yield
             return
@@ -131,11 +129,11 @@ class Sampler:
 
 
 def make_app(pipe: Any, token: str | None = None) -> Any:
-    """An ASGI application around a pipeline.
+    """Make an ASGI application around a pipeline.
 
     Args:
-        pipe: as it was before training.
-        token: wanted as a bearer token of every request; None: no token.
+        pipe: the pipeline as it was before training.
+        token: the bearer token that every request must bring; None asks for no token.
     """
     sampler = Sampler(pipe)
     app = FastAPI(title="dgpo rollouts")
@@ -149,7 +147,7 @@ def make_app(pipe: Any, token: str | None = None) -> Any:
     @app.post("/v1/rollout")
     async def rollout(request: Request) -> Response:
         """Make pictures; the body is an :class:`Ask`."""
-        # not a parameter: the framework cannot tell what is wrong with bytes that are no text
+        # not a parameter: the framework fails on bytes that are no text instead of saying so
         try:
             ask = Ask.model_validate_json(await request.body())
         except ValidationError as error:

@@ -1,9 +1,9 @@
-"""What travels between the loop and an engine: JSON for the question, safetensors for the answer.
+"""The loop and an engine exchange JSON for the question and safetensors for the answer.
 
-A request is a JSON object with the keys of :class:`Ask`. Weights are the file that diffusers reads
-by ``load_lora_weights``, and are called by :func:`hash_of` it. An answer holds ``x0`` [B, ...],
+A request is a JSON object with the keys of :class:`Ask`. Weights are a file that diffusers reads by
+``load_lora_weights``; their name is :func:`hash_of` the file. An answer holds ``x0`` [B, ...],
 ``images`` (uint8, [B, H, W, 3]), ``timesteps`` [n], ``sigmas`` (float64, [n]) and ``weights``
-(uint8, [32]; [0] without any). Nothing is ever pickled.
+(uint8, [32]; [0] if there are none). Nothing is ever pickled.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dgpo.models.pipeline.rollout import Rollout
 
 
 class Ask(BaseModel):
-    """A batch of pictures, as it travels."""
+    """An ``Ask`` is the request for a batch of pictures, as it travels."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -33,25 +33,29 @@ class Ask(BaseModel):
     steps: int = Field(ge=1, le=10_000)
     guidance_scale: float = Field(ge=0)
     scheduler: str | None
-    """By its name in a recipe; null: the pipeline's own."""
+    """The sampler's name in a recipe; null: the pipeline's own."""
     call: dict[str, Any]
-    """Further arguments of the pipeline's call."""
+    """Additional arguments for the pipeline's call."""
     weights: str | None
     """:func:`hash_of` the LoRA that must be in place; null: the model as it was."""
 
 
 def hash_of(data: bytes) -> str:
-    """What a safetensors file is called: the SHA-256 of names, dtypes, shapes and numbers of its
-    tensors in the order of their names. The bytes of the file will not do, since the order of its
-    header is another one each time that the same tensors are written.
+    """Return the name of a safetensors file: a SHA-256 of its tensors in the order of their names.
+
+    It covers names, dtypes, shapes and numbers. The bytes of the file will not do, because its
+    header has another order each time that the same tensors are written.
 
     Raises:
-        UserError: it is no safetensors file.
+        UserError: the data is no safetensors file.
+
+    >>> hash_of(save({"a": torch.zeros(2), "b": torch.ones(3)}))[:12]
+    '81b3937a8c60'
     """
     try:
         tensors = load(data)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"the weights are no safetensors file ({error})") from error
+        raise UserError(f"the weights are not a safetensors file ({error})") from error
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -60,11 +64,11 @@ def hash_of(data: bytes) -> str:
 
 
 def pack(made: Rollout, weights: str | None = None) -> bytes:
-    """A rollout with pictures as safetensors.
+    """Write a rollout with its pictures as safetensors.
 
     Args:
         made: the rollout.
-        weights: :func:`hash_of` the LoRA that it was made with.
+        weights: :func:`hash_of` the LoRA that made it; None for the model without a LoRA.
     """
     assert made.images is not None
     pictures = np.stack([np.asarray(image.convert("RGB")) for image in made.images])
@@ -79,15 +83,21 @@ def pack(made: Rollout, weights: str | None = None) -> bytes:
 
 
 def unpack(data: bytes, rows: int, weights: str | None = None) -> Rollout:
-    """The rollout in an answer.
+    """Read the rollout in an answer.
 
     Args:
         data: the answer.
-        rows: that were asked for.
-        weights: :func:`hash_of` the LoRA that it must have been made with.
+        rows: how many rows were asked for.
+        weights: :func:`hash_of` the LoRA that must have made it; None for no LoRA.
 
     Raises:
-        UserError: it is none, has another number of rows, or was made with other weights.
+        UserError: the answer is no rollout, has another number of rows, or other weights made it.
+
+    >>> picture = Image.new("RGB", (8, 8), "red")
+    >>> made = Rollout(torch.zeros(1, 4, 2, 2), [picture], [Level(torch.tensor(1000.0), 1.0)])
+    >>> again = unpack(pack(made), rows=1)
+    >>> again.x0.shape, again.images[0].getpixel((0, 0)), again.levels[0].sigma
+    (torch.Size([1, 4, 2, 2]), (255, 0, 0), 1.0)
     """
     try:
         found = load(data)
@@ -102,8 +112,8 @@ def unpack(data: bytes, rows: int, weights: str | None = None) -> Rollout:
         raise UserError(f"rollout.engine: its answer is no rollout ({error})") from error
     if used != (weights or ""):
         raise UserError(
-            f"rollout.engine: the pictures were made with {_called(used)}, and "
-            f"{_called(weights)} was sent: does another run use the server?"
+            f"rollout.engine: the pictures were made with {_called(used)}, but "
+            f"{_called(weights)} was sent: perhaps another run uses the server"
         )
     levels = [Level(t, s) for t, s in zip(timesteps, sigmas, strict=True)]
     return Rollout(x0, [Image.fromarray(image.numpy()) for image in images], levels)

@@ -1,7 +1,7 @@
-"""The noise-prediction pocket: a :class:`diffusers.StableDiffusionPipeline` of the same parts.
+"""The noise-prediction pocket is a :class:`diffusers.StableDiffusionPipeline` of the same parts.
 
-Tokenizer, text encoder and autoencoder are those of the pocket that is there already; the denoiser
-is a :class:`diffusers.UNet2DConditionModel` that predicts the noise, as in Stable Diffusion 1.5.
+It takes the tokenizer, the text encoder and the autoencoder of the other pocket. Its denoiser is a
+:class:`diffusers.UNet2DConditionModel` that predicts the noise, as in Stable Diffusion 1.5.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from dgpo.pocket.build import LATENT_CHANNELS, TEXT_WIDTH
+from dgpo.pocket.text import TEXT_WIDTH
+from tools.pretrain.build import LATENT_CHANNELS
 
 UNET_CHANNELS = (32, 96)
 
@@ -25,9 +26,9 @@ UNET_CHANNELS = (32, 96)
 def build_unet(
     height: int, width: int, channels: tuple[int, int] = UNET_CHANNELS
 ) -> UNet2DConditionModel:
-    """The denoiser for latents of ``[4, height, width]``, 2.0 million parameters.
+    """Build the denoiser for latents of ``[4, height, width]``, with 2.0 million parameters.
 
-    Two resolutions; at the lower one four layers of attention read the text.
+    It has two resolutions; at the lower one four layers of attention read the text.
     """
     blocks: dict[str, Any] = {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -49,7 +50,7 @@ def build_unet(
 
 @torch.no_grad()
 def reading_encoder(encoder: CLIPTextModelWithProjection) -> CLIPTextModel:
-    """The text encoder without its last layer, so that its output is what the other pocket reads.
+    """Return the text encoder without its last layer, so that it ends where the other pocket reads.
 
     Stable Diffusion 3 reads the last but one hidden state, Stable Diffusion 1.5 the last, normed.
     """
@@ -71,7 +72,7 @@ def reading_encoder(encoder: CLIPTextModelWithProjection) -> CLIPTextModel:
 
 
 def noise_schedule() -> PNDMScheduler:
-    """The noise schedule and the sampler of Stable Diffusion 1.5: PLMS, scaled linear betas."""
+    """Return the schedule and sampler of Stable Diffusion 1.5: PLMS with scaled linear betas."""
     return PNDMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -88,8 +89,10 @@ def assemble_sd(
     unet: UNet2DConditionModel,
     vae: AutoencoderKL,
 ) -> StableDiffusionPipeline:
-    """The pipeline of these parts, in evaluation mode.  The autoencoder's latents are scaled, not
-    shifted: this pipeline knows no shift."""
+    """Make a pipeline of the parts, in evaluation mode.
+
+    The autoencoder's latents are scaled and not shifted, because this pipeline knows no shift.
+    """
     vae.register_to_config(shift_factor=None)
     parts: Any = {
         "scheduler": noise_schedule(),
