@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dgpo.algorithms.base import Algorithm
+from dgpo.algorithms.contract import Contract
 from dgpo.algorithms.shared import NormalizedRewards
 from dgpo.algorithms.surrogate import clipped_surrogate, stopped_by_clip
 from dgpo.core.groups import Groups
@@ -35,6 +36,11 @@ class AWM(NormalizedRewards, Algorithm):
     (weight 1, decay up to 0.3); the KL term here is the one with the frozen model."""
 
     name: ClassVar[str] = "awm"
+    contract: ClassVar[Contract] = Contract(
+        terms={"clip": 0.05, "kl": 0.3, "advantage_scale": 1.0},
+        learns={"published": {}, "plain": {"power": 1.0, "clip": 0.2, "advantage_scale": 1.0}},
+        each_level=True,
+    )
     old_moves: ClassVar[Literal["step", "iteration"]] = "iteration"
     power: float = Field(default=0.25, gt=0, le=1)
     """The p of (1): 1 is the plain denoising loss, small values weigh small losses more."""

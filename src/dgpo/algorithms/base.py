@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from dgpo.algorithms.contract import Contract
 from dgpo.core.groups import Groups
 from dgpo.core.points import Forward, Trajectory
 from dgpo.core.sde import AnySde, FlowSDE
@@ -26,6 +27,8 @@ class BaseAlgorithm(Settings, ABC):
 
     name: ClassVar[str]
     """The registered name, as in ``algorithm: {name: ...}``."""
+    contract: ClassVar[Contract] = Contract()
+    """How the tests of every algorithm are made with this one."""
     points: ClassVar[Literal["forward", "trajectory"]]
     """Train on clean samples noised again, or on the steps of the rollout."""
     samples_from: ClassVar[Literal["policy", "old"]] = "policy"

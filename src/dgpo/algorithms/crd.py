@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dgpo.algorithms.base import Algorithm
+from dgpo.algorithms.contract import Contract
 from dgpo.algorithms.shared import GuidedKl, NormalizedRewards
 from dgpo.core.groups import Groups
 from dgpo.core.points import Forward
@@ -43,6 +44,11 @@ class CRD(GuidedKl, NormalizedRewards, Algorithm):
     policy itself for the first 75 iterations."""
 
     name: ClassVar[str] = "crd"
+    contract: ClassVar[Contract] = Contract(
+        terms={"kl": 0.3},
+        learns={"guided": {"kl": 0.001}, "unguided": {"kl": 0.001, "kl_cfg": 1.0}},
+        pulls_to_old=True,  # a target of 0
+    )
     old_moves: ClassVar[Literal["step", "iteration"]] = "iteration"
     kl: float = Field(default=0.1, ge=0)
     """Weight of mean (v - v_ref)^2 with the frozen reference."""

@@ -11,6 +11,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
+from dgpo.algorithms.contract import Contract
 from dgpo.algorithms.policy_gradient import PolicyGradient, ppo
 from dgpo.core.points import Trajectory
 from dgpo.core.sde import DDIM, AnySde, Moments
@@ -21,6 +22,9 @@ class DDPO(PolicyGradient):
     by running statistics of each prompt; the last step is deterministic and not trained."""
 
     name: ClassVar[str] = "ddpo"
+    contract: ClassVar[Contract] = Contract(
+        terms={"clip": 0.1, "kl": 0.02}, learns={"ddim": {"clip": 0.1}}
+    )
     sde_kinds: ClassVar[tuple[str, ...]] = ("ddim",)
     sde: AnySde = DDIM()
     """The sampler of the rollouts; eta 1 is that of DDPM."""

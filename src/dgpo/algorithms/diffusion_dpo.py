@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dgpo.algorithms.base import Algorithm
+from dgpo.algorithms.contract import Contract
 from dgpo.algorithms.dgpo import dgpo_loss, group_margin
 from dgpo.core.groups import Groups
 from dgpo.core.points import Forward
@@ -28,6 +29,7 @@ class DiffusionDPO(Algorithm):
     """
 
     name: ClassVar[str] = "diffusion_dpo"
+    contract: ClassVar[Contract] = Contract(terms={"beta": 7}, learns={"pairs": {"beta": 1}})
     beta: float = Field(default=100.0, gt=0)
     """Strength of the implicit KL to the reference; large values stay near it."""
 

@@ -15,6 +15,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
+from dgpo.algorithms.contract import Contract
 from dgpo.algorithms.policy_gradient import PolicyGradient, ppo
 from dgpo.core.points import Trajectory
 from dgpo.core.sde import Moments
@@ -24,6 +25,9 @@ class GRPOGuard(PolicyGradient):
     """GRPO-Guard, for samplers whose log-probability is a Gaussian's."""
 
     name: ClassVar[str] = "grpo_guard"
+    contract: ClassVar[Contract] = Contract(
+        terms={"clip": 0.1}, learns={"flow": {"clip": 0.1, "kl": 1e-3}}
+    )
     sde_kinds: ClassVar[tuple[str, ...]] = ("flow", "dance")
     clip: float = Field(default=1e-4, gt=0, lt=1)
     """Largest change of the normalised ratio (1). Its logarithm is that of Flow-GRPO times std."""
