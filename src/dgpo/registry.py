@@ -1,8 +1,8 @@
-"""Names that recipes and commands may use, and where each one lives; nothing is imported for it.
+"""The registry knows the names that recipes take and where each one lives; it imports none.
 
-The entries are data: ``registry.yaml``, one line each. Everywhere a name is accepted,
-``package.module:attribute`` and ``path/to/file.py:attribute`` are accepted too, so that an
-algorithm, reward or prompt set of the user's own needs no registration.
+The entries are data: ``registry.yaml``, one line each. Wherever a name is accepted,
+``package.module:attribute`` and ``path/to/file.py:attribute`` are accepted too, so what a user
+writes needs no registration.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ except ImportError:
     from yaml import SafeLoader
 
 FILE = Path(__file__).with_name("registry.yaml")
-"""The entries: one line each."""
+"""The file with the entries, one line each."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What ``registry.yaml`` says of a name.
+    """An ``Entry`` is a line of the registry: where an object lives, and what lists tell about it.
 
     Args:
         path: ``module:attribute`` of the object.
@@ -42,8 +42,8 @@ class Entry:
         paper: the arXiv number of an algorithm's paper.
         points: what an algorithm trains on: ``"forward"``, clean samples that are noised again, or
             ``"trajectory"``, the steps of the rollout.
-        flow: ``module:attribute`` of a sampler for flow matching; ``path`` is for noise and v
-            prediction.
+        flow: ``module:attribute`` of a sampler for flow matching; its ``path`` is the one for noise
+            and v prediction.
         unfit: why a sampler does not fit flow matching.
         range: the values that a reward has in practice.
         licence: the licence of code and weights beyond this project's own.
@@ -74,7 +74,7 @@ class Entry:
     setting: str = ""
 
     def missing(self) -> str:
-        """What to do before it can be used; empty if it is ready.
+        """Return what must be done before the object can be used; empty if it is ready.
 
         >>> Entry("json:loads", package="no_such_module", install="pip install it").missing()
         'pip install it'
@@ -97,14 +97,14 @@ def _read(file: Path) -> tuple[dict[str, dict[str, Entry]], dict[str, str]]:
 
 
 TABLES, MOVED = _read(FILE)
-"""The entries of each kind by their names, and the modules that have moved."""
+"""The entries of each kind by their names, and the modules that have moved with their new names."""
 ALGORITHMS, REWARDS, BENCHMARKS, MODELS, PROMPTS, SAMPLERS = (
     TABLES[kind] for kind in ("algorithm", "reward", "benchmark", "model", "prompts", "sampler")
 )
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for the closest valid names, or nothing when none is close.
+    """Return `` (did you mean 'x'?)`` for the closest valid names; empty if none is close.
 
     >>> nearest("brightnes", ["brightness", "redness"])
     " (did you mean 'brightness'?)"
@@ -114,12 +114,12 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def known(kind: str, name: str) -> bool:
-    """Whether a name is registered, or has the form of a path to something of the user's own."""
+    """Return whether a name is registered, or has the form of a path to the user's own object."""
     return name in TABLES[kind] or ":" in name
 
 
 def unknown(kind: str, name: str) -> str:
-    """The message for a name that is neither: the nearest names, all names, and the way out."""
+    """Return the message for an unknown name: the nearest names, all names, and the way out."""
     table = TABLES[kind]
     built_in = f"built in: {', '.join(sorted(table))}; or " if table else ""
     return (
@@ -129,7 +129,7 @@ def unknown(kind: str, name: str) -> str:
 
 
 def resolve(kind: str, name: str) -> Any:
-    """The object behind a name. Its module is imported only now.
+    """Return the object behind a name. Its module is imported only now.
 
     >>> resolve("reward", "math:sqrt")
     <built-in function sqrt>
@@ -166,7 +166,7 @@ def _from_name(kind: str, name: str, where: str) -> ModuleType:
 
 
 def _told(error: Exception) -> str:
-    """An error and, unless something is just not there, where in the user's code it was raised."""
+    """Return an error's text and, unless an import failed, where in the user's code it arose."""
     if isinstance(error, ImportError):
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)

@@ -28,7 +28,7 @@ class BaseAlgorithm(Settings, ABC):
     name: ClassVar[str]
     """The registered name, as in ``algorithm: {name: ...}``."""
     contract: ClassVar[Contract] = Contract()
-    """How the tests of every algorithm are made with this one."""
+    """The settings with which the tests of all algorithms try this one."""
     points: ClassVar[Literal["forward", "trajectory"]]
     """Train on clean samples noised again, or on the steps of the rollout."""
     samples_from: ClassVar[Literal["policy", "old"]] = "policy"

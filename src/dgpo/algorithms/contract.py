@@ -1,4 +1,4 @@
-"""What the tests that every algorithm must pass have to know of one."""
+"""Every algorithm declares the settings with which the tests of all algorithms try it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Contract:
-    """The settings with which an algorithm is tested, declared beside it.
+    """A ``Contract`` declares the settings with which an algorithm is tested.
 
-    The tests have points of two dimensions. Denoising losses are of the order of one there, not of
-    1e-2 as for pictures, so that some settings must differ from the published ones.
+    The points of the tests have two dimensions. Denoising losses are of the order of one there, not
+    of 1e-2 as for pictures, so some settings must differ from the published ones.
 
     Args:
         terms: settings with which every term of the loss has an effect.
-        learns: settings, by a name for each choice, with which it learns a small task.
+        learns: choices of settings, each by a name, with which it learns a small task.
         pulls_to_old: a sample without advantage pulls the policy to the old one, so that the
             gradient is zero only where the two agree.
         each_level: it learns with an optimiser step after each noise level.

@@ -20,7 +20,7 @@ def _plural(kind: str) -> str:
 
 
 KINDS = {_plural(kind): kind for kind in registry.TABLES}
-"""Kinds of the registry by what the command calls them."""
+"""The kinds of the registry by what the command calls them."""
 
 
 def names(
@@ -52,7 +52,7 @@ def names(
 
 
 def _about(table: dict[str, Entry]) -> dict[str, str]:
-    """What is said of each entry: what it is, its paper, and what it still wants."""
+    """Return a text for each entry: what it is, its paper, and what must be installed first."""
     return {
         name: entry.about
         + (f" (arXiv {entry.paper})" if entry.paper else "")
@@ -62,7 +62,7 @@ def _about(table: dict[str, Entry]) -> dict[str, str]:
 
 
 def rewards() -> None:
-    """The table of rewards: those that are ready first."""
+    """Show the table of rewards, those that are ready first."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
