@@ -19,7 +19,7 @@ define step
 @printf '\n==> %s\n' "$(1)"; begin=$$(date +%s); $(2); printf '    done in %s s\n' "$$(( $$(date +%s) - begin ))"
 endef
 
-.PHONY: help install quickstart test test-all lint format fuzz audit bench ablations results papers clean-env
+.PHONY: help install quickstart test test-all lint format fuzz audit bench ablations results papers docs-tables clean-env
 
 help:
 	@echo 'make install      create $(VENV) with the pinned versions (1 to 4 minutes the first time, then nothing)'
@@ -34,6 +34,7 @@ help:
 	@echo 'make ablations    what each part of DGPO is worth; 13 runs of about 5 minutes each; goes on where it was stopped'
 	@echo 'make results      write the comparison of docs/results.md and its picture from benchmarks/results'
 	@echo 'make papers       write docs/papers.md from the recipes and benchmarks/results'
+	@echo 'make docs-tables  write the tables of docs that the registry knows, and docs/images/architecture.svg'
 	@echo 'make clean-env    delete $(VENV)'
 
 install: $(STAMP)
@@ -100,6 +101,10 @@ results: $(STAMP)
 
 papers: $(STAMP)
 	@$(BIN)/python benchmarks/papers.py
+
+# What a test holds equal to the registry and to the imports of src/dgpo
+docs-tables: $(STAMP)
+	@$(BIN)/python -m tools.docs_tables
 
 clean-env:
 	rm -rf $(VENV)

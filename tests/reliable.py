@@ -14,29 +14,25 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from algorithms.table import predicts_noise
 from dgpo import registry
 from dgpo.rewards.shipped.stand_in import brightness
 from dgpo.trainer import Trainer
 from families.tiny import sd3_small, sd15
 from tiny_runs import PROMPTS, settings, trainer, without_times
 
-ALGORITHMS: dict[str, dict[str, Any]] = {
-    "ddpo": {"updates": 2},
-    "flow_grpo": {"updates": 2},
-    "grpo_guard": {"updates": 2},
-    "flow_dppo": {"updates": 2},
-}
-"""Settings beside the name; an algorithm on noised samples trains two levels."""
+
+def steps_twice(name: str) -> dict[str, Any]:
+    """The settings of a registered algorithm with which an update has two steps or two levels."""
+    if registry.resolve("algorithm", name).points == "trajectory":
+        return {"updates": 2}
+    return {"timesteps": {"count": 2, "indices": (0, 2)}}
 
 
 def reliable(
     folder: Path, name: str = "dgpo", reward: Any = brightness, resume: bool = False, **changes: Any
 ) -> Trainer:
     """A trainer of the tiny SD3 by a registered algorithm, with everything that has a state."""
-    kind = registry.resolve("algorithm", name)
-    own = dict(ALGORITHMS.get(name, {}))
-    if "timesteps" in kind.model_fields:
-        own["timesteps"] = {"count": 2, "indices": (0, 2)}
     recipe = settings(
         **{
             "train": {"iterations": 4, "lr": 1e-2, "lr_schedule": "cosine", "warmup": 2},
@@ -44,9 +40,9 @@ def reliable(
             **changes,
         }
     )
-    recipe |= {"algorithm": {"name": name, **own}, "run": {"dir": str(folder)}}
+    recipe |= {"algorithm": {"name": name, **steps_twice(name)}, "run": {"dir": str(folder)}}
     pipe = sd3_small()
-    if name == "ddpo":  # it needs a denoiser that predicts epsilon
+    if predicts_noise(name):
         pipe = sd15()
         recipe["lora"] = recipe["lora"] and {"rank": 4, "targets": ["to_q", "to_k"]}
     return Trainer(

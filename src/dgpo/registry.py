@@ -1,7 +1,8 @@
-"""Names that recipes and commands may use, and where each one lives; nothing is imported for it.
+"""The registry knows the names that recipes take and where each one lives; it imports none.
 
-Everywhere a name is accepted, ``package.module:attribute`` and ``path/to/file.py:attribute`` are
-accepted too, so that an algorithm, reward or prompt set of the user's own needs no registration.
+The entries are data: ``registry.yaml``, one line each. Wherever a name is accepted,
+``package.module:attribute`` and ``path/to/file.py:attribute`` are accepted too, so what a user
+writes needs no registration.
 """
 
 from __future__ import annotations
@@ -9,120 +10,140 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import os
 import sys
-import traceback
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dgpo.errors import UserError
+import yaml
 
-ALGORITHMS: dict[str, str] = {
-    "dgpo": "dgpo.algorithms.dgpo:DGPO",
-    "diffusion_nft": "dgpo.algorithms.diffusion_nft:DiffusionNFT",
-    "awm": "dgpo.algorithms.awm:AWM",
-    "diffusion_dpo": "dgpo.algorithms.diffusion_dpo:DiffusionDPO",
-    "crd": "dgpo.algorithms.crd:CRD",
-    "rwr": "dgpo.algorithms.rwr:RWR",
-    "best_of_n": "dgpo.algorithms.best_of_n:BestOfN",
-    "flow_grpo": "dgpo.algorithms.flow_grpo:FlowGRPO",
-    "grpo_guard": "dgpo.algorithms.grpo_guard:GRPOGuard",
-    "flow_dppo": "dgpo.algorithms.flow_dppo:FlowDPPO",
-    "ddpo": "dgpo.algorithms.ddpo:DDPO",
-}
-REWARDS: dict[str, str] = {
-    "pocket_geneval": "dgpo.rewards.shipped.pocket:pocket_geneval",
-    "pocket_geneval_strict": "dgpo.rewards.shipped.pocket:pocket_geneval_strict",
-    "pocket_match": "dgpo.pocket.measures:match",
-    "pocket_quality": "dgpo.pocket.measures:quality",
-    "pocket_kid": "dgpo.pocket.measures:pocket_kid",
-    "pocket_ocr": "dgpo.rewards.shipped.ocr:pocket_ocr",
-    "pocket_ocr_exact": "dgpo.rewards.shipped.ocr:pocket_ocr_exact",
-    "ocr": "dgpo.rewards.shipped.ocr:ocr",
-    "geneval": "dgpo.rewards.shipped.geneval:geneval",
-    "geneval_strict": "dgpo.rewards.shipped.geneval:geneval_strict",
-    "pickscore": "dgpo.rewards.shipped.pickscore:pickscore",
-    "hpsv2": "dgpo.rewards.shipped.hpsv2:hpsv2",
-    "hpsv3": "dgpo.rewards.shipped.hpsv3:hpsv3",
-    "image_reward": "dgpo.rewards.shipped.image_reward:image_reward",
-    "clip": "dgpo.rewards.shipped.clip:clip",
-    "vqascore": "dgpo.rewards.shipped.vqascore:vqascore",
-    "unified_reward": "dgpo.rewards.shipped.unified_reward:unified_reward",
-    "vlm_judge": "dgpo.rewards.shipped.vlm_judge:vlm_judge",
-    "aesthetic": "dgpo.rewards.shipped.aesthetic:aesthetic",
-    "deqa": "dgpo.rewards.shipped.deqa:deqa",
-    "jpeg_compressibility": "dgpo.rewards.shipped.jpeg:jpeg_compressibility",
-    "jpeg_incompressibility": "dgpo.rewards.shipped.jpeg:jpeg_incompressibility",
-    "video_clip": "dgpo.rewards.shipped.video:video_clip",
-    "video_pickscore": "dgpo.rewards.shipped.video:video_pickscore",
-    "video_aesthetic": "dgpo.rewards.shipped.video:video_aesthetic",
-    "clap": "dgpo.rewards.shipped.clap:clap",
-    "http": "dgpo.rewards.shipped.http:HttpReward",
-    "human": "dgpo.ranking.human:HumanReward",
-    "redness": "dgpo.rewards.shipped.stand_in:redness",
-    "brightness": "dgpo.rewards.shipped.stand_in:brightness",
-    "variety": "dgpo.rewards.shipped.variety:variety",
-}
-BENCHMARKS: dict[str, str] = {
-    "pocket-geneval": "dgpo.evaluation.benchmarks:POCKET_GENEVAL",
-    "pocket-sd-geneval": "dgpo.evaluation.benchmarks:POCKET_SD_GENEVAL",
-    "pocket-ocr": "dgpo.evaluation.benchmarks:POCKET_OCR",
-    "geneval": "dgpo.evaluation.benchmarks:GENEVAL",
-}
-MODELS: dict[str, str] = {
-    "pocket": "dgpo.pocket:load_pocket",
-    "pocket-signs": "dgpo.pocket:load_pocket_signs",
-    "pocket-sd": "dgpo.pocket:load_pocket_sd",
-}
-PROMPTS: dict[str, str] = {
-    "pocket-geneval/train": "dgpo.pocket.prompts:train_prompts",
-    "pocket-geneval/test": "dgpo.pocket.prompts:test_prompts",
-    "pocket-ocr/train": "dgpo.pocket.signs:train_prompts",
-    "pocket-ocr/test": "dgpo.pocket.signs:test_prompts",
-}
-TABLES: dict[str, dict[str, str]] = {
-    "algorithm": ALGORITHMS,
-    "reward": REWARDS,
-    "benchmark": BENCHMARKS,
-    "model": MODELS,
-    "prompts": PROMPTS,
-    "callback": {},
-}
+from dgpo.errors import UserError, told
+
+try:
+    from yaml import CSafeLoader as SafeLoader  # ten times as fast, where libyaml is there
+except ImportError:
+    from yaml import SafeLoader
+
+FILE = Path(__file__).with_name("registry.yaml")
+"""The file with the entries, one line each."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An ``Entry`` is a line of the registry: where an object lives, and what lists tell about it.
+
+    Args:
+        path: ``module:attribute`` of the object.
+        about: what it is, in half a sentence.
+        paper: the arXiv number of an algorithm's paper.
+        points: what an algorithm trains on: ``"forward"``, clean samples that are noised again, or
+            ``"trajectory"``, the steps of the rollout.
+        flow: ``module:attribute`` of a sampler for flow matching; its ``path`` is the one for noise
+            and v prediction.
+        unfit: why a sampler does not fit flow matching.
+        range: the values that a reward has in practice.
+        licence: the licence of code and weights beyond this project's own.
+        weights: how much a reward downloads at its first use, or where else its weights lie; empty
+            if nothing is downloaded.
+        hub: where a reward's weights come from.
+        variables: the environment variables that a reward reads.
+        needs: what else a reward needs.
+        package: a module that must be importable.
+        install: the line that installs it.
+        setting: an environment variable that must be set, and to what (``NAME=VALUE``).
+    """
+
+    path: str
+    about: str = ""
+    paper: str = ""
+    points: str = ""
+    flow: str = ""
+    unfit: str = ""
+    range: str = ""
+    licence: str = "own"
+    weights: str = ""
+    hub: str = ""
+    variables: str = ""
+    needs: str = ""
+    package: str = ""
+    install: str = ""
+    setting: str = ""
+
+    def missing(self) -> str:
+        """Return what must be done before the object can be used; empty if it is ready.
+
+        >>> Entry("json:loads", package="no_such_module", install="pip install it").missing()
+        'pip install it'
+        """
+        if self.package and importlib.util.find_spec(self.package) is None:
+            return self.install
+        name, _, value = self.setting.partition("=")
+        if name and not os.environ.get(name):
+            return f"export {name}={value}"
+        return ""
+
+
+def _read(file: Path) -> tuple[dict[str, dict[str, Entry]], dict[str, str]]:
+    kinds = yaml.load(file.read_text(encoding="utf-8"), Loader=SafeLoader)
+    moved = kinds.pop("moved")
+    tables = {
+        kind: {name: Entry(**facts) for name, facts in rows.items()} for kind, rows in kinds.items()
+    }
+    return tables, moved
+
+
+TABLES, MOVED = _read(FILE)
+"""The entries of each kind by their names, and the modules that have moved with their new names."""
+ALGORITHMS, REWARDS, BENCHMARKS, MODELS, PROMPTS, SAMPLERS = (
+    TABLES[kind] for kind in ("algorithm", "reward", "benchmark", "model", "prompts", "sampler")
+)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for the closest valid names, or nothing when none is close."""
+    """Return `` (did you mean 'x'?)`` for the closest valid names; empty if none is close.
+
+    >>> nearest("brightnes", ["brightness", "redness"])
+    " (did you mean 'brightness'?)"
+    """
     close = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.55)
     return f" (did you mean {' or '.join(repr(c) for c in close)}?)" if close else ""
 
 
 def known(kind: str, name: str) -> bool:
-    """Whether a name is registered, or has the form of a path to something of the user's own."""
+    """Return whether a name is registered, or has the form of a path to the user's own object."""
     return name in TABLES[kind] or ":" in name
 
 
 def unknown(kind: str, name: str) -> str:
-    """The message for a name that is neither: the nearest names, all names, and the way out."""
+    """Return the message for an unknown name: the nearest names, all names, and the way out."""
     table = TABLES[kind]
+    built_in = f"built in: {', '.join(sorted(table))}; or " if table else ""
     return (
-        f"unknown {kind} {name!r}{nearest(name, table)}; built in: {', '.join(sorted(table))}; "
-        "or name your own as package.module:attribute or path/to/file.py:attribute"
+        f"unknown {kind} {name!r}{nearest(name, table)}; {built_in}"
+        "name your own as package.module:attribute or path/to/file.py:attribute"
     )
 
 
 def resolve(kind: str, name: str) -> Any:
-    """The object behind a name; its module is imported only now.
+    """Return the object behind a name. Its module is imported only now.
+
+    >>> resolve("reward", "math:sqrt")
+    <built-in function sqrt>
 
     Args:
-        kind: ``"algorithm"``, ``"reward"``, ``"benchmark"``, ``"model"`` or ``"prompts"``.
-        name: a registered name, ``package.module:attribute`` or ``path/to/file.py:attribute``.
+        kind: a key of ``TABLES``: ``"algorithm"``, ``"reward"``, ``"model"`` and so on.
+        name: a registered name, ``package.module:attribute`` or ``path/to/file.py:attribute``. A
+            module of this package may have the place that it had before it moved.
 
     Raises:
         UserError: the name is unknown, or what it points at cannot be imported or is not there.
     """
-    path = TABLES[kind].get(name, name)
-    where, colon, attribute = path.rpartition(":")
+    entry = TABLES[kind].get(name)
+    where, colon, attribute = (entry.path if entry else name).rpartition(":")
+    where = MOVED.get(where, where)
     if not colon:
         raise UserError(unknown(kind, name))
     module = _from_file(kind, where) if where.endswith(".py") else _from_name(kind, name, where)
@@ -144,12 +165,8 @@ def _from_name(kind: str, name: str, where: str) -> ModuleType:
 
 
 def _told(error: Exception) -> str:
-    """An error and, unless something is just not there, where in the user's code it was raised."""
-    if isinstance(error, ImportError):
-        return str(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{where}"
+    # one line tells a misspelt module from a dependency that is not installed
+    return str(error) if isinstance(error, ImportError) else told(error)
 
 
 def _from_file(kind: str, where: str) -> ModuleType:

@@ -1,20 +1,13 @@
-"""One row for every algorithm: what the contract test holds it to, and its settings for the toy."""
+"""A row for every algorithm of the registry: the settings that it declares for its tests."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from dgpo.algorithms import (
-    AWM,
-    CRD,
-    DGPO,
-    RWR,
-    Algorithm,
-    BestOfN,
-    DiffusionDPO,
-    DiffusionNFT,
-)
+from dgpo import registry
+from dgpo.algorithms import Algorithm, BaseAlgorithm, TrajectoryAlgorithm
+from dgpo.core import FlowMatching
 
 
 @dataclass(frozen=True)
@@ -25,15 +18,13 @@ class Row:
         algorithm: with settings that show all its terms on points whose d is of the order of one.
         learns: settings with which it learns the task of learning.py in 100 iterations.
         pulls_to_old: a sample with A = 0 still pulls the policy to the old one, so that the
-            gradient is zero only where the two agree. Of the published losses that of DiffusionNFT
-            (r = 1/2) and that of CRD (a target of 0) are so.
-        ratio: it reports a ratio with the policy of the rollouts.
+            gradient is zero only where the two agree.
+        step_each_level: it learns with a step after each level.
     """
 
     algorithm: Algorithm
     learns: dict[str, Algorithm]
     pulls_to_old: bool = False
-    ratio: bool = False
     step_each_level: bool = False
 
     @property
@@ -48,36 +39,52 @@ def changed(algorithm: Algorithm, **settings: Any) -> Algorithm:
     return type(algorithm).model_validate({**algorithm.model_dump(), **own})
 
 
-# DGPO and Diffusion-DPO: beta is smaller than the published 100, for in two dimensions d - d_ref is
-# of the order of one, not 1e-2, and a margin far below zero means a satisfied group whose weight,
-# sigmoid(S), is nothing. With beta=100 the mean reward of DGPO stops at -1.8 (from -2.07).
-FORWARD: dict[str, Row] = {
-    "dgpo": Row(
-        DGPO(beta=7, clip=1e-3, kl=0.3),
-        {
-            "published": DGPO(kl=0.001, beta=3),
-            "paper": DGPO(kl=0.001, loss_scale="paper", beta=10),
-            "ema": DGPO(kl=0.001, reference="ema", clip=None, beta=2000),
-        },
-    ),
-    "diffusion_nft": Row(
-        DiffusionNFT(beta=0.5, kl=0.3),
-        {"early": DiffusionNFT(), "late": DiffusionNFT(beta=0.1, old_schedule="late")},
-        pulls_to_old=True,
-        step_each_level=True,
-    ),
-    "awm": Row(
-        AWM(clip=0.05, kl=0.3, advantage_scale=1.0),
-        {"published": AWM(), "plain": AWM(power=1.0, clip=0.2, advantage_scale=1.0)},
-        ratio=True,
-        step_each_level=True,
-    ),
-    "diffusion_dpo": Row(DiffusionDPO(beta=7), {"pairs": DiffusionDPO(beta=1)}),
-    "crd": Row(
-        CRD(kl=0.3),
-        {"guided": CRD(kl=0.001), "unguided": CRD(kl=0.001, kl_cfg=1.0)},
-        pulls_to_old=True,
-    ),
-    "rwr": Row(RWR(temperature=0.5), {"warm": RWR(), "cold": RWR(temperature=0.3)}),
-    "best_of_n": Row(BestOfN(top_k=2), {"best": BestOfN(), "quarter": BestOfN(top_k=4)}),
-}
+def kinds(points: str) -> dict[str, Any]:
+    """The registered classes that train on these points, by their names."""
+    found = {name: registry.resolve("algorithm", name) for name in registry.ALGORITHMS}
+    return {name: kind for name, kind in found.items() if kind.points == points}
+
+
+def learns(kind: type[BaseAlgorithm]) -> dict[str, Any]:
+    """The algorithm with each of the settings with which it learns."""
+    return {name: kind.model_validate(own) for name, own in kind.contract.learns.items()}
+
+
+def forward() -> dict[str, Row]:
+    """The algorithms on noised samples."""
+    return {
+        name: Row(
+            kind.model_validate(kind.contract.terms),
+            learns(kind),
+            kind.contract.pulls_to_old,
+            kind.contract.each_level,
+        )
+        for name, kind in kinds("forward").items()
+    }
+
+
+def trajectory() -> dict[str, TrajectoryAlgorithm]:
+    """The policy gradients on trajectories, each with every sampler that it takes."""
+    return {
+        f"{name} {sde}": kind.model_validate({**kind.contract.terms, "sde": {"kind": sde}})
+        for name, kind in kinds("trajectory").items()
+        for sde in kind.sde_kinds
+    }
+
+
+def trajectory_learns() -> dict[str, TrajectoryAlgorithm]:
+    """The policy gradients on trajectories with the settings with which they learn."""
+    return {
+        f"{name} {variant}": algorithm
+        for name, kind in kinds("trajectory").items()
+        for variant, algorithm in learns(kind).items()
+    }
+
+
+def predicts_noise(name: str) -> bool:
+    """Whether an algorithm's sampler needs a denoiser that predicts epsilon or v."""
+    sde = getattr(registry.resolve("algorithm", name)(), "sde", None)
+    return sde is not None and not sde.fits(FlowMatching())
+
+
+FORWARD, TRAJECTORY, TRAJECTORY_LEARNS = forward(), trajectory(), trajectory_learns()

@@ -10,24 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from algorithms.table import TRAJECTORY
 from dgpo.algorithms import DDPO, FlowDPPO, FlowGRPO, GRPOGuard, TrajectoryAlgorithm
 from dgpo.algorithms.policy_gradient import PolicyGradient
-from dgpo.core import CPS, DanceSDE, FlowSDE, Groups, Moments, StepWindow, Trajectory
+from dgpo.core import FlowSDE, Groups, Moments, StepWindow, Trajectory
 from dgpo.errors import UserError
 from dgpo.registry import ALGORITHMS, resolve
 from oracles.toy_trajectory import Steps
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-13}
 FREE: dict[str, Any] = {"kl": 0.0}
-ALL: dict[str, PolicyGradient] = {
-    "flow_grpo": FlowGRPO(clip=0.1),
-    "flow_grpo cps": FlowGRPO(sde=CPS(), clip=0.1),
-    "flow_grpo dance": FlowGRPO(sde=DanceSDE(), clip=0.1),
-    "grpo_guard": GRPOGuard(clip=0.1),
-    "flow_dppo": FlowDPPO(tau=0.1),
-    "ddpo": DDPO(clip=0.1, kl=0.02),
-}
-every = pytest.mark.parametrize("algorithm", ALL.values(), ids=ALL)
+every = pytest.mark.parametrize("algorithm", TRAJECTORY.values(), ids=TRAJECTORY)
 
 
 def free(algorithm: PolicyGradient) -> PolicyGradient:
@@ -41,9 +34,11 @@ def steps(algorithm: TrajectoryAlgorithm, moved: float = 0.0) -> Steps:
 
 def test_every_registered_algorithm_has_a_row_and_is_documented() -> None:
     kinds = [resolve("algorithm", name) for name in ALGORITHMS]
-    assert {kind for kind in kinds if kind.points == "trajectory"} == set(map(type, ALL.values()))
+    assert {kind for kind in kinds if kind.points == "trajectory"} == set(
+        map(type, TRAJECTORY.values())
+    )
     text = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text()
-    for algorithm in ALL.values():
+    for algorithm in TRAJECTORY.values():
         for name in (algorithm.name, *type(algorithm).model_fields):
             assert f"`{name}`" in text or f"`{name}:" in text
 
@@ -206,7 +201,7 @@ def test_settings_are_the_published_ones() -> None:
     assert (FlowDPPO().tau, DDPO().kl, DDPO().sde.model_dump()["eta"]) == (1e-5, 0.0, 1.0)
     fast = FlowGRPO(window=StepWindow(size=2, mode="sliding", every=5))
     assert fast.noisy_steps(10, 12, 0) == range(2, 4)
-    for algorithm in ALL.values():
+    for algorithm in TRAJECTORY.values():
         assert type(algorithm).model_validate(algorithm.model_dump(mode="json")) == algorithm
         assert all(field.description for field in type(algorithm).model_fields.values())
 

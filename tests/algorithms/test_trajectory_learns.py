@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dgpo.algorithms import DDPO, FlowDPPO, FlowGRPO, GRPOGuard, TrajectoryAlgorithm
-from dgpo.core import CPS, DanceSDE, Epsilon, FlowMatching, Groups, Level, StepWindow, Trajectory
+from algorithms.table import TRAJECTORY_LEARNS
+from dgpo.algorithms import TrajectoryAlgorithm
+from dgpo.core import Epsilon, FlowMatching, Groups, Level, Trajectory
 from dgpo.registry import ALGORITHMS, resolve
 
 STEPS, COUNT, SIZE = 8, 8, 16
@@ -102,25 +103,13 @@ def train(algorithm: TrajectoryAlgorithm, iterations: int) -> tuple[float, float
     return history[0], math.fsum(history[-10:]) / 10
 
 
-LEARNS: dict[str, TrajectoryAlgorithm] = {
-    "flow_grpo": FlowGRPO(clip=0.1, kl=1e-3),
-    "cps": FlowGRPO(clip=0.1, kl=1e-3, sde=CPS()),
-    "dance": FlowGRPO(clip=0.1, kl=1e-3, sde=DanceSDE(noise_level=0.7)),
-    "fast": FlowGRPO(clip=0.1, kl=1e-3, window=StepWindow(size=2, last=4)),
-    "mix": FlowGRPO(clip=0.1, kl=0, window=StepWindow(size=4, mode="sliding", every=5)),
-    "grpo_guard": GRPOGuard(clip=0.1, kl=1e-3),
-    "flow_dppo": FlowDPPO(tau=0.02, kl=1e-3),
-    "ddpo": DDPO(clip=0.1),
-}
-
-
 def test_every_registered_algorithm_is_here() -> None:
     kinds = [resolve("algorithm", name) for name in ALGORITHMS]
     wanted = {kind for kind in kinds if kind.points == "trajectory"}
-    assert wanted == set(map(type, LEARNS.values()))
+    assert wanted == set(map(type, TRAJECTORY_LEARNS.values()))
 
 
-@pytest.mark.parametrize("algorithm", LEARNS.values(), ids=LEARNS)
+@pytest.mark.parametrize("algorithm", TRAJECTORY_LEARNS.values(), ids=TRAJECTORY_LEARNS)
 def test_reward_rises(algorithm: TrajectoryAlgorithm) -> None:
     start, after = train(algorithm, 25)
     assert start < -1.7

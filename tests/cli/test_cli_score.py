@@ -9,7 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import dgpo.cli.commands as cli
-from dgpo.reward_facts import FACTS
+from dgpo.registry import REWARDS
 
 
 def run(*arguments, code=0):
@@ -95,7 +95,7 @@ def test_list_rewards_says_what_is_ready(monkeypatch):
     assert found["clip"] == "1.7 GB" and found["redness"] == found["ocr"] == ""
     assert found["vlm_judge"] == found["unified_reward"] == "none: served"
     assert {name for name, said in found.items() if said.endswith("GB")} == {
-        name for name, facts in FACTS.items() if facts.weights.endswith("GB")
+        name for name, entry in REWARDS.items() if entry.weights.endswith("GB")
     }
     assert "export DGPO_JUDGE_URL=URL" in table["vlm_judge"]
     assert "ready" in lines[-1]

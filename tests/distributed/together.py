@@ -19,14 +19,14 @@ import torch
 from safetensors.torch import load_file
 
 import dgpo.distributed.watch
-from dgpo import registry
+from algorithms.table import predicts_noise
 from dgpo.cli import main
 from dgpo.distributed.processes import current_processes, leave
 from dgpo.evaluation.benchmarks import Benchmark
 from dgpo.rewards.shipped.stand_in import brightness
 from dgpo.trainer import Trainer
 from families.tiny import build, sd3_small, sd15
-from reliable import ALGORITHMS, processes
+from reliable import processes, steps_twice
 from tiny_runs import PROMPTS, rows, settings
 
 ENOUGH = 300.0
@@ -130,10 +130,7 @@ def run(
     **changes: Any,
 ) -> Trainer:
     """A trainer by a registered algorithm whose groups no number of processes divides."""
-    kind = registry.resolve("algorithm", name)
-    own = dict(ALGORITHMS.get(name, {}))
-    if "timesteps" in kind.model_fields:
-        own["timesteps"] = {"count": 2, "indices": (0, 2)}
+    own = steps_twice(name)
     eval_dataset = changes.pop("eval_dataset", None)
     recipe = settings(
         **{
@@ -149,7 +146,7 @@ def run(
     )
     recipe |= {"algorithm": {"name": name, **own}, "run": {"dir": str(folder)}}
     pipe = sd3_small()
-    if name == "ddpo":  # it needs a denoiser that predicts epsilon
+    if predicts_noise(name):
         pipe = sd15()
         recipe["lora"] = recipe["lora"] and {"rank": 4, "targets": ["to_q", "to_k"]}
     return Trainer(

@@ -12,6 +12,7 @@ from pathlib import Path
 from dgpo.check.compatibility import QUESTIONS, Answer, Examination, examine
 from dgpo.models.pipeline.families import FAMILIES
 from families.tiny import TINY, build, tiny_model
+from tools.docs_tables import models
 
 COMMAND = "PYTHONPATH=src:tests .venv/bin/python -m families.table docs/models.md"
 _ABOUT = """# Models
@@ -29,6 +30,14 @@ cannot show: half precision, GPU kernels, memory, whether training a large model
 asks the same of a real model, which it loads twice:
 
     dgpo check stabilityai/stable-diffusion-3.5-medium height=512 width=512
+
+These small models are inside the package (`model: pocket`), to try things with:
+
+<!-- table: models -->
+{built_in}
+<!-- end -->
+
+The pipelines that were asked:
 
 | pipeline | learns | {titles} |
 |---|---|{lines}|
@@ -86,6 +95,7 @@ def page() -> str:
         rows="\n".join(row(name) for name in TINY if name not in refused),
         refused=listed,
         command=COMMAND,
+        built_in=models(),
     )
 
 

@@ -13,6 +13,7 @@ from dgpo.core.process import Epsilon, FlowMatching, Level, VPrediction
 from dgpo.errors import UserError
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.pipeline.probes import Recording
+from dgpo.models.pipeline.self_check import self_check
 from dgpo.models.samplers.schedulers import fresh, make_scheduler, process_of
 from families.tiny import TINY, build, conditioning
 
@@ -216,3 +217,83 @@ def test_multistep_state_is_fresh_for_every_rollout() -> None:
         ]
         assert torch.equal(*twice), name
         assert getattr(scheduler, "num_inference_steps", None) is None
+
+
+OWN = """
+import diffusers, torch
+
+class Half(diffusers.FlowMatchEulerDiscreteScheduler):
+    "Euler's steps, the time shifted once more."
+    def set_timesteps(self, *args, **kwargs):
+        super().set_timesteps(*args, **kwargs)
+        self.sigmas = self.sigmas ** 2
+        self.timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
+
+class Noise(diffusers.DDIMScheduler):
+    "DDIM as it is."
+
+class Wrong(diffusers.EulerDiscreteScheduler):
+    "It says another noise level than its timestep has in training."
+    def set_timesteps(self, *args, **kwargs):
+        super().set_timesteps(*args, **kwargs)
+        self.sigmas = self.sigmas * 0.7
+
+def function(): ...
+"""
+
+
+@pytest.fixture
+def own(tmp_path) -> str:
+    (tmp_path / "my_sampler.py").write_text(OWN)
+    return str(tmp_path / "my_sampler.py")
+
+
+def test_a_sampler_of_the_users_own_is_named_by_a_path(own: str) -> None:
+    made = make_scheduler(f"{own}:Half", flow_base(shift=5.0, num_train_timesteps=500))
+    assert type(made).__name__ == "Half"
+    assert (made.config.shift, made.config.num_train_timesteps) == (5.0, 500)
+    errors = [integrate(make_scheduler(f"{own}:Half", flow_base()), n)[0] for n in (16, 32, 64)]
+    assert errors[0] > 1.7 * errors[1] > 2.9 * errors[2]  # of first order
+    same = make_scheduler("diffusers:UniPCMultistepScheduler", flow_base())
+    assert same.config == make_scheduler("unipc", flow_base()).config
+
+
+@pytest.mark.parametrize(("kind", "family"), [("Half", "sd3"), ("Noise", "sd15")])
+def test_the_self_check_holds_it_to_what_it_holds_every_sampler(
+    own: str, kind: str, family: str
+) -> None:
+    model = PipelineModel(build(family), call=TINY[family].call)
+    sampler = make_scheduler(f"{own}:{kind}", model.pipe.scheduler)
+    report = self_check(model, conditioning(family, model), [sampler])
+    assert kind in {point.sampler for point in report.points} and report.ok
+
+
+def test_the_self_check_refuses_one_that_says_another_noise_level(own: str) -> None:
+    model = PipelineModel(build("sd15"), call=TINY["sd15"].call)
+    sampler = make_scheduler(f"{own}:Wrong", model.pipe.scheduler)
+    with pytest.raises(UserError, match=r"rollout\.scheduler: Wrong counts timestep"):
+        self_check(model, conditioning("sd15", model), [sampler])
+
+
+@pytest.mark.parametrize(
+    ("kind", "base", "words"),
+    [
+        ("Noise", flow_base(), "a denoiser of Epsilon, and the pipeline's is one of FlowMatching"),
+        ("Half", noise_base(), "a denoiser of FlowMatching, and the pipeline's is one of Epsilon"),
+        ("function", noise_base(), "no scheduler class: derive one"),
+        ("Hlaf", flow_base(), "did you mean 'Half'"),
+        ("Noise", noise_base(rescale_betas_zero_snr=False, thresholding=True), None),
+        ("Wrong", noise_base(thresholding=True), "cannot carry thresholding=True"),
+        (
+            "Noise",
+            diffusers.CogVideoXDDIMScheduler(snr_shift_scale=3.0),
+            "cannot carry snr_shift_scale=3.0",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(own: str, kind: str, base: Any, words: str | None) -> None:
+    if words is None:
+        assert make_scheduler(f"{own}:{kind}", base).config.thresholding
+        return
+    with pytest.raises(UserError, match=words):
+        make_scheduler(f"{own}:{kind}", base)

@@ -27,7 +27,7 @@ from transformers import (
 
 from dgpo import registry
 from dgpo.errors import UserError
-from dgpo.reward_facts import FACTS, Facts
+from dgpo.registry import Entry
 from dgpo.rewards import load_rewards
 from dgpo.rewards.loading import Lazy
 from dgpo.rewards.shipped.clap import ClapScore
@@ -221,20 +221,19 @@ def test_jpeg_sizes():
 
 
 def test_every_reward_has_its_facts_and_can_be_looked_up_without_its_model():
-    assert set(FACTS) == set(registry.REWARDS)
-    for name in registry.REWARDS:
+    for name, entry in registry.REWARDS.items():
         assert callable(registry.resolve("reward", name))
-        assert FACTS[name].about and FACTS[name].range and FACTS[name].licence
+        assert entry.about and entry.range and entry.licence
 
 
 def test_the_page_and_the_docstrings_say_what_each_reward_is():
     page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
     table = [line for line in page.splitlines() if line.startswith("| `")]
-    for name, target in registry.REWARDS.items():
+    for name, entry in registry.REWARDS.items():
         if name.startswith("pocket_") or name in ("redness", "brightness"):
             continue
         assert any(f"`{name}`" in row.split("|")[1] for row in table), name
-        module = importlib.import_module(target.partition(":")[0])
+        module = importlib.import_module(entry.path.partition(":")[0])
         about = " ".join((module.__doc__ or "").split())
         if "icence, range and direction: those of the reward" in about:
             continue
@@ -244,12 +243,12 @@ def test_the_page_and_the_docstrings_say_what_each_reward_is():
 
 
 def test_what_is_missing():
-    assert Facts("", "").missing() == ""
-    assert Facts("", "", package="json").missing() == ""
-    assert Facts("", "", package="no_such_module", install="pip install x").missing() == (
+    assert Entry("").missing() == ""
+    assert Entry("", package="json").missing() == ""
+    assert Entry("", package="no_such_module", install="pip install x").missing() == (
         "pip install x"
     )
-    assert Facts("", "", setting="NO_SUCH_SETTING=1").missing() == "export NO_SUCH_SETTING=1"
+    assert Entry("", setting="NO_SUCH_SETTING=1").missing() == "export NO_SUCH_SETTING=1"
 
 
 def test_a_lazy_reward_is_built_once_by_check_or_call():

@@ -12,7 +12,6 @@ from torch import nn
 
 from dgpo import registry
 from dgpo.prompts import load_prompts
-from dgpo.reward_facts import FACTS
 from dgpo.rewards import load_rewards
 from dgpo.rewards.offload import networks
 from rewards.tiny import pictures, save_clip
@@ -97,6 +96,6 @@ def test_the_network_of_a_registered_reward_is_found(name, tmp_path, monkeypatch
 
 def test_no_registered_reward_hides_its_network_from_the_search() -> None:
     """A function's cache cannot be looked into: rewards with weights are objects."""
-    for name, facts in FACTS.items():
-        if facts.weights:
+    for name, entry in registry.REWARDS.items():
+        if entry.weights:
             assert not isinstance(registry.resolve("reward", name), FunctionType), name

@@ -147,6 +147,7 @@ def test_a_server_refuses_what_it_cannot_do_and_goes_on(url: str) -> None:
         assert client.post("/v1/rollout", json={**ask, "weights": "0" * 64}).status_code == 409
         for wrong in (
             {"seeds": [1, 2]}, {"seeds": [-1]}, {"texts": []}, {"steps": 0}, {"scheduler": "eular"},
+            {"scheduler": "diffusers:DDIMScheduler"},  # a path would let the asker import anything
             {"call": {"hight": 16}}, {"guidance_scale": "x"}, {"more": 1}, {"call": {"height": 7}},
         ):  # fmt: skip
             response = client.post("/v1/rollout", json={**ask, **wrong})

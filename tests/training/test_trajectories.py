@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from algorithms.table import kinds, predicts_noise
 from dgpo.algorithms import FlowGRPO
 from dgpo.core import CPS, Trajectory
 from dgpo.errors import UserError
@@ -238,21 +239,19 @@ def test_the_tolerance_is_narrower_than_the_clip_and_wider_than_rounding() -> No
 
 
 RUNS: dict[str, dict[str, Any]] = {
-    "flow_grpo": {},
+    **{name: {} for name in kinds("trajectory")},
     "flow_grpo-fast": {"window": {"size": 1}},
-    "grpo_guard": {},
     "flow_dppo": {"sde": {"kind": "dance"}},
-    "ddpo": {},
 }
 
 
 def run(folder: Path, name: str, resume: bool = False, **changes: Any) -> Trainer:
     own = {"name": name.removesuffix("-fast"), **RUNS[name]}
-    ddpo = name == "ddpo"
-    lora = {"targets": ["to_q", "to_k"]} if ddpo else {}
+    noise = predicts_noise(own["name"])
+    lora = {"targets": ["to_q", "to_k"]} if noise else {}
     recipe = {**settings(lora=lora, **changes), "algorithm": own, "run": {"dir": str(folder)}}
     return Trainer(
-        model=sd15() if ddpo else sd3_small(),
+        model=sd15() if noise else sd3_small(),
         train_dataset=PROMPTS,
         reward_funcs=brightness,
         recipe=recipe,
@@ -271,7 +270,8 @@ def test_a_short_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [row["iteration"] for row in logged] == [1, 2]
     for row in logged:
         assert {"reward_mean", "loss", "ratio", "clipped", "grad_norm"} <= set(row)
-        assert ("kl" in row) == (name != "ddpo") and ("divergence" in row) == (name == "flow_dppo")
+        assert ("kl" in row) == ("ref" in trainer.recipe.algorithm.snapshots)
+        assert ("divergence" in row) == (name == "flow_dppo")
         assert all(math.isfinite(value) for value in row.values())
         assert row["ratio"] == pytest.approx(1, abs=0.05) and row["grad_norm"] > 0
     pairs = zip(before, trainer.policy.parameters(), strict=True)

@@ -1,32 +1,37 @@
 """One algorithm, one file. An algorithm is its validated settings and its four decisions: which
-points it trains on, which snapshots it needs, how rewards become advantages, and the loss."""
+points it trains on, which snapshots it needs, how rewards become advantages, and the loss.
 
-from dgpo.algorithms.awm import AWM
+A class of the registry is imported when it is first asked for::
+
+    from dgpo.algorithms import DGPO, FlowGRPO
+
+Type checkers see its settings where it is imported from its own module, such as
+``dgpo.algorithms.flow_grpo``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dgpo import registry
 from dgpo.algorithms.base import Algorithm, BaseAlgorithm, TrajectoryAlgorithm
-from dgpo.algorithms.best_of_n import BestOfN
-from dgpo.algorithms.crd import CRD
-from dgpo.algorithms.ddpo import DDPO
-from dgpo.algorithms.dgpo import DGPO
-from dgpo.algorithms.diffusion_dpo import DiffusionDPO
-from dgpo.algorithms.diffusion_nft import DiffusionNFT
-from dgpo.algorithms.flow_dppo import FlowDPPO
-from dgpo.algorithms.flow_grpo import FlowGRPO
-from dgpo.algorithms.grpo_guard import GRPOGuard
-from dgpo.algorithms.rwr import RWR
 
-__all__ = [
-    "AWM",
-    "CRD",
-    "DDPO",
-    "DGPO",
-    "RWR",
-    "Algorithm",
-    "BaseAlgorithm",
-    "BestOfN",
-    "DiffusionDPO",
-    "DiffusionNFT",
-    "FlowDPPO",
-    "FlowGRPO",
-    "GRPOGuard",
-    "TrajectoryAlgorithm",
-]
+__all__ = ["Algorithm", "BaseAlgorithm", "TrajectoryAlgorithm"]
+
+
+def _classes() -> dict[str, str]:
+    """The names of the registered classes, and what the registry calls them."""
+    table = registry.ALGORITHMS.items()
+    return {entry.path.rpartition(":")[2]: name for name, entry in table}
+
+
+def __getattr__(name: str) -> Any:
+    classes = _classes()
+    if name not in classes:
+        near = registry.nearest(name, classes)
+        raise AttributeError(f"module 'dgpo.algorithms' has no attribute {name!r}{near}")
+    return registry.resolve("algorithm", classes[name])
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_classes()})

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dgpo.algorithms.base import Algorithm, SnapshotName
+from dgpo.algorithms.contract import Contract
 from dgpo.algorithms.shared import NormalizedRewards
 from dgpo.algorithms.surrogate import ppo
 from dgpo.core.groups import Groups
@@ -46,6 +47,11 @@ class AWM(NormalizedRewards, Algorithm):
     """
 
     name: ClassVar[str] = "awm"
+    contract: ClassVar[Contract] = Contract(
+        terms={"clip": 0.05, "kl": 0.3, "advantage_scale": 1.0},
+        learns={"published": {}, "plain": {"power": 1.0, "clip": 0.2, "advantage_scale": 1.0}},
+        each_level=True,
+    )
     old_moves: ClassVar[Literal["step", "iteration"]] = "iteration"
     power: float = Field(default=0.25, gt=0, le=1)
     """The p of (1); 1 is the plain denoising loss, small values give small losses more weight."""

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from dgpo.algorithms.contract import Contract
 from dgpo.core.groups import Groups
 from dgpo.core.points import Forward, Trajectory
 from dgpo.core.sde import AnySde, FlowSDE
@@ -31,6 +32,8 @@ class BaseAlgorithm(Settings, ABC):
 
     name: ClassVar[str]
     """The registered name, as in ``algorithm: {name: ...}``."""
+    contract: ClassVar[Contract] = Contract()
+    """The settings with which the tests of all algorithms try this one."""
     points: ClassVar[Literal["forward", "trajectory"]]
     """What is trained: clean samples that are noised again, or the steps of the rollout."""
     samples_from: ClassVar[Literal["policy", "old"]] = "policy"

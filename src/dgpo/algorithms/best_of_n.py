@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dgpo.algorithms.base import Algorithm
+from dgpo.algorithms.contract import Contract
 from dgpo.algorithms.rwr import weighted_regression
 from dgpo.core.groups import Groups
 from dgpo.core.points import Forward
@@ -30,6 +31,9 @@ class BestOfN(Algorithm):
     """
 
     name: ClassVar[str] = "best_of_n"
+    contract: ClassVar[Contract] = Contract(
+        terms={"top_k": 2}, learns={"best": {}, "quarter": {"top_k": 4}}
+    )
     top_k: int = Field(default=1, ge=1)
     """How many samples of each group are trained; ``group_size`` is the n."""
 

@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dgpo.algorithms.base import Algorithm, SnapshotName
+from dgpo.algorithms.contract import Contract
 from dgpo.algorithms.shared import GuidedKl, NormalizedRewards
 from dgpo.core.groups import Groups
 from dgpo.core.points import Forward
@@ -55,6 +56,11 @@ class CRD(GuidedKl, NormalizedRewards, Algorithm):
     """
 
     name: ClassVar[str] = "crd"
+    contract: ClassVar[Contract] = Contract(
+        terms={"kl": 0.3},
+        learns={"guided": {"kl": 0.001}, "unguided": {"kl": 0.001, "kl_cfg": 1.0}},
+        pulls_to_old=True,  # a target of 0
+    )
     old_moves: ClassVar[Literal["step", "iteration"]] = "iteration"
     kl: float = Field(default=0.1, ge=0)
     """The weight of mean (v - v_ref)^2 with the frozen reference."""

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from dgpo.algorithms.contract import Contract
 from dgpo.algorithms.flow_grpo import FlowGRPO
 from dgpo.core.sde import DDIM, AnySde
 
@@ -25,6 +26,9 @@ class DDPO(FlowGRPO):
     """
 
     name: ClassVar[str] = "ddpo"
+    contract: ClassVar[Contract] = Contract(
+        terms={"clip": 0.1, "kl": 0.02}, learns={"ddim": {"clip": 0.1}}
+    )
     sde_kinds: ClassVar[tuple[str, ...]] = ("ddim",)
     sde: AnySde = DDIM()
     """The sampler of the rollouts; with eta 1 it is DDPM's."""

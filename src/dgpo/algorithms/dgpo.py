@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dgpo.algorithms.base import Algorithm, SnapshotName
+from dgpo.algorithms.contract import Contract
 from dgpo.algorithms.shared import GuidedKl, NormalizedRewards, uniform_advantages
 from dgpo.core.groups import Groups
 from dgpo.core.points import Forward
@@ -84,6 +85,16 @@ class DGPO(GuidedKl, NormalizedRewards, Algorithm):
     """
 
     name: ClassVar[str] = "dgpo"
+    # beta is smaller than the published 100: a margin far below zero means a satisfied group, whose
+    # weight, sigmoid(S), is nothing
+    contract: ClassVar[Contract] = Contract(
+        terms={"beta": 7, "clip": 1e-3, "kl": 0.3},
+        learns={
+            "published": {"kl": 0.001, "beta": 3},
+            "paper": {"kl": 0.001, "loss_scale": "paper", "beta": 10},
+            "ema": {"kl": 0.001, "reference": "ema", "clip": None, "beta": 2000},
+        },
+    )
     beta: float = Field(default=100.0, gt=0)
     """How sharp the preference is: how soon a well ordered group stops counting."""
     clip: float | None = Field(default=1e-2, gt=0)

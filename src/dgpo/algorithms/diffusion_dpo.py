@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dgpo.algorithms.base import Algorithm, SnapshotName
+from dgpo.algorithms.contract import Contract
 from dgpo.algorithms.dgpo import dgpo_loss, group_weights
 from dgpo.core.groups import Groups
 from dgpo.core.points import Forward
@@ -33,6 +34,7 @@ class DiffusionDPO(Algorithm):
     """
 
     name: ClassVar[str] = "diffusion_dpo"
+    contract: ClassVar[Contract] = Contract(terms={"beta": 7}, learns={"pairs": {"beta": 1}})
     beta: float = Field(default=100.0, gt=0)
     """The strength of the implicit KL to the reference; large values keep the policy near it."""
 

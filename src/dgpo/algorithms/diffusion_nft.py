@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dgpo.algorithms.base import Algorithm, SnapshotName
+from dgpo.algorithms.contract import Contract
 from dgpo.algorithms.shared import NormalizedRewards
 from dgpo.core.points import Forward
 from dgpo.core.precision import mean_square, widen_pair
@@ -51,6 +52,12 @@ class DiffusionNFT(NormalizedRewards, Algorithm):
     """
 
     name: ClassVar[str] = "diffusion_nft"
+    contract: ClassVar[Contract] = Contract(
+        terms={"beta": 0.5, "kl": 0.3},
+        learns={"early": {}, "late": {"beta": 0.1, "old_schedule": "late"}},
+        pulls_to_old=True,  # r = 1/2
+        each_level=True,
+    )
     old_moves: ClassVar[Literal["step", "iteration"]] = "iteration"
     samples_from: ClassVar[Literal["policy", "old"]] = "old"
     beta: float = Field(default=1.0, gt=0)

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dgpo.algorithms.contract import Contract
 from dgpo.algorithms.policy_gradient import PolicyGradient
 from dgpo.core.points import Trajectory
 from dgpo.core.sde import Moments
@@ -27,6 +28,9 @@ class FlowDPPO(PolicyGradient):
     """
 
     name: ClassVar[str] = "flow_dppo"
+    contract: ClassVar[Contract] = Contract(
+        terms={"tau": 0.1}, learns={"flow": {"tau": 0.02, "kl": 1e-3}}
+    )
     tau: float = Field(default=1e-5, gt=0)
     """The largest divergence from the step that was made, the mean over dimensions."""
 

@@ -16,6 +16,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
+from dgpo.algorithms.contract import Contract
 from dgpo.algorithms.policy_gradient import PolicyGradient
 from dgpo.algorithms.surrogate import ppo
 from dgpo.core.points import Trajectory
@@ -35,6 +36,17 @@ class FlowGRPO(PolicyGradient):
     """
 
     name: ClassVar[str] = "flow_grpo"
+    # with few dimensions ratios vary more than those of pictures: the clip is wider
+    contract: ClassVar[Contract] = Contract(
+        terms={"clip": 0.1},
+        learns={
+            "flow": {"clip": 0.1, "kl": 1e-3},
+            "cps": {"clip": 0.1, "kl": 1e-3, "sde": {"kind": "cps"}},
+            "dance": {"clip": 0.1, "kl": 1e-3, "sde": {"kind": "dance", "noise_level": 0.7}},
+            "fast": {"clip": 0.1, "kl": 1e-3, "window": {"size": 2, "last": 4}},
+            "mix": {"clip": 0.1, "kl": 0, "window": {"size": 4, "mode": "sliding", "every": 5}},
+        },
+    )
     clip: float = Field(default=1e-4, gt=0, lt=1)
     """The largest change of the ratio, in either direction."""
 

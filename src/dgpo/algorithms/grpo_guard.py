@@ -14,6 +14,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
+from dgpo.algorithms.contract import Contract
 from dgpo.algorithms.policy_gradient import PolicyGradient
 from dgpo.algorithms.surrogate import ppo
 from dgpo.core.points import Trajectory
@@ -29,6 +30,9 @@ class GRPOGuard(PolicyGradient):
     """
 
     name: ClassVar[str] = "grpo_guard"
+    contract: ClassVar[Contract] = Contract(
+        terms={"clip": 0.1}, learns={"flow": {"clip": 0.1, "kl": 1e-3}}
+    )
     sde_kinds: ClassVar[tuple[str, ...]] = ("flow", "dance")
     clip: float = Field(default=1e-4, gt=0, lt=1)
     """The largest change of the ratio (1), whose logarithm is Flow-GRPO's times std."""

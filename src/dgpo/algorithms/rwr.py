@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dgpo.algorithms.base import Algorithm
+from dgpo.algorithms.contract import Contract
 from dgpo.core.groups import Groups
 from dgpo.core.points import Forward
 from dgpo.core.precision import widen
@@ -41,6 +42,9 @@ class RWR(Algorithm):
     """
 
     name: ClassVar[str] = "rwr"
+    contract: ClassVar[Contract] = Contract(
+        terms={"temperature": 0.5}, learns={"warm": {}, "cold": {"temperature": 0.3}}
+    )
     temperature: float = Field(default=1.0, ge=0.01)
     """The temperature T of (1), in deviations of the reward."""
     advantage_std: Literal["group", "batch"] = "group"

@@ -9,47 +9,60 @@ import typer
 from dgpo import registry
 from dgpo.errors import UserError
 from dgpo.recipe.files import recipe_names, summary
-from dgpo.reward_facts import FACTS, Facts
+from dgpo.registry import Entry
 
 PIPED_WIDTH = 160
 """Columns of the table where the output is no terminal."""
+
+
+def _plural(kind: str) -> str:
+    return kind if kind.endswith("s") else f"{kind}s"
+
+
+KINDS = {_plural(kind): kind for kind in registry.TABLES}
+"""The kinds of the registry by what the command calls them."""
 
 
 def names(
     kind: Annotated[
         str | None,
         typer.Argument(
-            metavar="[models|algorithms|rewards|benchmarks|prompts|recipes]",
+            metavar=f"[{'|'.join((*KINDS, 'recipes'))}]",
             help="One of them; default: all. Of rewards: which are ready, licences, ranges.",
         ),
     ] = None,
 ) -> None:
     """Show the names that recipes and commands take."""
-    tables = {
-        "models": registry.MODELS,
-        "algorithms": registry.ALGORITHMS,
-        "rewards": registry.REWARDS,
-        "benchmarks": registry.BENCHMARKS,
-        "prompts": registry.PROMPTS,
-        "recipes": {name: summary(file) for name, file in recipe_names().items()},
-    }
-    if kind is not None and kind not in tables:
-        near = registry.nearest(kind, tables)
-        raise UserError(f"nothing is called {kind!r}{near}; one of: {', '.join(tables)}")
     if kind == "rewards":
         rewards()
         return
+    tables = {title: _about(registry.TABLES[own]) for title, own in KINDS.items()}
+    tables["recipes"] = {name: summary(file) for name, file in recipe_names().items()}
+    if kind is not None and kind not in tables:
+        near = registry.nearest(kind, tables)
+        raise UserError(f"nothing is called {kind!r}{near}; one of: {', '.join(tables)}")
     for title in [kind] if kind else tables:
         if kind is None:
             typer.echo(f"{title}:")
         indent = "" if kind else "  "
-        width = max(map(len, tables[title]), default=0)
-        for name, text in tables[title].items():
+        rows = tables[title] or {"none built in": "name your own as FILE.py:ATTRIBUTE"}
+        width = max(map(len, rows))
+        for name, text in rows.items():
             typer.echo(f"{indent}{name:<{width}}  {text}".rstrip())
 
 
+def _about(table: dict[str, Entry]) -> dict[str, str]:
+    """Return a text for each entry: what it is, its paper, and what must be installed first."""
+    return {
+        name: entry.about
+        + (f" (arXiv {entry.paper})" if entry.paper else "")
+        + (f"; first: {todo}" if (todo := entry.missing()) else "")
+        for name, entry in table.items()
+    }
+
+
 def rewards() -> None:
-    """The table of rewards: those that are ready first."""
+    """Show the table of rewards, those that are ready first."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -57,17 +70,16 @@ def rewards() -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=PIPED_WIDTH)
-    rows = [(name, FACTS.get(name, Facts("", ""))) for name in registry.REWARDS]
-    todo = {name: facts.missing() for name, facts in rows}
+    todo = {name: entry.missing() for name, entry in registry.REWARDS.items()}
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("reward", no_wrap=True)
     for title in ("ready", "range", "measures", "licence", "downloads"):
         table.add_column(title, overflow="fold")
-    for name, facts in sorted(rows, key=lambda row: bool(todo[row[0]])):
-        ready = todo[name] or "yes"
-        cells = (name, ready, facts.range, facts.about, facts.licence, facts.weights)
+    for name in sorted(todo, key=lambda name: bool(todo[name])):
+        ready, entry = todo[name] or "yes", registry.REWARDS[name]
+        cells = (name, ready, entry.range, entry.about, entry.licence, entry.weights)
         # Text: the brackets in `pip install 'dgpo[rewards]'` are no markup
         table.add_row(*map(Text, cells))
     console.print(table)
     ready = sum(not missing for missing in todo.values())
-    console.print(f"\n{ready} of {len(rows)} ready; docs/rewards.md says what each needs")
+    console.print(f"\n{ready} of {len(todo)} ready; docs/rewards.md says what each needs")

@@ -22,7 +22,7 @@ from dgpo.models.weights.memory import save_memory, text_encoders
 from dgpo.planning.meta_memory import Numbers, peak_bytes
 from dgpo.planning.skeleton import bytes_of
 from dgpo.recipe import Recipe
-from dgpo.reward_facts import FACTS
+from dgpo.registry import REWARDS
 
 _STEPS = 4  # with fewer some pipelines have no step at all
 _QUANTISED = {"bitsandbytes_4bit": 0.52, "bitsandbytes_8bit": 1.0, "torchao_int8": 1.0}
@@ -225,7 +225,7 @@ class Estimate:
     def _rewards(self) -> int:
         """The weights of rewards, by the size of their downloads."""
         names = {*self.recipe.rewards, *self.recipe.eval.metrics}
-        sizes = (re.match(r"([\d.]+) GB$", FACTS[n].weights) for n in names if n in FACTS)
+        sizes = (re.match(r"([\d.]+) GB$", REWARDS[n].weights) for n in names if n in REWARDS)
         return sum(int(float(size.group(1)) * 1e9) for size in sizes if size)
 
 

@@ -71,7 +71,8 @@ def _fail(lines: list[str]) -> Any:
 
 def _algorithm_name(kind: type[BaseAlgorithm]) -> str:
     """The name that finds this class again."""
-    if ALGORITHMS.get(kind.name) == f"{kind.__module__}:{kind.__qualname__}":
+    entry = ALGORITHMS.get(kind.name)
+    if entry is not None and entry.path == f"{kind.__module__}:{kind.__qualname__}":
         return kind.name
     module = kind.__module__
     if module.startswith("dgpo_user_"):  # it came from a file, not from the import path

@@ -26,6 +26,7 @@ from dgpo.models.pipeline.rollout import Rollout
 from dgpo.models.samplers.schedulers import make_scheduler
 from dgpo.models.weights import lora
 from dgpo.models.weights.snapshots import exchanged
+from dgpo.registry import SAMPLERS
 from dgpo.rollouts.wire import Ask, hash_of, pack
 from dgpo.serve.access import token_for
 from dgpo.serve.limits import Gate
@@ -96,6 +97,9 @@ class Sampler:
             if len(ask.seeds) != len(ask.texts):
                 raise UserError(f"{len(ask.seeds)} seeds for {len(ask.texts)} texts")
             model = self._model(ask.call)
+            if ask.scheduler is not None and ask.scheduler not in SAMPLERS:
+                # a path would import what the asker names: code from outside is never run here
+                raise UserError(f"scheduler = {ask.scheduler!r:.80}: only {', '.join(SAMPLERS)}")
             own = ask.scheduler and make_scheduler(ask.scheduler, self._pipe.scheduler)
             with self._merged():
                 return model.rollout(

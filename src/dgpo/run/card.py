@@ -127,7 +127,7 @@ def _usage(recipe: Recipe, folder: Path) -> str:
     load = f'pipe = DiffusionPipeline.from_pretrained("{recipe.model}")'
     imports = "from diffusers import DiffusionPipeline"
     if recipe.model in MODELS:
-        module, _, function = MODELS[recipe.model].partition(":")
+        module, _, function = MODELS[recipe.model].path.partition(":")
         load, imports = f"pipe = {function}()", f"from {module} import {function}"
     if recipe.lora is not None:
         lines = [imports, "", load, f'pipe.load_lora_weights("{folder.name}/lora")']

@@ -11,6 +11,7 @@ import copy
 import difflib
 import inspect
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import diffusers
@@ -18,28 +19,10 @@ import torch
 
 from dgpo.core.process import Epsilon, FlowMatching, Level, Process, VPrediction
 from dgpo.errors import UserError
+from dgpo.registry import SAMPLERS, resolve
 
-_FLOW_SAMPLERS: dict[str, str] = {
-    "euler": "FlowMatchEulerDiscreteScheduler",
-    "heun": "FlowMatchHeunDiscreteScheduler",
-    "dpmsolver++": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
-_NOISE_SAMPLERS: dict[str, str] = {
-    "ddim": "DDIMScheduler",
-    "pndm": "PNDMScheduler",
-    "dpmsolver++": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "deis": "DEISMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-}
-_UNFIT: dict[str, str] = {
-    "ddim": "its step is written for noise and v prediction",
-    "pndm": "its step is written for noise and v prediction",
-    "deis": "diffusers ends its flow schedule one step early and leaves noise in the picture",
-}
-"""Why a sampler does not fit flow matching."""
+_FLOW_SAMPLERS = {name: entry.flow for name, entry in SAMPLERS.items() if entry.flow}
+_NOISE_SAMPLERS = {name: entry.path for name, entry in SAMPLERS.items()}
 # Settings that name a noise schedule or a solver of the OLD scheduler; a new solver has its own.
 _SOLVER_SETTINGS = frozenset(
     {"algorithm_type", "solver_type", "solver_order", "solver_p", "disable_corrector", "predict_x0"}
@@ -50,7 +33,7 @@ def is_flow_matching(scheduler: Any) -> bool:
     """Whether the scheduler integrates a velocity: ``x_s = (1 - s) x0 + s e``."""
     config = scheduler.config
     return (
-        type(scheduler).__name__.startswith("FlowMatch")
+        any(kind.__name__.startswith("FlowMatch") for kind in type(scheduler).__mro__)
         or config.get("prediction_type") == "flow_prediction"
         or bool(config.get("use_flow_sigmas"))
     )
@@ -139,13 +122,18 @@ def make_scheduler(name: str | None, base: Any) -> Any:
     Args:
         name: ``euler``, ``heun``, ``dpmsolver++`` or ``unipc`` for flow matching; ``ddim``,
             ``pndm`` (PLMS), ``dpmsolver++``, ``unipc``, ``deis``, ``euler`` or ``heun`` for noise
-            and v prediction; None for a fresh copy of ``base``.
+            and v prediction; ``package.module:Class`` or ``FILE.py:Class`` for a scheduler of the
+            user's own; None for a fresh copy of ``base``.
         base: the scheduler of the pipeline. Its training schedule, prediction type and shift are
             kept.
 
     Raises:
         UserError: the name is unknown, does not fit the pipeline's prediction type, or the sampler
             cannot carry a setting of the pipeline's.
+
+    >>> base = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    >>> make_scheduler("heun", base).config.shift
+    3.0
     """
     if name is None:
         if "old_pred_original_sample" in inspect.signature(base.step).parameters:
@@ -160,15 +148,18 @@ def make_scheduler(name: str | None, base: Any) -> Any:
             f"{type(base).__name__}; use null for the pipeline's own sampler"
         )
     flow = is_flow_matching(base)
-    fitting = _FLOW_SAMPLERS if flow else _NOISE_SAMPLERS
-    if name not in fitting:
-        _refuse(name, flow, list(fitting))
-    target = _noise_sampler(name, base) if not flow else getattr(diffusers, fitting[name])
-    settings = _flow_settings(name, base) if flow else _noise_settings(name, base)
+    target = _sampler_class(name, base, flow)
     accepted = inspect.signature(target.__init__).parameters
+    settings = _flow_settings(base, accepted) if flow else _noise_settings(name, base)
     if flow:
         _refuse_lost_settings(name, base.config, settings, accepted)
     made = target(**{key: value for key, value in settings.items() if key in accepted})
+    ours, theirs = type(process_of(made)).__name__, type(process_of(base)).__name__
+    if ours != theirs:
+        raise UserError(
+            f"rollout.scheduler: {name!r} steps a denoiser of {ours}, and the pipeline's is one of "
+            f"{theirs}; take prediction_type and the noise schedule as settings"
+        )
     if not flow:
         _refuse_another_process(name, base, made)
     return made
@@ -198,20 +189,24 @@ def begins_first_order(scheduler: Any) -> bool:
     """Whether a rollout begins with a first-order step without noise: all samplers that can be
     named do, while a pipeline's own may be any."""
     config = scheduler.config
-    named = {*_FLOW_SAMPLERS.values(), *_NOISE_SAMPLERS.values(), "CogVideoXDDIMScheduler"}
+    named = {*_FLOW_SAMPLERS.values(), *_NOISE_SAMPLERS.values()}
+    named.add("diffusers:CogVideoXDDIMScheduler")
     noisy = config.get("stochastic_sampling") or "sde" in (config.get("algorithm_type") or "")
-    return type(scheduler).__name__ in named and not noisy
+    return f"diffusers:{type(scheduler).__name__}" in named and not noisy
 
 
 def _refuse(name: str, flow: bool, fitting: list[str]) -> None:
     kind = "flow matching" if flow else "noise or v prediction"
-    reason = f" ({_UNFIT[name]})" if flow and name in _UNFIT else ""
+    reason = f" ({SAMPLERS[name].unfit})" if name in SAMPLERS else ""
     message = f"rollout.scheduler: {name!r} does not fit a pipeline trained with {kind}{reason}"
-    if name not in {**_FLOW_SAMPLERS, **_NOISE_SAMPLERS}:
+    if name not in SAMPLERS:
         message = f"rollout.scheduler: there is no sampler {name!r}"
         nearest = difflib.get_close_matches(name.lower(), fitting, n=1, cutoff=0.4)
         message += f" (did you mean {nearest[0]!r}?)" if nearest else ""
-    raise UserError(f"{message}; these fit: {', '.join(fitting)}, or null for the pipeline's own")
+    raise UserError(
+        f"{message}; these fit: {', '.join(fitting)}, or null for the pipeline's own, or a "
+        "scheduler of yours as FILE.py:Class"
+    )
 
 
 def _shifts_snr(base: Any) -> bool:
@@ -222,21 +217,32 @@ def _own_settings(base: Any) -> dict[str, Any]:
     return {k: v for k, v in base.config.items() if not k.startswith("_")}
 
 
-def _flow_settings(name: str, base: Any) -> dict[str, Any]:
+def _flow_settings(base: Any, accepted: Mapping[str, Any]) -> dict[str, Any]:
     settings = {k: v for k, v in _own_settings(base).items() if k not in _SOLVER_SETTINGS}
     # the same number under two names: FlowMatch* calls it shift, the multi-step solvers flow_shift
     shift = settings.get("flow_shift", settings.get("shift", 1.0))
     settings.update(shift=shift, flow_shift=shift)
-    if name in ("dpmsolver++", "unipc"):
+    if "use_flow_sigmas" in accepted:  # a solver of several processes
         settings.update(prediction_type="flow_prediction", use_flow_sigmas=True)
         settings.update(final_sigmas_type="zero", lower_order_final=True)
     return settings
 
 
-def _noise_sampler(name: str, base: Any) -> Any:
+def _sampler_class(name: str, base: Any, flow: bool) -> Any:
     """The class behind a name; CogVideoX, which shifts its signal-to-noise ratio, has a DDIM."""
-    if not _shifts_snr(base):
-        return getattr(diffusers, _NOISE_SAMPLERS[name])
+    if ":" in name:
+        found = resolve("sampler", name)
+        if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
+            raise UserError(
+                f"rollout.scheduler: {name!r} is {found!r:.80}, no scheduler class: derive one of "
+                "diffusers.SchedulerMixin and ConfigMixin, or of a scheduler of diffusers"
+            )
+        return found
+    fitting = _FLOW_SAMPLERS if flow else _NOISE_SAMPLERS
+    if name not in fitting:
+        _refuse(name, flow, list(fitting))
+    if flow or not _shifts_snr(base):
+        return resolve("sampler", fitting[name])
     if name != "ddim":
         raise UserError(
             f"rollout.scheduler: {name!r} cannot carry snr_shift_scale of "
@@ -256,8 +262,9 @@ def _refuse_another_process(name: str, base: Any, made: Any) -> None:
         for key in ("clip_sample", "thresholding")
         if base.config.get(key) and key not in made.config
     ]
-    if not torch.allclose(made.alphas_cumprod, base.alphas_cumprod, rtol=1e-5, atol=1e-6):
-        lost.append("rescale_betas_zero_snr")
+    ours, theirs = (one.alphas_cumprod.double() for one in (made, base))
+    if not torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6):
+        lost.append("snr_shift_scale" if _shifts_snr(base) else "rescale_betas_zero_snr")
     if lost:
         raise UserError(
             f"rollout.scheduler: {name!r} cannot carry {lost[0]}={base.config.get(lost[0])} of the "
