@@ -81,12 +81,21 @@ PROMPTS: dict[str, str] = {
     "pocket-ocr/train": "dgpo.pocket.signs:train_prompts",
     "pocket-ocr/test": "dgpo.pocket.signs:test_prompts",
 }
+LOGGERS: dict[str, str] = {
+    "tensorboard": "dgpo.run.loggers.tensorboard:TensorBoardLogger",
+    "wandb": "dgpo.run.loggers.wandb:WandbLogger",
+    "trackio": "dgpo.run.loggers.trackio:TrackioLogger",
+    "swanlab": "dgpo.run.loggers.swanlab:SwanLabLogger",
+    "jsonl": "dgpo.run.loggers.jsonl:JsonlLogger",
+    "csv": "dgpo.run.loggers.csv:CsvLogger",
+}
 TABLES: dict[str, dict[str, str]] = {
     "algorithm": ALGORITHMS,
     "reward": REWARDS,
     "benchmark": BENCHMARKS,
     "model": MODELS,
     "prompts": PROMPTS,
+    "logger": LOGGERS,
 }
 
 
@@ -114,7 +123,8 @@ def resolve(kind: str, name: str) -> Any:
     """The object behind a name; its module is imported only now.
 
     Args:
-        kind: ``"algorithm"``, ``"reward"``, ``"benchmark"``, ``"model"`` or ``"prompts"``.
+        kind: ``"algorithm"``, ``"reward"``, ``"benchmark"``, ``"model"``, ``"prompts"`` or
+            ``"logger"``.
         name: a registered name, ``package.module:attribute`` or ``path/to/file.py:attribute``.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,16 @@ from dgpo.run.tracking import Tracker
 class NoTracker(Tracker):
     """Writes nothing and knows of nothing: the main process decides by what it has written."""
 
+    rows: Any = ()
+    evaluations: Any = ()
+
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.folder = recipe, Path(recipe.run.dir)
         self.lost = []
 
-    rows: Any = ()
-    evaluations: Any = ()
+    def _nothing(self, *given: Any, **more: Any) -> None: ...
 
-    def close(self) -> None: ...
-    def log(self, row: Mapping[str, Any]) -> None: ...
-    def evaluation(self, iteration: int, seconds: float, report: Any) -> None: ...
-    def warning(self, iteration: int, text: str) -> None: ...
-    def summarize(self, delivered: int | None = None) -> None: ...
-
-    def grid(self, name: str, images: Sequence[Any], captions: Sequence[str]) -> Path:
-        return self.folder
-
-    def compare(self, before: Sequence[Any], after: Sequence[Any], captions: Sequence[str]) -> Path:
-        return self.folder
+    log = evaluation = warning = table = grid = compare = summarize = close = _nothing
 
 
 def outputs(
