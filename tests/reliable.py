@@ -131,10 +131,11 @@ def _be_quiet(output: str) -> None:
     torch.set_num_threads(1)
     os.environ["COLUMNS"] = "500"
     os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    import dgpo.run.loggers.tensorboard
     import dgpo.run.tracking
 
     dgpo.run.tracking.curve = lambda *args: None  # pyright: ignore
-    dgpo.run.tracking._event_writer = lambda *args: _NoEvents()
+    dgpo.run.loggers.tensorboard.event_writer = lambda *args: _NoEvents()
 
 
 def _deadly(function: Any, calls: Any, operation: int, last: Any = None) -> Any:

@@ -74,7 +74,7 @@ def light(monkeypatch: pytest.MonkeyPatch) -> None:
         def close(self) -> None: ...
 
     monkeypatch.setattr("dgpo.run.tracking.curve", lambda *args: None)
-    monkeypatch.setattr("dgpo.run.tracking._event_writer", lambda *args: NoEvents())
+    monkeypatch.setattr("dgpo.run.loggers.tensorboard.event_writer", lambda *args: NoEvents())
 
 
 class Spy(DGPO):

@@ -94,10 +94,11 @@ def _process(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
+    import dgpo.run.loggers.tensorboard
     import dgpo.run.tracking
 
     dgpo.run.tracking.curve = lambda *args: None  # pyright: ignore
-    dgpo.run.tracking._event_writer = lambda *args: _NoEvents()
+    dgpo.run.loggers.tensorboard.event_writer = lambda *args: _NoEvents()
     code = 0
     try:
         target(*arguments)

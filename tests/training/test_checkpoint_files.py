@@ -392,7 +392,7 @@ def test_a_small_disk_fills_up_in_the_middle_of_a_run(
                         pass
             else:
                 refused = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                monkeypatch.setattr("dgpo.run.tracking._append", Mock(side_effect=refused))
+                monkeypatch.setattr("dgpo.run.tracking.append_row", Mock(side_effect=refused))
         return brightness(images, prompts)
 
     filling.__name__ = "brightness"

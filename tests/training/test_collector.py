@@ -52,9 +52,9 @@ def kill() -> None:
 
 def killed_in_the_fourth(folder: str, threads: int) -> None:
     torch.set_num_threads(threads)
-    import dgpo.run.tracking
+    import dgpo.run.loggers.tensorboard
 
-    dgpo.run.tracking._event_writer = lambda *args: _NoEvents()
+    dgpo.run.loggers.tensorboard.event_writer = lambda *args: _NoEvents()
     reliable(Path(folder), reward=stopping(3, kill), **RUN).train()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -13,7 +14,8 @@ from pydantic import (
     field_validator,
 )
 
-from dgpo.secrets import masked
+from dgpo.registry import known, unknown
+from dgpo.secrets import masked, secrets_in
 from dgpo.settings import Settings
 
 MOST_STEPS = 10_000
@@ -257,8 +259,43 @@ class SampleSettings(Settings):
     """Frames a second of these files."""
 
 
+def _loggers(value: Any) -> list[str | dict[str, dict[str, Any]]]:
+    """Entries of ``run.loggers``, each a name or ``{name: options}``, from one or several."""
+    if value in (None, "none"):
+        return []
+    found: dict[str, dict[str, Any]] = {}
+    for entry in value if isinstance(value, (list, tuple)) else [value]:
+        pairs = entry.items() if isinstance(entry, Mapping) else [(entry, {})]
+        for name, given in pairs:
+            given = {} if given is None else given
+            if not isinstance(name, str) or not isinstance(given, Mapping):
+                raise ValueError(
+                    f"run.loggers = {masked(value)!r:.80}: should hold names, or names with "
+                    "options, such as [tensorboard, {wandb: {project: mine}}]"
+                )
+            if not known("logger", name):
+                raise ValueError(f"run.loggers: {unknown('logger', name)}")
+            if name in found:
+                raise ValueError(f"run.loggers: {name!r} is named twice")
+            for place in secrets_in(given, f"run.loggers.{name}"):
+                raise ValueError(
+                    f"{place} would be written into the run's folder: log in by the tracker's own "
+                    "command, or put it into an environment variable (docs/logging.md)"
+                )
+            found[name] = dict(given)
+    return [{name: options} if options else name for name, options in found.items()]
+
+
 class RunSettings(Settings):
     dir: str = Field(default="runs/run", min_length=1)
     """The run's folder; a recipe file's default is runs/<its name>."""
+    name: str | None = Field(default=None, min_length=1)
+    """The run's name for loggers; null: the name of the folder."""
+    loggers: Annotated[list[str | dict[str, dict[str, Any]]], BeforeValidator(_loggers)] = Field(
+        default=["tensorboard"]
+    )
+    """Where figures, grids and tables go beside the run's folder (docs/logging.md): tensorboard,
+    wandb, trackio, swanlab, jsonl, csv, or a class of your own; an entry may hold options, such as
+    {wandb: {project: mine}}; []: nowhere."""
     callbacks: list[str] = Field(default_factory=list)
     """Callbacks of your own, as package.module:Class or path/to/file.py:Class."""

@@ -1,1 +1,1 @@
-"""The run folder: checkpoints, metrics, pictures, the model card, and writing that survives."""
+"""The run folder: metrics, pictures, the model card, the progress line, and loggers."""

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from PIL import Image
 
 from dgpo.disk import replace_text
 from dgpo.errors import UserError
 from dgpo.media import Sound, Video, save_media
 from dgpo.recipe import Recipe
 from dgpo.run.card import model_card
+from dgpo.run.jsonl import append_row, keep_rows, missing_rows, read_jsonl
+from dgpo.run.loggers.base import LoggedRun
+from dgpo.run.loggers.composite import Loggers, make_loggers
 from dgpo.run.pictures import before_after, curve, grid
 
 FILES = ("metrics.jsonl", "evaluations.jsonl")
 """The files of a run's iterations and of its evaluations."""
 REQUIRED = ("iteration", "reward_mean", "loss", "seconds")
 """What every line of ``metrics.jsonl`` has; ``seconds`` is training time since the start."""
+TABLE_ROWS = 16
+"""The most rows of a table of prompts and rewards; a large batch is thinned out."""
 
 
 def refuse_existing_run(folder: str | Path) -> None:
-    """Refuse a folder that holds a run already; to be called before a model is loaded.
+    """Refuse a folder that holds a run already; call it before a model is loaded.
 
     Raises:
         UserError: it does; the message says how to go on with it and how to choose another.
@@ -33,7 +38,7 @@ def refuse_existing_run(folder: str | Path) -> None:
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise UserError(f"run.dir = {str(folder)!r} is a file; choose a folder: run.dir=FOLDER")
-    metrics = path / "metrics.jsonl"
+    metrics = path / FILES[0]
     if (path / "recipe.yaml").exists() or metrics.exists():
         done = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
         raise UserError(
@@ -43,89 +48,59 @@ def refuse_existing_run(folder: str | Path) -> None:
         )
 
 
-def read_jsonl(file: str | Path) -> list[dict[str, Any]]:
-    """The objects of a ``.jsonl`` file; none when it is missing. A last line that was cut short
-    by a crash is left out.
-
-    Raises:
-        UserError: another line is no JSON object; it is named.
-    """
-    return _read(Path(file))[0]
-
-
-def _read(file: Path) -> tuple[list[dict[str, Any]], bytes]:
-    """The objects of a file, and the last line if it was cut short: it has no newline then."""
-    # only at newlines: str.splitlines would also cut at U+2028 inside a text
-    lines = file.read_bytes().split(b"\n") if file.exists() else []
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if number == len(lines):
-                return rows, line
-            raise _broken(file, number, f"not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise _broken(file, number, f"{row!r:.40} is no object")
-        rows.append(row)
-    return rows, b""
-
-
-def _broken(file: Path, number: int, why: str) -> UserError:
-    return UserError(
-        f"{file}, line {number}: {why}; put this line right or delete it (it holds what was "
-        "measured, on which no weight depends), and try again"
-    )
-
-
 class Tracker:
-    """Writes a run folder::
+    """Writes a run folder, and hands the same figures to the loggers of ``run.loggers``::
 
         recipe.yaml         every setting, defaults included
         run.json            versions, seed, commit, machine and command of every start
         metrics.jsonl       one object for every iteration
         evaluations.jsonl   one object for every evaluation
-        warnings.jsonl      what the guards have seen, if they have
-        tensorboard/        the same as events
+        warnings.jsonl      what the guards have seen, and loggers that failed
         samples/            grids of fixed prompts and seeds; before_after.png at the end
         curve.png           rewards and evaluations over the run
         README.md           a model card with the measured numbers
 
+    The files of loggers lie beside them (docs/logging.md).
+
     Args:
-        recipe: of the run; ``run.dir`` is the folder.
+        recipe: the run's settings; ``run.dir`` is the folder.
         resume_after: go on with the run in the folder after this iteration: later lines, which a
-            run that was cut off may have left, are dropped; -1 for all. None starts a run.
+            run that was cut off may have left, are dropped; -1 drops all. None starts a run.
+        say: shows a line to the user.
 
     Raises:
-        UserError: the folder holds a run and none was to be resumed, or the other way round, or a
-            file of the run is damaged.
+        UserError: the folder holds a run and none was to be resumed, or the other way round; a
+            file of the run is damaged; or a logger of a new run cannot begin.
+        MissingExtra: the package of a logger is not installed.
     """
 
-    def __init__(self, recipe: Recipe, resume_after: int | None = None) -> None:
-        self.recipe = recipe
-        self.folder = Path(recipe.run.dir)
-        self._metrics = self.folder / "metrics.jsonl"
-        self._evaluations = self.folder / "evaluations.jsonl"
+    def __init__(
+        self,
+        recipe: Recipe,
+        resume_after: int | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.recipe, self.folder = recipe, Path(recipe.run.dir)
+        self._metrics, self._evaluations = (self.folder / name for name in FILES)
         self._warnings = self.folder / "warnings.jsonl"
         if resume_after is None:
             refuse_existing_run(self.folder)
         elif not (self.folder / "recipe.yaml").exists():
             raise UserError(f"run.dir = {str(self.folder)!r} holds no run to resume")
-        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-        replace_text(self.folder / "recipe.yaml", recipe.to_yaml())
+        self._iteration = max(resume_after or 0, 0)
         self.lost: list[str] = []
-        """What a resumed run has no longer of what was measured before it."""
+        """What a resumed run has lost: rows that were measured before it, and loggers."""
+        loggers = make_loggers(recipe.run.loggers)
+        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         if resume_after is not None:
-            files = {
-                self._metrics: REQUIRED,
-                self._evaluations: ("iteration", "overall", "rewards"),
-            }
-            for file, needed in {**files, self._warnings: ("iteration", "warning")}.items():
-                self.lost += _keep(file, needed, resume_after)
-            self.lost += _gaps(self._metrics, resume_after)
-        self._events = _event_writer(self.folder / "tensorboard", resume_after)
+            self.lost += self._resumed(resume_after)
+        self.loggers = Loggers(loggers, self.lost.append)
+        name = recipe.run.name or self.folder.resolve().name
+        self.loggers.begin(LoggedRun(name, self.folder, recipe.to_dict(), resume_after))
+        self.loggers.tell = self._logger_failed
+        self._say = say
+        # last: a folder without it holds no run, so that a new run whose logger failed can begin
+        replace_text(self.folder / "recipe.yaml", recipe.to_yaml())
 
     def __enter__(self) -> Tracker:
         return self
@@ -136,7 +111,7 @@ class Tracker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        self.close(failed=isinstance(error, Exception))
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -158,43 +133,64 @@ class Tracker:
         missing = [key for key in REQUIRED if key not in row]
         assert not missing, f"metrics row without {missing}"
         values = plain(row)
-        _append(self._metrics, values)
-        self._scalars("train", values, values["iteration"])
+        append_row(self._metrics, values)
+        self._iteration = values["iteration"]
+        self.loggers.scalars(dict(_scalars("train", values)), self._iteration)
 
     def evaluation(self, iteration: int, seconds: float, report: Any) -> None:
         """Write an evaluation's :class:`dgpo.evaluation.Report` (or a mapping like it).
 
         Args:
-            iteration: after which it was made; 0 is the base model.
+            iteration: iterations done when it was made; 0 is the base model.
             seconds: training time spent by then.
             report: the evaluation's outcome.
         """
         row = evaluation_row(iteration, seconds, report)
-        _append(self._evaluations, row)
-        self._scalars("eval", {k: v for k, v in row.items() if k != "seconds"}, iteration)
+        append_row(self._evaluations, row)
+        scores = {key: value for key, value in row.items() if key != "seconds"}
+        self.loggers.scalars(dict(_scalars("eval", scores)), iteration)
 
     def warning(self, iteration: int, text: str) -> None:
-        """Write what a guard has seen after an iteration; once, however often what was stopped
-        there is done again."""
+        """Write what the user should know after an iteration; only once, because a run that goes on
+        after a stop may find the same again."""
         row = {"iteration": iteration, "warning": text}
         if row not in read_jsonl(self._warnings):
-            _append(self._warnings, row)
+            append_row(self._warnings, row)
 
-    def grid(self, name: str, images: Sequence[Any], captions: Sequence[str]) -> Path:
-        """Write ``samples/NAME.png``: ``before``, ``after`` or an iteration's number; videos and
-        sounds lie beside it as files of their own, in ``samples/NAME/``."""
-        file = self.folder / "samples" / f"{name}.png"
-        grid(images, captions).save(file)
+    def table(self, iteration: int, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Hand some rows of an iteration's rollouts to the loggers, as often as grids are drawn.
+
+        Nothing is written into the run folder itself.
+
+        Args:
+            iteration: the iteration that the rollouts belong to, counted from 1.
+            columns: ``prompt`` and the rewards by name, with B values each: texts, numbers or a
+                tensor [B].
+        """
+        every = self.recipe.samples.every
+        every = self.recipe.eval.every if every is None else every
+        if not every or iteration % every:
+            return
+        count = len(next(iter(columns.values())))
+        chosen = range(0, count, math.ceil(count / TABLE_ROWS))
+        rows = [[plain(column[place]) for column in columns.values()] for place in chosen]
+        self.loggers.table("rollouts", list(columns), rows, iteration)
+
+    def grid(self, name: str, images: Sequence[Any], captions: Sequence[str]) -> None:
+        """Write ``samples/NAME.png``: ``before``, ``after`` or an iteration's number.
+
+        Videos and sounds lie beside it as files of their own, in ``samples/NAME/``.
+        """
+        sheet = grid(images, captions)
+        file = self._save_sheet(name, sheet, "samples/grid")
         if isinstance(images[0], (Video, Sound)):
             how = self.recipe.samples
             save_media(images, file.with_suffix(""), how.video, how.fps)
-        return file
 
-    def compare(self, before: Sequence[Any], after: Sequence[Any], captions: Sequence[str]) -> Path:
+    def compare(self, before: Sequence[Any], after: Sequence[Any], captions: Sequence[str]) -> None:
         """Write ``samples/before_after.png``: the same prompts and seeds, side by side."""
-        file = self.folder / "samples" / "before_after.png"
-        before_after(before, after, captions).save(file)
-        return file
+        sheet = before_after(before, after, captions)
+        self._save_sheet("before_after", sheet, "samples/before_after")
 
     def summarize(self, delivered: int | None = None) -> None:
         """Draw ``curve.png`` and write ``README.md`` from what was measured; may be repeated.
@@ -211,26 +207,44 @@ class Tracker:
         card = model_card(self.recipe, rows, evaluations, self.folder)
         (self.folder / "README.md").write_text(card, encoding="utf-8")
 
-    def close(self) -> None:
-        self._events.close()
+    def close(self, failed: bool = False) -> None:
+        """Close the loggers.
 
-    def _scalars(self, prefix: str, row: Mapping[str, Any], step: int) -> None:
-        for key, value in row.items():
-            if isinstance(value, Mapping):
-                self._scalars(f"{prefix}/{key}", value, step)
-            elif isinstance(value, (int, float)) and key != "iteration":
-                self._events.add_scalar(f"{prefix}/{key}", value, step)
+        Args:
+            failed: an error ends the run.
+        """
+        self.loggers.end(failed)
+
+    def _resumed(self, last: int) -> list[str]:
+        """Drop what was measured after an iteration; returns what is missing before it."""
+        files = {
+            self._metrics: REQUIRED,
+            self._evaluations: ("iteration", "overall", "rewards"),
+            self._warnings: ("iteration", "warning"),
+        }
+        lost = [text for file, needed in files.items() for text in keep_rows(file, needed, last)]
+        return lost + missing_rows(self._metrics, last)
+
+    def _save_sheet(self, name: str, sheet: Image.Image, logged_as: str) -> Path:
+        file = self.folder / "samples" / f"{name}.png"
+        sheet.save(file)
+        self.loggers.image(logged_as, sheet, self._iteration)
+        return file
+
+    def _logger_failed(self, text: str) -> None:
+        self.warning(self._iteration, text)
+        self._say(f"warning, iteration {self._iteration}: {text}")
 
 
 def evaluation_row(iteration: int, seconds: float, report: Any) -> dict[str, Any]:
-    """A line of ``evaluations.jsonl``; arguments as of :meth:`Tracker.evaluation`."""
+    """Build a line of ``evaluations.jsonl`` from the arguments of :meth:`Tracker.evaluation`."""
     body: dict[str, Any] = dict(report) if isinstance(report, Mapping) else asdict(report)
     return plain({"iteration": iteration, "seconds": seconds, **body})
 
 
 def read_history(folder: str | Path, last: int) -> list[dict[str, Any]]:
-    """The iterations and evaluations of a run up to iteration ``last``, in the order in which they
-    were made.
+    """Read the iterations and evaluations of a run up to iteration ``last``, in the order in which
+    they were made.
 
     Raises:
         UserError: as :func:`read_jsonl`.
@@ -240,16 +254,8 @@ def read_history(folder: str | Path, last: int) -> list[dict[str, Any]]:
     return sorted((r for r in known if r["iteration"] <= last), key=lambda r: r["iteration"])
 
 
-def _event_writer(folder: Path, resume_after: int | None) -> Any:
-    # tensorboard takes a second to import: only a run that trains pays for it
-    from torch.utils.tensorboard import SummaryWriter
-
-    purge = None if resume_after is None else resume_after + 1
-    return SummaryWriter(str(folder), purge_step=purge)
-
-
 def plain(value: Any) -> Any:
-    """Numbers, texts, lists and dicts that JSON can hold."""
+    """Turn numbers, 0-dim tensors, texts, lists and dicts into what JSON can hold."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -261,38 +267,10 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _append(file: Path, row: dict[str, Any]) -> None:
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())  # a checkpoint must not outlive the rows before it
-
-
-def _keep(file: Path, needed: Sequence[str], last: int) -> list[str]:
-    """Leave out the rows after iteration ``last``, and a line that was cut short; what is lost of
-    those before, in words."""
-    if not file.exists():
-        return []
-    rows, cut = _read(file)
-    for number, row in enumerate(rows, start=1):
-        missing = [key for key in needed if key not in row]
-        if missing or type(row["iteration"]) is not int:
-            what = f"without {', '.join(missing)}" if missing else f"{row['iteration']!r:.40}"
-            raise UserError(
-                f"{file}: row {number} is no row of a run (iteration: {what}); put it right or "
-                "delete it, and try again"
-            )
-    kept = [row for row in rows if row["iteration"] <= last]
-    replace_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
-    shown = cut[:60].decode("utf-8", "replace")
-    return [f"{file}: the last line was cut short and is left out: {shown}..."] if cut else []
-
-
-def _gaps(file: Path, last: int) -> list[str]:
-    """The iterations up to ``last`` whose row is missing, in words."""
-    there = {row["iteration"] for row in read_jsonl(file)}
-    missing = [iteration for iteration in range(1, last + 1) if iteration not in there]
-    if not missing:
-        return []
-    shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-    return [f"{file} has no row of {len(missing)} earlier iterations: {shown}"]
+def _scalars(prefix: str, row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the numbers of a nested row by tag, such as ``train/rewards/redness``."""
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(f"{prefix}/{key}", value)
+        elif isinstance(value, (int, float)) and key != "iteration":
+            yield f"{prefix}/{key}", value

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from dgpo.distributed.processes import Processes
 from dgpo.evaluation import Report
 from dgpo.recipe import Recipe
@@ -57,9 +59,9 @@ class Outputs:
     """
 
     def __init__(self, recipe: Recipe, resume_after: int | None, main: bool) -> None:
-        self.tracker = Tracker(recipe, resume_after) if main else None
         limits = recipe.train.iterations, recipe.train.max_minutes
         self.progress = Progress(*limits) if main else None
+        self.tracker = Tracker(recipe, resume_after, self.say) if main else None
         self.lost = self.tracker.lost if self.tracker is not None else []
         """What a resumed run has no longer of what was measured before it."""
 
@@ -175,6 +177,18 @@ class Records(OwnCallback):
         for text in state.news:
             self._say(text)
         state.news.clear()
+
+    def on_rollout(
+        self,
+        state: TrainerState,
+        control: Control,
+        *,
+        prompts: Sequence[str],
+        rewards: Mapping[str, Tensor],
+        **what: Any,
+    ) -> None:
+        if self._tracker is not None:
+            self._tracker.table(state.iteration + 1, {"prompt": prompts, **rewards})
 
     def on_log(
         self, state: TrainerState, control: Control, *, row: Mapping[str, Any], **what: Any
