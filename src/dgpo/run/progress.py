@@ -1,4 +1,4 @@
-"""What a run shows while it works: one live line at a terminal or in a notebook, else plain lines."""
+"""What a run shows while it works: a live line at a terminal or in a notebook, else plain lines."""
 
 from __future__ import annotations
 

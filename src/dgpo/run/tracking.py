@@ -157,7 +157,7 @@ class Tracker:
         if row not in read_jsonl(self._warnings):
             append_row(self._warnings, row)
 
-    def table(self, iteration: int, columns: Mapping[str, Sequence[Any]]) -> None:
+    def table(self, iteration: int, columns: Mapping[str, Any]) -> None:
         """Hand some rows of an iteration's rollouts to the loggers, as often as grids are drawn.
 
         Nothing is written into the run folder itself.
