@@ -10,7 +10,7 @@ from dgpo.core.groups import Groups
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
 from dgpo.rewards import load_rewards
-from dgpo.rewards.group_wise import Ranked
+from dgpo.rewards.wrappers import Ranked
 from dgpo.rewards.mixing import mix, routed
 
 GROUPS = Groups.contiguous(3, 4)

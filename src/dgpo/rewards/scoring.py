@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 from time import monotonic
-from types import TracebackType
 
 import torch
 from PIL import Image
@@ -53,12 +52,7 @@ class Scoring:
     def __enter__(self) -> Scoring:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._ended = True  # after an error: what waits is not asked any more
         self._tasks.put(None)
 

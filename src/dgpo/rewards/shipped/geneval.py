@@ -22,10 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
-from dgpo.rewards.loading import batches, chosen, device, loading
+from dgpo.rewards.loading import batches, device, loading
+from dgpo.rewards.reward import Reward
 from dgpo.rewards.shipped import clip
 from dgpo.rewards.shipped.geneval_judge import (
     COLORS,
@@ -50,18 +52,19 @@ class Detector:
 
     Args:
         weights: hub id or folder of a Mask2Former or MaskFormer model, or of any model for
-            ``AutoModelForObjectDetection`` (DETR, RT-DETR, YOLOS, ...), with COCO's classes.
-        batch: pictures looked at together.
+            ``AutoModelForObjectDetection`` (DETR, RT-DETR, YOLOS, ...), with COCO's classes;
+            default: what ``DGPO_GENEVAL_DETECTOR`` says, else Mask2Former.
+        batch: how many pictures are looked at together.
 
     Raises:
         UserError: it cannot be loaded.
     """
 
-    def __init__(self, weights: str, batch: int = 8) -> None:
+    def __init__(self, weights: str | None = None, batch: int = 8) -> None:
         import transformers
 
-        self.weights = weights
-        with loading("geneval", weights, VARIABLE):
+        with loading("geneval", weights, VARIABLE, DETECTOR) as weights:
+            self.weights = weights
             config = transformers.AutoConfig.from_pretrained(weights)
             self._masks = config.model_type in WITH_MASKS
             auto: Any = (
@@ -69,11 +72,11 @@ class Detector:
                 if self._masks
                 else transformers.AutoModelForObjectDetection
             )
-            self._model: Any = auto.from_pretrained(weights).eval().requires_grad_(False)
+            self.model: Any = auto.from_pretrained(weights).eval().requires_grad_(False)
             self._pixels: Any = transformers.AutoImageProcessor.from_pretrained(
                 weights, use_fast=False
             )
-        self._names = {int(i): class_name(name) for i, name in self._model.config.id2label.items()}
+        self._names = {int(i): class_name(name) for i, name in self.model.config.id2label.items()}
         self._batch = batch
 
     @property
@@ -89,11 +92,11 @@ class Detector:
             images: RGB, any size.
             least: confidence below which nothing is reported.
         """
-        self._model.to(device())
+        self.model.to(device())
         found: list[list[Detection]] = []
         for (some,) in batches(self._batch, images):
-            inputs = self._pixels(some, return_tensors="pt").to(self._model.device)
-            outputs = self._model(**inputs)
+            inputs = self._pixels(some, return_tensors="pt").to(self.model.device)
+            outputs = self.model(**inputs)
             sizes = [(image.height, image.width) for image in some]
             found += (
                 self._instances(outputs, sizes, least)
@@ -144,21 +147,21 @@ class ColorNamer:
     """
 
     def __init__(self, encoder: clip.ClipEncoder) -> None:
-        self._encoder = encoder
+        self.encoder = encoder
         self._texts: dict[str, torch.Tensor] = {}
 
     def __call__(self, image: Image.Image, objects: Sequence[Detection], name: str) -> list[str]:
         """The colour of each object of one class in one picture."""
         if not objects:
             return []
-        vectors = self._encoder.images([cut_out(image, one) for one in objects])
+        vectors = self.encoder.images([cut_out(image, one) for one in objects])
         return [COLORS[i] for i in (vectors @ self._colors(name).T).argmax(-1).tolist()]
 
     def _colors(self, name: str) -> torch.Tensor:
         """[10, D]: for each colour the mean direction of the templates."""
         if name not in self._texts:
             texts = [form.format(color, name) for color in COLORS for form in TEMPLATES]
-            vectors = self._encoder.texts(texts).unflatten(0, (len(COLORS), len(TEMPLATES)))
+            vectors = self.encoder.texts(texts).unflatten(0, (len(COLORS), len(TEMPLATES)))
             self._texts[name] = torch.nn.functional.normalize(vectors.mean(1), dim=-1)
         return self._texts[name]
 
@@ -179,17 +182,19 @@ class Eyes:
     Args:
         detector: hub id or folder; default: what ``DGPO_GENEVAL_DETECTOR`` says, else Mask2Former.
         clip_weights: hub id or folder; default: what ``DGPO_CLIP`` says, else ViT-L/14.
-        batch: pictures looked at together.
+        batch: how many pictures are looked at together.
     """
 
     def __init__(
         self, detector: str | None = None, clip_weights: str | None = None, batch: int = 8
     ) -> None:
-        self.detector = Detector(chosen(detector, VARIABLE, DETECTOR), batch)
-        self._colors = ColorNamer(
-            clip.shared_encoder(chosen(clip_weights, clip.VARIABLE, clip.WEIGHTS))
-        )
+        self.detector = Detector(detector, batch)
+        self._colors = ColorNamer(clip.shared_encoder(clip_weights))
         self._last: tuple[list[Any], list[Any], list[Verdict]] = ([], [], [])
+
+    def modules(self) -> list[nn.Module]:
+        """The networks of both."""
+        return [self.detector.model, self._colors.encoder.model]
 
     def look(self, image: Image.Image, least: float) -> list[tuple[Detection, str]]:
         """All objects of a picture and their colours, the most confident first.
@@ -227,12 +232,12 @@ def published() -> Eyes:
     return Eyes()
 
 
-class GenEval:
+class GenEval(Reward):
     """A reward from GenEval's verdict.
 
     Args:
         name: what errors call it.
-        value: the number that is wanted of a verdict.
+        value: takes the wanted number from a verdict.
         eyes: makes the detector and colour namer, at the first check or call.
     """
 
@@ -242,13 +247,17 @@ class GenEval:
         value: Callable[[Verdict], float] = lambda verdict: verdict.partial,
         eyes: Callable[[], Eyes] = published,
     ) -> None:
-        self.__name__ = name
+        self.name = name
         self._value = value
         self._make = eyes
 
     @functools.cached_property
     def _eyes(self) -> Eyes:
-        return self._make()  # kept here too: networks are looked for in a reward's attributes
+        return self._make()
+
+    def modules(self) -> list[nn.Module]:
+        """The networks, once they are loaded."""
+        return self._eyes.modules() if "_eyes" in vars(self) else []
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Refuse rows that are not GenEval's, then load the models and compare the class names.
@@ -267,7 +276,7 @@ class GenEval:
         for name, where in wanted.items():
             if name not in classes:
                 raise UserError(
-                    f"reward {self.__name__!r}, {where}: the detector does not know "
+                    f"reward {self.name!r}, {where}: the detector does not know "
                     f"{name!r}, only {', '.join(sorted(classes))[:160]}"
                 )
 
@@ -304,7 +313,7 @@ class GenEval:
             check_row(include, exclude)
         except ValueError as error:
             raise UserError(
-                f"reward {self.__name__!r}, {where}: {error}; the prompts are GenEval's "
+                f"reward {self.name!r}, {where}: {error}; the prompts are GenEval's "
                 "jsonl with tag, include, exclude and prompt"
             ) from error
 

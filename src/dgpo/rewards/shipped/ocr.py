@@ -24,6 +24,7 @@ from torch import Tensor
 from dgpo.errors import MissingExtra, UserError
 from dgpo.pocket.signs import HEIGHT, WIDTH
 from dgpo.prompts import Prompt
+from dgpo.rewards.reward import Reward
 from dgpo.rewards.shipped import paddle
 
 VARIABLE = "DGPO_OCR"
@@ -181,11 +182,11 @@ class PageReader:
         return "".join(line[1] for line in lines or [])
 
 
-class OCR:
+class OCR(Reward):
     """How much of the wanted text is read in a picture of any size (:func:`ocr_score`)."""
 
     def __init__(self, name: str = "ocr", score: Callable[[str, str], float] = ocr_score) -> None:
-        self.__name__ = name
+        self.name = name
         self._score = score
 
     def check(self, prompts: Sequence[Prompt]) -> None:
@@ -197,7 +198,7 @@ class OCR:
         """
         self.find_engine()
         for row, prompt in enumerate(prompts):
-            wanted_text(self.__name__, prompt.place(row), prompt.text, prompt.metadata.get("text"))
+            wanted_text(self.name, prompt.place(row), prompt.text, prompt.metadata.get("text"))
 
     def __call__(
         self,
@@ -218,7 +219,7 @@ class OCR:
         """
         texts = text if text is not None else [None] * len(prompts)
         rows = enumerate(zip(prompts, texts, strict=True))
-        wanted = [wanted_text(self.__name__, f"prompt row {row}", *pair) for row, pair in rows]
+        wanted = [wanted_text(self.name, f"prompt row {row}", *pair) for row, pair in rows]
         return [self._score(r, w) for r, w in zip(self.read(images), wanted, strict=True)]
 
     def find_engine(self) -> None:
@@ -250,7 +251,7 @@ class PocketOCR(OCR):
         for row, image in enumerate(images):
             if image.size != (WIDTH, HEIGHT):
                 raise UserError(
-                    f"reward {self.__name__!r} reads signs of {WIDTH} x {HEIGHT} pixels, row {row} "
+                    f"reward {self.name!r} reads signs of {WIDTH} x {HEIGHT} pixels, row {row} "
                     f"is {image.width} x {image.height}; use the reward 'ocr' for it"
                 )
         if not images:
@@ -268,19 +269,10 @@ def read_signs(signs: np.ndarray | Tensor) -> list[str]:
     return _sign_reader(torch.get_num_threads())(np.asarray(signs))
 
 
-@functools.cache
-def _sign_reader(threads: int) -> LineReader:
-    return LineReader(*SIGN_INPUT, threads=threads)
-
-
-@functools.cache
-def _page_reader(threads: int) -> PageReader:
-    return PageReader(threads)
-
-
-@functools.cache
-def _paddle_reader() -> paddle.PaddleReader:
-    return paddle.PaddleReader()
+_sign_reader = functools.cache(functools.partial(LineReader, *SIGN_INPUT))
+_page_reader = functools.cache(PageReader)
+_paddle_reader = functools.cache(paddle.PaddleReader)
+"""Engines, each loaded once."""
 
 
 def _by_paddle() -> bool:

@@ -15,25 +15,26 @@ from dgpo.errors import UserError
 from dgpo.pocket.scenes import SIDE, parse_caption
 from dgpo.pocket.verifier import Verdict, judge, verify
 from dgpo.prompts import Prompt
+from dgpo.rewards.reward import Reward
 
 
-class PocketGenEval:
+class PocketGenEval(Reward):
     """Scores pictures of coloured shapes against their captions.
 
-    What a caption asks for is its row's ``include`` (GenEval's clauses) where it has one, else it
-    is read from the caption itself.
+    A row's ``include`` (GenEval's clauses) says what a picture should show; where a row has none,
+    the caption itself is read.
 
     Args:
         name: what errors call it.
-        value: the number that is wanted of a verdict.
+        value: takes the wanted number from a verdict.
     """
 
     def __init__(self, name: str, value: Callable[[Verdict], float]) -> None:
-        self.__name__ = name
+        self.name = name
         self._value = value
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Refuse captions that are no scene and clauses that are not GenEval's.
+        """Refuse captions that describe no scene and clauses that are not GenEval's.
 
         Raises:
             UserError: the first such row.
@@ -41,13 +42,13 @@ class PocketGenEval:
         for row, prompt in enumerate(prompts):
             include = prompt.metadata.get("include")
             if not include:
-                _parse(self.__name__, prompt.place(row), prompt.text)
+                _parse(self.name, prompt.place(row), prompt.text)
                 continue
             try:
                 judge([], {"include": include})
             except (KeyError, TypeError, IndexError, ZeroDivisionError, AttributeError) as error:
                 raise UserError(
-                    f"reward {self.__name__!r}, {prompt.place(row)}: include = {include!r:.120} is "
+                    f"reward {self.name!r}, {prompt.place(row)}: include = {include!r:.120} is "
                     'not a list of clauses such as {"class": "circle", "count": 1, '
                     '"color": "red", "position": ["left of", 1]}'
                 ) from error
@@ -67,18 +68,18 @@ class PocketGenEval:
             include: GenEval's clauses of each row, or None to read the caption.
 
         Raises:
-            UserError: a picture of another size, or a caption that is no scene.
+            UserError: a picture has another size, or a caption describes no scene.
         """
         clauses = include if include is not None else [None] * len(prompts)
         scores = []
         for row, (image, text, wanted) in enumerate(zip(images, prompts, clauses, strict=True)):
             if image.size != (SIDE, SIDE):
                 raise UserError(
-                    f"reward {self.__name__!r} reads {SIDE} x {SIDE} pictures of the pocket model, "
+                    f"reward {self.name!r} reads {SIDE} x {SIDE} pictures of the pocket model, "
                     f"row {row} is {image.width} x {image.height}; use another reward for it"
                 )
             metadata = (
-                {"include": wanted} if wanted else _parse(self.__name__, f"prompt row {row}", text)
+                {"include": wanted} if wanted else _parse(self.name, f"prompt row {row}", text)
             )
             scores.append(self._value(verify(np.asarray(image.convert("RGB")), metadata)))
         return scores
