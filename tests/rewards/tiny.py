@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from dgpo.rewards.wrappers import Lazy, Ranked
 from dgpo.rewards.offload import networks
 from dgpo.rewards.shipped.video import PerFrame
+from dgpo.rewards.wrappers import Lazy, Ranked
 
 
 def pictures(count, size=(40, 48), seed=0):
