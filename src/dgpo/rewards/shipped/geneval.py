@@ -43,7 +43,7 @@ DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 VARIABLE = "DGPO_GENEVAL_DETECTOR"
 WITH_MASKS = ("mask2former", "maskformer")
 BACKGROUND = (153, 153, 153)
-"""Grey that covers what is not the object when its colour is named."""
+"""The grey that covers all but the object whose colour is named."""
 TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
 
 
@@ -57,7 +57,7 @@ class Detector:
         batch: how many pictures are looked at together.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: the model cannot be loaded.
     """
 
     def __init__(self, weights: str | None = None, batch: int = 8) -> None:
@@ -67,11 +67,8 @@ class Detector:
             self.weights = weights
             config = transformers.AutoConfig.from_pretrained(weights)
             self._masks = config.model_type in WITH_MASKS
-            auto: Any = (
-                transformers.AutoModelForUniversalSegmentation
-                if self._masks
-                else transformers.AutoModelForObjectDetection
-            )
+            kind = "UniversalSegmentation" if self._masks else "ObjectDetection"
+            auto: Any = getattr(transformers, f"AutoModelFor{kind}")
             self.model: Any = auto.from_pretrained(weights).eval().requires_grad_(False)
             self._pixels: Any = transformers.AutoImageProcessor.from_pretrained(
                 weights, use_fast=False
@@ -81,28 +78,25 @@ class Detector:
 
     @property
     def classes(self) -> set[str]:
-        """What it can see, by GenEval's names."""
+        """The classes that it can see, by GenEval's names."""
         return set(self._names.values())
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], least: float) -> list[list[Detection]]:
-        """The objects of each picture.
+        """Find the objects of each picture.
 
         Args:
             images: RGB, any size.
-            least: confidence below which nothing is reported.
+            least: the confidence below which nothing is reported.
         """
         self.model.to(device())
+        read = self._instances if self._masks else self._boxes
         found: list[list[Detection]] = []
         for (some,) in batches(self._batch, images):
             inputs = self._pixels(some, return_tensors="pt").to(self.model.device)
             outputs = self.model(**inputs)
             sizes = [(image.height, image.width) for image in some]
-            found += (
-                self._instances(outputs, sizes, least)
-                if self._masks
-                else self._boxes(outputs, sizes, least)
-            )
+            found += read(outputs, sizes, least)
         return found
 
     def _boxes(self, outputs: Any, sizes: list[tuple[int, int]], least: float) -> Any:
@@ -134,7 +128,7 @@ class Detector:
 
 
 def _box(mask: np.ndarray) -> tuple[float, float, float, float]:
-    """Left, top, and one past right and bottom of the pixels of a mask."""
+    """The left and top edge of a mask's pixels, and one past the right and bottom edge."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
@@ -143,7 +137,7 @@ class ColorNamer:
     """Names the colour of objects: the nearest of ten texts to the object cut out of the picture.
 
     Args:
-        encoder: of CLIP.
+        encoder: the CLIP model that compares them.
     """
 
     def __init__(self, encoder: clip.ClipEncoder) -> None:
@@ -158,7 +152,7 @@ class ColorNamer:
         return [COLORS[i] for i in (vectors @ self._colors(name).T).argmax(-1).tolist()]
 
     def _colors(self, name: str) -> torch.Tensor:
-        """[10, D]: for each colour the mean direction of the templates."""
+        """The mean direction of the templates for each colour, [10, D]."""
         if name not in self._texts:
             texts = [form.format(color, name) for color in COLORS for form in TEMPLATES]
             vectors = self.encoder.texts(texts).unflatten(0, (len(COLORS), len(TEMPLATES)))
@@ -167,7 +161,7 @@ class ColorNamer:
 
 
 def cut_out(image: Image.Image, one: Detection) -> Image.Image:
-    """The box of an object, with grey around its mask; at least one pixel wide and high."""
+    """Cut out the box of an object, with grey around its mask; at least one pixel wide and high."""
     if one.mask is not None:
         grey = Image.new("RGB", image.size, BACKGROUND)
         image = Image.composite(image, grey, Image.fromarray(one.mask.astype(np.uint8) * 255))
@@ -193,7 +187,7 @@ class Eyes:
         self._last: tuple[list[Any], list[Any], list[Verdict]] = ([], [], [])
 
     def modules(self) -> list[nn.Module]:
-        """The networks of both."""
+        """The networks of detector and colour namer."""
         return [self.detector.model, self._colors.encoder.model]
 
     def look(self, image: Image.Image, least: float) -> list[tuple[Detection, str]]:
@@ -201,7 +195,7 @@ class Eyes:
 
         Args:
             image: any size.
-            least: confidence of what is reported.
+            least: the confidence below which nothing is reported.
         """
         plain = image.convert("RGB")
         (found,) = self.detector([plain], least)
@@ -211,7 +205,7 @@ class Eyes:
     def verdicts(
         self, images: Sequence[Image.Image], rows: Sequence[dict[str, Any]]
     ) -> list[Verdict]:
-        """One verdict for each picture; ``rows`` are the prompts' metadata."""
+        """Judge each picture; ``rows`` are the prompts' metadata."""
         before, told, verdicts = self._last
         same = len(before) == len(images) and all(map(lambda a, b: a is b, before, images))
         if same and told == list(rows):
@@ -263,7 +257,7 @@ class GenEval(Reward):
         """Refuse rows that are not GenEval's, then load the models and compare the class names.
 
         Raises:
-            UserError: the first such row, or a model that cannot be loaded.
+            UserError: there is such a row, or a model cannot be loaded.
         """
         wanted: dict[str, str] = {}
         for row, prompt in enumerate(prompts):
@@ -297,7 +291,7 @@ class GenEval(Reward):
             include, exclude, tag: the columns of GenEval's metadata.
 
         Raises:
-            UserError: a row without ``include``.
+            UserError: a row has no ``include`` of GenEval's kind.
         """
         none = [None] * len(prompts)
         rows = [
@@ -318,9 +312,5 @@ class GenEval(Reward):
             ) from error
 
 
-def _strict(verdict: Verdict) -> float:
-    return float(verdict.strict)
-
-
 geneval = GenEval()
-geneval_strict = GenEval("geneval_strict", _strict)
+geneval_strict = GenEval("geneval_strict", lambda verdict: float(verdict.strict))

@@ -8,7 +8,6 @@ computed.
 from __future__ import annotations
 
 import functools
-import io
 import json
 import math
 import operator
@@ -23,7 +22,7 @@ from PIL import Image
 
 from dgpo.errors import UserError
 from dgpo.rewards.call_limits import Again, persist
-from dgpo.rewards.http_client import connect, send
+from dgpo.rewards.http_client import connect, png, send
 from dgpo.rewards.reward import Media, Reward, RewardFailure, Texts
 from dgpo.rewards.shipped.video import frames_of
 from dgpo.secrets import PASSWORD
@@ -34,14 +33,14 @@ _HEADERS = 512
 
 @dataclass(frozen=True)
 class _Bounds:
-    """What the server takes at once: pictures (frames of videos too), their pixels, and bytes."""
+    """The most that the server takes at once: pictures (frames of videos too), pixels and bytes."""
 
     images: float = math.inf
     pixels: float = math.inf
     bytes: float = math.inf
 
     def cut(self, sizes: Sequence[tuple[int, int, int]], batch: int) -> Iterator[slice]:
-        """Rows of one request after the other.
+        """Cut rows into requests, one after the other.
 
         Args:
             sizes: pictures, pixels and bytes of each row.
@@ -50,21 +49,21 @@ class _Bounds:
         Raises:
             UserError: a row is too large for a request of its own.
         """
-        first, sums = 0, (0, 0, _HEADERS)
-        most = (self.images, self.pixels, self.bytes)
+        most = (batch, self.images, self.pixels, self.bytes)
+        first, sums = 0, (0, 0, 0, _HEADERS)
         for row, own in enumerate(sizes):
-            if any(map(operator.gt, (*own[:2], _HEADERS + own[2]), most)):
+            alone = (1, *own[:2], _HEADERS + own[2])
+            if any(map(operator.gt, alone, most)):
                 raise UserError(
                     f"reward 'http', row {row} has {own[0]} pictures of {own[1]} pixels and "
                     f"{own[2]} bytes; the server takes {self.images}, {self.pixels} and "
                     f"{self.bytes} at once: start it with more --max-images, --max-megapixels or "
                     "--max-mb"
                 )
-            more = tuple(map(operator.add, sums, own))
-            if row - first == batch or any(map(operator.gt, more, most)):
+            sums = tuple(map(operator.add, sums, (1, *own)))
+            if any(map(operator.gt, sums, most)):
                 yield slice(first, row)
-                first, more = row, (*own[:2], _HEADERS + own[2])
-            sums = more
+                first, sums = row, alone
         if sizes:
             yield slice(first, len(sizes))
 
@@ -132,7 +131,7 @@ class HttpReward(Reward):
         rows = [{key: column[row] for key, column in columns.items()} for row in range(len(texts))]
         frames, videos = _frames(images)
         with ThreadPoolExecutor(self.connections) as pool:
-            files = [list(pool.map(_png, pictures)) for pictures in frames]
+            files = [list(pool.map(png, pictures)) for pictures in frames]
             sizes = [
                 (
                     len(pictures),
@@ -258,9 +257,3 @@ def _frames(images: Sequence[Any]) -> tuple[list[list[Image.Image]], bool]:
     if len(videos) > 1:
         raise UserError("reward 'http': some rows are pictures and some are videos; send one kind")
     return found, True in videos
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()

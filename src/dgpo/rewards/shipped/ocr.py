@@ -53,12 +53,12 @@ def quoted(prompt: str) -> str | None:
 
 
 def wanted_text(name: str, where: str, prompt: str, text: Any = None) -> str:
-    """What a picture should say: the row's ``text`` where it has one, else what is quoted.
+    """Find what a picture should say: the row's ``text`` where it has one, else what is quoted.
 
     Args:
-        name: of the reward.
+        name: the reward's name.
         where: what an error calls the row.
-        prompt, text: of the row.
+        prompt, text: what the row says.
 
     Raises:
         UserError: ``text`` is no text, or the row has neither.
@@ -79,7 +79,7 @@ def wanted_text(name: str, where: str, prompt: str, text: Any = None) -> str:
 
 
 def ocr_score(read: str, wanted: str) -> float:
-    """How well a text was written, from what was read of it.
+    """Score how well a text was written, from what was read of it.
 
     ``1 - min(L(read, wanted), |wanted|) / |wanted|`` with L the Levenshtein distance, both without
     spaces and in lower case; 1 where ``wanted`` is a part of ``read``.
@@ -88,7 +88,7 @@ def ocr_score(read: str, wanted: str) -> float:
     paper (arXiv 2510.08425) uses; the part rule is that of the published code.
 
     Raises:
-        ValueError: nothing is wanted.
+        ValueError: the wanted text is empty.
     """
     read, wanted = compact(read), compact(wanted)
     if not wanted:
@@ -118,10 +118,10 @@ class LineReader:
     ``height`` x ``width`` pixels and read in batches.
 
     Args:
-        height: what pictures are scaled to; the recogniser was made for 48, less is faster.
-        width: likewise; the time is proportional to height x width.
-        threads: of onnxruntime.
-        batch: pictures a call.
+        height, width: the size that pictures are scaled to; the recogniser was made for a height of
+            48, and its time is proportional to height x width.
+        threads: how many threads onnxruntime uses.
+        batch: how many pictures are read at once.
 
     Raises:
         MissingExtra: the extra ``rewards`` is not installed.
@@ -146,7 +146,7 @@ class LineReader:
         self._batch = batch
 
     def __call__(self, images: np.ndarray) -> list[str]:
-        """What each picture says.
+        """Read each picture.
 
         Args:
             images: uint8 [N, H, W, 3], RGB.
@@ -160,7 +160,7 @@ class LineReader:
         return texts
 
     def _decode(self, classes: np.ndarray) -> str:
-        """Greedy CTC: repeats are one character, blanks separate and vanish."""
+        """Decode greedily (CTC): repeats are one character, blanks separate and vanish."""
         first = np.concatenate([[True], classes[1:] != classes[:-1]])
         return "".join(self._characters[i] for i in classes[first])
 
@@ -193,7 +193,7 @@ class OCR(Reward):
         """Refuse rows that do not say what should be read, and a missing engine.
 
         Raises:
-            UserError: the first such row.
+            UserError: there is such a row.
             MissingExtra: the extra ``rewards`` is not installed.
         """
         self.find_engine()
@@ -215,7 +215,7 @@ class OCR(Reward):
             text: what each should say, or None to take what the caption quotes.
 
         Raises:
-            UserError: a row that does not say what should be read.
+            UserError: a row does not say what should be read.
         """
         texts = text if text is not None else [None] * len(prompts)
         rows = enumerate(zip(prompts, texts, strict=True))
@@ -230,23 +230,23 @@ class OCR(Reward):
             _engine()
 
     def read(self, images: Sequence[Image.Image]) -> list[str]:
-        """What each picture says."""
+        """Read each picture."""
         reader = _paddle_reader() if _by_paddle() else _page_reader(torch.get_num_threads())
         return [reader(image) for image in images]
 
 
 class PocketOCR(OCR):
-    """The same for the pocket model's signs, read whole by RapidOCR's recogniser alone."""
+    """The same score of the pocket model's signs, which RapidOCR's recogniser reads alone."""
 
     def find_engine(self) -> None:
         """See that what reads is installed."""
         _engine()
 
     def read(self, images: Sequence[Image.Image]) -> list[str]:
-        """What each sign says.
+        """Read each sign.
 
         Raises:
-            UserError: a picture that is not 48 x 16.
+            UserError: a picture is not 48 x 16.
         """
         for row, image in enumerate(images):
             if image.size != (WIDTH, HEIGHT):
@@ -260,12 +260,12 @@ class PocketOCR(OCR):
 
 
 SIGN_INPUT = (32, 112)
-"""Height and width at which signs are read: as exact as 48 x 128 on clean ones (1.000 of 1,000
+"""The height and width at which signs are read: as exact as 48 x 128 on clean ones (1.000 of 1,000
 strings), in less than half the time."""
 
 
 def read_signs(signs: np.ndarray | Tensor) -> list[str]:
-    """What each sign says; uint8 [N, 16, 48, 3], RGB."""
+    """Read signs, uint8 [N, 16, 48, 3], RGB."""
     return _sign_reader(torch.get_num_threads())(np.asarray(signs))
 
 

@@ -37,7 +37,7 @@ class PocketGenEval(Reward):
         """Refuse captions that describe no scene and clauses that are not GenEval's.
 
         Raises:
-            UserError: the first such row.
+            UserError: there is such a row.
         """
         for row, prompt in enumerate(prompts):
             include = prompt.metadata.get("include")
@@ -92,15 +92,9 @@ def _parse(name: str, where: str, text: str) -> dict[str, Any]:
         raise UserError(f"reward {name!r}, {where}: {error}") from error
 
 
-def _soft(verdict: Verdict) -> float:
-    return verdict.soft
-
-
-def _strict(verdict: Verdict) -> float:
-    return float(verdict.strict)
-
-
-pocket_geneval = PocketGenEval("pocket_geneval", _soft)
+pocket_geneval = PocketGenEval("pocket_geneval", lambda verdict: verdict.soft)
 """The share of a caption's clauses that the picture meets: dense, so that groups have spread."""
-pocket_geneval_strict = PocketGenEval("pocket_geneval_strict", _strict)
+pocket_geneval_strict = PocketGenEval(
+    "pocket_geneval_strict", lambda verdict: float(verdict.strict)
+)
 """1 where everything asked for is in the picture and nothing else, else 0."""

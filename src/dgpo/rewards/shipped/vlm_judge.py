@@ -7,7 +7,6 @@ Answers cost a request for each picture; they are sent in parallel.
 from __future__ import annotations
 
 import base64
-import io
 import os
 import re
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from PIL import Image
 
 from dgpo.errors import UserError
 from dgpo.rewards.call_limits import Again, persist
-from dgpo.rewards.http_client import connect, send
+from dgpo.rewards.http_client import connect, png, send
 from dgpo.rewards.reward import Media, Reward, RewardFailure, Texts
 
 TEMPLATE = """\
@@ -149,7 +148,7 @@ class VLMJudge(Reward):
 
     def _score(self, client: Any, row: int, pictures: Sequence[Image.Image], text: str) -> float:
         content = [
-            *({"type": "image_url", "image_url": {"url": _data_url(one)}} for one in pictures),
+            *map(_shown, pictures),
             {"type": "text", "text": self.template.replace("{prompt}", text)},
         ]
         body = {
@@ -199,10 +198,10 @@ class VLMJudge(Reward):
         return score
 
 
-def _data_url(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _shown(image: Image.Image) -> dict[str, Any]:
+    """A picture as a part of a chat message."""
+    url = f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 vlm_judge = VLMJudge()
