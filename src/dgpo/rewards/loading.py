@@ -145,28 +145,20 @@ def need(who: str, module: str, install: str) -> None:
         raise UserError(f"{who} needs {module}: {install}")
 
 
-def weights_file(place: str, file: str) -> Path:
-    """A file of weights: a path to it, a folder that holds it, or a hub repository that does."""
-    path = Path(place).expanduser()
-    if path.is_file():
-        return path
-    if path.is_dir():
-        if not (path / file).is_file():
-            raise FileNotFoundError(f"the folder holds no {file}")
-        return path / file
-    from huggingface_hub import hf_hub_download
-
-    return Path(hf_hub_download(place, file))
-
-
-def read_weights(file: Path) -> dict[str, Tensor]:
+def read_weights(place: str, name: str) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors`` file, or of a torch file with nothing else in it.
 
     A checkpoint's ``state_dict`` is unwrapped; code in a pickle is never run.
 
+    Args:
+        place: the file, a folder that holds it, or a hub repository that does.
+        name: the file's name in a folder or repository.
+
     Raises:
+        FileNotFoundError: the folder does not hold it.
         ValueError: the file holds more than tensors.
     """
+    file = _weights_file(place, name)
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -177,3 +169,16 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         raise ValueError("the file holds more than tensors; it is not opened") from error
     state = state.get("state_dict", state)
     return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _weights_file(place: str, file: str) -> Path:
+    path = Path(place).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if not (path / file).is_file():
+            raise FileNotFoundError(f"the folder holds no {file}")
+        return path / file
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(place, file))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dgpo.errors import UserError
-from dgpo.rewards.loading import loading, read_weights, weights_file
+from dgpo.rewards.loading import loading, read_weights
 from dgpo.rewards.reward import Media, Texts
 from dgpo.rewards.shipped import clip
 from dgpo.rewards.wrappers import Lazy
@@ -71,7 +71,7 @@ class Aesthetic(clip.ClipReward):
         self, head: str | None = None, clip_weights: str | None = None, batch: int = 32
     ) -> None:
         with loading(self.name, head, VARIABLE, HEAD) as place:
-            self._head = linear_head(read_weights(weights_file(place, FILE)))
+            self._head = linear_head(read_weights(place, FILE))
         super().__init__(clip.shared_encoder(clip_weights, batch))
         wide = self._head.get_submodule("0").in_features
         if wide != self._encoder.width:

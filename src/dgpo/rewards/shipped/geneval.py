@@ -16,7 +16,7 @@ one detector; by how much is not measured. Licence: detector "other" on the hub,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,8 @@ from torch import nn
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
 from dgpo.rewards.loading import batches, device, loading
-from dgpo.rewards.reward import Reward
+from dgpo.rewards.reward import Media
+from dgpo.rewards.rows import RowReward
 from dgpo.rewards.shipped import clip
 from dgpo.rewards.shipped.geneval_judge import (
     COLORS,
@@ -226,7 +227,7 @@ def published() -> Eyes:
     return Eyes()
 
 
-class GenEval(Reward):
+class GenEval(RowReward):
     """A reward from GenEval's verdict.
 
     Args:
@@ -259,57 +260,36 @@ class GenEval(Reward):
         Raises:
             UserError: there is such a row, or a model cannot be loaded.
         """
-        wanted: dict[str, str] = {}
-        for row, prompt in enumerate(prompts):
-            where = prompt.place(row)
-            self._check_row(where, prompt.metadata.get("include"), prompt.metadata.get("exclude"))
-            clauses = [*prompt.metadata["include"], *(prompt.metadata.get("exclude") or ())]
-            for clause in clauses:
-                wanted.setdefault(clause["class"], where)
+        super().check(prompts)
         classes = self._eyes.detector.classes
-        for name, where in wanted.items():
-            if name not in classes:
-                raise UserError(
-                    f"reward {self.name!r}, {where}: the detector does not know "
-                    f"{name!r}, only {', '.join(sorted(classes))[:160]}"
-                )
+        for number, prompt in enumerate(prompts):
+            row = prompt.metadata
+            for clause in [*row["include"], *(row.get("exclude") or ())]:
+                if clause["class"] not in classes:
+                    raise UserError(
+                        f"reward {self.name!r}, {prompt.place(number)}: the detector does not know "
+                        f"{clause['class']!r}, only {', '.join(sorted(classes))[:160]}"
+                    )
 
-    def __call__(
-        self,
-        images: Sequence[Image.Image],
-        prompts: Sequence[str],
-        include: Sequence[list[dict[str, Any]] | None] | None = None,
-        exclude: Sequence[list[dict[str, Any]] | None] | None = None,
-        tag: Sequence[str | None] | None = None,
-        **columns: Any,
-    ) -> list[float]:
-        """One score for each picture.
-
-        Args:
-            images: any size.
-            prompts: their captions.
-            include, exclude, tag: the columns of GenEval's metadata.
+    def wish(self, where: str, prompt: str, row: Mapping[str, Any]) -> dict[str, Any]:
+        """GenEval's metadata of a row.
 
         Raises:
-            UserError: a row has no ``include`` of GenEval's kind.
+            UserError: it has no ``include``, or clauses that are not GenEval's.
         """
-        none = [None] * len(prompts)
-        rows = [
-            {"include": i, "exclude": e, "tag": t}
-            for i, e, t in zip(include or none, exclude or none, tag or none, strict=True)
-        ]
-        for number, row in enumerate(rows):
-            self._check_row(f"prompt row {number}", row["include"], row["exclude"])
-        return [self._value(verdict) for verdict in self._eyes.verdicts(images, rows)]
-
-    def _check_row(self, where: str, include: Any, exclude: Any) -> None:
+        wanted = {key: row.get(key) for key in ("include", "exclude", "tag")}
         try:
-            check_row(include, exclude)
+            check_row(wanted["include"], wanted["exclude"])
         except ValueError as error:
             raise UserError(
                 f"reward {self.name!r}, {where}: {error}; the prompts are GenEval's "
                 "jsonl with tag, include, exclude and prompt"
             ) from error
+        return wanted
+
+    def score(self, images: Media, wishes: list[Any]) -> list[float]:
+        """One score for each picture."""
+        return [self._value(verdict) for verdict in self._eyes.verdicts(images, wishes)]
 
 
 geneval = GenEval()

@@ -20,7 +20,6 @@ from dgpo.rewards.loading import (
     pad_square,
     processors,
     read_weights,
-    weights_file,
 )
 from dgpo.rewards.reward import Media, Texts
 from dgpo.rewards.shipped.clip import ClipEncoder, ClipReward
@@ -119,7 +118,7 @@ class HPSv2(ClipReward):
             pixels, tokens = processors(base)
         with loading(self.name, place, VARIABLE):
             model = CLIPModel(config)
-            state = from_open_clip(read_weights(weights_file(place, FILE)))
+            state = from_open_clip(read_weights(place, FILE))
             missing, unexpected = model.load_state_dict(state, strict=False)
             wrong = [*unexpected, *(key for key in missing if "position_ids" not in key)]
             if wrong:

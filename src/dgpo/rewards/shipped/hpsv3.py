@@ -29,7 +29,6 @@ from dgpo.rewards.loading import (
     precision,
     processors,
     read_weights,
-    weights_file,
 )
 from dgpo.rewards.reward import Media, Texts
 from dgpo.rewards.wrappers import Lazy
@@ -104,7 +103,7 @@ class HPSv3(ModelReward):
         self._tokens.add_tokens([TOKEN], special_tokens=True)
         self._token = self._tokens.convert_tokens_to_ids(TOKEN)
         with loading(self.name, weights, VARIABLE, WEIGHTS) as place:
-            backbone, head = parts(read_weights(weights_file(place, FILE)))
+            backbone, head = parts(read_weights(place, FILE))
             self._model = _backbone(config, backbone, self._token).to(dtype or precision())
             self._head = _head(head)
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dgpo.rewards.loading import ModelReward, loading, read_weights, weights_file
+from dgpo.rewards.loading import ModelReward, loading, read_weights
 from dgpo.rewards.shipped.aesthetic import linear_head
 from dgpo.rewards.wrappers import Lazy
 
@@ -92,7 +92,7 @@ class ImageReward(ModelReward):
         self, weights: str | None = None, tokenizer: str | None = None, batch: int = 16
     ) -> None:
         with loading(self.name, weights, VARIABLE, WEIGHTS) as place:
-            vision, text, head = from_blip(read_weights(weights_file(place, FILE)))
+            vision, text, head = from_blip(read_weights(place, FILE))
             self._head = linear_head(head)
             self._vision, self._text = _towers(vision, text)
         with loading(self.name, tokenizer, f"{VARIABLE}_TOKENIZER", TOKENIZER) as words:

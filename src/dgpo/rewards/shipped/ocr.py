@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +24,8 @@ from torch import Tensor
 from dgpo.errors import MissingExtra, UserError
 from dgpo.pocket.signs import HEIGHT, WIDTH
 from dgpo.prompts import Prompt
-from dgpo.rewards.reward import Reward
+from dgpo.rewards.reward import Media
+from dgpo.rewards.rows import RowReward
 from dgpo.rewards.shipped import paddle
 
 VARIABLE = "DGPO_OCR"
@@ -182,7 +183,7 @@ class PageReader:
         return "".join(line[1] for line in lines or [])
 
 
-class OCR(Reward):
+class OCR(RowReward):
     """How much of the wanted text is read in a picture of any size (:func:`ocr_score`)."""
 
     def __init__(self, name: str = "ocr", score: Callable[[str, str], float] = ocr_score) -> None:
@@ -190,37 +191,26 @@ class OCR(Reward):
         self._score = score
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Refuse rows that do not say what should be read, and a missing engine.
+        """Refuse a missing engine, and rows that do not say what should be read.
 
         Raises:
             UserError: there is such a row.
             MissingExtra: the extra ``rewards`` is not installed.
         """
         self.find_engine()
-        for row, prompt in enumerate(prompts):
-            wanted_text(self.name, prompt.place(row), prompt.text, prompt.metadata.get("text"))
+        super().check(prompts)
 
-    def __call__(
-        self,
-        images: Sequence[Image.Image],
-        prompts: Sequence[str],
-        text: Sequence[str | None] | None = None,
-        **columns: Any,
-    ) -> list[float]:
-        """One score for each picture.
-
-        Args:
-            images: any size.
-            prompts: their captions.
-            text: what each should say, or None to take what the caption quotes.
+    def wish(self, where: str, prompt: str, row: Mapping[str, Any]) -> str:
+        """The text that should be read.
 
         Raises:
-            UserError: a row does not say what should be read.
+            UserError: as :func:`wanted_text`.
         """
-        texts = text if text is not None else [None] * len(prompts)
-        rows = enumerate(zip(prompts, texts, strict=True))
-        wanted = [wanted_text(self.name, f"prompt row {row}", *pair) for row, pair in rows]
-        return [self._score(r, w) for r, w in zip(self.read(images), wanted, strict=True)]
+        return wanted_text(self.name, where, prompt, row.get("text"))
+
+    def score(self, images: Media, wishes: list[str]) -> list[float]:
+        """One score for each picture."""
+        return [self._score(*pair) for pair in zip(self.read(images), wishes, strict=True)]
 
     def find_engine(self) -> None:
         """See that what reads is installed."""
