@@ -16,16 +16,18 @@ if TYPE_CHECKING:
     from dgpo.pocket import load_pocket
     from dgpo.prompts import Prompt
     from dgpo.recipe import Recipe
+    from dgpo.rewards import Reward
     from dgpo.trainer import Trainer
     from dgpo.training.callbacks import Callback
 
-__all__ = ["DGPO", "Callback", "Prompt", "Recipe", "Trainer", "UserError", "load_pocket"]
+__all__ = ["DGPO", "Callback", "Prompt", "Recipe", "Reward", "Trainer", "UserError", "load_pocket"]
 
 _HOMES = {
     "Callback": "dgpo.training.callbacks",
     "DGPO": "dgpo.algorithms.dgpo",
     "Prompt": "dgpo.prompts",
     "Recipe": "dgpo.recipe",
+    "Reward": "dgpo.rewards",
     "Trainer": "dgpo.trainer",
     "UserError": "dgpo.errors",
     "load_pocket": "dgpo.pocket",

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from dgpo.ranking.agreement import Agreement, agreement
 from dgpo.ranking.answers import ANSWER, Likes, Order, Skip, Stars, mean, rewards_of
-from dgpo.rewards.group_wise import Ranked
+from dgpo.rewards.wrappers import Ranked
 
 
 def test_likes_are_one_and_zero():

@@ -9,8 +9,8 @@ from PIL import Image
 
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
-from dgpo.rewards import load_rewards
-from dgpo.rewards.call_limits import MAX_HANGING, RewardFailure
+from dgpo.rewards import RewardFailure, load_rewards
+from dgpo.rewards.call_limits import MAX_HANGING
 from dgpo.rewards.scoring import Scoring
 
 IMAGES = [Image.new("RGB", (4, 4))] * 6

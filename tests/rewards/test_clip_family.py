@@ -239,7 +239,7 @@ def test_videos_are_the_mean_of_their_frames(folder):
     assert got == pytest.approx([np.mean(each[:3]), each[7], np.mean(each[8:])], abs=1e-3)
     first_last = PerFrame(clip, frames=2)([IMAGES], TEXTS[:1])
     assert first_last == pytest.approx([(each[0] + each[3]) / 2], abs=1e-3)
-    assert PerFrame("redness").__name__ == "video_redness"
+    assert PerFrame("redness").name == "video_redness"
     with pytest.raises(UserError, match="row 0 is Image, not a video"):
         PerFrame("redness")([IMAGES[0]], ["a"])
     with pytest.raises(UserError, match="at least one"):

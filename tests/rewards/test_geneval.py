@@ -19,7 +19,6 @@ from dgpo.cli import app
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
 from dgpo.rewards import load_rewards
-from dgpo.rewards.group_wise import Ranked
 from dgpo.rewards.offload import networks
 from dgpo.rewards.shipped.clip import ClipEncoder, shared_encoder
 from dgpo.rewards.shipped.geneval import (
@@ -34,6 +33,7 @@ from dgpo.rewards.shipped.geneval import (
     published,
 )
 from dgpo.rewards.shipped.geneval_judge import COLORS, Detection, judge
+from dgpo.rewards.wrappers import Ranked
 from rewards.tiny import clip_vectors, pictures, save_clip
 
 LABELS = dict(enumerate(["dog", "sofa", "cat"]))

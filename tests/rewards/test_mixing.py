@@ -10,8 +10,8 @@ from dgpo.core.groups import Groups
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
 from dgpo.rewards import load_rewards
-from dgpo.rewards.group_wise import Ranked
 from dgpo.rewards.mixing import mix, routed
+from dgpo.rewards.wrappers import Ranked
 
 GROUPS = Groups.contiguous(3, 4)
 

@@ -196,4 +196,4 @@ def test_paddleocr_reads_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("name", ["ocr", "pocket_ocr", "pocket_ocr_exact"])
 def test_registered_under_its_own_name(name: str) -> None:
-    assert resolve("reward", name).__name__ == name
+    assert resolve("reward", name).name == name

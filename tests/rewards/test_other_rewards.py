@@ -28,10 +28,10 @@ from transformers import (
 from dgpo import registry
 from dgpo.errors import UserError
 from dgpo.registry import Entry
-from dgpo.rewards import load_rewards
-from dgpo.rewards.loading import Lazy
+from dgpo.rewards import Reward, load_rewards
 from dgpo.rewards.shipped.clap import ClapScore
 from dgpo.rewards.shipped.vqascore import VQAScore
+from dgpo.rewards.wrappers import Lazy
 from rewards.tiny import held, pictures
 
 IMAGES = pictures(3, (32, 32))
@@ -254,15 +254,20 @@ def test_what_is_missing():
 def test_a_lazy_reward_is_built_once_by_check_or_call():
     built = []
 
-    class Inner:
+    class Inner(Reward):
+        name = "inner"
+
+        def __init__(self):
+            built.append("built")
+
         def check(self, prompts):
             built.append(len(prompts))
 
         def __call__(self, images, prompts, **columns):
             return [float(columns["k"][0])]
 
-    lazy = Lazy("inner", lambda: built.append("built") or Inner())
-    assert lazy.__name__ == "inner" and not built
+    lazy = Lazy(Inner)
+    assert lazy.name == "inner" and not built
     lazy.check([1, 2])
     assert lazy([None], ["a"], k=[5]) == [5.0]
     assert built == ["built", 2]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import FunctionType
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch import nn
 
 from dgpo import registry
 from dgpo.prompts import load_prompts
-from dgpo.rewards import load_rewards
+from dgpo.rewards import Reward, load_rewards
 from dgpo.rewards.offload import networks
 from rewards.tiny import pictures, save_clip
 
@@ -37,7 +36,7 @@ class Far(nn.Linear):
         return self
 
 
-class Reward:
+class Distant:
     __name__ = "far"
 
     def __init__(self) -> None:
@@ -50,7 +49,7 @@ class Reward:
 
 
 def test_networks_come_and_go_around_each_call() -> None:
-    reward = Reward()
+    reward = Distant()
     rewards, rows = load_rewards(reward), load_prompts(["a cat"])
     (network,) = networks([reward])
     assert isinstance(network, Far)
@@ -67,12 +66,36 @@ def test_networks_come_and_go_around_each_call() -> None:
 def test_networks_are_found_once_wherever_they_are_held() -> None:
     one, other = nn.Linear(1, 1), nn.Linear(1, 1)
 
-    class Holder:
+    class Holder(Reward):
         def __init__(self, part: Any) -> None:
             self.part, self.same = part, one
 
     assert {id(n) for n in networks([Holder([Holder({"a": other})])])} == {id(one), id(other)}
     assert networks([lambda images, prompts: one]) == []
+
+
+def test_an_object_of_a_foreign_class_shows_its_own_networks_or_says_which_they_are() -> None:
+    one, other = nn.Linear(1, 1), nn.Linear(1, 1)
+
+    class Deep:
+        """A network is hidden in an attribute that is no reward."""
+
+        def __init__(self) -> None:
+            self.helper, self.near = type("Helper", (), {"network": one})(), other
+
+        def __call__(self, images: Any, prompts: Any) -> list[float]:
+            return [0.0] * len(images)
+
+    class Told(Deep):
+        def modules(self) -> list[nn.Module]:
+            return [self.helper.network]
+
+    class Network(nn.Sequential):
+        def forward(self, images: Any, prompts: Any) -> list[float]:
+            return [0.0] * len(images)
+
+    assert networks([Deep()]) == [other] and networks([Told()]) == [one]
+    assert networks([network := Network(one, other)]) == [network, one, other]
 
 
 @pytest.mark.parametrize("name", ["clip", "pickscore", "video_clip", "video_pickscore"])
@@ -81,7 +104,7 @@ def test_the_network_of_a_registered_reward_is_found(name, tmp_path, monkeypatch
     monkeypatch.setenv("DGPO_CLIP", folder)
     monkeypatch.setenv("DGPO_PICKSCORE", folder)
     lazy = registry.resolve("reward", name.removeprefix("video_"))
-    before = vars(lazy).pop("reward", None)
+    before = vars(lazy).pop("inner", None)
     reward = registry.resolve("reward", name)
     try:
         given = [pictures(2)] if name.startswith("video_") else pictures(1)
@@ -89,13 +112,14 @@ def test_the_network_of_a_registered_reward_is_found(name, tmp_path, monkeypatch
         load_rewards([name])(given, load_prompts(["a cat"]))
         assert [type(network).__name__ for network in networks([reward])] == ["CLIPModel"]
     finally:
-        vars(lazy).pop("reward", None)
+        vars(lazy).pop("inner", None)
         if before is not None:
-            vars(lazy)["reward"] = before
+            vars(lazy)["inner"] = before
 
 
 def test_no_registered_reward_hides_its_network_from_the_search() -> None:
     """A function's cache cannot be looked into: rewards with weights are objects."""
     for name, entry in registry.REWARDS.items():
         if entry.weights:
-            assert not isinstance(registry.resolve("reward", name), FunctionType), name
+            found = registry.resolve("reward", name)
+            assert isinstance(found, Reward) or issubclass(found, Reward), name

@@ -11,10 +11,10 @@ from PIL import Image
 
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
-from dgpo.rewards import load_rewards
-from dgpo.rewards.call_limits import RewardFailure
-from dgpo.rewards.shipped.unified_reward import unified_judge
-from dgpo.rewards.shipped.vlm_judge import VLMJudge, _Retry
+from dgpo.rewards import RewardFailure, load_rewards
+from dgpo.rewards.call_limits import Again
+from dgpo.rewards.shipped.unified_reward import UnifiedReward
+from dgpo.rewards.shipped.vlm_judge import VLMJudge
 
 COLORS = ["red", "blue", "green"]
 IMAGES = [Image.new("RGB", (8, 8), color) for color in COLORS]
@@ -214,17 +214,17 @@ def test_unified_reward_has_its_scale_and_the_authors_question_can_be_given(
     server = serve(lambda body, count: "Score: 4 for style.\nFinal Score: **3.5**")
     monkeypatch.setenv("DGPO_UNIFIED_REWARD_URL", server.url)
     monkeypatch.delenv("DGPO_UNIFIED_REWARD_MODEL", raising=False)
-    assert unified_judge()(IMAGES[:1], ["a fox"]) == [3.5]
+    assert UnifiedReward()(IMAGES[:1], ["a fox"]) == [3.5]
     assert server.requests[0]["model"] == "CodeGoat24/UnifiedReward-qwen-7b"
     assert "[a fox]" in parts(server.requests[0])[1]
     file = tmp_path / "question.txt"
     file.write_text("Theirs: {prompt}")
     monkeypatch.setenv("DGPO_UNIFIED_REWARD_TEMPLATE", str(file))
-    unified_judge()(IMAGES[:1], ["a fox"])
+    UnifiedReward()(IMAGES[:1], ["a fox"])
     assert parts(server.requests[1])[1] == "Theirs: a fox"
     monkeypatch.setenv("DGPO_UNIFIED_REWARD_TEMPLATE", str(tmp_path / "none"))
     with pytest.raises(UserError, match="DGPO_UNIFIED_REWARD_TEMPLATE"):
-        unified_judge()
+        UnifiedReward()
 
 
 ELEMENTS = "red fox (animal): 1\nsnow (location): 1\ntwo (count): 0\nwatercolor (style): 1\n"
@@ -256,9 +256,9 @@ ELEMENTS = "red fox (animal): 1\nsnow (location): 1\ntwo (count): 0\nwatercolor 
     ],
 )
 def test_answers_of_unified_reward_are_read(answer, score):
-    judge = unified_judge("http://localhost:1", "m", template="{prompt}")
+    judge = UnifiedReward("http://localhost:1", "m", template="{prompt}")
     if score is None:
-        with pytest.raises(_Retry):
+        with pytest.raises(Again):
             judge._read(answer)
     else:
         assert judge._read(answer) == score
@@ -267,7 +267,7 @@ def test_answers_of_unified_reward_are_read(answer, score):
 def test_unified_reward_is_shown_the_picture_and_then_asked(serve, monkeypatch):
     monkeypatch.delenv("DGPO_UNIFIED_REWARD_TEMPLATE", raising=False)
     server = serve(lambda body, count: ELEMENTS + f"Final Score: {count}")
-    judge = unified_judge(server.url, "m")
+    judge = UnifiedReward(server.url, "m")
     assert judge(IMAGES[:1], ["a {red} fox"]) == [1.0]
     picture, question = parts(server.requests[0])
     assert picture.getpixel((0, 0)) == IMAGES[0].getpixel((0, 0))

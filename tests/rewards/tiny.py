@@ -7,10 +7,9 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from dgpo.rewards.group_wise import Ranked
-from dgpo.rewards.loading import Lazy
 from dgpo.rewards.offload import networks
 from dgpo.rewards.shipped.video import PerFrame
+from dgpo.rewards.wrappers import Lazy, Ranked
 
 
 def pictures(count, size=(40, 48), seed=0):
@@ -25,8 +24,8 @@ def pictures(count, size=(40, 48), seed=0):
 def held(reward):
     """The networks that are found in a reward as deep as the package's own may lie: ranked, of a
     video, built when it is needed."""
-    lazy = Lazy("held", lambda: reward)
-    assert lazy.reward is reward
+    lazy = Lazy(type(reward))
+    lazy.inner = reward
     return networks([Ranked(PerFrame(lazy))])
 
 

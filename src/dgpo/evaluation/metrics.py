@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 from torch import Tensor
 
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
-from dgpo.registry import resolve
 from dgpo.rewards import RewardSet, load_rewards
+from dgpo.rewards.entry import Entry, entry_of
 
 
 class Interval(NamedTuple):
@@ -37,26 +36,23 @@ class Metrics:
 
     def __init__(self, metrics: RewardSet | Sequence[str | Callable]) -> None:
         self._each: RewardSet | None = None
-        self._of_set: dict[str, Callable[..., Sequence[float]]] = {}
+        self._of_set: list[Entry] = []
         self.names: list[str] = []
         """The names of all metrics, in the order given."""
         if isinstance(metrics, RewardSet):
             self._each, self.names = metrics, metrics.names
             return
-        each: list[str | Callable] = []
+        each: list[Entry] = []
         for metric in metrics:
-            found: Any = resolve("reward", metric) if isinstance(metric, str) else metric
-            name = metric if isinstance(metric, str) else _name(metric)
-            if name in self.names:
-                raise UserError(f"eval.metrics: {name!r} is given twice; give each its own name")
-            self.names.append(name)
-            if getattr(found, "of_set", False):
-                function: Any = found() if inspect.isclass(found) else found
-                self._of_set[name] = function
-            else:
-                each.append(metric)
+            entry = entry_of(metric, 1.0)
+            if entry.name in self.names:
+                raise UserError(
+                    f"eval.metrics: {entry.name!r} is given twice; give each its own name"
+                )
+            self.names.append(entry.name)
+            (self._of_set if entry.reward.of_set else each).append(entry)
         if each or not self._of_set:
-            self._each = load_rewards(each)
+            self._each = RewardSet(each) if each else load_rewards([])
 
     @property
     def names_of_each(self) -> list[str]:
@@ -81,10 +77,8 @@ class Metrics:
         """
         if self._each is not None:
             self._each.check(prompts)
-        for metric in self._of_set.values():
-            check = getattr(metric, "check", None)
-            if check is not None:
-                check(list(prompts))
+        for metric in self._of_set:
+            metric.reward.check(list(prompts))
 
     def of_each(
         self, images: Sequence[Image.Image], prompts: Sequence[Prompt]
@@ -108,23 +102,14 @@ class Metrics:
         keys = dict.fromkeys(key for prompt in prompts for key in prompt.metadata)
         columns = {key: [prompt.metadata.get(key) for prompt in prompts] for key in keys}
         found = {}
-        for name, metric in self._of_set.items():
-            answer = metric(list(images), texts, **_accepted(metric, columns))
+        for metric in self._of_set:
+            wanted = metric.reward.columns
+            own = {key: columns[key] for key in columns if wanted is None or key in wanted}
+            answer = metric.reward(list(images), texts, **own)
             if not isinstance(answer, (tuple, list)) or len(answer) != 3:
                 raise UserError(
-                    f"metric {name!r} returned {answer!r:.80}; a metric of a whole set returns "
-                    "(value, low, high)"
+                    f"metric {metric.name!r} returned {answer!r:.80}; a metric of a whole set "
+                    "returns (value, low, high)"
                 )
-            found[name] = Interval(*map(float, answer))
+            found[metric.name] = Interval(*map(float, answer))
         return found
-
-
-def _name(metric: Callable) -> str:
-    return getattr(metric, "__name__", type(metric).__name__)
-
-
-def _accepted(metric: Callable, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    parameters = inspect.signature(metric).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return columns
-    return {key: column for key, column in columns.items() if key in list(parameters)[2:]}

@@ -1,4 +1,4 @@
-"""How far raters agree on the groups that several of them have ranked."""
+"""Counts how far raters agree on the groups that several of them have ranked."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from itertools import combinations
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of all pairs of pictures in a group that two raters both told apart: how many the same way.
+    """How many pairs of pictures two raters order the same way, of those that both told apart.
 
     Args:
-        same: pairs that both order the same way.
-        pairs: pairs that both told apart; one on which a rater sees no difference is not counted.
-        groups: groups with such a pair.
+        same: the pairs that both order the same way.
+        pairs: the pairs that both told apart; where a rater sees no difference, none is counted.
+        groups: the groups with such a pair.
     """
 
     same: int = 0
@@ -23,7 +23,7 @@ class Agreement:
 
     @property
     def share(self) -> float | None:
-        """``same / pairs``, 0.5 by chance; None if there is no pair."""
+        """The share ``same / pairs``, 0.5 by chance; None if there is no pair."""
         return self.same / self.pairs if self.pairs else None
 
     def __add__(self, other: Agreement) -> Agreement:
@@ -33,10 +33,10 @@ class Agreement:
 
 
 def agreement(groups: Iterable[Mapping[str, Sequence[float]]]) -> Agreement:
-    """The agreement of every two raters, added up.
+    """Add up the agreement of every two raters.
 
     Args:
-        groups: for each group the rewards that each rater gave, by name.
+        groups: for each group, the rewards that each rater gave, by the rater's name.
     """
     return sum((_of_group(group) for group in groups), Agreement())
 

@@ -1,4 +1,4 @@
-"""What a person says of a group of pictures, and the rewards that it amounts to."""
+"""What a person says of a group of pictures, and the rewards that it makes."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ class _Answer(BaseModel):
 
 
 class Likes(_Answer):
-    """The pictures that please, by their places in the group."""
+    """Names the pictures that please, by their places in the group."""
 
     kind: Literal["likes"] = "likes"
     liked: list[_Place]
 
 
 class Order(_Answer):
-    """Places in the group, the best first; those that are not named tie behind them."""
+    """Orders places in the group, the best first; those that are not named tie behind them."""
 
     kind: Literal["order"] = "order"
     best_first: list[_Place]
 
 
 class Stars(_Answer):
-    """1 to 5 stars for every picture of the group."""
+    """Gives every picture of the group 1 to 5 stars."""
 
     kind: Literal["stars"] = "stars"
     stars: list[Annotated[int, Field(ge=1, le=STARS, strict=True)]]
 
 
 class Skip(_Answer):
-    """No opinion of this group."""
+    """Has no opinion of this group."""
 
     kind: Literal["skip"] = "skip"
 
@@ -52,14 +52,17 @@ ANSWER: TypeAdapter[Answer] = TypeAdapter(Answer)
 
 
 def rewards_of(answer: Likes | Order | Stars | Skip, size: int) -> list[float] | None:
-    """The reward of each picture, in [0, 1]; None: no opinion.
+    """The reward of each picture, in [0, 1]; None for no opinion.
 
-    Liked pictures get 1, others 0. An order gives the share of the other pictures that lie behind,
-    those that tie the mean of their places. Stars s give ``(s - 1) / 4``.
+    Liked pictures get 1, others 0. An order gives each picture the share of the others that lie
+    behind it, and pictures that tie the mean of their places. Stars s give ``(s - 1) / 4``.
+
+    >>> rewards_of(Order(best_first=[2, 0]), size=4)
+    [0.6666666666666666, 0.16666666666666666, 1.0, 0.16666666666666666]
 
     Args:
-        answer: of a group.
-        size: pictures in the group, 2 or more.
+        answer: what a person says of a group.
+        size: how many pictures the group has, 2 or more.
 
     Raises:
         ValueError: the answer names pictures that are not there, one twice, or not all.
@@ -81,7 +84,7 @@ def rewards_of(answer: Likes | Order | Stars | Skip, size: int) -> list[float] |
 
 
 def mean(rewards: Iterable[list[float]]) -> list[float]:
-    """The mean of several raters, picture by picture."""
+    """The mean of several raters' rewards, picture by picture."""
     return [sum(column) / len(column) for column in zip(*rewards, strict=True)]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import sqlite3
+from collections.abc import Callable
 from importlib.resources import files
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -18,14 +19,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from dgpo.ranking.answers import Answer, Kind
 from dgpo.ranking.desk import Desk
-from dgpo.ranking.store import Group
+from dgpo.ranking.store import Group, Store
 from dgpo.serve.access import loopback
 from dgpo.serve.limits import Gate
 
 BODY = 64 * 1024
-"""Bytes of an answer."""
+"""The most bytes of an answer."""
 AHEAD = 2
-"""Groups that a page asks for: the one it shows, and one whose pictures it loads meanwhile."""
+"""How many groups a page asks for: the one it shows, and one whose pictures it loads meanwhile."""
 PAGES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
@@ -53,14 +54,14 @@ Id = Annotated[str, Path(pattern="^[0-9a-f]{32}$")]
 
 
 class Shown(BaseModel):
-    """A group as a rater sees it: its places in an order of their own, so that being the first on
-    the page favours no picture."""
+    """A group as a rater sees it: each rater has an order of places of their own, so that being
+    the first on the page favours no picture."""
 
     id: str
     prompt: str
     places: list[int]
     sources: list[str]
-    """Of ``image`` and ``mask``, which the prompt speaks of."""
+    """Which of ``image`` and ``mask`` the prompt speaks of."""
     answer: Answer | None = None
 
 
@@ -93,12 +94,12 @@ class Kept(BaseModel):
 
 
 def make_app(desk: Desk, ask: Kind = "likes", token: str | None = None) -> Any:
-    """An ASGI application with the page.
+    """Make an ASGI application with the page.
 
     Args:
         desk: where groups come from and answers go.
         ask: how people are asked first; they may choose another way.
-        token: wanted as a bearer token of every request but those for the page itself.
+        token: the bearer token that every request needs except those for the page itself.
     """
     app = FastAPI(title="dgpo rank", docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -116,7 +117,7 @@ def make_app(desk: Desk, ask: Kind = "likes", token: str | None = None) -> Any:
 
     @app.get("/v1/groups")
     def groups(rater: Annotated[Rater, Query()]) -> Work:
-        """What is to be ranked now, and next."""
+        """The groups to rank now and next."""
         found = [_shown(group, rater) for group in desk.next(rater, AHEAD)]
         return Work(groups=found, status=status(rater))
 
@@ -143,29 +144,31 @@ def make_app(desk: Desk, ask: Kind = "likes", token: str | None = None) -> Any:
             raise HTTPException(507, f"the answer could not be kept: {error}") from None
         return Kept(in_time=in_time)
 
-    @app.get("/v1/groups/{id}/{place}.png")
-    def picture(id: Id, place: Annotated[int, Path(ge=0)]) -> Response:
-        """A picture of a group."""
-        try:
-            file = desk.store.group(id).files[place]
-        except (KeyError, IndexError):
-            raise HTTPException(404, "no such picture") from None
-        return FileResponse(desk.store.folder / file, media_type="image/png")
-
-    @app.get("/v1/groups/{id}/source/{key}.png")
-    def source(id: Id, key: Literal["image", "mask"]) -> Response:
-        """What the prompt of a group speaks of."""
-        try:
-            file = desk.store.group(id).sources[key]
-        except KeyError:
-            raise HTTPException(404, "no such picture") from None
-        return FileResponse(desk.store.folder / file, media_type="image/png")
-
+    _serve_pictures(app, desk.store)
     for path, (name, kind) in PAGES.items():
         content = (files("dgpo.ranking") / "page" / name).read_bytes()
         app.get(path)(_static(content, kind))
 
     return _Headers(_ThisMachine(Gate(app, token, BODY, PAGES), token))
+
+
+def _serve_pictures(app: FastAPI, store: Store) -> None:
+    @app.get("/v1/groups/{id}/{place}.png")
+    def picture(id: Id, place: Annotated[int, Path(ge=0)]) -> Response:
+        """A picture of a group."""
+        return sent(id, lambda group: group.files[place])
+
+    @app.get("/v1/groups/{id}/source/{key}.png")
+    def source(id: Id, key: Literal["image", "mask"]) -> Response:
+        """A picture that the prompt of a group speaks of."""
+        return sent(id, lambda group: group.sources[key])
+
+    def sent(id: str, file: Callable[[Group], str]) -> Response:
+        try:
+            place = store.folder / file(store.group(id))
+        except (KeyError, IndexError):
+            raise HTTPException(404, "no such picture") from None
+        return FileResponse(place, media_type="image/png")
 
 
 def _static(content: bytes, kind: str) -> Any:
@@ -182,7 +185,7 @@ def _shown(group: Group, rater: str) -> Shown:
 
 
 class _Headers:
-    """ASGI middleware: the headers of every answer."""
+    """ASGI middleware that adds the headers of every answer."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -198,8 +201,8 @@ class _Headers:
 
 
 class _ThisMachine:
-    """ASGI middleware: without a token, only names of this machine are answered to, so that a page
-    elsewhere cannot reach it by a name of its own that points here."""
+    """ASGI middleware that answers to names of this machine alone where there is no token, so that
+    a page elsewhere cannot reach it by a name of its own that points here."""
 
     def __init__(self, app: Any, token: str | None) -> None:
         self._app, self._token = app, token

@@ -1,4 +1,4 @@
-"""Rankings as a dataset that offline training reads.
+"""Writes rankings as a dataset that offline training reads.
 
 A folder with ``groups.jsonl``, an object a line: ``prompt``, ``images`` (files relative to the
 folder), ``rewards`` (one a picture, higher is better: the mean over raters), ``raters`` (the
@@ -25,7 +25,7 @@ def export(store: Store) -> int:
     Groups that nobody has an opinion of are left out.
 
     Returns:
-        the number of groups in it.
+        The number of groups in the file.
     """
     lines = []
     for group in store.groups():

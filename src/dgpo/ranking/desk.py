@@ -1,4 +1,4 @@
-"""The desk between those who rank and whoever waits for it: groups in a queue, answers out."""
+"""The desk between those who rank and whoever waits: groups come in a queue, answers go out."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dgpo.ranking.answers import Likes, Order, Skip, Stars, mean
 from dgpo.ranking.store import Group, Store
 
 LEASE = 120.0
-"""Seconds for which a group that is shown to somebody is offered to others last."""
+"""For how many seconds a group that is shown to somebody is offered to others last."""
 _TICK = 0.5
-"""Seconds between looks of a waiting thread, so that Ctrl-C is heard."""
+"""After how many seconds a waiting thread looks up, so that Ctrl-C is heard."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class State:
     """How far the ranking is.
 
     Args:
-        ranked: groups that each rater has answered, by name.
-        waiting: groups that wait for answers.
-        agreement: of all raters.
+        ranked: how many groups each rater has answered, by name.
+        waiting: how many groups wait for answers.
+        agreement: how far all raters agree.
         note: what the page tells people when nothing waits.
     """
 
@@ -41,8 +41,8 @@ class Desk:
     """Gives groups to raters and their answers to whoever asked.
 
     Args:
-        store: where all of it is kept.
-        raters: different people that are wanted for each group.
+        store: keeps all of it.
+        raters: how many different people rank each group.
     """
 
     def __init__(self, store: Store, raters: int = 1) -> None:
@@ -76,8 +76,8 @@ class Desk:
             self._queue(group)
 
     def rewards(self, group: Group) -> list[float] | None:
-        """Wait until enough people have answered, and give the mean of their rewards; None if none
-        of them has an opinion."""
+        """Wait until enough people have answered, and return the mean of their rewards; None if
+        nobody has an opinion."""
         with self._changed:
             while not self._done(group):
                 self._changed.wait(_TICK)
@@ -96,7 +96,8 @@ class Desk:
         self.wait_for_room(1)
 
     def next(self, rater: str, most: int = 1) -> list[Group]:
-        """Groups for a rater, the first to be answered now; those that others look at come last."""
+        """Pick groups for a rater, the one to answer now first; those that others look at come
+        last."""
         with self._changed:
             now = monotonic()
             mine = [g for g in self._open.values() if rater not in self.store.answers(g)]
@@ -112,7 +113,7 @@ class Desk:
         answer: Likes | Order | Stars | Skip,
         seconds: float | None = None,
     ) -> bool:
-        """Keep an answer; whether it comes in time for whoever waits for the group.
+        """Keep an answer, and say whether it comes in time for whoever waits for the group.
 
         Raises:
             KeyError: there is no such group.

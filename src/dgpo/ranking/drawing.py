@@ -1,4 +1,4 @@
-"""Groups of pictures to be ranked, drawn one after the other as a recipe says."""
+"""Draws groups of pictures to be ranked, one after the other, as a recipe says."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class Artist:
     A group depends on the seed and its place alone, so that drawing goes on where it was stopped.
 
     Args:
-        recipe: ``model``, ``precision``, ``prompts.train``, ``group_size``, ``rollout``, ``seed``.
+        recipe: its ``model``, ``precision``, ``prompts.train``, ``group_size``, ``rollout`` and
+            ``seed`` are used.
         lora: a folder with trained weights, to rank what was trained already.
 
     Raises:
@@ -45,10 +46,10 @@ class Artist:
 
     @torch.no_grad()
     def draw(self, place: int) -> tuple[Prompt, list[Image.Image]]:
-        """A prompt and ``group_size`` pictures of it.
+        """Draw a prompt and ``group_size`` pictures of it.
 
         Args:
-            place: the group's, counted from 0.
+            place: the group's number, counted from 0.
         """
         recipe, rollout = self._recipe, self._recipe.rollout
         (prompt,) = self._prompts.at(place)

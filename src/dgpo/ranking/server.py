@@ -1,4 +1,4 @@
-"""The page's server, in a thread beside whatever makes the pictures."""
+"""Runs the page's server in a thread beside whatever makes the pictures."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class PageServer:
     """Serves the page. The port is taken at once, requests are answered from :meth:`start` on.
 
     Args:
-        host: 127.0.0.1 for this machine alone; others want a token.
-        port: 0 for any that is free.
+        host: the address; 127.0.0.1 is for this machine alone, others want a token.
+        port: the port; 0 for any that is free.
         token_file: a file with what raters must know.
-        names: what the settings are called where the user gives them: host, port, token file.
+        names: what the user calls the settings host, port and token file.
 
     Raises:
-        UserError: a package is missing, the port is taken, or there should be a token.
+        UserError: a package is missing, the port is taken, or a token is missing.
     """
 
     def __init__(
@@ -62,7 +62,11 @@ class PageServer:
         return f"open {self.url} in a browser and rank{more}"
 
     def start(self, desk: Desk, ask: Kind) -> None:
-        """Answer requests from now on."""
+        """Answer requests from now on.
+
+        Raises:
+            UserError: the server could not start.
+        """
         import uvicorn
 
         from dgpo.ranking.app import make_app
@@ -84,7 +88,7 @@ class PageServer:
             time.sleep(0.01)
 
     def stop(self) -> None:
-        """Answer what was asked, then no more."""
+        """Answer what was asked already, and nothing more."""
         if self._thread is not None:
             self._server.should_exit = True
             self._thread.join(timeout=5)

@@ -1,4 +1,4 @@
-"""What was ranked, kept on the disk: pictures as files, groups and answers in SQLite.
+"""Keeps on the disk what was ranked: pictures as files, groups and answers in SQLite.
 
 An answer is on the disk before it is acknowledged, and none is ever changed: a rater's later answer
 to the same group is a row of its own, and counts instead of the earlier one.
@@ -43,7 +43,7 @@ class Group:
     Args:
         id: a digest of the prompt and the pixels, so that the same group is known again.
         prompt: the text.
-        size: number of pictures.
+        size: how many pictures it has.
         metadata: what else the prompt row says, as far as JSON can hold it.
     """
 
@@ -54,12 +54,12 @@ class Group:
 
     @property
     def files(self) -> list[str]:
-        """The pictures, relative to the folder."""
+        """The pictures' files, relative to the folder."""
         return [f"images/{self.id}-{place}.png" for place in range(self.size)]
 
     @property
     def sources(self) -> dict[str, str]:
-        """What the prompt speaks of, ``image`` and ``mask``, relative to the folder."""
+        """The files that the prompt speaks of, ``image`` and ``mask``, relative to the folder."""
         files = {key: _source_file(self.id, key) for key in PICTURES}
         return {key: file for key, file in files.items() if self.metadata.get(key) == file}
 
@@ -103,13 +103,13 @@ class Store:
 
         Args:
             prompt: the text.
-            images: 2 or more.
-            metadata: of the prompt row; what JSON cannot hold is left out. Its ``image`` and
-                ``mask`` are kept beside the group's own pictures.
-            place: its number in a series of groups that are drawn one after the other.
+            images: 2 pictures or more.
+            metadata: what else the prompt row says; what JSON cannot hold is left out. Its
+                ``image`` and ``mask`` are kept beside the group's own pictures.
+            place: the group's number in a series that is drawn one after the other.
 
         Raises:
-            UserError: fewer than two, or what is no picture.
+            UserError: there are fewer than two images, or one is no picture.
         """
         _check(images)
         pictures = [image.convert("RGB") for image in images]
@@ -143,10 +143,10 @@ class Store:
         """Keep what a rater says of a group; returns when it is on the disk.
 
         Args:
-            group: which.
+            group: the group.
             rater: the person's name.
             answer: what they say.
-            seconds: that they looked at it.
+            seconds: how long they looked at it.
 
         Raises:
             ValueError: the answer does not fit the group.
@@ -159,7 +159,7 @@ class Store:
             )
 
     def group(self, id: str) -> Group:
-        """A group by its id.
+        """Look a group up by its id.
 
         Raises:
             KeyError: there is none.
@@ -171,7 +171,7 @@ class Store:
         return Group(row[0], row[1], row[2], json.loads(row[3]))
 
     def groups(self) -> list[Group]:
-        """All, in the order in which they came."""
+        """All groups, in the order in which they came."""
         rows = self._rows("SELECT id, prompt, size, metadata FROM groups ORDER BY number")
         return [Group(id, prompt, size, json.loads(data)) for id, prompt, size, data in rows]
 
@@ -245,7 +245,7 @@ def _digest(prompt: str, pictures: Sequence[Image.Image]) -> str:
 
 
 def _write(file: Path, picture: Image.Image) -> None:
-    """Whole or not at all."""
+    """Write a picture whole or not at all."""
     new = file.with_suffix(".new")
     with new.open("wb") as handle:
         picture.save(handle, "PNG")
@@ -255,7 +255,7 @@ def _write(file: Path, picture: Image.Image) -> None:
 
 
 def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What JSON holds of a prompt row; a row's missing columns are left out."""
+    """The part of a prompt row that JSON can hold; missing columns are left out."""
     plain = {}
     for key, value in metadata.items():
         if value is None:

@@ -1,11 +1,19 @@
-"""Rewards: functions ``(images, prompts, **metadata columns) -> one number for each image``.
+"""Rewards: what gives each picture a number, and sets of them.
 
-A reward may carry an attribute ``check(prompts)``, called with all :class:`dgpo.prompts.Prompt`
-rows before any compute is spent; it raises :class:`dgpo.errors.UserError` for rows that it cannot
-score.
+>>> from dgpo.rewards import load_rewards
+>>> load_rewards(["redness", "brightness"]).weights
+{'redness': 1.0, 'brightness': 1.0}
 """
 
-from dgpo.rewards.call_limits import RewardFailure
-from dgpo.rewards.set import RewardFunction, RewardSet, Scored, Scores, load_rewards
+from dgpo.rewards.reward import Reward, RewardFailure, RewardFunction
+from dgpo.rewards.set import RewardSet, Scored, Scores, load_rewards
 
-__all__ = ["RewardFailure", "RewardFunction", "RewardSet", "Scored", "Scores", "load_rewards"]
+__all__ = [
+    "Reward",
+    "RewardFailure",
+    "RewardFunction",
+    "RewardSet",
+    "Scored",
+    "Scores",
+    "load_rewards",
+]

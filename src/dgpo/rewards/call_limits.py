@@ -14,68 +14,85 @@ from typing import TypeVar
 import torch
 
 from dgpo.errors import UserError
+from dgpo.rewards.reward import RewardFailure
 from dgpo.rewards.settings import RewardSettings
 
 T = TypeVar("T")
 MAX_HANGING = 8
-"""Calls of one reward that may hang at the same time before it is called no more."""
+"""How many calls of one reward may hang at the same time before it is called no more."""
 
 
-class RewardFailure(UserError):
-    """A reward gave no usable answer after all tries.
+class Again(Exception):
+    """A try that failed; the next one may not.
 
     Args:
-        message: which reward, and why.
-        gone: it hangs or cannot be reached, so that asking about fewer pictures is no use.
-        skips: the run goes on without the groups concerned, as the recipe or the reward says.
+        reason: what happened.
+        gone: no answer came at all, so asking about other pictures is no use either.
     """
 
-    def __init__(self, message: str, gone: bool = False, skips: bool = False) -> None:
-        super().__init__(message)
+    def __init__(self, reason: str, gone: bool = False) -> None:
+        super().__init__(reason)
         self.gone = gone
-        self.skips = skips
 
 
-class Guard:
+def persist(call: Callable[[], T], retries: int, pause: float) -> T:
+    """The answer of ``call``, which is tried again while it raises :class:`Again`.
+
+    Args:
+        call: what is tried.
+        retries: how many more times.
+        pause: seconds before the first further try; each next one waits twice as long.
+
+    Raises:
+        Again: the last try's.
+    """
+    for tried in range(retries):
+        try:
+            return call()
+        except Again:
+            time.sleep(pause * 2**tried)
+    return call()
+
+
+class CallLimits:
     """Calls one reward as its settings ask.
 
     A call that is too late cannot be ended: its thread is left behind, and its answer is not used.
     """
 
-    def __init__(self, name: str, term: RewardSettings) -> None:
-        self._name, self._term = name, term
+    def __init__(self, name: str, settings: RewardSettings) -> None:
+        self._name, self._settings = name, settings
+        self._skips = settings.on_error == "skip_group"
         self._hanging: list[Future] = []
 
     def __call__(self, call: Callable[[], T]) -> T:
         """The answer of ``call``.
 
         Raises:
-            RewardFailure: it raised or was too late at every try, or it raised a ``UserError`` of
-                its own, which says what to do and is not tried again; nor is a failure that lets
-                the run go on by itself.
+            RewardFailure: every try raised or was too late. A ``UserError`` of the reward's own
+                says what to do and is not tried again; nor is a failure that lets the run go on.
         """
-        term = self._term
-        failure = RewardFailure("")
-        for tried in range(term.retries + 1):
-            if tried:
-                time.sleep(term.pause * 2 ** (tried - 1))
-            try:
-                return self._in_time(call)
-            except RewardFailure as error:
-                if error.skips:
-                    raise
-                failure = error
-            except UserError as error:
-                raise RewardFailure(str(error), skips=term.on_error == "skip_group") from error
-            except (Exception, SystemExit) as error:
-                failure = RewardFailure(f"reward {self._name!r} raised {_told(error)}")
-                failure.__cause__ = error
-        tries = f" (tried {term.retries + 1} times)" if term.retries else ""
-        skips = term.on_error == "skip_group"
-        raise RewardFailure(f"{failure}{tries}", failure.gone, skips) from failure
+        retries = self._settings.retries
+        try:
+            return persist(lambda: self._tried(call), retries, self._settings.pause)
+        except Again as error:
+            tries = f" (tried {retries + 1} times)" if retries else ""
+            raise RewardFailure(f"{error}{tries}", error.gone, self._skips) from error
+
+    def _tried(self, call: Callable[[], T]) -> T:
+        try:
+            return self._in_time(call)
+        except RewardFailure as error:
+            if error.skips:
+                raise
+            raise Again(str(error), error.gone) from error
+        except UserError as error:
+            raise RewardFailure(str(error), skips=self._skips) from error
+        except (Exception, SystemExit) as error:
+            raise Again(f"reward {self._name!r} raised {_told(error)}") from error
 
     def _in_time(self, call: Callable[[], T]) -> T:
-        limit = self._term.timeout
+        limit = self._settings.timeout
         if limit is None:
             return call()
         self._hanging = [future for future in self._hanging if not future.done()]
@@ -87,11 +104,9 @@ class Guard:
         except Late:
             if future.done():
                 raise  # the reward's own
-        except BaseException:
+        finally:  # an interrupt leaves a call behind as well
             if not future.done():
                 self._hanging.append(future)
-            raise
-        self._hanging.append(future)
         raise RewardFailure(
             f"reward {self._name!r}: no answer within {limit:g} s; raise its timeout, or see why "
             "it hangs",

@@ -16,19 +16,19 @@ from dgpo.prompts import Prompt
 from dgpo.registry import nearest
 
 COLUMN = "rewards"
-"""Key of a prompt row that names its rewards: a list of names, or names and weights."""
+"""The key under which a prompt row names its rewards: a list of names, or names and weights."""
 Combine = Literal["sum", "gdpo"]
 
 
 def routed(prompts: Sequence[Prompt], weights: Mapping[str, float]) -> Tensor:
-    """The weight of each reward for each row, float64 [B, K]; 0: it is not asked.
+    """The weight of each reward for each row, float64 [B, K]; 0 where a row does not ask it.
 
     Args:
-        prompts: rows; one without the column ``rewards`` asks all.
-        weights: of all rewards, as in the recipe.
+        prompts: B rows; a row without the column ``rewards`` asks all rewards.
+        weights: the K rewards' weights, as in the recipe.
 
     Raises:
-        UserError: a row names a reward that the run has not, or a weight that is none.
+        UserError: a row names a reward that the run does not have, or gives a weight that is none.
     """
     table = torch.zeros(len(prompts), len(weights), dtype=torch.float64)
     for row, prompt in enumerate(prompts):
@@ -69,16 +69,16 @@ def _is_weight(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Mixed:
-    """What an algorithm learns from, and its figures."""
+    """What an algorithm learns from, and the figures about it."""
 
     total: Tensor
     """Weighted sum of the rewards, float32 [B]."""
     merit: Tensor
     """What the algorithm ranks by, float32 [B]: ``total``, or the combined advantage of GDPO."""
     figures: dict[str, float]
-    """``reward/NAME``, the mean; of several also ``reward_spread/NAME``, the mean deviation within
-    a group, and ``advantage_share/NAME``, ``sum A_k A / sum A^2`` with A the sum of the parts
-    A_k: the shares add up to 1, and one below 0 was outvoted."""
+    """``reward/NAME`` is the mean. Where there are several rewards, ``reward_spread/NAME`` is the
+    mean deviation within a group, and ``advantage_share/NAME`` is ``sum A_k A / sum A^2`` with A
+    the sum of the parts A_k: the shares add up to 1, and a reward below 0 was outvoted."""
 
 
 def mix(
@@ -93,8 +93,8 @@ def mix(
     Args:
         by_name: each reward's numbers, [B]; NaN where it was not asked.
         weights: [B, K] of :func:`routed`.
-        groups: of the rows.
-        combine: how.
+        groups: the groups of the rows.
+        combine: ``sum`` or ``gdpo``.
     """
     asked = weights != 0
     numbers = torch.stack([value.double() for value in by_name.values()], dim=1)

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-_DEPTH = 6
-"""As deep as the CLIP of a ranked GenEval lies."""
+from dgpo.rewards.reward import as_reward
 
 
 class Offload:
-    """Keeps the networks of rewards off their device but while they are asked.
+    """Keeps the networks of rewards off their device except while they are asked.
 
     A reward is loaded where it wants to be, at its first call. From then on it lies in the CPU's
     memory between calls, and is back where it was when it is asked again.
 
     Args:
-        rewards: functions or objects; networks are looked for in their attributes.
+        rewards: their hook ``modules`` says which networks they hold.
     """
 
     away = "cpu"
@@ -33,7 +31,7 @@ class Offload:
 
     @contextmanager
     def home(self) -> Iterator[None]:
-        """The networks are on their devices inside the block, and on the CPU after it."""
+        """Have the networks on their devices inside the block, and on the CPU after it."""
         while self._away:
             module, device = self._away.pop()
             module.to(device)
@@ -49,26 +47,7 @@ class Offload:
                 torch.cuda.empty_cache()
 
 
-def networks(holders: Iterable[Any]) -> list[nn.Module]:
-    """The networks that objects hold, each once: in attributes, lists and dicts, a few deep."""
-    found: dict[int, nn.Module] = {}
-    seen: set[int] = set()
-    waiting = [(holder, 0) for holder in holders]
-    while waiting:
-        holder, depth = waiting.pop()
-        if id(holder) in seen or depth > _DEPTH:
-            continue
-        seen.add(id(holder))
-        if isinstance(holder, nn.Module):
-            found[id(holder)] = holder
-        elif not isinstance(holder, (type, ModuleType, FunctionType, torch.Tensor)):
-            waiting += [(part, depth + 1) for part in _parts(holder)]
-    return list(found.values())
-
-
-def _parts(holder: Any) -> Iterable[Any]:
-    if isinstance(holder, dict):
-        return holder.values()
-    if isinstance(holder, (list, tuple)):
-        return holder
-    return vars(holder).values() if hasattr(holder, "__dict__") else ()
+def networks(rewards: Iterable[Any]) -> list[nn.Module]:
+    """The networks that rewards hold, each once."""
+    every = (module for reward in rewards for module in as_reward(reward).modules())
+    return list({id(module): module for module in every}.values())

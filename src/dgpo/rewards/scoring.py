@@ -1,4 +1,4 @@
-"""Rewards of the pictures that are there, while the next ones are sampled."""
+"""Scores the pictures that are there while the next ones are sampled."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 from time import monotonic
-from types import TracebackType
+from typing import TypeAlias
 
 import torch
 from PIL import Image
@@ -14,6 +14,9 @@ from PIL import Image
 from dgpo.prompts import Prompt
 from dgpo.rewards.call_limits import in_thread
 from dgpo.rewards.set import RewardSet, Scored
+
+_Task: TypeAlias = tuple[list[Image.Image], list[Prompt], list[int]]
+"""Pictures, the prompt row of each, and its group."""
 
 
 class Scoring:
@@ -23,11 +26,12 @@ class Scoring:
     are asked in :meth:`finish`. The calls are the same, and so are their answers.
 
     Args:
-        rewards: what to ask.
-        prompts: one a group.
-        size: pictures of a group.
+        rewards: the rewards to ask.
+        prompts: the prompt of each group.
+        size: how many pictures a group has.
         overlap: whether to ask in a thread.
-        groups: of each picture, ascending; None for all pictures of all groups.
+        groups: the group of each picture that will come, ascending; None for all pictures of all
+            groups.
     """
 
     def __init__(
@@ -43,49 +47,44 @@ class Scoring:
         self._groups = every if groups is None else list(groups)
         self._waiting: list[Image.Image] = []
         self._given = 0
-        self._tasks: SimpleQueue[tuple[int, list[Image.Image]] | None] = SimpleQueue()
+        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         self._parts: list[Scored] = []
         self._ended = False
         self.seconds = 0.0
-        """Spent in rewards."""
+        """The seconds that rewards have taken."""
         self._work: Future[None] | None = in_thread(self._run) if overlap else None
 
     def __enter__(self) -> Scoring:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._ended = True  # after an error: what waits is not asked any more
         self._tasks.put(None)
 
     def add(self, images: Sequence[Image.Image]) -> None:
-        """The next pictures, group after group.
+        """Take the next pictures, group after group.
 
         Raises:
-            UserError: a reward has failed for earlier ones; there is no use in sampling on.
+            UserError: a reward has failed for earlier pictures, so sampling on is no use.
         """
         if self._work is not None and self._work.done():
             self._work.result()
         self._waiting += images
         first, end = self._given, self._given + len(self._waiting)
-        # of the group that the next picture belongs to, some may still be missing
+        # the last group may still lack pictures: rewards are asked about whole groups alone
         while 0 < end < len(self._groups) and self._groups[end - 1] == self._groups[end]:
             end -= 1
         count = end - first
         if count > 0:
             groups = self._groups[first:end]
-            rows = [self._prompts[group] for group in groups]
-            self._rewards.announce(self._waiting[:count], rows, groups)
-            self._tasks.put((first, self._waiting[:count]))
+            task = (self._waiting[:count], [self._prompts[group] for group in groups], groups)
+            self._rewards.announce(*task)
+            self._tasks.put(task)
             self._waiting = self._waiting[count:]
             self._given = end
 
     def finish(self) -> Scored:
-        """The scores of all pictures, in order.
+        """Wait for the scores of all pictures, in order.
 
         Raises:
             UserError: a reward has failed.
@@ -106,9 +105,6 @@ class Scoring:
 
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None and not self._ended:
-            first, images = task
             began = monotonic()
-            groups = self._groups[first : first + len(images)]
-            rows = [self._prompts[group] for group in groups]
-            self._parts.append(self._rewards.score(images, rows, groups))
+            self._parts.append(self._rewards.score(*task))
             self.seconds += monotonic() - began

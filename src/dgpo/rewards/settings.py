@@ -1,4 +1,4 @@
-"""One reward of a recipe: its weight, and what is done when it fails."""
+"""One reward of a recipe: its weight, its options, and what is done when it fails."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dgpo.secrets import masked, secrets_in
 
 
 class RewardSettings(BaseModel):
-    """A line of ``rewards`` that says more than a weight."""
+    """What a line of ``rewards`` may say besides a weight."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
@@ -37,11 +37,12 @@ class RewardSettings(BaseModel):
     timeout: float | None = Field(default=None, gt=0)
     """Seconds for one call; null: no limit."""
     retries: int = Field(default=0, ge=0)
-    """Further calls after one that failed."""
+    """How many more times a call that failed is made."""
     pause: float = Field(default=1.0, ge=0)
     """Seconds before the first further call; each next one waits twice as long."""
     on_error: Literal["stop", "skip_group"] = "stop"
-    """What then: end the run, or leave the group out of the update and count it."""
+    """What to do when all calls failed: end the run, or leave the group out of the update and
+    count it."""
 
     @field_validator("options")
     @classmethod
@@ -60,10 +61,10 @@ class RewardSettings(BaseModel):
 
 
 def weight(value: float) -> float:
-    """The weight, if it is one.
+    """A weight as it is.
 
     Raises:
-        ValueError: it is 0.
+        ValueError: the weight is 0.
     """
     if value == 0:
         raise ValueError("a weight of 0 rewards nothing: leave the line out, or list it in eval")
@@ -71,10 +72,10 @@ def weight(value: float) -> float:
 
 
 def settings_of(name: str, given: Any) -> RewardSettings:
-    """A weight, a mapping or a term as a term.
+    """A weight, a mapping or settings as settings.
 
     Raises:
-        UserError: it is none.
+        UserError: it is none of them, or a setting is wrong.
     """
     if isinstance(given, RewardSettings):
         return given
@@ -94,22 +95,22 @@ def settings_of(name: str, given: Any) -> RewardSettings:
 
 
 def _kind(value: Any) -> str:
-    return "<term>" if isinstance(value, (Mapping, RewardSettings)) else "<weight>"
+    return "<settings>" if isinstance(value, (Mapping, RewardSettings)) else "<weight>"
 
 
 AnyReward = Annotated[
-    Annotated[RewardSettings, Tag("<term>")]
+    Annotated[RewardSettings, Tag("<settings>")]
     | Annotated[float, AfterValidator(weight), Tag("<weight>")],
     Discriminator(_kind),
 ]
-"""A weight, or a term."""
+"""A weight, or settings."""
 
 
 def weight_of(reward: RewardSettings | float) -> float:
-    """The weight of either."""
+    """The weight that a line of ``rewards`` gives."""
     return reward.weight if isinstance(reward, RewardSettings) else reward
 
 
 def used(reward: RewardSettings | float) -> str:
-    """The registered name behind a name of the user's own, if there is one."""
+    """The registered name behind a name of the user's own; empty if there is none."""
     return (reward.use or "") if isinstance(reward, RewardSettings) else ""

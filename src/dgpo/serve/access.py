@@ -1,4 +1,4 @@
-"""Who may reach a server: tokens in files, and addresses of this machine alone."""
+"""Says who may reach a server: tokens in files, and addresses of this machine alone."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dgpo.errors import UserError
 
 
 def read_token(file: Path) -> str:
-    """The token in a file.
+    """Read the token in a file.
 
     Raises:
-        UserError: there is no file, or nothing fit in it.
+        UserError: the file cannot be read, or holds no word that can be a token.
     """
     try:
         token = file.expanduser().read_text(encoding="utf-8").strip()
@@ -34,12 +34,13 @@ def loopback(host: str) -> bool:
 def token_for(
     host: str, file: Path | None, names: tuple[str, str] = ("--host", "--token-file")
 ) -> str | None:
-    """The token that clients of ``host`` must know; None on this machine alone, if none is given.
+    """The token that clients of ``host`` must know; None where this machine alone reaches it and no
+    file is given.
 
     Args:
         host: the address to listen at.
-        file: with the token.
-        names: what the two are called where the user gives them.
+        file: the file with the token.
+        names: what the user calls the two settings.
 
     Raises:
         UserError: others reach the host and there is no token, or its file cannot be read.

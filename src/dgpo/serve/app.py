@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from dgpo.prompts import Prompt
 from dgpo.rewards import RewardSet
+from dgpo.rewards.mixing import COLUMN
 from dgpo.serve.batching import Batcher, Busy, Failed, Refused
 from dgpo.serve.limits import Gate, Limits
 from dgpo.serve.pictures import BadPicture, open_picture, size_of
@@ -29,17 +30,17 @@ class Question(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     prompts: list[str] = Field(min_length=1)
-    """One a picture or video, in order."""
+    """The prompt of each picture or video, in order."""
     metadata: list[dict[str, Any]] | None = None
-    """What else the prompt rows say, an object a picture or video."""
+    """What else the prompt rows say, an object for each picture or video."""
     rewards: list[str] | None = None
-    """Names of rewards that are served; null: all."""
+    """The names of the rewards to ask; null for all that are served."""
     frames: list[PositiveInt] | None = None
-    """Of videos: how many of the pictures, one after the other, each has; null: no videos."""
+    """How many of the pictures, one after the other, each video has; null where there are none."""
 
 
 class Scores(BaseModel):
-    """One number a picture and reward, in order."""
+    """A number for each picture or video, in order, by the name of the reward."""
 
     scores: dict[str, list[float]]
 
@@ -60,57 +61,58 @@ class Problem(BaseModel):
     detail: Any
 
 
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": text}
+    for status, text in {
+        400: "a picture or the request cannot be read",
+        401: "no valid token",
+        404: "no such reward",
+        413: "too many bytes, pictures or pixels",
+        422: "the rows cannot be scored",
+        503: "busy, or the reward has failed: try again",
+        504: "no score in time",
+    }.items()
+}
+
+
 def make_app(
     rewards: list[RewardSet],
     token: str | None = None,
     limits: Limits | None = None,
     **batching: Any,
 ) -> Any:
-    """An ASGI application that serves rewards.
+    """Make an ASGI application that serves rewards.
 
     Args:
-        rewards: a set of one reward each.
-        token: wanted as a bearer token of every request but ``/health``; None: no token.
-        limits: of a request.
+        rewards: sets of one reward each.
+        token: the bearer token that every request but ``/health`` needs; None for no token.
+        limits: the bounds of a request.
         batching: ``batch``, ``linger`` and ``waiting`` of :class:`Batcher`.
     """
     bounds = limits or Limits()
-    batchers = {own.names[0]: Batcher(own, **batching) for own in rewards}
-    media = {own.names[0]: own.media for own in rewards}
+    scorer = _Scorer(rewards, bounds, batching)
     app = FastAPI(
         title="dgpo rewards",
         version=VERSION,
         description="Scores of pictures. Send `Authorization: Bearer TOKEN` if a token is set.",
     )
-    refusals: dict[int | str, dict[str, Any]] = {
-        status: {"model": Problem, "description": text}
-        for status, text in {
-            400: "a picture or the request cannot be read",
-            401: "no valid token",
-            404: "no such reward",
-            413: "too many bytes, pictures or pixels",
-            422: "the rows cannot be scored",
-            503: "busy, or the reward has failed: try again",
-            504: "no score in time",
-        }.items()
-    }
 
     @app.get("/health")
     async def health() -> Health:
         """Whether the server runs; needs no token."""
         return Health(status="ok", version=VERSION)
 
-    @app.get("/v1/rewards", responses={401: refusals[401]})
+    @app.get("/v1/rewards", responses={401: REFUSALS[401]})
     async def served() -> Served:
         """What is served, and how much may be asked at once."""
         return Served(
-            rewards=list(batchers),
+            rewards=scorer.names,
             max_images=bounds.images,
             max_pixels=bounds.pixels,
             max_bytes=bounds.body,
         )
 
-    @app.post("/v1/score", responses=refusals)
+    @app.post("/v1/score", responses=REFUSALS)
     async def score(
         request: Annotated[str, Form(description="JSON: " + ", ".join(Question.model_fields))],
         images: Annotated[
@@ -118,37 +120,60 @@ def make_app(
         ],
     ) -> Scores:
         """Score pictures or videos, in order, with each of the rewards asked for."""
-        question = _question(request)
-        names = list(dict.fromkeys(question.rewards or batchers))
+        return await scorer.score(_question(request), images)
+
+    return Gate(app, token, bounds.body)
+
+
+class _Scorer:
+    """Answers questions, or refuses them with a status."""
+
+    def __init__(self, rewards: list[RewardSet], limits: Limits, batching: dict[str, Any]) -> None:
+        self._batchers = {own.names[0]: Batcher(own, **batching) for own in rewards}
+        self._media = {own.names[0]: own.media for own in rewards}
+        self._limits = limits
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the rewards."""
+        return list(self._batchers)
+
+    async def score(self, question: Question, images: list[UploadFile]) -> Scores:
+        """The scores of pictures or videos by each of the rewards asked for."""
+        names = list(dict.fromkeys(question.rewards or self.names))
         for name in names:
-            if name not in batchers:
-                raise HTTPException(404, f"no reward {name!r:.80}; served: {', '.join(batchers)}")
-            if (media[name] == "videos") != (question.frames is not None):
-                raise HTTPException(422, f"reward {name!r} scores {media[name]}{_FRAMES}")
-        if len(images) > bounds.images:
-            raise HTTPException(413, f"{len(images)} pictures; at most {bounds.images} at once")
+            self._check(name, question.frames is not None)
+        if len(images) > self._limits.images:
+            raise HTTPException(
+                413, f"{len(images)} pictures; at most {self._limits.images} at once"
+            )
         rows = _rows(question, len(images))
         data = [await image.read() for image in images]
-        pictures: list[Any] = await run_in_threadpool(_opened, data, bounds.pixels)
+        pictures: list[Any] = await run_in_threadpool(_opened, data, self._limits.pixels)
         if question.frames is not None:
             rest = iter(pictures)
             pictures = [list(islice(rest, count)) for count in question.frames]
         try:
-            asked = {name: batchers[name].submit(pictures, rows) for name in names}
+            asked = [self._batchers[name].submit(pictures, rows) for name in names]
         except Busy:
             raise HTTPException(503, "busy", {"Retry-After": "1"}) from None
-        answers = asyncio.gather(*(asyncio.wrap_future(one) for one in asked.values()))
+        answers = asyncio.gather(*map(asyncio.wrap_future, asked))
         try:
-            found = await asyncio.wait_for(answers, bounds.seconds)
+            found = await asyncio.wait_for(answers, self._limits.seconds)
         except asyncio.TimeoutError:
-            raise HTTPException(504, f"no score within {bounds.seconds:g} s") from None
+            raise HTTPException(504, f"no score within {self._limits.seconds:g} s") from None
         except Refused as error:
             raise HTTPException(422, str(error)) from None
         except Failed as error:
             raise HTTPException(503, str(error)) from None
         return Scores(scores=dict(zip(names, found, strict=True)))
 
-    return Gate(app, token, bounds.body)
+    def _check(self, name: str, videos: bool) -> None:
+        if name not in self._batchers:
+            served = ", ".join(self._batchers)
+            raise HTTPException(404, f"no reward {name!r:.80}; served: {served}")
+        if (self._media[name] == "videos") != videos:
+            raise HTTPException(422, f"reward {name!r} scores {self._media[name]}{_FRAMES}")
 
 
 def _question(text: str) -> Question:
@@ -173,7 +198,7 @@ def _rows(question: Question, count: int) -> list[Prompt]:
             "objects of metadata: one of each belongs together",
         )
     return [
-        Prompt(text, {key: value for key, value in own.items() if key != "rewards"})
+        Prompt(text, {key: value for key, value in own.items() if key != COLUMN})
         for text, own in zip(question.prompts, metadata, strict=True)
     ]
 

@@ -1,4 +1,4 @@
-"""One thread a reward, which scores what several requests have asked at once."""
+"""A thread for each reward, which scores together what several requests ask at once."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Batcher:
 
     Args:
         rewards: a set with that one reward.
-        batch: pictures or videos of a call, unless a single request has more.
+        batch: the most pictures or videos of a call, unless a single request has more.
         linger: seconds that a request may wait for others to come.
-        waiting: requests that may wait.
+        waiting: how many requests may wait.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Batcher:
         Thread(target=self._run, daemon=True, name=f"reward-{self.name}").start()
 
     def submit(self, images: Sequence[Any], rows: Sequence[Prompt]) -> Future[list[float]]:
-        """The scores to come; the future may raise :class:`Refused` or :class:`Failed`.
+        """Ask for scores; the future may raise :class:`Refused` or :class:`Failed`.
 
         Args:
             images: B pictures, or B videos as lists of pictures.
@@ -79,7 +79,7 @@ class Batcher:
                 self._score(wanted)
 
     def _together(self, first: _Job) -> tuple[list[_Job], _Job | None]:
-        """Jobs for one call, and one that did not fit."""
+        """Collect jobs for one call; the second part is a job that did not fit."""
         jobs, count, until = [first], len(first.images), monotonic() + self._linger
         while count < self._batch:
             try:
@@ -97,9 +97,7 @@ class Batcher:
         rows = [row for job in jobs for row in job.rows]
         try:
             numbers = self._rewards(images, rows).by_name[self.name].tolist()
-        except (
-            Exception
-        ) as error:  # a reward may raise anything; the requests are told, each its own
+        except Exception as error:  # a reward may raise anything; each request is told its own
             if len(jobs) == 1:
                 jobs[0].answer.set_exception(self._blame(jobs[0], error))
                 return
@@ -111,7 +109,7 @@ class Batcher:
             numbers = numbers[len(job.images) :]
 
     def _blame(self, job: _Job, error: Exception) -> Exception:
-        """Whether the rows are at fault, or the reward."""
+        """The refusal of the rows if they are at fault, else the failure of the reward."""
         try:
             self._rewards.check(job.rows)
         except UserError as refusal:

@@ -1,4 +1,4 @@
-"""Who may ask, and how much: checked before a request is read."""
+"""Checks who asks, and how much, before a request is read."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ OPEN = ("/health",)
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of one request."""
+    """The bounds of one request."""
 
     body: int = 64 * 2**20
-    """Bytes."""
+    """Bytes of the whole request."""
     images: int = 64
+    """Pictures, frames of videos too."""
     pixels: int = 2**26
-    """Of all pictures together."""
+    """Pixels of all pictures together."""
     seconds: float = 300.0
-    """Until the answer."""
+    """Seconds until the answer."""
 
 
 class TooLarge(Exception):
@@ -31,13 +32,13 @@ class TooLarge(Exception):
 
 
 class Gate:
-    """ASGI middleware: the bearer token in constant time, and the size of the body.
+    """ASGI middleware that compares the bearer token in constant time and bounds the body.
 
     Args:
-        app: what is guarded.
-        token: None: none is wanted.
+        app: the application behind it.
+        token: the token that requests need; None for none.
         body: the most bytes of a request.
-        open_paths: what needs no token.
+        open_paths: paths that need no token.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Gate:
         async def answer(message: Any) -> None:
             nonlocal started
             if over and not started:
-                return  # what the framework makes of a body that it could not read
+                return  # the framework's answer to a body that it could not read
             started = True
             await send(message)
 

@@ -1,4 +1,4 @@
-"""Pictures from strangers: PNG and WebP, their size known before anything is unpacked."""
+"""Opens pictures from strangers, PNG and WebP, whose size is known before they are unpacked."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ FORMATS = "PNG or WebP"
 
 
 class BadPicture(ValueError):
-    """Bytes that are no picture that this server takes."""
+    """The bytes are no picture that this server takes."""
 
 
 def size_of(data: bytes) -> tuple[str, int, int]:
-    """Format, width and height by the header alone.
+    """Read format, width and height from the header alone.
 
     Pillow allocates the canvas of a WebP as soon as it is opened, so its size must be known before.
 
     Raises:
-        BadPicture: the header is that of neither format.
+        BadPicture: the header belongs to neither format.
     """
     try:
         if data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR":
@@ -49,10 +49,10 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def open_picture(data: bytes) -> Image.Image:
-    """The picture in RGB.
+    """Open a picture, in RGB.
 
     Raises:
-        BadPicture: it cannot be read, or it moves.
+        BadPicture: it cannot be read, or it is animated.
     """
     kind, width, height = size_of(data)
     try:

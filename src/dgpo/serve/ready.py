@@ -1,4 +1,4 @@
-"""What is seen to before the server takes its port: names, models, and what cannot be served."""
+"""Loads rewards, and refuses those that cannot be served, before the server takes its port."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dgpo.rewards import RewardSet, load_rewards
 
 
 def ready(names: Sequence[str]) -> list[RewardSet]:
-    """Sets of one reward each, their models loaded.
+    """Make sets of one reward each, with their models loaded.
 
     Args:
-        names: of the rewards; one that is given twice is served once.
+        names: the names of the rewards; a name that is given twice is served once.
 
     Raises:
         UserError: an unknown name, a reward that requests cannot be put to, or one that lacks

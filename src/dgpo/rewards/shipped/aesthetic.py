@@ -6,27 +6,28 @@ Apache-2.0 (head, 4 MB), MIT (CLIP). Range about 1 to 10, in practice 4 to 7; hi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from dgpo.errors import UserError
-from dgpo.rewards.loading import Lazy, chosen, loading, read_weights, weights_file
+from dgpo.rewards.loading import loading, read_weights
+from dgpo.rewards.reward import Media, Texts
 from dgpo.rewards.shipped import clip
+from dgpo.rewards.wrappers import Lazy
 
 HEAD = "trl-lib/ddpo-aesthetic-predictor"
 FILE = "aesthetic-model.pth"
 VARIABLE = "DGPO_AESTHETIC"
 WIDTHS = (1024, 128, 64, 16, 1)
 PLACES = (0, 2, 4, 6, 7)
-"""Where the linear layers stand among the published ones; between the first four are dropouts."""
+"""The places of the linear layers in the published head; dropouts stand between the first four."""
 
 
 def linear_head(weights: Mapping[str, Tensor]) -> nn.Sequential:
-    """The head D -> 1024 -> 128 -> 64 -> 16 -> 1 of the published weights, ready to use.
+    """Build the head D -> 1024 -> 128 -> 64 -> 16 -> 1 from the published weights.
 
     There is no activation between the layers: the head as a whole is one affine map.
 
@@ -34,7 +35,7 @@ def linear_head(weights: Mapping[str, Tensor]) -> nn.Sequential:
         weights: ``0.weight``, ``0.bias``, ... with or without the prefix ``layers.``.
 
     Raises:
-        ValueError: these are other layers.
+        ValueError: the weights are those of other layers.
     """
     state = {key.removeprefix("layers."): value for key, value in weights.items()}
     if "0.weight" not in state or state["0.weight"].dim() != 2:
@@ -51,30 +52,27 @@ def linear_head(weights: Mapping[str, Tensor]) -> nn.Sequential:
     return head.float().eval().requires_grad_(False)
 
 
-class Aesthetic:
-    """The head on the unit vector of each picture.
+class Aesthetic(clip.ClipReward):
+    """The head applied to the unit vector of each picture.
 
     Args:
         head: ``.pth`` (tensors only) or ``.safetensors`` file, a folder or hub repository with
             ``aesthetic-model.pth``; default: what ``DGPO_AESTHETIC`` says, else the published one.
         clip_weights: hub id or folder; default: what ``DGPO_CLIP`` says, else ViT-L/14.
-        batch: pictures scored at once.
+        batch: how many pictures are scored at once.
 
     Raises:
         UserError: they cannot be loaded or do not fit each other.
     """
 
-    __name__ = "aesthetic"
+    name = "aesthetic"
 
     def __init__(
         self, head: str | None = None, clip_weights: str | None = None, batch: int = 32
     ) -> None:
-        place = chosen(head, VARIABLE, HEAD)
-        with loading(self.__name__, place, VARIABLE):
-            self._head = linear_head(read_weights(weights_file(place, FILE)))
-        self._encoder = clip.shared_encoder(
-            chosen(clip_weights, clip.VARIABLE, clip.WEIGHTS), batch
-        )
+        with loading(self.name, head, VARIABLE, HEAD) as place:
+            self._head = linear_head(read_weights(place, FILE))
+        super().__init__(clip.shared_encoder(clip_weights, batch))
         wide = self._head.get_submodule("0").in_features
         if wide != self._encoder.width:
             raise UserError(
@@ -83,11 +81,9 @@ class Aesthetic:
             )
 
     @torch.no_grad()
-    def __call__(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], **columns: Any
-    ) -> list[float]:
+    def __call__(self, images: Media, prompts: Texts, **columns: Any) -> list[float]:
         """One score for each picture."""
         return self._head(self._encoder.images(images)).squeeze(-1).tolist()
 
 
-aesthetic = Lazy("aesthetic", Aesthetic)
+aesthetic = Lazy(Aesthetic)

@@ -16,13 +16,15 @@ import torch
 from scipy.signal import resample_poly
 
 from dgpo.errors import UserError
-from dgpo.rewards.loading import Lazy, chosen, device, loading
+from dgpo.rewards.loading import device, loading
+from dgpo.rewards.reward import Reward
+from dgpo.rewards.wrappers import Lazy
 
 WEIGHTS = "laion/clap-htsat-unfused"
 VARIABLE = "DGPO_CLAP"
 
 
-class ClapScore:
+class ClapScore(Reward):
     """The cosine of sound and text, averaged over stretches of the model's length (10 s).
 
     Args:
@@ -34,13 +36,13 @@ class ClapScore:
         UserError: the model cannot be loaded.
     """
 
-    __name__ = "clap"
+    name = "clap"
+    media = "sounds"
 
     def __init__(self, weights: str | None = None, rate: int = 44_100) -> None:
         from transformers import AutoFeatureExtractor, AutoTokenizer, ClapModel
 
-        place = chosen(weights, VARIABLE, WEIGHTS)
-        with loading(self.__name__, place, VARIABLE):
+        with loading(self.name, weights, VARIABLE, WEIGHTS) as place:
             model: Any = ClapModel.from_pretrained(place)
             self._features: Any = AutoFeatureExtractor.from_pretrained(place)
             self._tokens: Any = AutoTokenizer.from_pretrained(place)
@@ -59,11 +61,11 @@ class ClapScore:
 
         Args:
             images: the sounds, float arrays or tensors [samples] or [channels, samples] in -1..1.
-            prompts: what each should be.
+            prompts: what each should sound like.
             sampling_rate: samples a second of each row; None: the constructor's.
 
         Raises:
-            UserError: a row is no sound.
+            UserError: a row holds no sound.
         """
         self._model.to(device())
         rates = sampling_rate or [None] * len(prompts)
@@ -103,4 +105,4 @@ def _mono(sound: Any, row: int, rate: int, wanted: int) -> np.ndarray:
     return resample_poly(wave, wanted // shared, rate // shared).astype(np.float32)
 
 
-clap = Lazy("clap", ClapScore, media="sounds")
+clap = Lazy(ClapScore)

@@ -8,27 +8,29 @@ Source: Hessel et al., "CLIPScore" (arXiv 2104.08718), without its factor 2.5 an
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from dgpo.rewards.loading import Lazy, batches, chosen, device, loading
+from dgpo.rewards.loading import batches, chosen, device, loading, processors
+from dgpo.rewards.reward import Media, Reward, Texts
+from dgpo.rewards.wrappers import Lazy
 
 WEIGHTS = "openai/clip-vit-large-patch14"
 VARIABLE = "DGPO_CLIP"
 
 
 class ClipEncoder:
-    """A CLIP model with its processors: pictures and texts to unit vectors.
+    """A CLIP model with its processors: it turns pictures and texts into unit vectors.
 
     Args:
         model: a CLIPModel of transformers.
         pixels: its image processor.
         tokens: its tokenizer.
-        batch: pictures or texts encoded at once.
+        batch: how many pictures or texts are encoded at once.
     """
 
     def __init__(self, model: Any, pixels: Any, tokens: Any, batch: int = 32) -> None:
@@ -44,83 +46,104 @@ class ClipEncoder:
         Raises:
             UserError: it cannot be loaded.
         """
-        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+        from transformers import CLIPModel
 
         with loading(reward, weights, variable):
-            return cls(
-                CLIPModel.from_pretrained(weights),
-                AutoImageProcessor.from_pretrained(weights, use_fast=False),
-                AutoTokenizer.from_pretrained(weights),
-                batch,
-            )
+            return cls(CLIPModel.from_pretrained(weights), *processors(weights), batch)
 
     @property
     def width(self) -> int:
-        """Size of the vectors."""
+        """The size of the vectors."""
         return self.model.config.projection_dim
 
-    @torch.no_grad()
     def images(self, images: Sequence[Image.Image]) -> Tensor:
         """Unit vectors of pictures, float32 [B, D] on the CPU."""
-        self.model.to(device())
-        parts = []
-        for (some,) in batches(self._batch, images):
+
+        def encode(some: list[Image.Image]) -> Tensor:
             pixels = self._pixels([image.convert("RGB") for image in some], return_tensors="pt")
             pooled = self.model.vision_model(**pixels.to(self.model.device)).pooler_output
-            parts.append(self.model.visual_projection(pooled))
-        return _unit(parts, self.width)
+            return self.model.visual_projection(pooled)
 
-    @torch.no_grad()
+        return self._encoded(encode, images)
+
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors of texts, float32 [B, D] on the CPU; texts are cut at 77 tokens."""
-        self.model.to(device())
-        parts = []
-        for (some,) in batches(self._batch, texts):
+
+        def encode(some: list[str]) -> Tensor:
             tokens = self._tokens(
                 some, padding=True, truncation=True, max_length=77, return_tensors="pt"
             )
             pooled = self.model.text_model(**tokens.to(self.model.device)).pooler_output
-            parts.append(self.model.text_projection(pooled))
-        return _unit(parts, self.width)
+            return self.model.text_projection(pooled)
+
+        return self._encoded(encode, texts)
 
     def cosines(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[float]:
         """The cosine of each picture with its text."""
         return (self.images(images) * self.texts(texts)).sum(-1).tolist()
 
+    @torch.no_grad()
+    def _encoded(self, encode: Callable[[list[Any]], Tensor], rows: Sequence[Any]) -> Tensor:
+        self.model.to(device())
+        parts = [encode(some) for (some,) in batches(self._batch, rows)]
+        if not parts:
+            return torch.zeros(0, self.width)
+        return nn.functional.normalize(torch.cat(parts).float(), dim=-1).cpu()
 
-def _unit(parts: list[Tensor], width: int) -> Tensor:
-    if not parts:
-        return torch.zeros(0, width)
-    return torch.nn.functional.normalize(torch.cat(parts).float(), dim=-1).cpu()
+
+class ClipReward(Reward):
+    """A reward that stands on a CLIP model.
+
+    Args:
+        encoder: the model.
+    """
+
+    def __init__(self, encoder: ClipEncoder) -> None:
+        self._encoder = encoder
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The CLIP model, and networks of the reward's own."""
+        yield self._encoder.model
+        yield from super().modules()
 
 
-class ClipScore:
+class ClipScore(ClipReward):
     """``100 cos(image, text)`` of a CLIP model.
 
     Args:
         weights: hub id or folder; default: what ``DGPO_CLIP`` says, else the published ViT-L/14.
-        batch: pictures scored at once.
+        batch: how many pictures are scored at once.
 
     Raises:
         UserError: the model cannot be loaded.
     """
 
-    __name__ = "clip"
+    name = "clip"
 
     def __init__(self, weights: str | None = None, batch: int = 32) -> None:
-        self._encoder = shared_encoder(chosen(weights, VARIABLE, WEIGHTS), batch)
+        super().__init__(shared_encoder(weights, batch))
 
-    def __call__(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], **columns: Any
-    ) -> list[float]:
+    def __call__(self, images: Media, prompts: Texts, **columns: Any) -> list[float]:
         """One score for each picture."""
         return [100 * cosine for cosine in self._encoder.cosines(images, prompts)]
 
 
+def shared_encoder(weights: str | None = None, batch: int = 32) -> ClipEncoder:
+    """The one copy in memory for all rewards that stand on the same CLIP model.
+
+    Args:
+        weights: hub id or folder; default: what ``DGPO_CLIP`` says, else the published ViT-L/14.
+        batch: how many pictures or texts are encoded at once.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+    return _shared(chosen(weights, VARIABLE, WEIGHTS), batch)
+
+
 @functools.cache
-def shared_encoder(weights: str, batch: int = 32) -> ClipEncoder:
-    """One copy in memory for all rewards that stand on the same CLIP model."""
+def _shared(weights: str, batch: int) -> ClipEncoder:
     return ClipEncoder.load(weights, "clip", VARIABLE, batch)
 
 
-clip = Lazy("clip", ClipScore)
+clip = Lazy(ClipScore)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ from PIL import Image
 from torch import Tensor
 
 from dgpo.errors import UserError
-from dgpo.rewards.loading import Lazy, batches, chosen, device, loading, pad_square
+from dgpo.rewards.loading import ModelReward, chosen, loading, mean_color, pad_square, precision
+from dgpo.rewards.wrappers import Lazy
 
 WEIGHTS = "zhiyuanyou/DeQA-Score-Mix3"
 VARIABLE = "DGPO_DEQA"
@@ -36,13 +37,13 @@ QUESTION = (
     "USER: How would you rate the quality of this image?\n",
     "\nASSISTANT: The quality of the image is",
 )
-"""The paper's, before and after the picture."""
+"""The paper's question, before and after the picture."""
 LEVELS = {"excellent": 5.0, "good": 4.0, "fair": 3.0, "poor": 2.0, "bad": 1.0}
 PICTURE = -200
 """mPLUG-Owl2's token number for the place of the picture."""
 
 
-class DeQA:
+class DeQA(ModelReward):
     """``sum over levels of value * P(level)``: the expected quality level.
 
     ``P`` is the softmax over the five levels' first tokens of the logits that follow the question.
@@ -52,13 +53,13 @@ class DeQA:
         trust_remote_code: run the Python files that come with the weights; default: whether
             ``DGPO_TRUST_REMOTE_CODE`` names ``deqa``.
         revision: a commit of the hub repository, so that its files cannot change.
-        batch: pictures scored at once.
+        batch: how many pictures are scored at once.
 
     Raises:
         UserError: running the files was not agreed to, or the model cannot be loaded.
     """
 
-    __name__ = "deqa"
+    name = "deqa"
 
     def __init__(
         self,
@@ -79,49 +80,37 @@ class DeQA:
 
         self._place = place
         fixed: dict[str, Any] = {"revision": revision or "main"}
-        with loading(self.__name__, place, VARIABLE), _files_run(place):
+        with loading(self.name, place, VARIABLE), _files_run(place):
             model: Any = AutoModelForCausalLM.from_pretrained(
                 place,
                 trust_remote_code=True,
                 attn_implementation="eager",  # the files know no other
-                torch_dtype=torch.float16 if torch.cuda.is_available() else torch.float32,
+                torch_dtype=precision(torch.float16),
                 **fixed,
             )
-        with loading(self.__name__, place, VARIABLE):
+        with loading(self.name, place, VARIABLE):
             tokens: Any = AutoTokenizer.from_pretrained(place, use_fast=False, **fixed)
             self._pixels: Any = CLIPImageProcessor.from_pretrained(place, **fixed)
         self._model = model.eval().requires_grad_(False)
-        self._batch = batch
+        self.batch = batch
         self._question = _question(tokens)
         self._levels = [_plain(tokens, word)[0] for word in LEVELS]
 
-    @torch.no_grad()
-    def __call__(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], **columns: Any
-    ) -> list[float]:
-        """One score for each picture.
+    def score(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
+        """The expected levels, [B].
 
         Raises:
             UserError: the model's own files do not run with this transformers.
         """
-        self._model.to(device())
-        values = torch.tensor(list(LEVELS.values()))
-        scores: list[float] = []
-        for (some,) in batches(self._batch, images):
-            pixels = self._prepare(some)
-            ids = torch.tensor([self._question] * len(some), device=pixels.device)
-            with _files_run(self._place):
-                logits = self._model(input_ids=ids, images=pixels).logits
-            levels = logits[:, -1, self._levels].float().softmax(-1)
-            scores += (levels.cpu() @ values).tolist()
-        return scores
-
-    def _prepare(self, images: Sequence[Image.Image]) -> Tensor:
-        """Pixels as the model wants them, [B, 3, H, W]."""
-        red, green, blue = (int(255 * value) for value in self._pixels.image_mean)
-        padded = [pad_square(image, (red, green, blue)) for image in images]
-        pixels = self._pixels(padded, return_tensors="pt")["pixel_values"]
-        return pixels.to(self._model.device, self._model.dtype)
+        color = mean_color(self._pixels)
+        padded = [pad_square(image, color) for image in images]
+        pixels = self._pixels(padded, return_tensors="pt")["pixel_values"]  # [B, 3, H, W]
+        pixels = pixels.to(self._model.device, self._model.dtype)
+        ids = torch.tensor([self._question] * len(images), device=pixels.device)
+        with _files_run(self._place):
+            logits = self._model(input_ids=ids, images=pixels).logits
+        levels = logits[:, -1, self._levels].float().softmax(-1)
+        return levels.cpu() @ torch.tensor(list(LEVELS.values()))
 
 
 @contextlib.contextmanager
@@ -152,4 +141,4 @@ def _plain(tokens: Any, text: str) -> list[int]:
     return tokens(text, add_special_tokens=False)["input_ids"]
 
 
-deqa = Lazy("deqa", DeQA)
+deqa = Lazy(DeQA)

@@ -16,16 +16,19 @@ one detector; by how much is not measured. Licence: detector "other" on the hub,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
-from dgpo.rewards.loading import batches, chosen, device, loading
+from dgpo.rewards.loading import batches, device, loading
+from dgpo.rewards.reward import Media
+from dgpo.rewards.rows import RowReward
 from dgpo.rewards.shipped import clip
 from dgpo.rewards.shipped.geneval_judge import (
     COLORS,
@@ -41,7 +44,7 @@ DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 VARIABLE = "DGPO_GENEVAL_DETECTOR"
 WITH_MASKS = ("mask2former", "maskformer")
 BACKGROUND = (153, 153, 153)
-"""Grey that covers what is not the object when its colour is named."""
+"""The grey that covers all but the object whose colour is named."""
 TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
 
 
@@ -50,56 +53,51 @@ class Detector:
 
     Args:
         weights: hub id or folder of a Mask2Former or MaskFormer model, or of any model for
-            ``AutoModelForObjectDetection`` (DETR, RT-DETR, YOLOS, ...), with COCO's classes.
-        batch: pictures looked at together.
+            ``AutoModelForObjectDetection`` (DETR, RT-DETR, YOLOS, ...), with COCO's classes;
+            default: what ``DGPO_GENEVAL_DETECTOR`` says, else Mask2Former.
+        batch: how many pictures are looked at together.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: the model cannot be loaded.
     """
 
-    def __init__(self, weights: str, batch: int = 8) -> None:
+    def __init__(self, weights: str | None = None, batch: int = 8) -> None:
         import transformers
 
-        self.weights = weights
-        with loading("geneval", weights, VARIABLE):
+        with loading("geneval", weights, VARIABLE, DETECTOR) as weights:
+            self.weights = weights
             config = transformers.AutoConfig.from_pretrained(weights)
             self._masks = config.model_type in WITH_MASKS
-            auto: Any = (
-                transformers.AutoModelForUniversalSegmentation
-                if self._masks
-                else transformers.AutoModelForObjectDetection
-            )
-            self._model: Any = auto.from_pretrained(weights).eval().requires_grad_(False)
+            kind = "UniversalSegmentation" if self._masks else "ObjectDetection"
+            auto: Any = getattr(transformers, f"AutoModelFor{kind}")
+            self.model: Any = auto.from_pretrained(weights).eval().requires_grad_(False)
             self._pixels: Any = transformers.AutoImageProcessor.from_pretrained(
                 weights, use_fast=False
             )
-        self._names = {int(i): class_name(name) for i, name in self._model.config.id2label.items()}
+        self._names = {int(i): class_name(name) for i, name in self.model.config.id2label.items()}
         self._batch = batch
 
     @property
     def classes(self) -> set[str]:
-        """What it can see, by GenEval's names."""
+        """The classes that it can see, by GenEval's names."""
         return set(self._names.values())
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], least: float) -> list[list[Detection]]:
-        """The objects of each picture.
+        """Find the objects of each picture.
 
         Args:
             images: RGB, any size.
-            least: confidence below which nothing is reported.
+            least: the confidence below which nothing is reported.
         """
-        self._model.to(device())
+        self.model.to(device())
+        read = self._instances if self._masks else self._boxes
         found: list[list[Detection]] = []
         for (some,) in batches(self._batch, images):
-            inputs = self._pixels(some, return_tensors="pt").to(self._model.device)
-            outputs = self._model(**inputs)
+            inputs = self._pixels(some, return_tensors="pt").to(self.model.device)
+            outputs = self.model(**inputs)
             sizes = [(image.height, image.width) for image in some]
-            found += (
-                self._instances(outputs, sizes, least)
-                if self._masks
-                else self._boxes(outputs, sizes, least)
-            )
+            found += read(outputs, sizes, least)
         return found
 
     def _boxes(self, outputs: Any, sizes: list[tuple[int, int]], least: float) -> Any:
@@ -131,7 +129,7 @@ class Detector:
 
 
 def _box(mask: np.ndarray) -> tuple[float, float, float, float]:
-    """Left, top, and one past right and bottom of the pixels of a mask."""
+    """The left and top edge of a mask's pixels, and one past the right and bottom edge."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
@@ -140,31 +138,31 @@ class ColorNamer:
     """Names the colour of objects: the nearest of ten texts to the object cut out of the picture.
 
     Args:
-        encoder: of CLIP.
+        encoder: the CLIP model that compares them.
     """
 
     def __init__(self, encoder: clip.ClipEncoder) -> None:
-        self._encoder = encoder
+        self.encoder = encoder
         self._texts: dict[str, torch.Tensor] = {}
 
     def __call__(self, image: Image.Image, objects: Sequence[Detection], name: str) -> list[str]:
         """The colour of each object of one class in one picture."""
         if not objects:
             return []
-        vectors = self._encoder.images([cut_out(image, one) for one in objects])
+        vectors = self.encoder.images([cut_out(image, one) for one in objects])
         return [COLORS[i] for i in (vectors @ self._colors(name).T).argmax(-1).tolist()]
 
     def _colors(self, name: str) -> torch.Tensor:
-        """[10, D]: for each colour the mean direction of the templates."""
+        """The mean direction of the templates for each colour, [10, D]."""
         if name not in self._texts:
             texts = [form.format(color, name) for color in COLORS for form in TEMPLATES]
-            vectors = self._encoder.texts(texts).unflatten(0, (len(COLORS), len(TEMPLATES)))
+            vectors = self.encoder.texts(texts).unflatten(0, (len(COLORS), len(TEMPLATES)))
             self._texts[name] = torch.nn.functional.normalize(vectors.mean(1), dim=-1)
         return self._texts[name]
 
 
 def cut_out(image: Image.Image, one: Detection) -> Image.Image:
-    """The box of an object, with grey around its mask; at least one pixel wide and high."""
+    """Cut out the box of an object, with grey around its mask; at least one pixel wide and high."""
     if one.mask is not None:
         grey = Image.new("RGB", image.size, BACKGROUND)
         image = Image.composite(image, grey, Image.fromarray(one.mask.astype(np.uint8) * 255))
@@ -179,24 +177,26 @@ class Eyes:
     Args:
         detector: hub id or folder; default: what ``DGPO_GENEVAL_DETECTOR`` says, else Mask2Former.
         clip_weights: hub id or folder; default: what ``DGPO_CLIP`` says, else ViT-L/14.
-        batch: pictures looked at together.
+        batch: how many pictures are looked at together.
     """
 
     def __init__(
         self, detector: str | None = None, clip_weights: str | None = None, batch: int = 8
     ) -> None:
-        self.detector = Detector(chosen(detector, VARIABLE, DETECTOR), batch)
-        self._colors = ColorNamer(
-            clip.shared_encoder(chosen(clip_weights, clip.VARIABLE, clip.WEIGHTS))
-        )
+        self.detector = Detector(detector, batch)
+        self._colors = ColorNamer(clip.shared_encoder(clip_weights))
         self._last: tuple[list[Any], list[Any], list[Verdict]] = ([], [], [])
+
+    def modules(self) -> list[nn.Module]:
+        """The networks of detector and colour namer."""
+        return [self.detector.model, self._colors.encoder.model]
 
     def look(self, image: Image.Image, least: float) -> list[tuple[Detection, str]]:
         """All objects of a picture and their colours, the most confident first.
 
         Args:
             image: any size.
-            least: confidence of what is reported.
+            least: the confidence below which nothing is reported.
         """
         plain = image.convert("RGB")
         (found,) = self.detector([plain], least)
@@ -206,7 +206,7 @@ class Eyes:
     def verdicts(
         self, images: Sequence[Image.Image], rows: Sequence[dict[str, Any]]
     ) -> list[Verdict]:
-        """One verdict for each picture; ``rows`` are the prompts' metadata."""
+        """Judge each picture; ``rows`` are the prompts' metadata."""
         before, told, verdicts = self._last
         same = len(before) == len(images) and all(map(lambda a, b: a is b, before, images))
         if same and told == list(rows):
@@ -227,12 +227,12 @@ def published() -> Eyes:
     return Eyes()
 
 
-class GenEval:
+class GenEval(RowReward):
     """A reward from GenEval's verdict.
 
     Args:
         name: what errors call it.
-        value: the number that is wanted of a verdict.
+        value: takes the wanted number from a verdict.
         eyes: makes the detector and colour namer, at the first check or call.
     """
 
@@ -242,76 +242,55 @@ class GenEval:
         value: Callable[[Verdict], float] = lambda verdict: verdict.partial,
         eyes: Callable[[], Eyes] = published,
     ) -> None:
-        self.__name__ = name
+        self.name = name
         self._value = value
         self._make = eyes
 
     @functools.cached_property
     def _eyes(self) -> Eyes:
-        return self._make()  # kept here too: networks are looked for in a reward's attributes
+        return self._make()
+
+    def modules(self) -> list[nn.Module]:
+        """The networks, once they are loaded."""
+        return self._eyes.modules() if "_eyes" in vars(self) else []
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Refuse rows that are not GenEval's, then load the models and compare the class names.
 
         Raises:
-            UserError: the first such row, or a model that cannot be loaded.
+            UserError: there is such a row, or a model cannot be loaded.
         """
-        wanted: dict[str, str] = {}
-        for row, prompt in enumerate(prompts):
-            where = prompt.place(row)
-            self._check_row(where, prompt.metadata.get("include"), prompt.metadata.get("exclude"))
-            clauses = [*prompt.metadata["include"], *(prompt.metadata.get("exclude") or ())]
-            for clause in clauses:
-                wanted.setdefault(clause["class"], where)
+        super().check(prompts)
         classes = self._eyes.detector.classes
-        for name, where in wanted.items():
-            if name not in classes:
-                raise UserError(
-                    f"reward {self.__name__!r}, {where}: the detector does not know "
-                    f"{name!r}, only {', '.join(sorted(classes))[:160]}"
-                )
+        for number, prompt in enumerate(prompts):
+            row = prompt.metadata
+            for clause in [*row["include"], *(row.get("exclude") or ())]:
+                if clause["class"] not in classes:
+                    raise UserError(
+                        f"reward {self.name!r}, {prompt.place(number)}: the detector does not know "
+                        f"{clause['class']!r}, only {', '.join(sorted(classes))[:160]}"
+                    )
 
-    def __call__(
-        self,
-        images: Sequence[Image.Image],
-        prompts: Sequence[str],
-        include: Sequence[list[dict[str, Any]] | None] | None = None,
-        exclude: Sequence[list[dict[str, Any]] | None] | None = None,
-        tag: Sequence[str | None] | None = None,
-        **columns: Any,
-    ) -> list[float]:
-        """One score for each picture.
-
-        Args:
-            images: any size.
-            prompts: their captions.
-            include, exclude, tag: the columns of GenEval's metadata.
+    def wish(self, where: str, prompt: str, row: Mapping[str, Any]) -> dict[str, Any]:
+        """GenEval's metadata of a row.
 
         Raises:
-            UserError: a row without ``include``.
+            UserError: it has no ``include``, or clauses that are not GenEval's.
         """
-        none = [None] * len(prompts)
-        rows = [
-            {"include": i, "exclude": e, "tag": t}
-            for i, e, t in zip(include or none, exclude or none, tag or none, strict=True)
-        ]
-        for number, row in enumerate(rows):
-            self._check_row(f"prompt row {number}", row["include"], row["exclude"])
-        return [self._value(verdict) for verdict in self._eyes.verdicts(images, rows)]
-
-    def _check_row(self, where: str, include: Any, exclude: Any) -> None:
+        wanted = {key: row.get(key) for key in ("include", "exclude", "tag")}
         try:
-            check_row(include, exclude)
+            check_row(wanted["include"], wanted["exclude"])
         except ValueError as error:
             raise UserError(
-                f"reward {self.__name__!r}, {where}: {error}; the prompts are GenEval's "
+                f"reward {self.name!r}, {where}: {error}; the prompts are GenEval's "
                 "jsonl with tag, include, exclude and prompt"
             ) from error
+        return wanted
 
-
-def _strict(verdict: Verdict) -> float:
-    return float(verdict.strict)
+    def score(self, images: Media, wishes: list[Any]) -> list[float]:
+        """One score for each picture."""
+        return [self._value(verdict) for verdict in self._eyes.verdicts(images, wishes)]
 
 
 geneval = GenEval()
-geneval_strict = GenEval("geneval_strict", _strict)
+geneval_strict = GenEval("geneval_strict", lambda verdict: float(verdict.strict))

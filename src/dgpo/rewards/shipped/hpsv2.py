@@ -8,20 +8,27 @@ CLIPModel without open_clip. Range [-1, 1], in practice 0.2 to 0.35; higher is b
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
-from dgpo.rewards.loading import Lazy, chosen, loading, pad_square, read_weights, weights_file
-from dgpo.rewards.shipped.clip import ClipEncoder
+from dgpo.rewards.loading import (
+    chosen,
+    loading,
+    pad_square,
+    processors,
+    read_weights,
+)
+from dgpo.rewards.reward import Media, Texts
+from dgpo.rewards.shipped.clip import ClipEncoder, ClipReward
+from dgpo.rewards.wrappers import Lazy
 
 WEIGHTS = "xswu/HPSv2"
 FILE = "HPS_v2.1_compressed.pt"
 BASE = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-"""Its architecture, tokenizer and image processor are the ones HPSv2 was trained with."""
+"""HPSv2 was trained with the architecture, tokenizer and image processor of this model."""
 VARIABLE = "DGPO_HPSV2"
 
 _TOWERS = {"visual.": "vision_model", "": "text_model"}
@@ -51,12 +58,12 @@ _SINGLE = {
 
 
 def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of an open_clip model by the names of transformers' CLIPModel.
+    """Rename the weights of an open_clip model to those of transformers' CLIPModel.
 
     Query, key and value are one matrix there and three here; projections are transposed.
 
     Raises:
-        ValueError: a weight that no CLIP model has.
+        ValueError: a weight belongs to no CLIP model.
     """
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -81,7 +88,7 @@ def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-class HPSv2:
+class HPSv2(ClipReward):
     """``cos(image, text)`` of the fine-tuned CLIP model.
 
     Args:
@@ -89,42 +96,38 @@ class HPSv2:
             CLIPModel of transformers; default: what ``DGPO_HPSV2`` says, else the published one.
         base: hub id or folder of the architecture and processors for a ``.pt`` file; where the hub
             is out of reach, ``DGPO_HPSV2_BASE``.
-        batch: pictures scored at once.
+        batch: how many pictures are scored at once.
 
     Raises:
         UserError: they cannot be loaded.
     """
 
-    __name__ = "hpsv2"
+    name = "hpsv2"
 
     def __init__(
         self, weights: str | None = None, base: str | None = None, batch: int = 16
     ) -> None:
         place = chosen(weights, VARIABLE, WEIGHTS)
         if (Path(place) / "config.json").is_file():
-            self._encoder = ClipEncoder.load(place, self.__name__, VARIABLE, batch)
+            super().__init__(ClipEncoder.load(place, self.name, VARIABLE, batch))
             return
-        base = chosen(base, f"{VARIABLE}_BASE", BASE)
-        with loading(self.__name__, base, f"{VARIABLE}_BASE"):
-            from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
+        with loading(self.name, base, f"{VARIABLE}_BASE", BASE) as base:
+            from transformers import CLIPConfig, CLIPModel
 
             config = CLIPConfig.from_pretrained(base)
-            pixels = AutoImageProcessor.from_pretrained(base, use_fast=False)
-            tokens = AutoTokenizer.from_pretrained(base)
-        with loading(self.__name__, place, VARIABLE):
+            pixels, tokens = processors(base)
+        with loading(self.name, place, VARIABLE):
             model = CLIPModel(config)
-            state = from_open_clip(read_weights(weights_file(place, FILE)))
+            state = from_open_clip(read_weights(place, FILE))
             missing, unexpected = model.load_state_dict(state, strict=False)
             wrong = [*unexpected, *(key for key in missing if "position_ids" not in key)]
             if wrong:
                 raise ValueError(f"weights missing or too many: {', '.join(wrong)}")
-        self._encoder = ClipEncoder(model, pixels, tokens, batch)
+        super().__init__(ClipEncoder(model, pixels, tokens, batch))
 
-    def __call__(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], **columns: Any
-    ) -> list[float]:
+    def __call__(self, images: Media, prompts: Texts, **columns: Any) -> list[float]:
         """One score for each picture."""
         return self._encoder.cosines([pad_square(image) for image in images], prompts)
 
 
-hpsv2 = Lazy("hpsv2", HPSv2)
+hpsv2 = Lazy(HPSv2)

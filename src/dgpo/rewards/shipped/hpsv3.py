@@ -14,9 +14,7 @@ weights have not been run here.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,21 +23,22 @@ from torch import Tensor, nn
 
 from dgpo.errors import UserError
 from dgpo.rewards.loading import (
-    Lazy,
-    batches,
-    chosen,
-    device,
+    ModelReward,
+    file_of,
     loading,
+    precision,
+    processors,
     read_weights,
-    weights_file,
 )
+from dgpo.rewards.reward import Media, Texts
+from dgpo.rewards.wrappers import Lazy
 
 WEIGHTS = "MizzenAI/HPSv3"
 FILE = "HPSv3.safetensors"
 BASE = "Qwen/Qwen2-VL-7B-Instruct"
 VARIABLE = "DGPO_HPSV3"
 TOKEN = "<|Reward|>"
-"""Where the network's answer is read."""
+"""The network's answer is read at this token."""
 PICTURE = "<|image_pad|>"
 PIXELS = 256 * 28 * 28
 """The area to which every picture is scaled: 256 tokens, give or take some for its shape."""
@@ -59,7 +58,7 @@ END
 """
 
 
-class HPSv3:
+class HPSv3(ModelReward):
     """The mean of the preference that the model predicts.
 
     ``mu, sigma = head(hidden[<|Reward|>])`` with ``head`` = linear, ReLU, linear, ReLU, linear in
@@ -73,14 +72,14 @@ class HPSv3:
             ``DGPO_HPSV3_BASE`` says, else Qwen2-VL-7B-Instruct.
         template: the question, with ``{prompt}`` (or ``{text_prompt}``) for the caption and one
             ``<|Reward|>``; default: the file ``DGPO_HPSV3_TEMPLATE`` names, else this module's.
-        batch: pictures scored at once.
-        dtype: of the vision-language model; None: float32 on a CPU, bfloat16 on a GPU.
+        batch: how many pictures are scored at once.
+        dtype: the vision-language model's type; None: float32 on a CPU, bfloat16 on a GPU.
 
     Raises:
         UserError: something cannot be loaded, or the template lacks one of its two places.
     """
 
-    __name__ = "hpsv3"
+    name = "hpsv3"
 
     def __init__(
         self,
@@ -90,15 +89,12 @@ class HPSv3:
         batch: int = 4,
         dtype: torch.dtype | None = None,
     ) -> None:
-        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+        from transformers import AutoConfig
 
-        self._template, self._batch = _template(template), batch
-        place = chosen(weights, VARIABLE, WEIGHTS)
-        base = chosen(base, f"{VARIABLE}_BASE", BASE)
-        with loading(self.__name__, base, f"{VARIABLE}_BASE"):
+        self._template, self.batch = _template(template), batch
+        with loading(self.name, base, f"{VARIABLE}_BASE", BASE) as base:
             config = AutoConfig.from_pretrained(base)
-            self._pixels: Any = AutoImageProcessor.from_pretrained(base, use_fast=False)
-            self._tokens: Any = AutoTokenizer.from_pretrained(base, padding_side="right")
+            self._pixels, self._tokens = processors(base, padding_side="right")
         if not getattr(self._tokens, "chat_template", None):
             raise UserError(
                 f"reward 'hpsv3': the tokenizer of {base!r} has no chat template, so the question "
@@ -106,10 +102,9 @@ class HPSv3:
             )
         self._tokens.add_tokens([TOKEN], special_tokens=True)
         self._token = self._tokens.convert_tokens_to_ids(TOKEN)
-        with loading(self.__name__, place, VARIABLE):
-            backbone, head = parts(read_weights(weights_file(place, FILE)))
-            dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-            self._model = _backbone(config, backbone, self._token).to(dtype)
+        with loading(self.name, weights, VARIABLE, WEIGHTS) as place:
+            backbone, head = parts(read_weights(place, FILE))
+            self._model = _backbone(config, backbone, self._token).to(dtype or precision())
             self._head = _head(head)
 
     def check(self, prompts: Sequence[Any]) -> None:
@@ -120,22 +115,14 @@ class HPSv3:
         """
         self._refuse((prompt.place(row), prompt.text) for row, prompt in enumerate(prompts))
 
-    @torch.no_grad()
-    def __call__(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], **columns: Any
-    ) -> list[float]:
+    def __call__(self, images: Media, prompts: Texts, **columns: Any) -> list[float]:
         """One score for each picture.
 
         Raises:
             UserError: as :meth:`check`.
         """
         self._refuse((f"prompt row {row}", text) for row, text in enumerate(prompts))
-        self._model.to(device())
-        self._head.to(device())
-        scores: list[float] = []
-        for some, texts in batches(self._batch, images, prompts):
-            scores += self._judge(some, texts)[:, 0].tolist()
-        return scores
+        return super().__call__(images, prompts)
 
     def _refuse(self, prompts: Iterable[tuple[str, str]]) -> None:
         for place, prompt in prompts:
@@ -146,8 +133,8 @@ class HPSv3:
                         "means something else to the model; take it out of the prompt"
                     )
 
-    def _judge(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """Mean and spread of the preference, float32 [B, 2]."""
+    def score(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
+        """The mean of the preference, float32 [B]; the head gives its spread as well."""
         pixels = self._pixels(
             images=[image.convert("RGB") for image in images],
             size={"shortest_edge": PIXELS, "longest_edge": PIXELS},
@@ -165,7 +152,7 @@ class HPSv3:
             image_grid_thw=grid,
             use_cache=False,
         ).last_hidden_state
-        return self._head(hidden[ids == self._token].float())
+        return self._head(hidden[ids == self._token].float())[:, 0]
 
     def _text(self, prompt: str, count: int) -> str:
         question = self._template.replace("{prompt}", prompt)
@@ -175,7 +162,7 @@ class HPSv3:
 
 
 def parts(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The published weights as those of transformers' ``Qwen2VLModel`` and those of the head.
+    """Split the published weights into those of transformers' ``Qwen2VLModel`` and of the head.
 
     The file has the names of an older transformers (``model.layers.``, ``visual.``); newer ones
     (``model.language_model.layers.``, ``model.visual.``) are read as well. ``lm_head`` is left out.
@@ -199,7 +186,7 @@ def parts(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Ten
 
 
 def _backbone(config: Any, state: dict[str, Tensor], token: int) -> Any:
-    """A ``Qwen2VLModel`` with these weights; its vocabulary is as large as theirs."""
+    """Build a ``Qwen2VLModel`` with these weights; its vocabulary is as large as theirs."""
     from transformers import Qwen2VLModel
 
     name = "language_model.embed_tokens.weight"
@@ -223,7 +210,7 @@ def _backbone(config: Any, state: dict[str, Tensor], token: int) -> Any:
 
 
 def _head(state: Mapping[str, Tensor]) -> nn.Sequential:
-    """Linear layers 0, 3 and 5 of the published sequence; 2 is a dropout, idle after training."""
+    """Build linear layers 0, 3 and 5 of the published sequence; 2 is an idle dropout."""
     sizes = [state[f"{layer}.weight"].shape for layer in (0, 3, 5)]  # (to, from)
     first, second, last = (nn.Linear(size[1], size[0]) for size in sizes)
     head = nn.Sequential(first, nn.ReLU(), nn.Identity(), second, nn.ReLU(), last)
@@ -232,12 +219,8 @@ def _head(state: Mapping[str, Tensor]) -> nn.Sequential:
 
 
 def _template(given: str | None) -> str:
-    file = os.environ.get(f"{VARIABLE}_TEMPLATE")
-    if given is None and file:
-        try:
-            given = Path(file).expanduser().read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{VARIABLE}_TEMPLATE = {file!r}: {error}") from error
+    if given is None:
+        given = file_of(f"{VARIABLE}_TEMPLATE")
     text = (given or TEMPLATE).replace("{text_prompt}", "{prompt}")
     if "{prompt}" not in text or text.count(TOKEN) != 1:
         raise UserError(
@@ -247,4 +230,4 @@ def _template(given: str | None) -> str:
     return text
 
 
-hpsv3 = Lazy("hpsv3", HPSv3)
+hpsv3 = Lazy(HPSv3)

@@ -7,12 +7,11 @@ computed.
 
 from __future__ import annotations
 
-import io
+import functools
 import json
 import math
 import operator
 import os
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,31 +21,26 @@ from typing import Any
 from PIL import Image
 
 from dgpo.errors import UserError
-from dgpo.rewards.call_limits import RewardFailure
-from dgpo.rewards.loading import need
+from dgpo.rewards.call_limits import Again, persist
+from dgpo.rewards.http_client import connect, png, send
+from dgpo.rewards.reward import Media, Reward, RewardFailure, Texts
 from dgpo.rewards.shipped.video import frames_of
 from dgpo.secrets import PASSWORD
 
-
-class _Retry(Exception):
-    """Something that may be better the next time."""
-
-
 _HEADERS = 512
-"""Bytes of a request, and of each part of it, that are neither a picture nor a prompt row; or less.
-"""
+"""The most bytes that a request has, and each part of it, besides the picture or prompt row."""
 
 
 @dataclass(frozen=True)
 class _Bounds:
-    """What the server takes at once: pictures (frames of videos too), their pixels, and bytes."""
+    """The most that the server takes at once: pictures (frames of videos too), pixels and bytes."""
 
     images: float = math.inf
     pixels: float = math.inf
     bytes: float = math.inf
 
     def cut(self, sizes: Sequence[tuple[int, int, int]], batch: int) -> Iterator[slice]:
-        """Rows of one request after the other.
+        """Cut rows into requests, one after the other.
 
         Args:
             sizes: pictures, pixels and bytes of each row.
@@ -55,57 +49,53 @@ class _Bounds:
         Raises:
             UserError: a row is too large for a request of its own.
         """
-        first, sums = 0, (0, 0, _HEADERS)
-        most = (self.images, self.pixels, self.bytes)
+        most = (batch, self.images, self.pixels, self.bytes)
+        first, sums = 0, (0, 0, 0, _HEADERS)
         for row, own in enumerate(sizes):
-            if any(map(operator.gt, (*own[:2], _HEADERS + own[2]), most)):
+            alone = (1, *own[:2], _HEADERS + own[2])
+            if any(map(operator.gt, alone, most)):
                 raise UserError(
                     f"reward 'http', row {row} has {own[0]} pictures of {own[1]} pixels and "
                     f"{own[2]} bytes; the server takes {self.images}, {self.pixels} and "
                     f"{self.bytes} at once: start it with more --max-images, --max-megapixels or "
                     "--max-mb"
                 )
-            more = tuple(map(operator.add, sums, own))
-            if row - first == batch or any(map(operator.gt, more, most)):
+            sums = tuple(map(operator.add, sums, (1, *own)))
+            if any(map(operator.gt, sums, most)):
                 yield slice(first, row)
-                first, more = row, (*own[:2], _HEADERS + own[2])
-            sums = more
+                first, sums = row, alone
         if sizes:
             yield slice(first, len(sizes))
 
 
-class HttpReward:
+@dataclass(eq=False)
+class HttpReward(Reward):
     """Asks a reward server.
 
-    Args:
-        url: its address, such as ``http://127.0.0.1:8765``; default: ``DGPO_REWARD_URL``.
-        reward: the name there; default: ``DGPO_REWARD_NAME``, or the only one that is served.
-        token_file: a file with the token; default: ``DGPO_REWARD_TOKEN_FILE``. The token itself
-            may be in ``DGPO_REWARD_TOKEN``; it is no argument, as recipes are written down.
-        timeout: seconds for one answer.
-        retries: further tries after a broken connection or a busy server.
-        pause: seconds before the first further try; each next one waits twice as long.
-        batch: pictures or videos of one request; fewer where the server takes fewer.
-        connections: requests at once, over as many connections, which are kept open.
+    The token may be in the environment variable ``DGPO_REWARD_TOKEN``; it is no option, as recipes
+    are written down.
     """
 
-    __name__ = "http"
+    name = "http"
 
-    def __init__(
-        self,
-        url: str | None = None,
-        reward: str | None = None,
-        token_file: str | None = None,
-        timeout: float = 120.0,
-        retries: int = 3,
-        pause: float = 0.5,
-        batch: int = 16,
-        connections: int = 4,
-    ) -> None:
-        self._url, self._reward, self._token_file = url, reward, token_file
-        self._timeout, self._retries, self._pause = timeout, retries, pause
-        self._batch, self._connections = batch, connections
-        self._pool: Any = None
+    url: str | None = None
+    """The server's address, such as ``http://127.0.0.1:8765``; default: ``DGPO_REWARD_URL``."""
+    reward: str | None = None
+    """The reward's name there; default: ``DGPO_REWARD_NAME``, or the only one that is served."""
+    token_file: str | None = None
+    """A file with the token; default: ``DGPO_REWARD_TOKEN_FILE``."""
+    timeout: float = 120.0
+    """Seconds for one answer."""
+    retries: int = 3
+    """How many more times to ask after a broken connection or a busy server."""
+    pause: float = 0.5
+    """Seconds before the first further try; each next one waits twice as long."""
+    batch: int = 16
+    """Pictures or videos of one request; fewer where the server takes fewer."""
+    connections: int = 4
+    """Requests at once, over as many connections, which are kept open."""
+
+    def __post_init__(self) -> None:
         self._bounds: _Bounds | None = None
 
     def check(self, prompts: Sequence[Any]) -> None:
@@ -114,21 +104,14 @@ class HttpReward:
         Raises:
             UserError: it is not, or the token is not the right one.
         """
-        served = self._offer().get("rewards", [])
-        wanted = self._name()
+        served, wanted = self._offer().get("rewards", []), self._served_name()
+        said = f"reward 'http': {self._address()} serves {', '.join(served)}"
         if wanted is None and len(served) != 1:
-            raise UserError(
-                f"reward 'http': {self._address()} serves {', '.join(served)}; set the option "
-                "reward, or DGPO_REWARD_NAME, to one of them"
-            )
+            raise UserError(f"{said}; set the option reward, or DGPO_REWARD_NAME, to one of them")
         if wanted is not None and wanted not in served:
-            raise UserError(
-                f"reward 'http': {self._address()} serves {', '.join(served)}, not {wanted!r}"
-            )
+            raise UserError(f"{said}, not {wanted!r}")
 
-    def __call__(
-        self, images: Sequence[Any], prompts: Sequence[str], **columns: Sequence[Any]
-    ) -> list[float]:
+    def __call__(self, images: Media, prompts: Texts, **columns: Any) -> list[float]:
         """One score for each picture or video.
 
         Args:
@@ -147,8 +130,8 @@ class HttpReward:
         texts = [str(text) for text in prompts]
         rows = [{key: column[row] for key, column in columns.items()} for row in range(len(texts))]
         frames, videos = _frames(images)
-        with ThreadPoolExecutor(self._connections) as pool:
-            files = [list(pool.map(_png, pictures)) for pictures in frames]
+        with ThreadPoolExecutor(self.connections) as pool:
+            files = [list(pool.map(png, pictures)) for pictures in frames]
             sizes = [
                 (
                     len(pictures),
@@ -160,13 +143,13 @@ class HttpReward:
             assert self._bounds is not None
             jobs = [
                 pool.submit(self._score, files[part], texts[part], rows[part], videos)
-                for part in self._bounds.cut(sizes, self._batch)
+                for part in self._bounds.cut(sizes, self.batch)
             ]
             return [number for job in jobs for number in job.result()]
 
     def _offer(self) -> dict[str, Any]:
         """What the server serves, and how much it takes at once."""
-        offer = self._json(lambda client: client.get("/v1/rewards"))
+        offer = self._json("GET", "/v1/rewards")
         given = (offer.get(f"max_{what}") for what in ("images", "pixels", "bytes"))
         self._bounds = _Bounds(*(one if isinstance(one, int) else math.inf for one in given))
         return offer
@@ -174,15 +157,14 @@ class HttpReward:
     def _score(
         self, pngs: list[list[bytes]], texts: list[str], rows: list[Any], videos: bool
     ) -> list[float]:
-        name = self._name()
+        name = self._served_name()
         question = {"prompts": texts, "metadata": rows, "rewards": None if name is None else [name]}
         if videos:
             question["frames"] = [len(own) for own in pngs]
         form = {"request": _json_of(question)}
         every = enumerate(png for own in pngs for png in own)
         files = [("images", (f"{place}.png", png, "image/png")) for place, png in every]
-        answer = self._json(lambda client: client.post("/v1/score", data=form, files=files))
-        scores = answer.get("scores")
+        scores = self._json("POST", "/v1/score", data=form, files=files).get("scores")
         if not isinstance(scores, dict) or len(scores) != 1:
             raise UserError(
                 f"reward 'http': {self._address()} gave scores of several rewards; name one with "
@@ -193,65 +175,39 @@ class HttpReward:
             raise RewardFailure(f"reward 'http': not {len(texts)} scores: {numbers!r:.80}")
         return numbers
 
-    def _json(self, ask: Any) -> dict[str, Any]:
-        """The answer of a request, tried as often as may help."""
-        client, reason = self._client(), ""
-        for tried in range(self._retries + 1):
-            if tried:
-                time.sleep(self._pause * 2 ** (tried - 1))
-            try:
-                return self._answer(ask, client)
-            except _Retry as error:
-                reason = str(error)
-        raise RewardFailure(
-            f"reward 'http': no answer from {self._address()} after {self._retries + 1} tries; "
-            f"the last: {reason}",
-            gone=True,
-        )
-
-    def _answer(self, ask: Any, client: Any) -> dict[str, Any]:
-        import httpx
-
+    def _json(self, method: str, path: str, **body: Any) -> dict[str, Any]:
+        """The answer to a request, tried as often as may help."""
+        client, address = self._client, self._address()
         try:
-            response = ask(client)
-        except httpx.TransportError as error:
-            raise _Retry(f"{type(error).__name__} {error}") from error
-        if response.status_code in (408, 429, 502, 503, 504):
-            raise _Retry(f"status {response.status_code}: {response.text[:160]}")
+            response = persist(lambda: send(client, method, path, **body), self.retries, self.pause)
+        except Again as failure:
+            raise RewardFailure(
+                f"reward 'http': no answer from {address} after {self.retries + 1} tries; "
+                f"the last: {failure}",
+                gone=True,
+            ) from failure
         try:
-            body = response.json()
+            answer = response.json()
         except ValueError:
-            body = None
+            answer = None
         if response.status_code != 200:
-            detail = body.get("detail") if isinstance(body, dict) else response.text[:160]
+            detail = answer.get("detail") if isinstance(answer, dict) else response.text[:160]
             hint = "; set DGPO_REWARD_TOKEN_FILE" if response.status_code == 401 else ""
             raise UserError(
-                f"reward 'http': {self._address()} refused with status {response.status_code}: "
+                f"reward 'http': {address} refused with status {response.status_code}: "
                 f"{detail}{hint}"
             )
-        if not isinstance(body, dict):
-            raise UserError(f"reward 'http': {self._address()} is no reward server")
-        return body
+        if not isinstance(answer, dict):
+            raise UserError(f"reward 'http': {address} is no reward server")
+        return answer
 
+    @functools.cached_property
     def _client(self) -> Any:
-        if self._pool is None:
-            need("http", "httpx", "pip install httpx")
-            import httpx
-
-            token = self._token()
-            try:
-                self._pool = httpx.Client(
-                    base_url=self._address(),
-                    headers={"Authorization": f"Bearer {token}"} if token else {},
-                    timeout=self._timeout,
-                    limits=httpx.Limits(max_connections=self._connections),
-                )
-            except httpx.InvalidURL as error:
-                raise UserError(f"reward 'http': {self._address()!r}: {error}") from error
-        return self._pool
+        address = self._address()
+        return connect("reward 'http'", address, self._token(), self.timeout, self.connections)
 
     def _address(self) -> str:
-        url = self._url or os.environ.get("DGPO_REWARD_URL", "")
+        url = self.url or os.environ.get("DGPO_REWARD_URL", "")
         if not url.startswith(("http://", "https://")):
             raise UserError(
                 f"reward 'http' asks a server ({url or 'none'} is given): set DGPO_REWARD_URL, or "
@@ -264,11 +220,11 @@ class HttpReward:
             )
         return url.rstrip("/")
 
-    def _name(self) -> str | None:
-        return self._reward or os.environ.get("DGPO_REWARD_NAME") or None
+    def _served_name(self) -> str | None:
+        return self.reward or os.environ.get("DGPO_REWARD_NAME") or None
 
     def _token(self) -> str:
-        file = self._token_file or os.environ.get("DGPO_REWARD_TOKEN_FILE")
+        file = self.token_file or os.environ.get("DGPO_REWARD_TOKEN_FILE")
         if not file:
             return os.environ.get("DGPO_REWARD_TOKEN", "")
         try:
@@ -301,9 +257,3 @@ def _frames(images: Sequence[Any]) -> tuple[list[list[Image.Image]], bool]:
     if len(videos) > 1:
         raise UserError("reward 'http': some rows are pictures and some are videos; send one kind")
     return found, True in videos
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()

@@ -10,25 +10,26 @@ better.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dgpo.rewards.loading import Lazy, batches, chosen, device, loading, read_weights, weights_file
+from dgpo.rewards.loading import ModelReward, loading, read_weights
 from dgpo.rewards.shipped.aesthetic import linear_head
+from dgpo.rewards.wrappers import Lazy
 
 WEIGHTS = "THUDM/ImageReward"
 FILE = "ImageReward.pt"
 TOKENIZER = "google-bert/bert-base-uncased"
 VARIABLE = "DGPO_IMAGE_REWARD"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""Of the raw scores on the training set, as published."""
+"""The mean and deviation of the raw scores on the training set, as published."""
 TOKENS = 35
 HEAD_WIDTH = 64
-"""Of an attention head, in both towers: BLIP's architecture."""
+"""The width of an attention head in both towers of BLIP."""
 
 _VISION = (
     ("cls_token", "embeddings.class_embedding"),
@@ -43,7 +44,7 @@ _VISION = (
 
 
 def from_blip(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], ...]:
-    """A published checkpoint as weights of BlipVisionModel, BlipTextModel and the head.
+    """Split a published checkpoint into weights of BlipVisionModel, BlipTextModel and the head.
 
     What only BLIP's pretraining used (its momentum towers, projections, decoder) is left out.
     """
@@ -66,12 +67,12 @@ def from_blip(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], ...]:
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """How many layers there are of a name."""
+    """How many layers have names of a pattern."""
     found = (re.match(pattern, key) for key in state)
     return 1 + max(int(match[1]) for match in found if match)
 
 
-class ImageReward:
+class ImageReward(ModelReward):
     """``(head(text encoder attending to the picture) - mean) / std``.
 
     Args:
@@ -79,60 +80,50 @@ class ImageReward:
             ``DGPO_IMAGE_REWARD`` says, else the published one.
         tokenizer: hub id or folder of BERT's uncased tokenizer; where the hub is out of reach,
             ``DGPO_IMAGE_REWARD_TOKENIZER``.
-        batch: pictures scored at once.
+        batch: how many pictures are scored at once.
 
     Raises:
         UserError: they cannot be loaded.
     """
 
-    __name__ = "image_reward"
+    name = "image_reward"
 
     def __init__(
         self, weights: str | None = None, tokenizer: str | None = None, batch: int = 16
     ) -> None:
-        place = chosen(weights, VARIABLE, WEIGHTS)
-        with loading(self.__name__, place, VARIABLE):
-            vision, text, head = from_blip(read_weights(weights_file(place, FILE)))
+        with loading(self.name, weights, VARIABLE, WEIGHTS) as place:
+            vision, text, head = from_blip(read_weights(place, FILE))
             self._head = linear_head(head)
             self._vision, self._text = _towers(vision, text)
-        words = chosen(tokenizer, f"{VARIABLE}_TOKENIZER", TOKENIZER)
-        with loading(self.__name__, words, f"{VARIABLE}_TOKENIZER"):
+        with loading(self.name, tokenizer, f"{VARIABLE}_TOKENIZER", TOKENIZER) as words:
             from transformers import AutoTokenizer, CLIPImageProcessor
 
             self._tokens: Any = AutoTokenizer.from_pretrained(words)
             side = self._vision.config.image_size
             # CLIP's mean and deviation, shorter side scaled, centre cropped: as in its training
             self._pixels: Any = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
-        self._batch = batch
+        self.batch = batch
 
-    @torch.no_grad()
-    def __call__(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], **columns: Any
-    ) -> list[float]:
-        """One score for each picture; prompts are cut at 35 tokens."""
-        where = device()
-        for part in (self._vision, self._text, self._head):
-            part.to(where)
-        scores: list[float] = []
-        for some, texts in batches(self._batch, images, prompts):
-            pixels = self._pixels([image.convert("RGB") for image in some], return_tensors="pt")
-            tokens = self._tokens(
-                texts, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"
-            ).to(where)
-            patches = self._vision(pixel_values=pixels["pixel_values"].to(where)).last_hidden_state
-            hidden = self._text(
-                input_ids=tokens["input_ids"],
-                attention_mask=tokens["attention_mask"],
-                encoder_hidden_states=patches,
-                encoder_attention_mask=patches.new_ones(patches.shape[:2], dtype=torch.long),
-            ).last_hidden_state
-            raw = self._head(hidden[:, 0].float()).squeeze(-1)
-            scores += ((raw - MEAN) / STD).tolist()
-        return scores
+    def score(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
+        """The standardized scores, [B]; prompts are cut at 35 tokens."""
+        where = self._vision.device
+        pixels = self._pixels([image.convert("RGB") for image in images], return_tensors="pt")
+        tokens = self._tokens(
+            prompts, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"
+        ).to(where)
+        patches = self._vision(pixel_values=pixels["pixel_values"].to(where)).last_hidden_state
+        hidden = self._text(
+            input_ids=tokens["input_ids"],
+            attention_mask=tokens["attention_mask"],
+            encoder_hidden_states=patches,
+            encoder_attention_mask=patches.new_ones(patches.shape[:2], dtype=torch.long),
+        ).last_hidden_state
+        raw = self._head(hidden[:, 0].float()).squeeze(-1)
+        return (raw - MEAN) / STD
 
 
 def _towers(vision: dict[str, Tensor], text: dict[str, Tensor]) -> tuple[Any, Any]:
-    """Both models, their sizes read from the weights themselves."""
+    """Build both models, with sizes read from the weights themselves."""
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
     width, _, patch, _ = vision["embeddings.patch_embedding.weight"].shape
@@ -164,4 +155,4 @@ def _towers(vision: dict[str, Tensor], text: dict[str, Tensor]) -> tuple[Any, An
     return seeing.eval().requires_grad_(False), reading.eval().requires_grad_(False)
 
 
-image_reward = Lazy("image_reward", ImageReward)
+image_reward = Lazy(ImageReward)

@@ -17,7 +17,7 @@ QUALITY = 95
 
 
 def kilobytes(image: Image.Image) -> float:
-    """The size of the JPEG, in 1,000 bytes."""
+    """The size of a picture as a JPEG, in 1,000 bytes."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "JPEG", quality=QUALITY)
     return buffer.tell() / 1000
@@ -26,12 +26,12 @@ def kilobytes(image: Image.Image) -> float:
 def jpeg_incompressibility(
     images: Sequence[Image.Image], prompts: Sequence[str], **columns: Any
 ) -> list[float]:
-    """The size: rewards detail and noise."""
+    """The size in kilobytes, which rewards detail and noise."""
     return [kilobytes(image) for image in images]
 
 
 def jpeg_compressibility(
     images: Sequence[Image.Image], prompts: Sequence[str], **columns: Any
 ) -> list[float]:
-    """The negative size: rewards smooth pictures."""
+    """The negative size in kilobytes, which rewards smooth pictures."""
     return [-kilobytes(image) for image in images]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +24,8 @@ from torch import Tensor
 from dgpo.errors import MissingExtra, UserError
 from dgpo.pocket.signs import HEIGHT, WIDTH
 from dgpo.prompts import Prompt
+from dgpo.rewards.reward import Media
+from dgpo.rewards.rows import RowReward
 from dgpo.rewards.shipped import paddle
 
 VARIABLE = "DGPO_OCR"
@@ -52,12 +54,12 @@ def quoted(prompt: str) -> str | None:
 
 
 def wanted_text(name: str, where: str, prompt: str, text: Any = None) -> str:
-    """What a picture should say: the row's ``text`` where it has one, else what is quoted.
+    """Find what a picture should say: the row's ``text`` where it has one, else what is quoted.
 
     Args:
-        name: of the reward.
+        name: the reward's name.
         where: what an error calls the row.
-        prompt, text: of the row.
+        prompt, text: what the row says.
 
     Raises:
         UserError: ``text`` is no text, or the row has neither.
@@ -78,7 +80,7 @@ def wanted_text(name: str, where: str, prompt: str, text: Any = None) -> str:
 
 
 def ocr_score(read: str, wanted: str) -> float:
-    """How well a text was written, from what was read of it.
+    """Score how well a text was written, from what was read of it.
 
     ``1 - min(L(read, wanted), |wanted|) / |wanted|`` with L the Levenshtein distance, both without
     spaces and in lower case; 1 where ``wanted`` is a part of ``read``.
@@ -87,7 +89,7 @@ def ocr_score(read: str, wanted: str) -> float:
     paper (arXiv 2510.08425) uses; the part rule is that of the published code.
 
     Raises:
-        ValueError: nothing is wanted.
+        ValueError: the wanted text is empty.
     """
     read, wanted = compact(read), compact(wanted)
     if not wanted:
@@ -117,10 +119,10 @@ class LineReader:
     ``height`` x ``width`` pixels and read in batches.
 
     Args:
-        height: what pictures are scaled to; the recogniser was made for 48, less is faster.
-        width: likewise; the time is proportional to height x width.
-        threads: of onnxruntime.
-        batch: pictures a call.
+        height, width: the size that pictures are scaled to; the recogniser was made for a height of
+            48, and its time is proportional to height x width.
+        threads: how many threads onnxruntime uses.
+        batch: how many pictures are read at once.
 
     Raises:
         MissingExtra: the extra ``rewards`` is not installed.
@@ -145,7 +147,7 @@ class LineReader:
         self._batch = batch
 
     def __call__(self, images: np.ndarray) -> list[str]:
-        """What each picture says.
+        """Read each picture.
 
         Args:
             images: uint8 [N, H, W, 3], RGB.
@@ -159,7 +161,7 @@ class LineReader:
         return texts
 
     def _decode(self, classes: np.ndarray) -> str:
-        """Greedy CTC: repeats are one character, blanks separate and vanish."""
+        """Decode greedily (CTC): repeats are one character, blanks separate and vanish."""
         first = np.concatenate([[True], classes[1:] != classes[:-1]])
         return "".join(self._characters[i] for i in classes[first])
 
@@ -181,45 +183,34 @@ class PageReader:
         return "".join(line[1] for line in lines or [])
 
 
-class OCR:
+class OCR(RowReward):
     """How much of the wanted text is read in a picture of any size (:func:`ocr_score`)."""
 
     def __init__(self, name: str = "ocr", score: Callable[[str, str], float] = ocr_score) -> None:
-        self.__name__ = name
+        self.name = name
         self._score = score
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Refuse rows that do not say what should be read, and a missing engine.
+        """Refuse a missing engine, and rows that do not say what should be read.
 
         Raises:
-            UserError: the first such row.
+            UserError: there is such a row.
             MissingExtra: the extra ``rewards`` is not installed.
         """
         self.find_engine()
-        for row, prompt in enumerate(prompts):
-            wanted_text(self.__name__, prompt.place(row), prompt.text, prompt.metadata.get("text"))
+        super().check(prompts)
 
-    def __call__(
-        self,
-        images: Sequence[Image.Image],
-        prompts: Sequence[str],
-        text: Sequence[str | None] | None = None,
-        **columns: Any,
-    ) -> list[float]:
-        """One score for each picture.
-
-        Args:
-            images: any size.
-            prompts: their captions.
-            text: what each should say, or None to take what the caption quotes.
+    def wish(self, where: str, prompt: str, row: Mapping[str, Any]) -> str:
+        """The text that should be read.
 
         Raises:
-            UserError: a row that does not say what should be read.
+            UserError: as :func:`wanted_text`.
         """
-        texts = text if text is not None else [None] * len(prompts)
-        rows = enumerate(zip(prompts, texts, strict=True))
-        wanted = [wanted_text(self.__name__, f"prompt row {row}", *pair) for row, pair in rows]
-        return [self._score(r, w) for r, w in zip(self.read(images), wanted, strict=True)]
+        return wanted_text(self.name, where, prompt, row.get("text"))
+
+    def score(self, images: Media, wishes: list[str]) -> list[float]:
+        """One score for each picture."""
+        return [self._score(*pair) for pair in zip(self.read(images), wishes, strict=True)]
 
     def find_engine(self) -> None:
         """See that what reads is installed."""
@@ -229,28 +220,28 @@ class OCR:
             _engine()
 
     def read(self, images: Sequence[Image.Image]) -> list[str]:
-        """What each picture says."""
+        """Read each picture."""
         reader = _paddle_reader() if _by_paddle() else _page_reader(torch.get_num_threads())
         return [reader(image) for image in images]
 
 
 class PocketOCR(OCR):
-    """The same for the pocket model's signs, read whole by RapidOCR's recogniser alone."""
+    """The same score of the pocket model's signs, which RapidOCR's recogniser reads alone."""
 
     def find_engine(self) -> None:
         """See that what reads is installed."""
         _engine()
 
     def read(self, images: Sequence[Image.Image]) -> list[str]:
-        """What each sign says.
+        """Read each sign.
 
         Raises:
-            UserError: a picture that is not 48 x 16.
+            UserError: a picture is not 48 x 16.
         """
         for row, image in enumerate(images):
             if image.size != (WIDTH, HEIGHT):
                 raise UserError(
-                    f"reward {self.__name__!r} reads signs of {WIDTH} x {HEIGHT} pixels, row {row} "
+                    f"reward {self.name!r} reads signs of {WIDTH} x {HEIGHT} pixels, row {row} "
                     f"is {image.width} x {image.height}; use the reward 'ocr' for it"
                 )
         if not images:
@@ -259,28 +250,19 @@ class PocketOCR(OCR):
 
 
 SIGN_INPUT = (32, 112)
-"""Height and width at which signs are read: as exact as 48 x 128 on clean ones (1.000 of 1,000
+"""The height and width at which signs are read: as exact as 48 x 128 on clean ones (1.000 of 1,000
 strings), in less than half the time."""
 
 
 def read_signs(signs: np.ndarray | Tensor) -> list[str]:
-    """What each sign says; uint8 [N, 16, 48, 3], RGB."""
+    """Read signs, uint8 [N, 16, 48, 3], RGB."""
     return _sign_reader(torch.get_num_threads())(np.asarray(signs))
 
 
-@functools.cache
-def _sign_reader(threads: int) -> LineReader:
-    return LineReader(*SIGN_INPUT, threads=threads)
-
-
-@functools.cache
-def _page_reader(threads: int) -> PageReader:
-    return PageReader(threads)
-
-
-@functools.cache
-def _paddle_reader() -> paddle.PaddleReader:
-    return paddle.PaddleReader()
+_sign_reader = functools.cache(functools.partial(LineReader, *SIGN_INPUT))
+_page_reader = functools.cache(PageReader)
+_paddle_reader = functools.cache(paddle.PaddleReader)
+"""Engines, each loaded once."""
 
 
 def _by_paddle() -> bool:

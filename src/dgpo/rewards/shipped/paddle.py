@@ -17,7 +17,7 @@ INSTALL = "pip install 'paddleocr>=3' paddlepaddle"
 
 
 def engine() -> Any:
-    """The class of PaddleOCR's pipeline.
+    """Import the class of PaddleOCR's pipeline.
 
     Raises:
         UserError: the package is not installed, or is older than version 3.

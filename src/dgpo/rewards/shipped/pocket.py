@@ -5,101 +5,73 @@ Licence: this project's own. Range [0, 1], higher is better.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from dgpo.errors import UserError
 from dgpo.pocket.scenes import SIDE, parse_caption
 from dgpo.pocket.verifier import Verdict, judge, verify
-from dgpo.prompts import Prompt
+from dgpo.rewards.reward import Media
+from dgpo.rewards.rows import RowReward
 
 
-class PocketGenEval:
+class PocketGenEval(RowReward):
     """Scores pictures of coloured shapes against their captions.
 
-    What a caption asks for is its row's ``include`` (GenEval's clauses) where it has one, else it
-    is read from the caption itself.
+    A row's ``include`` (GenEval's clauses) says what a picture should show; where a row has none,
+    the caption itself is read.
 
     Args:
         name: what errors call it.
-        value: the number that is wanted of a verdict.
+        value: takes the wanted number from a verdict.
     """
 
     def __init__(self, name: str, value: Callable[[Verdict], float]) -> None:
-        self.__name__ = name
+        self.name = name
         self._value = value
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        """Refuse captions that are no scene and clauses that are not GenEval's.
+    def wish(self, where: str, prompt: str, row: Mapping[str, Any]) -> dict[str, Any]:
+        """GenEval's clauses of a row.
 
         Raises:
-            UserError: the first such row.
+            UserError: its ``include`` is no list of clauses, or its caption describes no scene.
         """
-        for row, prompt in enumerate(prompts):
-            include = prompt.metadata.get("include")
+        include = row.get("include")
+        try:
             if not include:
-                _parse(self.__name__, prompt.place(row), prompt.text)
-                continue
-            try:
-                judge([], {"include": include})
-            except (KeyError, TypeError, IndexError, ZeroDivisionError, AttributeError) as error:
-                raise UserError(
-                    f"reward {self.__name__!r}, {prompt.place(row)}: include = {include!r:.120} is "
-                    'not a list of clauses such as {"class": "circle", "count": 1, '
-                    '"color": "red", "position": ["left of", 1]}'
-                ) from error
+                return parse_caption(prompt)
+            judge([], {"include": include})
+        except ValueError as error:
+            raise UserError(f"reward {self.name!r}, {where}: {error}") from error
+        except (KeyError, TypeError, IndexError, ZeroDivisionError, AttributeError) as error:
+            raise UserError(
+                f"reward {self.name!r}, {where}: include = {include!r:.120} is "
+                'not a list of clauses such as {"class": "circle", "count": 1, '
+                '"color": "red", "position": ["left of", 1]}'
+            ) from error
+        return {"include": include}
 
-    def __call__(
-        self,
-        images: Sequence[Image.Image],
-        prompts: Sequence[str],
-        include: Sequence[list[dict[str, Any]] | None] | None = None,
-        **columns: Any,
-    ) -> list[float]:
-        """One score for each picture.
-
-        Args:
-            images: RGB, 32 x 32 pixels.
-            prompts: their captions.
-            include: GenEval's clauses of each row, or None to read the caption.
+    def score(self, images: Media, wishes: list[Any]) -> list[float]:
+        """One score for each picture, RGB, 32 x 32 pixels.
 
         Raises:
-            UserError: a picture of another size, or a caption that is no scene.
+            UserError: a picture has another size.
         """
-        clauses = include if include is not None else [None] * len(prompts)
-        scores = []
-        for row, (image, text, wanted) in enumerate(zip(images, prompts, clauses, strict=True)):
+        for row, image in enumerate(images):
             if image.size != (SIDE, SIDE):
                 raise UserError(
-                    f"reward {self.__name__!r} reads {SIDE} x {SIDE} pictures of the pocket model, "
+                    f"reward {self.name!r} reads {SIDE} x {SIDE} pictures of the pocket model, "
                     f"row {row} is {image.width} x {image.height}; use another reward for it"
                 )
-            metadata = (
-                {"include": wanted} if wanted else _parse(self.__name__, f"prompt row {row}", text)
-            )
-            scores.append(self._value(verify(np.asarray(image.convert("RGB")), metadata)))
-        return scores
+        pixels = (np.asarray(image.convert("RGB")) for image in images)
+        return [self._value(verify(*pair)) for pair in zip(pixels, wishes, strict=True)]
 
 
-def _parse(name: str, where: str, text: str) -> dict[str, Any]:
-    try:
-        return parse_caption(text)
-    except ValueError as error:
-        raise UserError(f"reward {name!r}, {where}: {error}") from error
-
-
-def _soft(verdict: Verdict) -> float:
-    return verdict.soft
-
-
-def _strict(verdict: Verdict) -> float:
-    return float(verdict.strict)
-
-
-pocket_geneval = PocketGenEval("pocket_geneval", _soft)
+pocket_geneval = PocketGenEval("pocket_geneval", lambda verdict: verdict.soft)
 """The share of a caption's clauses that the picture meets: dense, so that groups have spread."""
-pocket_geneval_strict = PocketGenEval("pocket_geneval_strict", _strict)
+pocket_geneval_strict = PocketGenEval(
+    "pocket_geneval_strict", lambda verdict: float(verdict.strict)
+)
 """1 where everything asked for is in the picture and nothing else, else 0."""

@@ -14,12 +14,9 @@ theirs.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
-from dgpo.errors import UserError
-from dgpo.rewards.loading import Lazy
+from dgpo.rewards.loading import chosen, file_of
 from dgpo.rewards.shipped.vlm_judge import VLMJudge
+from dgpo.rewards.wrappers import Lazy
 
 MODEL = "CodeGoat24/UnifiedReward-qwen-7b"
 VARIABLE = "DGPO_UNIFIED_REWARD"
@@ -39,10 +36,8 @@ PATTERN = (
 answer, and neither is the scale ("1-5") that some answers repeat."""
 
 
-def unified_judge(
-    url: str | None = None, model: str | None = None, template: str | None = None
-) -> VLMJudge:
-    """The judge with UnifiedReward's scale; arguments override the environment.
+class UnifiedReward(VLMJudge):
+    """The judge with UnifiedReward's question and scale; arguments override the environment.
 
     Args:
         url: the endpoint's base; default: ``DGPO_UNIFIED_REWARD_URL``.
@@ -53,21 +48,21 @@ def unified_judge(
     Raises:
         UserError: the template's file cannot be read.
     """
-    file = os.environ.get(f"{VARIABLE}_TEMPLATE")
-    if template is None and file:
-        try:
-            template = Path(file).read_text("utf-8")
-        except OSError as error:
-            raise UserError(f"{VARIABLE}_TEMPLATE = {file!r}: {error.strerror}") from error
-    return VLMJudge(
-        url,
-        model or os.environ.get(f"{VARIABLE}_MODEL") or MODEL,
-        template=template or TEMPLATE,
-        pattern=PATTERN,
-        limits=(1.0, 5.0),
-        name="unified_reward",
-        variable=VARIABLE,
-    )
+
+    name = "unified_reward"
+
+    def __init__(
+        self, url: str | None = None, model: str | None = None, template: str | None = None
+    ) -> None:
+        super().__init__(
+            url,
+            chosen(model, f"{VARIABLE}_MODEL", MODEL),
+            template=template or file_of(f"{VARIABLE}_TEMPLATE") or TEMPLATE,
+            pattern=PATTERN,
+            limits=(1.0, 5.0),
+            name=self.name,
+            variable=VARIABLE,
+        )
 
 
-unified_reward = Lazy("unified_reward", unified_judge)
+unified_reward = Lazy(UnifiedReward)

@@ -6,13 +6,15 @@ It is called once for each group.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from dgpo.rewards.reward import Media, Reward, Texts
+
 LEVELS = 4
-"""Of each channel; a picture's colours fall into LEVELS ** 3 bins."""
+"""How many levels each channel has; a picture's colours fall into LEVELS ** 3 bins."""
 
 
 def color_histogram(image: Image.Image) -> np.ndarray:
@@ -25,17 +27,23 @@ def color_histogram(image: Image.Image) -> np.ndarray:
     return counts / max(1.0, counts.sum())
 
 
-def variety(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+class Variety(Reward):
     """How few of its colours a picture shares with the others of its group, in [0, 1].
 
     One minus the mean intersection of its colour histogram with theirs (Swain and Ballard 1991);
     0 for a picture of one colour alone. Beside a reward that a rare way of being right does not
     move, it keeps a group from becoming all of one kind: give it a small weight.
     """
-    shares = np.stack([color_histogram(image) for image in images])
-    common = np.minimum(shares[:, None], shares[None]).sum(-1)  # [G, G]; 1 with itself
-    others = (common.sum(1) - common.diagonal()) / max(1, len(images) - 1)
-    return np.where(shares.sum(1) > 0, 1 - others, 0.0).tolist()
+
+    name = "variety"
+    group_wise = True
+
+    def __call__(self, images: Media, prompts: Texts, **columns: Any) -> list[float]:
+        """One score for each picture of a group."""
+        shares = np.stack([color_histogram(image) for image in images])
+        common = np.minimum(shares[:, None], shares[None]).sum(-1)  # [G, G]; 1 with itself
+        others = (common.sum(1) - common.diagonal()) / max(1, len(images) - 1)
+        return np.where(shares.sum(1) > 0, 1 - others, 0.0).tolist()
 
 
-variety.group_wise = True  # pyright: ignore[reportFunctionMemberAccess]
+variety = Variety()

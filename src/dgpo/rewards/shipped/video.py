@@ -5,68 +5,83 @@ Licence, range and direction: those of the reward inside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from dgpo.errors import UserError
-from dgpo.prompts import Prompt
 from dgpo.registry import resolve
-from dgpo.rewards.set import load_rewards
+from dgpo.rewards.entry import numbers
+from dgpo.rewards.reward import Media, Reward, RewardFunction, Texts, as_reward, name_of
+from dgpo.rewards.wrappers import Wrapper
 
 
-class PerFrame:
+class PerFrame(Wrapper):
     """The mean of a picture's reward over the frames of each video.
 
-    Its attribute ``media`` tells a server that it is to be sent videos.
-
     Args:
-        reward: a reward's name, or a function ``(images, prompts, **columns) -> list of float``.
+        reward: a reward's name, or whatever may be given as a reward.
         frames: how many frames are scored, spread evenly from the first to the last; None: all.
     """
 
     media = "videos"
+    group_wise = False
+    """The frames are in no group: a reward that compares pictures refuses them."""
 
-    def __init__(self, reward: str | Callable[..., Any], frames: int | None = None) -> None:
+    def __init__(self, reward: str | RewardFunction, frames: int | None = None) -> None:
         if frames is not None and frames < 1:
             raise UserError(f"frames = {frames}: at least one frame must be scored")
-        inner = reward if isinstance(reward, str) else getattr(reward, "__name__", "reward")
-        self.__name__ = f"video_{inner}"
+        self.name = f"video_{reward if isinstance(reward, str) else name_of(reward)}"
         self._given = reward
         self._frames = frames
 
-    @property
-    def _reward(self) -> Any:
-        if isinstance(self._given, str):
-            self._given = resolve("reward", self._given)
-        return self._given
+    @functools.cached_property
+    def inner(self) -> Reward:
+        """The reward of pictures; a name is looked up when it is needed."""
+        given = self._given
+        return as_reward(resolve("reward", given) if isinstance(given, str) else given)
 
-    def check(self, prompts: Sequence[Any]) -> None:
-        """Let the reward inside refuse prompts and load its model."""
-        check = getattr(self._reward, "check", None)
-        if check is not None:
-            check(prompts)
-
-    def __call__(self, images: Sequence[Any], prompts: Sequence[str], **columns: Any) -> Any:
+    def __call__(self, images: Media, prompts: Texts, **columns: Any) -> list[float]:
         """One score for each video.
 
         Args:
             images: B videos: tensors uint8 [T, 3, H, W], lists of pictures, or arrays uint8
                 [T, H, W, 3].
             prompts: the caption of each.
-            columns: metadata, repeated for the frames; they go to a reward that takes ``**``.
+            columns: metadata, repeated for the frames.
 
         Raises:
-            UserError: a row is no video.
+            UserError: a row is no video, or the reward's answer is not a finite number a frame.
         """
-        rewards = load_rewards([self._reward])
+        frames, texts, repeated, counts = self._spread(images, prompts, columns)
+        if not frames:
+            return []
+        answer = numbers(self.inner.name, self.inner.alone(frames, texts, **repeated), texts)
+        parts = torch.tensor(answer, dtype=torch.float32).split(counts)
+        return [float(part.double().mean()) for part in parts]
+
+    def alone(self, images: Media, prompts: Texts, **columns: Any) -> list[float]:
+        """The same: frames are in no group in any case."""
+        return self(images, prompts, **columns)
+
+    def announce(self, images: Media, prompts: Texts, **columns: Any) -> None:
+        """Announce the frames."""
+        frames, texts, repeated, _ = self._spread(images, prompts, columns)
+        self.inner.announce(frames, texts, **repeated)
+
+    def _spread(
+        self, videos: Sequence[Any], prompts: Sequence[str], columns: dict[str, Sequence[Any]]
+    ) -> tuple[list[Image.Image], list[str], dict[str, list[Any]], list[int]]:
+        """The frames of all videos with what belongs to each, and how many each video has."""
         frames: list[Image.Image] = []
-        rows: list[Prompt] = []
-        counts = []
-        for row, (video, text) in enumerate(zip(images, prompts, strict=True)):
+        rows: list[int] = []
+        counts: list[int] = []
+        for row, video in enumerate(videos):
             pictures = frames_of(video)
             if pictures is None:
                 raise UserError(
@@ -74,21 +89,14 @@ class PerFrame:
                     "height, width], a list of pictures, or an array uint8 [frames, height, "
                     "width, 3]"
                 )
-            chosen = self._choose(pictures)
-            own = {key: column[row] for key, column in columns.items()}
-            frames += chosen
-            rows += [Prompt(text, own)] * len(chosen)
-            counts.append(len(chosen))
-        if not frames:
-            return []
-        scores = rewards(frames, rows).total
-        return [float(part.double().mean()) for part in scores.split(counts)]
-
-    def _choose(self, frames: list[Image.Image]) -> list[Image.Image]:
-        if self._frames is None or self._frames >= len(frames):
-            return frames
-        places = np.linspace(0, len(frames) - 1, self._frames).round().astype(int)
-        return [frames[place] for place in places]
+            if self._frames is not None and self._frames < len(pictures):
+                places = np.linspace(0, len(pictures) - 1, self._frames).round().astype(int)
+                pictures = [pictures[place] for place in places]
+            frames += pictures
+            rows += [row] * len(pictures)
+            counts.append(len(pictures))
+        repeated = {key: [column[row] for row in rows] for key, column in columns.items()}
+        return frames, [prompts[row] for row in rows], repeated, counts
 
 
 def frames_of(video: Any) -> list[Image.Image] | None:

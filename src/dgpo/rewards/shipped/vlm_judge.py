@@ -7,19 +7,19 @@ Answers cost a request for each picture; they are sent in parallel.
 from __future__ import annotations
 
 import base64
-import io
 import os
 import re
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from PIL import Image
 
 from dgpo.errors import UserError
-from dgpo.rewards.call_limits import RewardFailure
-from dgpo.rewards.loading import need
+from dgpo.rewards.call_limits import Again, persist
+from dgpo.rewards.http_client import connect, png, send
+from dgpo.rewards.reward import Media, Reward, RewardFailure, Texts
 
 TEMPLATE = """\
 You are given a picture that was made for this description: "{prompt}"
@@ -27,102 +27,62 @@ How well does the picture show what the description asks for, and how well is it
 Answer with one line: Score: <a number from 0 (not at all) to 10 (perfectly)>"""
 PATTERN = r"[Ss]core\W*?(-?\d+(?:\.\d+)?)"
 NUMBERS = (0.0, 10.0)
-_AWAY = (408, 429, 502, 503, 504)
-"""Statuses of a server that is busy, or of a proxy whose server is gone."""
 
 
-class _Retry(Exception):
-    """An answer that may be better the next time.
-
-    Args:
-        gone: no answer came, so that asking about other pictures is no use either.
-    """
-
-    def __init__(self, reason: str, gone: bool = False) -> None:
-        super().__init__(reason)
-        self.gone = gone
-
-
-class VLMJudge:
+@dataclass(eq=False)
+class VLMJudge(Reward):
     """Asks a model about each picture and reads a number from its answer.
 
-    Args:
-        url: the endpoint's base, such as ``http://localhost:8000/v1``; default: the environment
-            variable ``<variable>_URL``.
-        model: its name there; default: ``<variable>_MODEL``.
-        template: the question; ``{prompt}`` in it becomes the caption.
-        sources: columns of the prompt rows with pictures that are shown before the one that is
-            judged, such as ``image``, the picture that was to be edited.
-        pattern: regular expression; group 1 of its last match in the answer is the score.
-        limits: least and greatest score; another number counts as no answer.
-        fallback: score where an answer came and no number could be read in it after all tries;
-            None: the reward has failed. A server that does not answer is a failure in any case.
-        retries: further tries after a broken connection, a busy server or an unreadable answer.
-        timeout: seconds for one answer.
-        pause: seconds before the first further try; each next one waits twice as long.
-        workers: requests at once.
-        key: sent as the bearer token; default: ``<variable>_KEY``.
-        temperature, max_tokens: of the answer.
-        name, variable: what errors name and where defaults are looked up.
+    Raises:
+        UserError: the template has no place for the caption, or the pattern no group.
     """
 
-    def __init__(
-        self,
-        url: str | None = None,
-        model: str | None = None,
-        *,
-        template: str = TEMPLATE,
-        sources: Sequence[str] = (),
-        pattern: str = PATTERN,
-        limits: tuple[float, float] = NUMBERS,
-        fallback: float | None = None,
-        retries: int = 3,
-        timeout: float = 60.0,
-        pause: float = 1.0,
-        workers: int = 8,
-        key: str | None = None,
-        temperature: float = 0.0,
-        max_tokens: int = 512,
-        name: str = "vlm_judge",
-        variable: str = "DGPO_JUDGE",
-    ) -> None:
-        if "{prompt}" not in template:
-            raise UserError(f"reward {name!r}: the template has no {{prompt}}: {template!r:.120}")
-        if re.compile(pattern).groups < 1:
-            raise UserError(f"reward {name!r}: the pattern {pattern!r} has no group (...)")
-        self.__name__ = name
-        self._variable = variable
-        self._given = (url, model, key)
-        self._template, self._pattern, self._limits = template, re.compile(pattern), limits
-        self._sources = tuple(sources)
-        self._fallback, self._retries, self._pause = fallback, retries, pause
-        self._timeout, self._workers = timeout, workers
-        self._options = {"temperature": temperature, "max_tokens": max_tokens}
+    url: str | None = None
+    """The endpoint's base, such as ``http://localhost:8000/v1``; default: the environment variable
+    ``<variable>_URL``."""
+    model: str | None = None
+    """The model's name there; default: ``<variable>_MODEL``."""
+    _: KW_ONLY
+    template: str = TEMPLATE
+    """The question; ``{prompt}`` in it becomes the caption."""
+    sources: Sequence[str] = ()
+    """Columns of the prompt rows with pictures that are shown before the one that is judged, such
+    as ``image``, the picture that was to be edited."""
+    pattern: str = PATTERN
+    """A regular expression; group 1 of its last match in the answer is the score."""
+    limits: tuple[float, float] = NUMBERS
+    """The least and the greatest score; another number counts as no answer."""
+    fallback: float | None = None
+    """The score where an answer came and no number could be read in it after all tries; None: the
+    reward has failed. A server that does not answer is a failure in any case."""
+    retries: int = 3
+    """How many more times to ask after a broken connection, a busy server or an unreadable answer.
+    """
+    timeout: float = 60.0
+    """Seconds for one answer."""
+    pause: float = 1.0
+    """Seconds before the first further try; each next one waits twice as long."""
+    workers: int = 8
+    """Requests at once."""
+    key: str | None = field(default=None, repr=False)
+    """Sent as the bearer token; default: ``<variable>_KEY``."""
+    temperature: float = 0.0
+    """The temperature at which the model answers."""
+    max_tokens: int = 512
+    """The most tokens of an answer."""
+    name: str = "vlm_judge"
+    """What errors and figures call the judge."""
+    variable: str = "DGPO_JUDGE"
+    """The beginning of the environment variables in which defaults are looked up."""
 
-    def _setting(self, place: int, what: str) -> str:
-        variable = f"{self._variable}_{what}"
-        value = self._given[place] or os.environ.get(variable, "")
-        if not value and what != "KEY":
-            example = "http://localhost:8000/v1" if what == "URL" else "the served model's name"
-            raise UserError(f"reward {self.__name__!r} asks a server: set {variable} to {example}")
-        return value
-
-    def _client(self) -> Any:
-        need(self.__name__, "httpx", "pip install httpx")
-        import httpx
-
-        url, key = self._setting(0, "URL"), self._setting(2, "KEY")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        try:
-            return httpx.Client(
-                base_url=url,
-                headers=headers,
-                timeout=self._timeout,
-                # as many as may be asked at once: httpx's own limit would make the others too late
-                limits=httpx.Limits(max_connections=self._workers),
+    def __post_init__(self) -> None:
+        if "{prompt}" not in self.template:
+            text = f"the template has no {{prompt}}: {self.template!r:.120}"
+            raise UserError(f"reward {self.name!r}: {text}")
+        if re.compile(self.pattern).groups < 1:
+            raise UserError(
+                f"reward {self.name!r}: the pattern {self.pattern!r} has no group (...)"
             )
-        except httpx.InvalidURL as error:
-            raise UserError(f"reward {self.__name__!r}: {url!r}: {error}") from error
 
     def check(self, prompts: Sequence[Any]) -> None:
         """See that the endpoint is set, that something answers there, and that every row has the
@@ -132,13 +92,13 @@ class VLMJudge:
             UserError: something of this is missing.
         """
         for row, prompt in enumerate(prompts):
-            for name in self._sources:
-                if not isinstance(prompt.column(name), Image.Image):
+            for source in self.sources:
+                if not isinstance(prompt.column(source), Image.Image):
                     raise UserError(
-                        f"reward {self.__name__!r} shows the column {name!r}, and "
+                        f"reward {self.name!r} shows the column {source!r}, and "
                         f"{prompt.place(row)} ({prompt.text!r:.80}) has no picture there"
                     )
-        self._setting(1, "MODEL")
+        self._setting(self.model, "MODEL", "the served model's name")
         with self._client() as client:
             import httpx
 
@@ -146,27 +106,24 @@ class VLMJudge:
                 client.get("/models")
             except httpx.HTTPError as error:
                 raise UserError(
-                    f"reward {self.__name__!r}: no server at {client.base_url} ({error}); start "
-                    f"one, or set {self._variable}_URL"
+                    f"reward {self.name!r}: no server at {client.base_url} ({error}); start "
+                    f"one, or set {self.variable}_URL"
                 ) from error
 
-    def __call__(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], **columns: Any
-    ) -> list[float]:
+    def __call__(self, images: Media, prompts: Texts, **columns: Any) -> list[float]:
         """One score for each picture.
 
         Raises:
             RewardFailure: no answer from the server after all tries.
             UserError: none that could be read, and no ``fallback``.
         """
-        model = self._setting(1, "MODEL")
         shown = [
-            [*(columns[name][row] for name in self._sources), image]
+            [*(columns[source][row] for source in self.sources), image]
             for row, image in enumerate(images)
         ]
-        with self._client() as client, ThreadPoolExecutor(self._workers) as pool:
+        with self._client() as client, ThreadPoolExecutor(self.workers) as pool:
             jobs = [
-                pool.submit(self._score, client, model, row, pictures, text)
+                pool.submit(self._score, client, row, pictures, text)
                 for row, (pictures, text) in enumerate(zip(shown, prompts, strict=True))
             ]
             try:
@@ -176,72 +133,75 @@ class VLMJudge:
                     job.cancel()  # the answers of the others would not be used
                 raise
 
-    def _score(
-        self, client: Any, model: str, row: int, pictures: Sequence[Image.Image], text: str
-    ) -> float:
+    def _client(self) -> Any:
+        url = self._setting(self.url, "URL", "http://localhost:8000/v1")
+        key = self.key or os.environ.get(f"{self.variable}_KEY", "")
+        # as many connections as may be asked at once: httpx's own limit would make others too late
+        return connect(f"reward {self.name!r}", url, key, self.timeout, self.workers)
+
+    def _setting(self, given: str | None, what: str, example: str) -> str:
+        variable = f"{self.variable}_{what}"
+        value = given or os.environ.get(variable, "")
+        if not value:
+            raise UserError(f"reward {self.name!r} asks a server: set {variable} to {example}")
+        return value
+
+    def _score(self, client: Any, row: int, pictures: Sequence[Image.Image], text: str) -> float:
         content = [
-            *({"type": "image_url", "image_url": {"url": _data_url(one)}} for one in pictures),
-            {"type": "text", "text": self._template.replace("{prompt}", text)},
+            *map(_shown, pictures),
+            {"type": "text", "text": self.template.replace("{prompt}", text)},
         ]
-        messages = [{"role": "user", "content": content}]
-        body = {"model": model, "messages": messages, **self._options}
-        reason, gone = "", False
-        for attempt in range(self._retries + 1):
-            if attempt:
-                time.sleep(self._pause * 2 ** (attempt - 1))
-            try:
-                return self._read(self._ask(client, body))
-            except _Retry as error:
-                reason, gone = str(error), error.gone
-        failure = (
-            f"reward {self.__name__!r}, row {row} (prompt {text!r:.80}): no score after "
-            f"{self._retries + 1} tries; the last: {reason}"
-        )
-        if gone:  # no fallback: every picture would get it, and nothing would tell
-            raise RewardFailure(failure, gone=True)
-        if self._fallback is None:
-            raise UserError(f"{failure}; give a fallback to go on without")
-        return self._fallback
+        body = {
+            "model": self._setting(self.model, "MODEL", "the served model's name"),
+            "messages": [{"role": "user", "content": content}],
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+        }
+        try:
+            return persist(lambda: self._read(self._ask(client, body)), self.retries, self.pause)
+        except Again as error:
+            failure = (
+                f"reward {self.name!r}, row {row} (prompt {text!r:.80}): no score after "
+                f"{self.retries + 1} tries; the last: {error}"
+            )
+            if error.gone:  # no fallback: every picture would get it, and nothing would tell
+                raise RewardFailure(failure, gone=True) from error
+            if self.fallback is None:
+                raise UserError(f"{failure}; give a fallback to go on without") from error
+            return self.fallback
 
     def _ask(self, client: Any, body: dict[str, Any]) -> str:
-        import httpx
-
-        try:
-            response = client.post("/chat/completions", json=body)
-        except httpx.HTTPError as error:
-            gone = isinstance(error, httpx.TransportError)
-            raise _Retry(f"{type(error).__name__} {error}", gone) from error
-        if response.status_code in _AWAY or response.status_code >= 500:
-            reason = f"status {response.status_code}: {response.text[:160]}"
-            raise _Retry(reason, response.status_code in _AWAY)
+        response = send(client, "POST", "/chat/completions", json=body)
+        if response.status_code >= 500:
+            raise Again(f"status {response.status_code}: {response.text[:160]}")
         if response.status_code != 200:
             raise UserError(
-                f"reward {self.__name__!r}: {client.base_url} refused the request with status "
+                f"reward {self.name!r}: {client.base_url} refused the request with status "
                 f"{response.status_code}: {response.text[:200]}"
             )
         try:
             return str(response.json()["choices"][0]["message"]["content"])
         except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise _Retry(f"not a chat completion: {response.text[:160]}") from error
+            raise Again(f"not a chat completion: {response.text[:160]}") from error
 
     def _read(self, answer: str) -> float:
-        found = list(self._pattern.finditer(answer))
+        found = list(re.finditer(self.pattern, answer))
         if not found:
-            raise _Retry(f"no score in {answer!r:.160}")
+            raise Again(f"no score in {answer!r:.160}")
         try:
             score = float(found[-1][1])
         except (ValueError, TypeError) as error:
-            raise _Retry(f"{found[-1][1]!r} is no number") from error
-        low, high = self._limits
+            raise Again(f"{found[-1][1]!r} is no number") from error
+        low, high = self.limits
         if not low <= score <= high:
-            raise _Retry(f"{score} is not in {low} to {high}")
+            raise Again(f"{score} is not in {low} to {high}")
         return score
 
 
-def _data_url(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _shown(image: Image.Image) -> dict[str, Any]:
+    """A picture as a part of a chat message."""
+    url = f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 vlm_judge = VLMJudge()

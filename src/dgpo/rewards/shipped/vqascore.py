@@ -16,27 +16,28 @@ weights have not been run here, so that scores have not been compared.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from dgpo.errors import UserError
-from dgpo.rewards.loading import Lazy, chosen, device, loading, pad_square
+from dgpo.rewards.loading import ModelReward, loading, mean_color, pad_square, precision
+from dgpo.rewards.wrappers import Lazy
 
 WEIGHTS = "llava-hf/llava-1.5-7b-hf"
 VARIABLE = "DGPO_VQASCORE"
 QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'
-"""The paper's."""
+"""The paper's question."""
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-"""What LLaVA-1.5 was trained with."""
+"""The message that LLaVA-1.5 was trained with."""
 
 
-class VQAScore:
+class VQAScore(ModelReward):
     """``P("Yes" | picture, question)``: the probability of the answer's first token.
 
     Args:
@@ -44,15 +45,15 @@ class VQAScore:
             has a chat template; default: what ``DGPO_VQASCORE`` says, else LLaVA-1.5-7B.
         question: ``{prompt}`` in it becomes the caption.
         answer: the text whose first token is looked at.
-        system: the message before the question; empty: none.
-        pad: pictures are padded to squares, not cropped.
-        dtype: of the weights; None: float32 on a CPU, bfloat16 on a GPU.
+        system: the message before the question; empty for none.
+        pad: whether pictures are padded to squares, not cropped.
+        dtype: the weights' type; None: float32 on a CPU, bfloat16 on a GPU.
 
     Raises:
         UserError: the model cannot be loaded, or has no chat template.
     """
 
-    __name__ = "vqascore"
+    name = "vqascore"
 
     def __init__(
         self,
@@ -65,10 +66,10 @@ class VQAScore:
     ) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        place = chosen(weights, VARIABLE, WEIGHTS)
-        dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-        with loading(self.__name__, place, VARIABLE):
-            model: Any = AutoModelForImageTextToText.from_pretrained(place, torch_dtype=dtype)
+        with loading(self.name, weights, VARIABLE, WEIGHTS) as place:
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                place, torch_dtype=dtype or precision()
+            )
             self._processor: Any = AutoProcessor.from_pretrained(place, use_fast=False)
         if not getattr(self._processor, "chat_template", None):
             raise UserError(
@@ -78,19 +79,12 @@ class VQAScore:
         self._model = model.eval().requires_grad_(False)
         tokens = self._processor.tokenizer.encode(answer, add_special_tokens=False)
         self._token, self._question, self._system = tokens[0], question, system
-        mean = getattr(getattr(self._processor, "image_processor", None), "image_mean", None)
-        red, green, blue = (int(255 * one) for one in mean or (0.5, 0.5, 0.5))
-        self._color = (red, green, blue) if pad else None
+        images = getattr(self._processor, "image_processor", None)
+        self._color = mean_color(images) if pad else None
 
-    @torch.no_grad()
-    def __call__(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], **columns: Any
-    ) -> list[float]:
-        """One score for each picture; one forward pass each, nothing is generated."""
-        self._model.to(device())
-        return [self._score(*pair) for pair in zip(images, prompts, strict=True)]
-
-    def _score(self, image: Image.Image, prompt: str) -> float:
+    def score(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
+        """The probability of the answer for one picture, [1]; nothing is generated."""
+        (image,), (prompt,) = images, prompts
         question = self._question.replace("{prompt}", prompt)
         said = {"type": "text", "text": self._system}
         turns = [{"role": "system", "content": [said]}] if self._system else []
@@ -101,8 +95,8 @@ class VQAScore:
         inputs = self._processor(text=[text], images=[shown], return_tensors="pt").to(
             self._model.device, self._model.dtype
         )
-        last = self._model(**inputs).logits[0, -1].float()
-        return float(last.softmax(-1)[self._token])
+        last = self._model(**inputs).logits[:, -1].float()
+        return last.softmax(-1)[:, self._token]
 
 
-vqascore = Lazy("vqascore", VQAScore)
+vqascore = Lazy(VQAScore)
