@@ -18,6 +18,7 @@ ORDER = [
     "disk",
     "settings",
     "registry",
+    "reserved",
     "reward_facts",
     "media",
     "core",

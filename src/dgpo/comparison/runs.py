@@ -57,20 +57,20 @@ def state(run: Run, stop_at: float | None) -> State:
     _refuse_other_recipe(run)
     rows = read_jsonl(run.folder / "metrics.jsonl")
     evaluations = read_jsonl(run.folder / "evaluations.jsonl")
-    limit = run.recipe.train.max_minutes
+    train = run.recipe.train
     # the last iteration may begin within the budget and end beyond it
-    if limit is not None and len(rows) > 1 and rows[-2]["seconds"] >= 60 * limit:
+    if len(rows) > 1 and train.time_is_up(rows[-2]["seconds"]):
         raise UserError(
             f"{run.folder} holds a run of {rows[-1]['seconds'] / 60:.1f} minutes, more than the "
-            f"{limit:g} of the budget: use a larger --budget, or another --out"
+            f"{train.max_minutes:g} of the budget: use a larger --budget, or another --out"
         )
     if not rows or not evaluations or evaluations[-1]["iteration"] != rows[-1]["iteration"]:
         return "interrupted"
     last = rows[-1]["iteration"]
-    late = limit is not None and rows[-1]["seconds"] >= 60 * limit
+    late = train.time_is_up(rows[-1]["seconds"])
     mark = run.folder / ENDED
     ended = mark.exists() and mark.read_text(encoding="utf-8").strip() == str(last)
-    done = late or ended or last >= run.recipe.train.iterations
+    done = late or ended or last >= train.iterations
     return "finished" if done or arrived(evaluations, stop_at) else "interrupted"
 
 

@@ -1,4 +1,4 @@
-"""What a run holds in memory, by part, and what each phase needs on top at its worst moment."""
+"""Estimate what a run holds in memory, and what each phase needs on top at its worst moment."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from dgpo.reward_facts import FACTS
 
 _STEPS = 4  # with fewer some pipelines have no step at all
 _QUANTISED = {"bitsandbytes_4bit": 0.52, "bitsandbytes_8bit": 1.0, "torchao_int8": 1.0}
-"""Bytes of a weight, its scales included."""
+"""The bytes of a quantised weight, including its share of the scales."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes.
+    """The memory of a run, in bytes.
 
     Args:
-        parts: what is there from the start of training to its end.
-        phases: what each phase needs on top; only one of them runs at a time.
-        notes: what could not be found out, and why.
-        kept: whether training cannot use again what other phases have freed. So it is on the CPU:
-            backward passes run in a thread of their own, for which the C library's allocator has
-            other arenas.
+        parts: what is held from the start of training to its end, by part.
+        phases: what each phase needs on top; only one phase runs at a time.
+        notes: what could not be estimated, and why.
+        kept: whether training cannot use the memory that other phases freed. This holds on the CPU:
+            backward passes run in a thread of their own, and the C library's allocator serves each
+            thread from its own arenas.
     """
 
     parts: Mapping[str, int]
@@ -49,25 +49,26 @@ class Memory:
 
     @property
     def peak(self) -> int:
+        """The largest memory that the run holds, in bytes."""
         training = self.phases.get("training", 0)
         other = max((size for name, size in self.phases.items() if name != "training"), default=0)
         return sum(self.parts.values()) + (training + other if self.kept else max(training, other))
 
 
 class Estimate:
-    """Estimates the memory of a run by making its policy of a pipeline without weights.
+    """Estimates the memory of a run from a policy on a pipeline without weights.
 
     Args:
         recipe: the run.
-        pipe: from :func:`dgpo.planning.skeleton.skeleton`.
-        texts: a prompt for each row that may be sampled; at least one.
-        held_out: how many prompts are evaluated.
+        pipe: the pipeline that :func:`dgpo.planning.skeleton.skeleton` returns.
+        text: a prompt of the run.
+        held_out: the number of prompts in an evaluation.
 
     Raises:
-        UserError: what the run itself would refuse before it starts.
+        UserError: the run itself would refuse the recipe before it starts.
     """
 
-    def __init__(self, recipe: Recipe, pipe: Any, texts: Sequence[str], held_out: int) -> None:
+    def __init__(self, recipe: Recipe, pipe: Any, text: str, held_out: int) -> None:
         self.recipe, self._pipe, self._held_out = recipe, pipe, held_out
         self.model = PipelineModel(pipe, call=recipe.rollout.call)
         save_memory(pipe, self.model.denoisers, recipe.memory)
@@ -75,11 +76,11 @@ class Estimate:
         self.policy = Policy(self.model, recipe.lora, recipe.seed)
         self.trained = sum(p.numel() * p.element_size() for p in self.policy.parameters())
         self._notes: list[str] = []
-        self._cond = self._encoded(texts[0])
+        self._cond = self._encoded(text)
 
     @property
     def has_guidance(self) -> bool:
-        """Whether the pipeline has classifier-free guidance, as far as it can be seen."""
+        """Whether the pipeline has classifier-free guidance; true where that cannot be seen."""
         if self._cond is None:
             return True
         try:
@@ -87,15 +88,15 @@ class Estimate:
                 return self.model.has_guidance(self._cond)
         except UserError:
             raise
-        except Exception:  # said by the phases
+        except Exception:  # the phases tell the user why
             return True
 
     def memory(self, libraries: int, prompts: int) -> Memory:
-        """The estimate.
+        """Return the estimate.
 
         Args:
-            libraries: what the process holds before anything is loaded; 0 on a GPU.
-            prompts: number of distinct prompts, whose embeddings are kept.
+            libraries: the bytes that the process holds before anything is loaded; 0 on a GPU.
+            prompts: the number of distinct prompts, whose embeddings are kept.
         """
         recipe, trained = self.recipe, self.trained
         freed = text_encoders(self._pipe) if recipe.memory.free_text_encoders else {}
@@ -103,7 +104,7 @@ class Estimate:
         parts = {
             "libraries": libraries,
             **{name: size for name, size in self._weights.items() if name not in freed},
-            "LoRA": 0 if recipe.lora is None else trained,  # else a part of the denoiser
+            "LoRA": 0 if recipe.lora is None else trained,  # without one the denoiser counts it
             "gradients": trained,
             "AdamW": 2 * trained,
             "averages": 0 if recipe.memory.snapshot_device else copies * trained,
@@ -131,7 +132,7 @@ class Estimate:
                 return self.model.encode([text], guidance=True)
         except UserError:
             raise
-        except Exception as error:  # a tokenizer that is not there, or numbers that are wanted
+        except Exception as error:  # the tokenizer is missing, or the encoder looks at numbers
             self._notes.append(
                 "activations are not counted: the prompt cannot be encoded without weights "
                 f"({type(error).__name__}: {str(error).partition(chr(10))[0][:120]})"
@@ -145,9 +146,9 @@ class Estimate:
             return run(self._cond)
         except UserError:
             raise
-        except Exception as error:  # a pipeline that looks at numbers cannot do without them
+        except Exception as error:  # the pipeline looks at numbers, and there are none
             self._notes.append(
-                f"activations of {name} are not counted: {type(self._pipe).__name__} does not run "
+                f"activations of {name} are not counted: {type(self._pipe).__name__} cannot run "
                 f"without numbers ({str(error).partition(chr(10))[0][:120]})"
             )
             return 0
@@ -158,9 +159,8 @@ class Estimate:
         return self._sampling(_rows(cond, rows), recipe.rollout.guidance_scale)
 
     def _evaluation(self, cond: Conditioning) -> int:
-        own, rollout = self.recipe.eval, self.recipe.rollout
-        scale = rollout.guidance_scale if own.guidance_scale is None else own.guidance_scale
-        return self._sampling(_rows(cond, min(own.batch, self._held_out)), scale)
+        own = self.recipe.eval_sampling
+        return self._sampling(_rows(cond, min(own.batch, self._held_out)), own.guidance_scale)
 
     def _sampling(self, cond: Conditioning, guidance: float) -> int:
         with Numbers():
@@ -194,7 +194,7 @@ class Estimate:
         peak = peak_bytes(call)
         for parameter in self.policy.parameters():
             parameter.grad = None
-        return peak - self.trained  # gradients are a part of their own
+        return peak - self.trained  # the gradients are counted as a part
 
     def _point(self, cond: Conditioning) -> tuple[Level, Tensor]:
         with torch.no_grad(), Numbers():
@@ -210,12 +210,12 @@ class Estimate:
         return min(prompts * one, CACHE_BYTES)
 
     def _samples(self) -> int:
-        """Clean samples and pictures of an iteration."""
+        """Estimate the clean samples and pictures of an iteration, in bytes."""
         if self._cond is None:
             return 0
         try:
             x0 = self._point(self._cond)[1]
-        except Exception:  # said by the phases
+        except Exception:  # the phases tell the user why
             return 0
         call = self.recipe.rollout.call
         height, width, frames = (call.get(name) for name in ("height", "width", "num_frames"))
@@ -223,7 +223,7 @@ class Estimate:
         return self.recipe.images_per_iteration * (_size(x0) + pixels)
 
     def _rewards(self) -> int:
-        """The weights of rewards, by the size of their downloads."""
+        """Estimate the weights of rewards by the size of their downloads, in bytes."""
         names = {*self.recipe.rewards, *self.recipe.eval.metrics}
         sizes = (re.match(r"([\d.]+) GB$", FACTS[n].weights) for n in names if n in FACTS)
         return sum(int(float(size.group(1)) * 1e9) for size in sizes if size)
@@ -252,7 +252,7 @@ def _size(value: Any) -> int:
 
 
 class _Passing(StandIn):
-    """A scheduler whose steps change nothing: every step of a rollout costs the same memory."""
+    """A scheduler whose steps compute nothing: every step of a rollout needs the same memory."""
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *_: Any, **how: Any) -> Any:
         made = torch.empty_like(sample)
