@@ -20,11 +20,11 @@ from pathlib import Path
 import typer
 from variants import Variants, put_section, read_variants, table, write_recipes
 
-from dgpo.cli.common import load, quiet
 from dgpo.cli.compare import carry_out
 from dgpo.comparison.plan import plan
 from dgpo.comparison.report import Comparison
 from dgpo.errors import UserError
+from dgpo.models.load import load_for_sampling, quiet
 from dgpo.preferences import FILE
 from dgpo.recipe import Recipe
 from dgpo.training.recording import record
@@ -86,7 +86,7 @@ def sample_groups(variants: Variants, out: Path, overrides: list[str]) -> None:
     if not variants.offline_groups or (folder / FILE).exists():
         return
     recipe = Recipe.load(variants.base, overrides)
-    pipe = load(recipe.model, None, recipe.precision, None)
+    pipe = load_for_sampling(recipe.model, recipe.precision)
     # under another name until all are there; a run that was cut off samples anew
     part = out / "groups.part"
     if (part / FILE).exists():

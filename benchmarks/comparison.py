@@ -23,10 +23,10 @@ from tempfile import TemporaryDirectory
 
 from variants import put_section
 
-from dgpo.cli.common import quiet
 from dgpo.cli.compare import carry_out
 from dgpo.comparison.plan import Run, plan
 from dgpo.comparison.report import Comparison
+from dgpo.models.load import quiet
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"

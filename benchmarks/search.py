@@ -15,11 +15,11 @@ from pathlib import Path
 
 from variants import put_section, read_variants, write_recipes
 
-from dgpo.cli.common import quiet
 from dgpo.cli.compare import carry_out
 from dgpo.comparison.plan import plan
 from dgpo.comparison.report import Comparison
 from dgpo.comparison.table import Table, cell
+from dgpo.models.load import quiet
 
 HERE = Path(__file__).parent
 SETTINGS = (
