@@ -1,4 +1,4 @@
-"""Making the runs of a comparison, or finding them made."""
+"""Find out what the folder of a comparison's run holds."""
 
 from __future__ import annotations
 
@@ -13,30 +13,10 @@ from dgpo.recipe import Recipe
 from dgpo.recipe.files import read_recipe
 from dgpo.run.manifest import FILE
 from dgpo.run.tracking import read_jsonl
-from dgpo.trainer import Trainer
 
 State = Literal["new", "interrupted", "finished"]
 ENDED = "ended"
 """In a run's folder: the iteration at which the trainer ended it for a reason of its own."""
-
-
-class Race(Trainer):
-    """The trainer, which may stop as soon as a score is reached.
-
-    Args:
-        recipe: of the run.
-        resume: go on from the last checkpoint.
-        stop_at: the held-out score that ends the run once two evaluations in a row reach it; None
-            for the recipe's end.
-    """
-
-    def __init__(self, recipe: Recipe, resume: bool, stop_at: float | None) -> None:
-        super().__init__(recipe=recipe, resume=resume)
-        self._stop_at = stop_at
-
-    @property
-    def _finished(self) -> bool:
-        return super()._finished or arrived(self._tracker.evaluations, self._stop_at)
 
 
 def arrived(evaluations: Sequence[Mapping[str, Any]], stop_at: float | None) -> bool:
@@ -72,23 +52,6 @@ def state(run: Run, stop_at: float | None) -> State:
     ended = mark.exists() and mark.read_text(encoding="utf-8").strip() == str(last)
     done = late or ended or last >= train.iterations
     return "finished" if done or arrived(evaluations, stop_at) else "interrupted"
-
-
-def make(run: Run, stop_at: float | None) -> State:
-    """Train a run, go on with it, or leave it if it is finished; returns what was found.
-
-    Raises:
-        UserError: see :func:`state` and :class:`Trainer`.
-        KeyboardInterrupt: after a checkpoint was saved.
-    """
-    found = state(run, stop_at)
-    if found == "finished":
-        return found
-    race = Race(run.recipe, found == "interrupted", stop_at)
-    race.train()
-    if state(run, stop_at) == "interrupted":
-        (run.folder / ENDED).write_text(f"{race.iteration}\n", encoding="utf-8")
-    return found
 
 
 def read_machines(folder: Path) -> list[dict[str, Any]]:

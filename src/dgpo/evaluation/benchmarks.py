@@ -1,4 +1,4 @@
-"""Benchmarks: prompts, metrics and a sampling protocol that are pinned together."""
+"""Benchmarks pin prompts, metrics and a sampling protocol together."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A pinned protocol; the first metric is the overall score.
+    """A pinned protocol.
 
     Args:
-        prompts: source of the held-out rows, as :func:`dgpo.prompts.load_prompts` takes it; None:
-            a file that dgpo does not ship, given by `dgpo eval --prompts`.
-        metrics: reward names; per picture, or of the whole set (such as KID).
+        name: the benchmark's name.
+        prompts: the source of the held-out rows, as :func:`dgpo.prompts.load_prompts` takes it;
+            None where dgpo does not ship them and `dgpo eval --prompts` gives their file.
+        metrics: the names of rewards, or of metrics of the whole set, such as KID. The first is the
+            overall score.
         steps, guidance_scale, scheduler: how the pictures are sampled.
-        call: further keyword arguments of the pipeline's call.
-        each: pictures drawn for each prompt, with seeds of their own.
+        call: additional keyword arguments of the pipeline's call.
+        each: the number of pictures for each prompt, each with its own seed.
     """
 
     name: str
@@ -68,5 +70,5 @@ GENEVAL = Benchmark(
     each=4,
 )
 """GenEval's 553 prompts (``evaluation_metadata.jsonl`` of github.com/djghosh13/geneval), 4 pictures
-each, 40 steps, guidance 4.5, 512 x 512 pixels: how Stable Diffusion 3.5 Medium is measured in
-arXiv 2505.05470. Overall is the mean of the six tags."""
+each, 40 steps, guidance 4.5, 512 x 512 pixels. arXiv 2505.05470 measures Stable Diffusion 3.5
+Medium in this way. The overall score is the mean of the six tags."""

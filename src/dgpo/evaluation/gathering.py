@@ -1,4 +1,4 @@
-"""An evaluation over several processes: each picture is made and scored by one of them."""
+"""Evaluate with several processes: one of them makes and scores each picture."""
 
 from __future__ import annotations
 
@@ -21,16 +21,20 @@ from dgpo.rewards import RewardFailure
 def each_of_all(
     metrics: Metrics, images: Sequence[Any], prompts: Sequence[Prompt], share: Assignment
 ) -> dict[str, Tensor]:
-    """The metrics of single pictures, [N] each, of which every process asks its own. Collective.
+    """Ask the metrics of single pictures; every process asks about its own pictures. Collective.
 
     Args:
-        images: of this process.
-        prompts: all of them.
-        share: who has which.
+        metrics: the metrics.
+        images: the pictures of this process.
+        prompts: the rows of all pictures.
+        share: which process has which rows.
+
+    Returns:
+        The numbers of all N pictures by metric, [N] each.
 
     Raises:
-        UserError: an answer is not as many finite numbers; a failure that the recipe lets pass is
-            raised in all processes.
+        UserError: an answer does not have a finite number for each picture.
+        RewardFailure: a metric failed that may fail; all processes raise it.
     """
     rows = [prompts[place] for place in share.mine.tolist()]
     if share.processes.single:
@@ -57,10 +61,10 @@ def each_of_all(
 def whole_of_all(
     metrics: Metrics, images: Sequence[Any], prompts: Sequence[Prompt], share: Assignment
 ) -> dict[str, Interval]:
-    """The metrics of the whole set, asked once by the main process. Collective.
+    """Ask the metrics of the whole set once, in the main process. Collective.
 
     Raises:
-        UserError: an answer is not (value, low, high), or the pictures cannot be sent to it.
+        UserError: an answer is not (value, low, high), or a picture cannot be sent to that process.
     """
     if share.processes.single or not metrics.has_of_set:
         return metrics.of_set(images, prompts)
@@ -78,11 +82,11 @@ def whole_of_all(
 
 
 def _sent(picture: Any) -> list[str]:
-    """The frames of a picture as PNG in base64: one of a still picture, which is no list."""
+    """Encode the frames of a picture or video as PNG in base64; the first text says which it is."""
     frames = picture if isinstance(picture, list) else [picture]
     if not all(isinstance(frame, Image.Image) for frame in frames):
         raise UserError(
-            f"eval.metrics: a metric of a whole set needs all pictures in one process, and a "
+            f"eval.metrics: a metric of the whole set needs all pictures in one process, and a "
             f"{type(picture).__name__} cannot be sent there: evaluate with one process"
         )
     texts = ["video" if isinstance(picture, list) else "picture"]

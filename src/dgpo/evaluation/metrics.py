@@ -1,4 +1,4 @@
-"""Metrics: rewards that judge each picture, and figures of a whole set such as KID."""
+"""Metrics: rewards that judge each picture, and figures of the whole set, such as KID."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ class Interval(NamedTuple):
 
 
 class Metrics:
-    """Metrics in order, looked up and imported once.
+    """Metrics in the order given, looked up and imported once.
 
     Args:
-        metrics: reward names or functions, or a :class:`RewardSet` whose rewards are the metrics.
-            One whose attribute ``of_set`` is true is called once for all pictures,
+        metrics: reward names or functions, or a :class:`RewardSet` whose rewards are the metrics. A
+            metric whose attribute ``of_set`` is true is called once for all pictures,
             ``(images, prompts, **columns) -> (value, low, high)``.
 
     Raises:
-        UserError: none given, an unknown name, or one name twice.
+        UserError: there is no metric, a name is unknown, or a name comes twice.
     """
 
     def __init__(self, metrics: RewardSet | Sequence[str | Callable]) -> None:
         self._each: RewardSet | None = None
         self._of_set: dict[str, Callable[..., Sequence[float]]] = {}
         self.names: list[str] = []
-        """Of all metrics, in the order given."""
+        """The names of all metrics, in the order given."""
         if isinstance(metrics, RewardSet):
             self._each, self.names = metrics, metrics.names
             return
@@ -60,7 +60,7 @@ class Metrics:
 
     @property
     def names_of_each(self) -> list[str]:
-        """Those of the metrics that judge each picture."""
+        """The names of the metrics that judge each picture."""
         return [] if self._each is None else self._each.names
 
     @property
@@ -69,7 +69,7 @@ class Metrics:
         return bool(self._of_set)
 
     def offload(self) -> None:
-        """See :meth:`RewardSet.offload`; a metric of a whole set stays where it is."""
+        """Offload as :meth:`RewardSet.offload`; a metric of the whole set stays where it is."""
         if self._each is not None:
             self._each.offload()
 
@@ -77,7 +77,7 @@ class Metrics:
         """Let every metric refuse prompts that it cannot score.
 
         Raises:
-            UserError: as the metric says.
+            UserError: a metric refuses them.
         """
         if self._each is not None:
             self._each.check(prompts)
@@ -89,7 +89,7 @@ class Metrics:
     def of_each(
         self, images: Sequence[Image.Image], prompts: Sequence[Prompt]
     ) -> dict[str, Tensor]:
-        """The metrics of single pictures, [B] each.
+        """Ask the metrics of single pictures about B pictures; returns [B] for each.
 
         Raises:
             UserError: an answer is not B finite numbers.
@@ -99,7 +99,7 @@ class Metrics:
     def of_set(
         self, images: Sequence[Image.Image], prompts: Sequence[Prompt]
     ) -> dict[str, Interval]:
-        """The metrics of the whole set.
+        """Ask the metrics of the whole set.
 
         Raises:
             UserError: an answer is not (value, low, high).
@@ -112,7 +112,7 @@ class Metrics:
             answer = metric(list(images), texts, **_accepted(metric, columns))
             if not isinstance(answer, (tuple, list)) or len(answer) != 3:
                 raise UserError(
-                    f"metric {name!r} returned {answer!r:.80}; a metric of a whole set returns "
+                    f"metric {name!r} returned {answer!r:.80}; a metric of the whole set returns "
                     "(value, low, high)"
                 )
             found[name] = Interval(*map(float, answer))

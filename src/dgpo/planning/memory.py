@@ -20,7 +20,7 @@ from dgpo.models.pipeline.prompt_encoder import CACHE_BYTES, Conditioning
 from dgpo.models.policy import Policy
 from dgpo.models.weights.memory import save_memory, text_encoders
 from dgpo.planning.meta_memory import Numbers, peak_bytes
-from dgpo.planning.skeleton import bytes_of
+from dgpo.planning.skeleton import bytes_of, first_line
 from dgpo.recipe import Recipe
 from dgpo.reward_facts import FACTS
 
@@ -72,24 +72,19 @@ class Estimate:
         self.recipe, self._pipe, self._held_out = recipe, pipe, held_out
         self.model = PipelineModel(pipe, call=recipe.rollout.call)
         save_memory(pipe, self.model.denoisers, recipe.memory)
-        self._weights = {n: _weights(n, m, recipe) for n, m in pipe.components.items() if _net(m)}
+        networks = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
+        self._weights = {name: _weights(name, part, recipe) for name, part in networks.items()}
         self.policy = Policy(self.model, recipe.lora, recipe.seed)
         self.trained = sum(p.numel() * p.element_size() for p in self.policy.parameters())
         self._notes: list[str] = []
-        self._cond = self._encoded(text)
+        why = "activations are not counted: the prompt cannot be encoded without weights"
+        self._cond = self._try(lambda: self.model.encode([text], guidance=True), None, why)
 
     @property
     def has_guidance(self) -> bool:
         """Whether the pipeline has classifier-free guidance; true where that cannot be seen."""
-        if self._cond is None:
-            return True
-        try:
-            with Numbers():
-                return self.model.has_guidance(self._cond)
-        except UserError:
-            raise
-        except Exception:  # the phases tell the user why
-            return True
+        cond = self._cond
+        return cond is None or self._try(lambda: self.model.has_guidance(cond), True)
 
     def memory(self, libraries: int, prompts: int) -> Memory:
         """Return the estimate.
@@ -126,32 +121,23 @@ class Estimate:
             kept=libraries > 0,
         )
 
-    def _encoded(self, text: str) -> Conditioning | None:
+    def _try(self, run: Callable[[], Any], otherwise: Any, note: str = "") -> Any:
+        """Run code without numbers. Where it needs numbers or files that are not there, note that
+        and return something else."""
         try:
             with Numbers():
-                return self.model.encode([text], guidance=True)
+                return run()
         except UserError:
             raise
-        except Exception as error:  # the tokenizer is missing, or the encoder looks at numbers
-            self._notes.append(
-                "activations are not counted: the prompt cannot be encoded without weights "
-                f"({type(error).__name__}: {str(error).partition(chr(10))[0][:120]})"
-            )
-            return None
+        except Exception as error:  # pipelines and tokenizers may raise anything
+            if note:
+                self._notes.append(f"{note} ({type(error).__name__}: {first_line(error)})")
+            return otherwise
 
     def _phase(self, name: str, run: Callable[[Conditioning], int]) -> int:
-        if self._cond is None:
-            return 0
-        try:
-            return run(self._cond)
-        except UserError:
-            raise
-        except Exception as error:  # the pipeline looks at numbers, and there are none
-            self._notes.append(
-                f"activations of {name} are not counted: {type(self._pipe).__name__} cannot run "
-                f"without numbers ({str(error).partition(chr(10))[0][:120]})"
-            )
-            return 0
+        cond, kind = self._cond, type(self._pipe).__name__
+        note = f"activations of {name} are not counted: {kind} cannot run without numbers"
+        return 0 if cond is None else self._try(lambda: run(cond), 0, note)
 
     def _rollout(self, cond: Conditioning) -> int:
         recipe = self.recipe
@@ -211,11 +197,9 @@ class Estimate:
 
     def _samples(self) -> int:
         """Estimate the clean samples and pictures of an iteration, in bytes."""
-        if self._cond is None:
-            return 0
-        try:
-            x0 = self._point(self._cond)[1]
-        except Exception:  # the phases tell the user why
+        cond = self._cond
+        x0 = None if cond is None else self._try(lambda: self._point(cond)[1], None)
+        if x0 is None:
             return 0
         call = self.recipe.rollout.call
         height, width, frames = (call.get(name) for name in ("height", "width", "num_frames"))
@@ -227,10 +211,6 @@ class Estimate:
         names = {*self.recipe.rewards, *self.recipe.eval.metrics}
         sizes = (re.match(r"([\d.]+) GB$", FACTS[n].weights) for n in names if n in FACTS)
         return sum(int(float(size.group(1)) * 1e9) for size in sizes if size)
-
-
-def _net(part: Any) -> bool:
-    return isinstance(part, nn.Module)
 
 
 def _weights(name: str, module: nn.Module, recipe: Recipe) -> int:

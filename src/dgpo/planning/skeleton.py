@@ -41,14 +41,12 @@ def skeleton(name: str, precision: Precision, vae_precision: Precision | None = 
     try:
         index: Any = DiffusionPipeline.load_config(place)
     except (OSError, ValueError) as error:
-        first = str(error).strip().partition("\n")[0][:200]
-        raise UserError(f"model: {name!r} has no model_index.json that can be read: {first}") from (
-            error
-        )
-    kind = getattr(diffusers, str(index.get("_class_name")), None)
+        why = f"model: {name!r} has no model_index.json that can be read: {first_line(error)}"
+        raise UserError(why) from error
+    wanted = str(index.get("_class_name"))
+    kind = getattr(diffusers, wanted, None)
     if kind is None:
         pipelines = [n for n in dir(diffusers) if n.endswith("Pipeline")]
-        wanted = str(index.get("_class_name"))
         raise UserError(
             f"model: {name!r} is a {wanted}, which this diffusers ({diffusers.__version__}) does "
             f"not have{nearest(wanted, pipelines)}"
@@ -78,9 +76,9 @@ def _part(place: str | Path, name: str, library: str, kind: str) -> Any:
             config = made_by.config_class.from_pretrained(place, subfolder=name)
             return _empty(lambda: made_by(config))
     except (OSError, ValueError, TypeError) as error:
-        first = str(error).strip().partition("\n")[0][:200]
         raise UserError(
-            f"model: {name} of {str(place)!r} ({kind}) cannot be made from its config.json: {first}"
+            f"model: {name} of {str(place)!r} ({kind}) cannot be made from its config.json: "
+            f"{first_line(error)}"
         ) from error
     try:
         return made_by.from_pretrained(place, subfolder=name)
@@ -119,6 +117,11 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
     for name, parameter in module.named_parameters():
         if parameter.is_floating_point() and not kept.intersection(name.split(".")):
             parameter.data = parameter.data.to(dtype)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
+    return str(error).strip().partition("\n")[0][:200]
 
 
 def bytes_of(module: nn.Module) -> int:

@@ -70,11 +70,11 @@ def _stochastic(recipe: Recipe) -> Iterator[str]:
     rollout = recipe.rollout
     if rollout.sde is not None and rollout.scheduler is not None:
         yield (
-            f"rollout.sde: it samples in place of rollout.scheduler = {rollout.scheduler!r}; use "
+            f"rollout.sde: it samples instead of rollout.scheduler = {rollout.scheduler!r}; use "
             "null for one of them"
         )
     elif rollout.sde is not None and rollout.steps < 2:
-        yield "rollout.sde: the last step adds no noise; rollout.steps = 1 has no other"
+        yield "rollout.sde: the last step adds no noise; rollout.steps = 1 leaves none"
 
 
 def _trajectory(recipe: Recipe) -> Iterator[str]:

@@ -20,24 +20,9 @@ from pydantic_core import PydanticCustomError
 
 from dgpo.algorithms.base import Algorithm, BaseAlgorithm, TrajectoryAlgorithm
 from dgpo.errors import UserError
+from dgpo.recipe import sections
 from dgpo.recipe.conflicts import contradictions
 from dgpo.recipe.files import apply_overrides, find_recipe, read_recipe
-from dgpo.recipe.sections import (
-    CheckpointSettings,
-    DataSettings,
-    EmaSettings,
-    EvalSampling,
-    EvalSettings,
-    GuardSettings,
-    LoraSettings,
-    MemorySettings,
-    PromptSettings,
-    RolloutSettings,
-    RunSettings,
-    SampleSettings,
-    TrainSettings,
-    is_multiple,
-)
 from dgpo.registry import ALGORITHMS, known, resolve, unknown
 from dgpo.rewards.settings import AnyReward, RewardSettings, weight_of
 from dgpo.secrets import masked
@@ -104,25 +89,25 @@ class Recipe(Settings):
     combine: Literal["sum", "gdpo"] = "sum"
     """How to combine several rewards: add them up (sum), or add up the deviations of each from its
     group's mean (gdpo)."""
-    prompts: PromptSettings = PromptSettings()
-    data: DataSettings = DataSettings()
+    prompts: sections.PromptSettings = sections.PromptSettings()
+    data: sections.DataSettings = sections.DataSettings()
     group_size: int = 16
     """The number of pictures of one prompt that are compared with each other; 2 or more."""
     groups_per_iteration: int = Field(default=8, ge=1)
     """The number of prompts, and so of groups, in an iteration."""
-    rollout: RolloutSettings = RolloutSettings()
-    train: TrainSettings = TrainSettings()
-    lora: LoraSettings | None = LoraSettings()
+    rollout: sections.RolloutSettings = sections.RolloutSettings()
+    train: sections.TrainSettings = sections.TrainSettings()
+    lora: sections.LoraSettings | None = sections.LoraSettings()
     """The LoRA that is trained; null: train all weights of the denoiser."""
-    memory: MemorySettings = MemorySettings()
-    ema: EmaSettings = EmaSettings()
-    eval: EvalSettings = EvalSettings()
-    checkpoint: CheckpointSettings = CheckpointSettings()
-    samples: SampleSettings = SampleSettings()
-    guards: GuardSettings = GuardSettings()
+    memory: sections.MemorySettings = sections.MemorySettings()
+    ema: sections.EmaSettings = sections.EmaSettings()
+    eval: sections.EvalSettings = sections.EvalSettings()
+    checkpoint: sections.CheckpointSettings = sections.CheckpointSettings()
+    samples: sections.SampleSettings = sections.SampleSettings()
+    guards: sections.GuardSettings = sections.GuardSettings()
     seed: int = Field(default=0, ge=0, lt=2**63)
     """The seed of every random number of the run."""
-    run: RunSettings = RunSettings()
+    run: sections.RunSettings = sections.RunSettings()
 
     @field_validator("group_size")
     @classmethod
@@ -242,11 +227,11 @@ class Recipe(Settings):
         return asked is not False and batch is not None and batch < self.images_per_iteration
 
     @property
-    def eval_sampling(self) -> EvalSampling:
+    def eval_sampling(self) -> sections.EvalSampling:
         """How evaluations sample."""
         own, rollout = self.eval, self.rollout
         guidance = rollout.guidance_scale if own.guidance_scale is None else own.guidance_scale
-        return EvalSampling(
+        return sections.EvalSampling(
             scheduler=own.scheduler or rollout.scheduler,
             steps=own.steps or rollout.steps,
             guidance_scale=guidance,
@@ -256,7 +241,7 @@ class Recipe(Settings):
     def grid_due(self, iteration: int) -> bool:
         """Whether to draw a grid of pictures after an iteration; iterations count from 1."""
         own = self.samples.every
-        return is_multiple(iteration, self.eval.every if own is None else own)
+        return sections.is_multiple(iteration, self.eval.every if own is None else own)
 
     @property
     def images_per_iteration(self) -> int:
