@@ -147,7 +147,7 @@ def _remote(recipe: Recipe) -> Iterator[str]:
     if rollout.sde is not None:
         yield f"{where}rollout.sde samples in the run itself; use null for one of them"
     if recipe.lora is None:
-        yield f"{where}the run sends its LoRA to the engine, and lora: null trains none"
+        yield f"{where}what travels is a LoRA, and lora: null trains none"
     if recipe.memory.vae_precision is not None:
         yield (
             f"{where}the engine decodes with its own autoencoder; memory.vae_precision = "
