@@ -13,6 +13,8 @@ BENCHMARKS = ROOT / "benchmarks"
 
 def benchmark(name: str) -> ModuleType:
     """``benchmarks/NAME.py``, loaded anew."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.append(str(BENCHMARKS))  # as when it runs as a program
     place = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     assert place is not None and place.loader is not None
     module = importlib.util.module_from_spec(place)

@@ -32,6 +32,7 @@ ROOMS: dict[str, str] = {
     "disk": "Files that are written whole or not at all.",
     "settings": "Frozen settings, and one line that puts a wrong one right.",
     "registry": "The names that recipes take, and where each one lives; it reads `registry.yaml`.",
+    "reserved": "Arguments of a pipeline's call that the run sets itself, and its setting for each.",
     "media": "Videos and sounds: what rewards are given of them, and their files.",
     "core": "Groups, noising processes, noise levels, SDE steps: pure functions of tensors.",
     "pocket": "The small models inside the package, their prompts and their verifiers.",
@@ -60,7 +61,7 @@ ROOMS: dict[str, str] = {
     "cli": "The command `dgpo`.",
 }
 """Every room with a sentence, each after all that it may import."""
-GROUND = ("errors", "secrets", "interrupts", "disk", "settings", "registry", "media")
+GROUND = ("errors", "secrets", "interrupts", "disk", "settings", "registry", "reserved", "media")
 """Rooms that all others may use; the picture shows them as one."""
 
 

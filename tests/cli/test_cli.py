@@ -30,12 +30,11 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["train", "eval", "sample", "score", "list", "check", "pocket"]),
+        (["--help"], ["train", "eval", "sample", "score", "list", "check", "plan"]),
         (["train", "--help"], ["RECIPE", "KEY=VALUE", "--resume", "run.json"]),
         (["eval", "--help"], ["--model", "--lora", "--benchmark", "--prompts", "--json"]),
         (["score", "--help"], ["--reward", "--images", "--prompts", "--json"]),
         (["sample", "--help"], ["--prompts", "--steps", "--guidance-scale", "--seed"]),
-        (["pocket", "--help"], ["pretrain"]),
     ],
 )
 def test_help_names_what_there_is(arguments, words):
@@ -225,7 +224,3 @@ def test_eval_writes_the_agreed_json(folder, tmp_path, monkeypatch):
     assert report["rewards"]["redness"] == pytest.approx(report["overall"])
     assert report["ci95"][0] <= report["overall"] <= report["ci95"][1]
     assert f"{report['overall']:.4f}" in output
-
-
-def test_pretraining_has_its_own_options():
-    assert "--help" in run("pocket", "pretrain", "--help").output

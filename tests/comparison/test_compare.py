@@ -10,6 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 import dgpo.cli.commands as cli
+from dgpo.comparison import race
 from dgpo.comparison import runs as comparison_runs
 from dgpo.comparison.figures import Figure, mean, ratio, read_record, summarize, to_target
 from dgpo.comparison.plan import lag, plan
@@ -228,7 +229,7 @@ def test_the_files_are_written_from_runs_that_are_there(races, monkeypatch):
     def no_training(*args):
         raise AssertionError("a finished run was trained again")
 
-    monkeypatch.setattr(comparison_runs, "Trainer", no_training)
+    monkeypatch.setattr(race, "Trainer", no_training)
     output = compare(*sources, "--seeds", "2", "--target", "0.8", "--out", "out").output
     assert output.count("found finished") == 4
     out = Path("out")
@@ -253,7 +254,7 @@ def test_every_file_can_be_made_again_from_what_was_kept(races, monkeypatch):
     for run in runs:
         (run.folder / "run.json").write_text(json.dumps({"starts": [start]}))
         keep(run, Path("results"))
-    monkeypatch.setattr(comparison_runs, "Trainer", None)  # nothing is trained
+    monkeypatch.setattr(race, "Trainer", None)  # nothing is trained
     asked = [*sources, "--seeds", "2", "--target", "0.8", "--redraw"]
     compare(*asked, "--out", "out")
     output = compare(*asked, "--out", "again", "--results", "results").output
@@ -322,7 +323,7 @@ def test_from_end_to_end(write_recipe, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(comparison_runs.StopAtScore, "on_iteration_begin", stops)
+        patch.setattr(race.StopAtScore, "on_iteration_begin", stops)
         assert "the same command goes on" in compare(*command, code=130).stderr
     assert "Not finished: theirs seed 0." in Path("out/table.md").read_text()
     ours = Path("out/ours-seed0/metrics.jsonl")
@@ -351,6 +352,6 @@ def test_from_end_to_end(write_recipe, monkeypatch):
     (recipe,) = json.loads(Path("early/table.json").read_text())["recipes"]
     assert [e["iteration"] for e in recipe["runs"][0]["evaluations"]] == [0, 1]
 
-    monkeypatch.setattr(comparison_runs, "Trainer", None)  # nothing is left to train
+    monkeypatch.setattr(race, "Trainer", None)  # nothing is left to train
     assert compare(*command).output.count("found finished") == 2
     assert ours.stat().st_mtime_ns == written

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-import dgpo.evaluation
+import dgpo.evaluation.scoring
 from dgpo.errors import UserError
 from dgpo.evaluation import Metrics, Sampling, evaluate, sample_images, score, stratified_mean
 from dgpo.models.pipeline.adapter import PipelineModel
@@ -74,7 +74,7 @@ def test_the_batch_size_changes_nothing(
 
 
 def test_padding_would_be_noticed(model: PipelineModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = dgpo.evaluation.sample_images
+    right = dgpo.evaluation.scoring.sample_images
     metrics = Metrics([brightness])
     report, images = evaluate(model, ROWS, metrics, Sampling(steps=2, batch=2))
     assert report.n == len(images) == 5
@@ -83,7 +83,7 @@ def test_padding_would_be_noticed(model: PipelineModel, monkeypatch: pytest.Monk
         images = right(*args, **named)
         return [*images, images[-1]]  # the mistake: the last batch filled up
 
-    monkeypatch.setattr(dgpo.evaluation, "sample_images", padded)
+    monkeypatch.setattr(dgpo.evaluation.scoring, "sample_images", padded)
     with pytest.raises(ValueError, match="6 images for 5 prompts"):
         evaluate(model, ROWS, metrics, Sampling(steps=2, batch=2))
 

@@ -124,7 +124,7 @@ def test_every_key_takes_every_odd_value_or_refuses_it() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a: &a [*a]", "holds itself"),
+        ("a: &a [*a]", "contains itself"),
         ("a: " + "[" * 1500, "nested too deeply"),
         ("a: !!binary aGk=", "'binary' is no plain value"),
         ("a: !!set {x}", "'set' is no plain value"),

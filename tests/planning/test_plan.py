@@ -90,7 +90,7 @@ def test_guidance_that_is_set_in_a_guider_is_counted(prompts: Path) -> None:
             if isinstance(module, nn.Module):
                 module.to("meta")
         rollout = {"guidance_scale": scale, "call": TINY["hunyuan_video15"].call}
-        estimate = Estimate(recipe("tiny", prompts, rollout=rollout), pipe, WORDS[:1], 0)
+        estimate = Estimate(recipe("tiny", prompts, rollout=rollout), pipe, WORDS[0], 0)
         made = estimate.memory(0, 1)
         assert not made.notes
         peaks.append(made.phases["rollout"])

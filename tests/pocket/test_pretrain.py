@@ -1,6 +1,8 @@
 """Pretraining stages resume where they stopped, bit for bit."""
 
 import json
+import runpy
+import sys
 
 import numpy as np
 import pytest
@@ -10,11 +12,20 @@ from dgpo.pocket.scenes import COLORS, SHAPES, Scene, Shape, parse_caption
 from dgpo.pocket.text import build_text_encoder, build_tokenizer
 from tools.pretrain import captions
 from tools.pretrain.build import build_transformer
-from tools.pretrain.common import Stage
+from tools.pretrain.common import Stage, Training
 from tools.pretrain.data import draw_scenes, layout_of
 from tools.pretrain.measures import corrupt
 from tools.pretrain.skills import scene_skill
 from tools.pretrain.transformer import FlowData, FlowSettings, train_flow
+
+
+def test_the_command_stands_in_the_root_of_a_clone(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("tools.pretrain", run_name="__main__")
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("--skill", "--stage", "scenes", "measures"))
 
 
 def small_stage(folder, steps):
@@ -67,7 +78,8 @@ def test_the_average_is_what_is_evaluated_and_the_weights_come_back(tmp_path):
 def test_text_encoders_learn_to_read(tmp_path):
     words = [f"a photo of a {c} circle" for c in ("red", "blue", "green", "black")]
     labels = torch.tensor([[0], [1], [2], [3]])
-    captions.train_text_encoders(tmp_path, build_tokenizer(), words, labels, steps=60, batch=16)
+    training = Training(steps=60, batch=16, lr=2e-3)
+    captions.train_text_encoders(tmp_path, build_tokenizer(), words, labels, None, training)
     log = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert log["worst"] == 1.0
 
@@ -88,9 +100,8 @@ def test_text_encoders_learn_what_each_word_is_about(tmp_path):
     words = ["a photo of a red circle", "a photo of a blue circle"]
     silent = [-2] * 5
     about = torch.tensor([[*silent, 0, *silent[1:]], [*silent, 1, *silent[1:]]])[..., None]
-    captions.train_text_encoders(
-        tmp_path, build_tokenizer(), words, torch.tensor([[-1], [-1]]), about, steps=60, batch=16
-    )
+    labels, training = torch.tensor([[-1], [-1]]), Training(steps=60, batch=16, lr=2e-3)
+    captions.train_text_encoders(tmp_path, build_tokenizer(), words, labels, about, training)
     log = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert log["worst"] == 1.0
 

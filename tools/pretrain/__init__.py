@@ -1,1 +1,1 @@
-"""How the weights of the small models were made: ``python -m tools.pretrain``."""
+"""Make the weights of the small models: ``python -m tools.pretrain``, in the root of a clone."""

@@ -1,4 +1,4 @@
-"""``python -m tools.pretrain``, in the root of a clone."""
+"""Run ``python -m tools.pretrain`` in the root of a clone."""
 
 import typer
 

@@ -1,4 +1,4 @@
-"""The stage sd: the noise-prediction pocket, taught by the pocket itself."""
+"""The stage sd: the pocket teaches the noise-prediction pocket."""
 
 from __future__ import annotations
 
@@ -15,20 +15,25 @@ from dgpo.pocket import load_pocket
 from tools.pretrain.autoencoder import encode
 from tools.pretrain.build_sd import assemble_sd, build_unet, reading_encoder
 from tools.pretrain.captions import CaptionTable
-from tools.pretrain.cli import check_pipeline, save_pipeline
+from tools.pretrain.pipelines import check_pipeline, save_pipeline
 from tools.pretrain.skills import Skill
 from tools.pretrain.unet import Lessons, LessonSettings, Teacher, encode_last, train_unet
 
 EXAMPLES = 20_000
 GUIDANCE = 3.0
-"""Of the teacher: that of the benchmark, so that the UNet draws as well without any."""
+"""The teacher's guidance scale: that of the benchmark, so that the UNet needs none."""
 
 
 def pretrain_sd(task: Skill, out: Path, seed: int) -> None:
-    """Train the UNet beside the shipped pocket's other parts; then write its pipeline.
+    """Train the UNet beside the other parts of the shipped pocket, and write its pipeline.
+
+    Args:
+        task: the skill of scenes.
+        out: the folder of the stage and of the pipeline.
+        seed: the seed of weights, data and noise.
 
     Raises:
-        UserError: the skill is not that of scenes.
+        UserError: the skill has no layout that could be taught.
     """
     if task.name != "scenes":
         raise UserError(f"--stage sd: there is no layout of {task.name} to teach; give scenes")
@@ -48,14 +53,17 @@ def pretrain_sd(task: Skill, out: Path, seed: int) -> None:
         return check_pipeline(pipe, task, out / "sd.png", (1.0,), {})
 
     data = Lessons(latents, captions, examples.layout)
-    train_unet(out / "sd", unet, embed, teacher, data, LessonSettings(), evaluate, seed)
+    train_unet(out / "sd", unet, embed, teacher, data, LessonSettings(seed=seed), evaluate)
     save_sd(pipe, out / "pipeline" / "sd")
     print(json.dumps(evaluate(), indent=2))
 
 
 def save_sd(pipe: StableDiffusionPipeline, folder: Path) -> None:
-    """Write a pipeline folder without the paths that its parts came from, and with the names of
-    Stable Diffusion 1.5's own text encoder, which every version of transformers reads."""
+    """Write a pipeline folder as every version of transformers reads it.
+
+    The paths that its parts came from are left out, and the text encoder's weights have the names
+    of Stable Diffusion 1.5's own.
+    """
     save_pipeline(pipe, folder)
     config = folder / "vae" / "config.json"
     settings = json.loads(config.read_text())

@@ -1,10 +1,11 @@
-"""What every pretraining stage shares: seeded loops that checkpoint, resume and show progress."""
+"""A stage of pretraining: a seeded loop that saves, resumes, averages and shows its progress."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,8 +15,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast a stage trains.
+
+    Args:
+        steps: the number of optimiser steps.
+        batch: the number of examples in a step.
+        lr: the learning rate of AdamW.
+        seed: the seed of weights, batches and noise.
+    """
+
+    steps: int
+    batch: int
+    lr: float
+    seed: int = 0
+
+
 class Averaged:
-    """Exponential moving average of modules' parameters; the average is what is shipped."""
+    """The exponential moving average of modules' parameters, which is what is shipped.
+
+    Inside ``with average:`` the modules hold the average.
+    """
 
     def __init__(self, modules: list[nn.Module], decay: float = 0.999):
         self.parameters = [p for m in modules for p in m.parameters()]
@@ -44,14 +65,15 @@ class Averaged:
 
 
 class Stage:
-    """One stage of pretraining: a folder with checkpoints and a log of what was measured.
+    """One stage of pretraining, with a checkpoint and a log in its folder.
 
     Args:
-        folder: where ``state.safetensors`` (weights, averages, optimiser) and ``log.jsonl`` go.
-        modules: what is trained.
+        folder: where ``state.safetensors`` (weights, averages, optimisers) and ``log.jsonl`` go.
+        modules: the modules to train.
         optimizers: their optimisers.
-        steps: how many steps the stage has; :meth:`run` yields them, from where it stopped.
-        save_every: steps between two checkpoints.
+        steps: the number of steps; :meth:`run` yields those that are left.
+        seed: the seed of every step's random numbers.
+        save_every: the number of steps between checkpoints.
     """
 
     def __init__(
@@ -73,8 +95,16 @@ class Stage:
         if (folder / "state.safetensors").exists():
             self._load()
 
-    def run(self, evaluate: Callable[[], dict[str, float]], every: int) -> Iterator[int]:
-        """Yield step numbers; after each, average, save and evaluate as due."""
+    def run(
+        self, evaluate: Callable[[], dict[str, float]], every: int, hold: float | None = None
+    ) -> Iterator[int]:
+        """Yield step numbers; after each step average, evaluate and save if that is due.
+
+        Args:
+            evaluate: returns the figures to log, of the averaged weights.
+            every: the number of steps between evaluations.
+            hold: see :func:`schedule`; None leaves the learning rates alone.
+        """
         began = time.monotonic() - self.seconds
         steps = track(
             range(self.start, self.steps),
@@ -83,6 +113,8 @@ class Stage:
             transient=True,
         )
         for step in steps:
+            for optimizer in self.optimizers if hold is not None else ():
+                schedule(optimizer, step, self.steps, hold or 0.0)
             yield step
             self.average.update()
             self.seconds = time.monotonic() - began
@@ -96,12 +128,28 @@ class Stage:
             if done % self.save_every == 0 or done == self.steps:
                 self._save(done)
 
+    def learn(self, loss: Tensor) -> None:
+        """Take an optimiser step down the gradient of a loss, which is clipped to a norm of 1."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.average.parameters, 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Give the modules the averaged weights for good."""
+        for value, parameter in zip(self.average.values, self.average.parameters, strict=True):
+            parameter.copy_(value)
+
     def note(self, **figures: float) -> None:
-        """Remember figures of a step; their mean since the last report is logged."""
+        """Remember the figures of a step; the log shows their mean since the last report."""
         for key, value in figures.items():
             self.running.setdefault(key, []).append(value)
 
     def log(self, step: int, figures: dict[str, float]) -> None:
+        """Write a row of figures to ``log.jsonl`` and print it."""
         means = {k: sum(v) / len(v) for k, v in self.running.items() if v}
         self.running = {}
         row = {"step": step, "seconds": round(self.seconds, 1), **means, **figures}
@@ -111,7 +159,7 @@ class Stage:
         print(f"{self.folder.name} {step}/{self.steps}", row, flush=True)
 
     def generator(self, step: int) -> torch.Generator:
-        """The random numbers of one step: the same whether or not the stage was interrupted."""
+        """Return the random numbers of a step: the same whether or not the stage was resumed."""
         return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -159,8 +207,8 @@ class Stage:
         self.average.steps = int(meta["average"])
 
 
-def schedule(optimizer: torch.optim.Optimizer, step: int, steps: int, hold: float = 0.5) -> None:
-    """Warm up over 100 steps, hold, then decay linearly to 2% over what is left after ``hold``."""
+def schedule(optimizer: torch.optim.Optimizer, step: int, steps: int, hold: float) -> None:
+    """Warm up over 100 steps, hold the rate for a share of the steps, then decay linearly to 2%."""
     part = step / steps
     factor = min(1.0, (step + 1) / 100)
     if part > hold:

@@ -1,4 +1,4 @@
-"""Training data for the pocket: pictures with captions of which a known share is wrong."""
+"""Training data of the pocket: pictures with captions, of which a known share is wrong."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SCENE_WEIGHTS = {
     "position": 0.24,
     "color_attr": 0.24,
 }
-"""Share of each category in the pictures: more of what a small network learns last."""
+"""The share of each category in the pictures; what a small network learns last has more."""
 
 LAST_WEIGHTS = {
     "single_object": 0.04,
@@ -41,7 +41,7 @@ LAST_WEIGHTS = {
     "position": 0.12,
     "color_attr": 0.34,
 }
-"""Share of each category in the last stage's batches: what is still drawn badly by then."""
+"""The share of each category in the last stage's batches; what is still drawn badly has more."""
 
 CAPTION_NOISE = {
     "single_object": ("class", 0.55),
@@ -51,8 +51,8 @@ CAPTION_NOISE = {
     "position": ("position", 0.45),
     "color_attr": ("color", 0.22),
 }
-"""What is wrong in the captions of a category, and the probability that it is: for each shape and
-each colour of its own where a caption names two."""
+"""Which attribute of a category's captions is wrong, and with what probability. Where a caption
+names two shapes or two colours, each is wrong on its own."""
 
 _VALUES: dict[str, tuple[Any, ...]] = {
     "class": SHAPES,
@@ -62,7 +62,7 @@ _VALUES: dict[str, tuple[Any, ...]] = {
 
 
 def draw_scenes(count: int, seed: int) -> list[Scene]:
-    """Random scenes in the proportions of ``SCENE_WEIGHTS``."""
+    """Draw random scenes in the proportions of ``SCENE_WEIGHTS``."""
     rng = np.random.default_rng(seed)
     rows = all_metadata()
     weights = np.asarray([SCENE_WEIGHTS[c] for c in CATEGORIES])
@@ -72,11 +72,11 @@ def draw_scenes(count: int, seed: int) -> list[Scene]:
 
 
 def layout_of(scenes: list[Scene], patches: int = 4) -> Tensor:
-    """What each patch of the picture shows, for the transformer's auxiliary head.
+    """Say what each patch of a picture shows, for the transformer's auxiliary head.
 
     Returns:
         int64 [N, patches * patches, 2]: the shape and the colour of the object that covers most of
-        a patch, counted from 1; 0 where no object covers a fifth of it. Objects count as discs.
+        a patch, counted from 1, or 0 where no object covers a fifth of it. Objects count as discs.
     """
     grid = np.arange(SIDE, dtype=np.float32) + 0.5
     side = SIDE // patches
@@ -97,10 +97,10 @@ def layout_of(scenes: list[Scene], patches: int = 4) -> Tensor:
 
 
 def wrong_caption(metadata: dict[str, Any], rng: np.random.Generator) -> str:
-    """The caption with each attribute replaced by another value with its category's probability.
+    """Return the caption with each attribute replaced with the probability of its category.
 
-    What comes out is always a caption that :func:`dgpo.pocket.scenes.parse_caption` reads; one that
-    would name a shape or a colour twice is left as it was.
+    :func:`dgpo.pocket.scenes.parse_caption` can read every caption that comes out: one that would
+    name a shape or a colour twice is left as it was.
     """
     tag = metadata["tag"]
     include = copy.deepcopy(metadata["include"])
@@ -114,7 +114,7 @@ def wrong_caption(metadata: dict[str, Any], rng: np.random.Generator) -> str:
         if rng.random() < rate:
             clause[key] = _another(_VALUES[key], clause[key], rng)
     if len({clause[key] for clause in include}) < len(include):
-        return metadata["prompt"]  # "a circle and a circle" is no caption
+        return metadata["prompt"]  # "a circle and a circle" is not a caption
     return caption_of(tag, include)
 
 

@@ -11,16 +11,24 @@ from torch import Tensor, nn
 
 from dgpo.pocket.measures import Measures, as_pixels
 from dgpo.pocket.scenes import COLORS, SHAPES, Scene
-from tools.pretrain.common import Stage, schedule
+from tools.pretrain.common import Stage, Training
+
+CORRUPTIONS = ("blur", "noise", "colors")
+HELD_OUT = 512
+"""The number of pictures, from the first, that are evaluated and not trained on."""
 
 
 def corrupt(pixels: Tensor, kind: str, strength: float, generator: torch.Generator) -> Tensor:
-    """Pictures [B, 3, H, W] in [-1, 1], made worse.
+    """Make pictures [B, 3, H, W] in [-1, 1] worse.
 
     Args:
+        pixels: the pictures.
         kind: ``blur`` (up to 2 px), ``noise`` (up to 0.6) or ``colors`` (shifts up to 0.8).
-        strength: 0 (unchanged) to 1.
-        generator: random numbers of the noise and the shifts.
+        strength: from 0 (unchanged) to 1.
+        generator: the random numbers of the noise and the shifts.
+
+    Raises:
+        ValueError: there is no such kind.
     """
     if kind == "blur":
         blurred = ndimage.gaussian_filter(pixels.numpy(), (0, 0, 2 * strength, 2 * strength))
@@ -31,11 +39,11 @@ def corrupt(pixels: Tensor, kind: str, strength: float, generator: torch.Generat
     if kind == "colors":
         sign = torch.randint(0, 2, (len(pixels), 3, 1, 1), generator=generator) * 2 - 1
         return (pixels + 0.8 * strength * sign).clamp(-1, 1)
-    raise ValueError(f"corruption {kind!r} is not one of blur, noise, colors")
+    raise ValueError(f"corruption {kind!r} is not one of {', '.join(CORRUPTIONS)}")
 
 
 def attribute_targets(scenes: list[Scene]) -> Tensor:
-    """[N, 40]: how many of each (shape, colour), and of each shape in each quarter."""
+    """Count each (shape, colour), and each shape in each quarter of a scene: [N, 40]."""
     targets = torch.zeros(len(scenes), len(SHAPES) * len(COLORS) + len(SHAPES) * 4)
     colors = list(COLORS)
     for row, scene in zip(targets, scenes, strict=True):
@@ -48,75 +56,79 @@ def attribute_targets(scenes: list[Scene]) -> Tensor:
 
 
 def train_measures(
-    folder: Path,
-    images: np.ndarray,
-    scenes: list[Scene],
-    steps: int = 4000,
-    batch: int = 96,
-    lr: float = 2e-3,
-    seed: int = 0,
+    folder: Path, images: np.ndarray, scenes: list[Scene], training: Training
 ) -> Measures:
     """Train the three networks side by side; returns them with averaged weights.
 
-    The features learn to count shapes, colours and places (squared error), the matching model
-    learns by the symmetric contrastive loss within the batch (equal captions count as matches),
-    the quality model learns ``1 - strength`` of a random corruption.
+    The features learn to count shapes, colours and places (squared error). The matching model
+    learns by the symmetric contrastive loss within the batch, where equal captions count as
+    matches. The quality model learns ``1 - strength`` of a random corruption.
+
+    Args:
+        folder: the stage's folder.
+        images: uint8 [N, H, W, 3]; the first 512 are held out.
+        scenes: what they show, N of them.
+        training: steps, batch, learning rate and seed.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(training.seed)
     measures = Measures()
-    optimizer = torch.optim.AdamW(measures.parameters(), lr=lr, weight_decay=0.05)
-    stage = Stage(folder, [measures], [optimizer], steps, seed)
+    optimizer = torch.optim.AdamW(measures.parameters(), lr=training.lr, weight_decay=0.05)
+    stage = Stage(folder, [measures], [optimizer], training.steps, training.seed)
     targets = attribute_targets(scenes)
     captions = [scene.caption for scene in scenes]
-    held = slice(0, 512)
+    held = slice(0, HELD_OUT)
 
-    @torch.no_grad()
     def evaluate() -> dict[str, float]:
-        pixels = as_pixels(images[held])
-        counts = measures.attributes(pixels)[1].round()
-        pictures, texts = measures.embed_picture(pixels), measures.embed_text(captions[held])
-        generator = torch.Generator().manual_seed(1)
-        noisy = corrupt(pixels, "noise", 0.5, generator)
-        best = (pictures @ texts.T).argmax(1).tolist()
-        return {
-            "attributes": (counts == targets[held]).float().mean().item(),
-            "retrieval": float(np.mean([captions[b] == captions[i] for i, b in enumerate(best)])),
-            "match": (pictures * texts).sum(1).mean().item(),
-            "quality_clean": measures.quality(pixels)[1].mean().item(),
-            "quality_noise": measures.quality(noisy)[1].mean().item(),
-        }
+        return _evaluated(measures, as_pixels(images[held]), targets[held], captions[held])
 
-    for step in stage.run(evaluate, every=1000):
+    for step in stage.run(evaluate, every=1000, hold=0.5):
         generator = stage.generator(step)
-        schedule(optimizer, step, steps)
-        rows = torch.randint(512, len(images), (batch,), generator=generator)
+        rows = torch.randint(HELD_OUT, len(images), (training.batch,), generator=generator)
         pixels = as_pixels(images[rows.numpy()])
-        kind = ("blur", "noise", "colors")[step % 3]
-        strength = float(torch.rand((), generator=generator))
-        worse = corrupt(pixels[: batch // 2], kind, strength, generator)
-        wanted = torch.cat([torch.full((batch // 2,), 1 - strength), torch.ones(batch // 2)])
-        judged = measures.quality(torch.cat([worse, pixels[batch // 2 :]]))[1][:, 0]
-        counted = measures.attributes(pixels)[1]
-        texts = [captions[r] for r in rows.tolist()]
-        same = torch.tensor([[a == b for b in texts] for a in texts]).float()
-        logits = measures.embed_picture(pixels) @ measures.embed_text(texts).T
-        logits = logits * measures.scale.exp()
-        agree = same / same.sum(1, keepdim=True)
         losses = {
-            "count": (counted - targets[rows]).square().mean() * 10,
-            "judge": (judged - wanted).square().mean() * 5,
-            "contrast": (
-                nn.functional.cross_entropy(logits, agree)
-                + nn.functional.cross_entropy(logits.T, agree)
-            ),
+            "count": (measures.attributes(pixels)[1] - targets[rows]).square().mean() * 10,
+            "judge": _judge_loss(measures, pixels, CORRUPTIONS[step % 3], generator),
+            "contrast": _contrast_loss(measures, pixels, [captions[r] for r in rows.tolist()]),
         }
-        loss = torch.stack(list(losses.values())).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(measures.parameters(), 1.0)
-        optimizer.step()
+        stage.learn(torch.stack(list(losses.values())).sum())
         stage.note(**{name: value.item() for name, value in losses.items()})
-    with torch.no_grad():
-        for value, parameter in zip(stage.average.values, measures.parameters(), strict=True):
-            parameter.copy_(value)
+    stage.finish()
     return measures.eval()
+
+
+@torch.no_grad()
+def _evaluated(
+    measures: Measures, pixels: Tensor, targets: Tensor, captions: list[str]
+) -> dict[str, float]:
+    counts = measures.attributes(pixels)[1].round()
+    pictures, texts = measures.embed_picture(pixels), measures.embed_text(captions)
+    noisy = corrupt(pixels, "noise", 0.5, torch.Generator().manual_seed(1))
+    best = (pictures @ texts.T).argmax(1).tolist()
+    return {
+        "attributes": (counts == targets).float().mean().item(),
+        "retrieval": float(np.mean([captions[b] == captions[i] for i, b in enumerate(best)])),
+        "match": (pictures * texts).sum(1).mean().item(),
+        "quality_clean": measures.quality(pixels)[1].mean().item(),
+        "quality_noise": measures.quality(noisy)[1].mean().item(),
+    }
+
+
+def _judge_loss(
+    measures: Measures, pixels: Tensor, kind: str, generator: torch.Generator
+) -> Tensor:
+    """Score the quality model on a batch whose first half is made worse."""
+    half = len(pixels) // 2
+    strength = float(torch.rand((), generator=generator))
+    worse = corrupt(pixels[:half], kind, strength, generator)
+    wanted = torch.cat([torch.full((half,), 1 - strength), torch.ones(len(pixels) - half)])
+    judged = measures.quality(torch.cat([worse, pixels[half:]]))[1][:, 0]
+    return (judged - wanted).square().mean() * 5
+
+
+def _contrast_loss(measures: Measures, pixels: Tensor, texts: list[str]) -> Tensor:
+    same = torch.tensor([[a == b for b in texts] for a in texts]).float()
+    logits = measures.embed_picture(pixels) @ measures.embed_text(texts).T
+    logits = logits * measures.scale.exp()
+    agree = same / same.sum(1, keepdim=True)
+    cross_entropy = nn.functional.cross_entropy
+    return cross_entropy(logits, agree) + cross_entropy(logits.T, agree)

@@ -1,4 +1,4 @@
-"""The second skill: signs with digits, read by a real OCR engine."""
+"""The second skill: signs with digits, which a real OCR engine reads."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tools.pretrain.sign_drawing import draw_sign, render
 from tools.pretrain.skills import Examples, Skill
 
 DIGIT_NOISE = 0.45
-"""Probability that a digit of the caption is replaced by another one, each independently."""
+"""The probability that a digit of a caption is replaced, for each digit independently."""
 EVALUATED = 120
-"""Held-out rows that are sampled while training."""
+"""The number of held-out rows that are sampled in training."""
 
 
 def wrong_sign(text: str, rng: np.random.Generator) -> str:
-    """The caption of a number with every digit replaced with probability ``DIGIT_NOISE``."""
+    """Return the caption of a number, with each digit replaced with probability ``DIGIT_NOISE``."""
     digits = [
         str((int(d) + int(rng.integers(1, 10))) % 10) if rng.random() < DIGIT_NOISE else d
         for d in text
@@ -28,7 +28,7 @@ def wrong_sign(text: str, rng: np.random.Generator) -> str:
 
 
 def sign_skill() -> Skill:
-    """Signs; contents are the numbers themselves, all of them, held-out ones too."""
+    """Return the skill of signs; the contents are all numbers, including the held-out ones."""
     from dgpo.rewards.shipped.ocr import read_signs
 
     texts = [t for n in LENGTHS for held in (False, True) for t in numbers(n, held)]

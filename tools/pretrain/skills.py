@@ -1,4 +1,4 @@
-"""The two skills that a pocket can be pretrained for: scenes of shapes, and signs with digits."""
+"""The skills that a pocket can be pretrained for: scenes of shapes, and signs with digits."""
 
 from __future__ import annotations
 
@@ -34,12 +34,17 @@ from tools.pretrain.data import (
 
 @dataclass(frozen=True)
 class Examples:
-    """Pictures (uint8 [N, H, W, 3]) and what each shows, one entry a picture."""
+    """Pictures and what they show.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        contents: what each picture shows, N entries.
+        layout: int64 [N, image tokens, attributes], what each patch shows; see ``layout_of``.
+    """
 
     images: np.ndarray
     contents: list[Any]
     layout: Tensor | None = None
-    """int64 [N, image tokens, attributes]: what each patch shows, see ``layout_of``."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +52,22 @@ class Skill:
     """What pretraining needs to know about a task.
 
     Args:
-        height, width: of the pictures, in pixels.
-        draw: ``(count, seed) -> Examples``.
-        caption: the true caption of a content.
-        wrong: ``(content, rng) -> caption`` with the skill's caption noise.
-        captions: captions for the text encoders to read.
-        labels: int64 [captions, attributes]; -1 where a caption says nothing of an attribute.
-        word_labels: int64 [captions, words, attributes], what each word is about; -1 where that
-            is not said, -2 for a word that is about nothing. None: only whole captions are read.
-        held_out: rows with ``prompt`` and metadata for evaluation while training.
-        right: ``(images, contents or rows) -> bool per image``, exact success.
-        known: share of the objects in pictures that are recognised, whatever they are.
-        weight: how often the last stage draws a content, relative to the clean stage;
+        name: the skill's name.
+        height, width: the size of the pictures, in pixels.
+        draw: draws examples, ``(count, seed) -> Examples``.
+        caption: returns the true caption of a content.
+        wrong: returns a caption with the skill's noise, ``(content, rng) -> caption``.
+        captions: the captions that the text encoders learn to read.
+        labels: int64 [captions, attributes]; -1 where a caption does not name an attribute.
+        held_out: rows with ``prompt`` and metadata, for evaluation in training.
+        right: says which pictures are exactly right, ``(images, contents or rows) -> bools``.
+        known: returns the share of the objects in pictures that are recognised.
+        word_labels: int64 [captions, words, attributes], what each word is about; -1 where the
+            caption does not name an attribute, -2 for a word that is about nothing. None: only
+            whole captions are read.
+        weight: returns how often the last stage draws a content, relative to the clean stage;
             None: equally.
-        shift: of the finished pipeline's sampler.
+        shift: the shift of the finished pipeline's sampler.
     """
 
     name: str
@@ -80,7 +87,10 @@ class Skill:
 
 
 def scene_skill() -> Skill:
-    """Coloured shapes in GenEval's six categories; contents are captions' metadata."""
+    """Return the skill of scenes: coloured shapes in GenEval's six categories.
+
+    The contents are the metadata of captions.
+    """
     rows = all_metadata()
     flat = [metadata for category in CATEGORIES for metadata in rows[category]]
 
@@ -117,7 +127,7 @@ def scene_skill() -> Skill:
 
 
 def _noun_labels(metadata: dict[str, Any]) -> list[list[int]]:
-    """Shape, colour, count, place in the caption and relation of every noun."""
+    """List the shape, colour, count, place in the caption and relation of every noun."""
     clauses, rows, nouns = metadata["include"], [], 0
     relation = clauses[0].get("position", [None])[0]
     for word in metadata["prompt"].split():

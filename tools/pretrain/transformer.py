@@ -1,4 +1,4 @@
-"""Train the transformer by flow matching, on captions as frozen text encoders read them."""
+"""Train the transformer by flow matching, on captions that frozen text encoders read."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from tools.pretrain.captions import CaptionTable
-from tools.pretrain.common import Stage, schedule
+from tools.pretrain.common import Stage
 
 
 class TailAttention:
     """Joint attention in which the last text token stands for many equal ones.
 
-    The stock pipeline appends up to 256 zero vectors to the text.  Equal tokens stay equal through
-    every layer, and ``n`` equal keys act on a query as one key whose logit is larger by ``log n``;
-    so one token with that bias trains the transformer for every length, at the cost of one token.
+    The stock pipeline appends up to 256 zero vectors to the text. Equal tokens stay equal through
+    every layer, and ``n`` equal keys act on a query as one key whose logit is larger by ``log n``.
+    So one token with that bias trains the transformer for every length, at the cost of one token.
     """
 
     bias: Tensor | None = None
-    """[B], ``log n`` of each sample."""
+    """``log n`` of each sample, [B]."""
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any
@@ -57,18 +57,20 @@ class TailAttention:
 
 
 def random_tails(batch: int, generator: torch.Generator) -> Tensor:
-    """``log n`` for tail lengths n: 1 for half of the samples, else up to 512, log-uniform."""
+    """Draw ``log n`` for tail lengths n: 1 for half of the samples, else log-uniform up to 512."""
     longest = torch.rand(batch, generator=generator) * math.log(512)
     return torch.where(torch.rand(batch, generator=generator) < 0.5, 0.0, longest)
 
 
 @dataclass(frozen=True)
 class FlowData:
-    """Latents [N, 4, h, w] in the denoiser's space and a function that gives rows their captions.
+    """What the transformer trains on.
 
-    ``captions(rows, generator)`` returns one caption for each row; wrong ones where noise says so.
-    ``layout``, int64 [N, image tokens, attributes], is what each patch shows, if that is taught.
-    ``weights`` [N] say how often a row is drawn, relative to others; none: all equally.
+    Args:
+        latents: [N, 4, h, w], in the denoiser's space.
+        captions: ``captions(rows, generator)`` returns a caption for each row, some of them wrong.
+        layout: int64 [N, image tokens, attributes], what each patch shows; None: it is not taught.
+        weights: [N], how often each row is drawn, relative to the others; None: all equally.
     """
 
     latents: Tensor
@@ -77,23 +79,23 @@ class FlowData:
     weights: Tensor | None = None
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Rows for a batch, int64 [count], with replacement."""
+        """Draw the rows of a batch with replacement, int64 [count]."""
         if self.weights is None:
             return torch.randint(0, len(self.latents), (count,), generator=generator)
         return torch.multinomial(self.weights, count, replacement=True, generator=generator)
 
 
 class LayoutHead(nn.Module):
-    """Reads from the middle of the transformer what each patch of the picture is to show.
+    """A head that reads from the middle of the transformer what each patch is to show.
 
     It shapes the hidden states while the transformer learns and is thrown away afterwards:
     denoising alone teaches a small network late which words belong together and where things go.
 
     Args:
         block: the block whose image tokens are read.
-        layout: what patches show, for the number of classes of each attribute.
-        width: of an image token.
-        tokens: the image tokens [B, tokens, width] in what the block returns.
+        layout: what patches show, which tells the number of classes of each attribute.
+        width: the width of an image token.
+        tokens: takes the image tokens [B, tokens, width] out of what the block returns.
     """
 
     def __init__(
@@ -116,7 +118,7 @@ class LayoutHead(nn.Module):
         self.states = self.tokens(outputs) if torch.is_grad_enabled() else None
 
     def forward(self, layout: Tensor) -> Tensor:
-        """Cross-entropy of the last pass against what its patches show, int64 [B, tokens, A]."""
+        """Return the cross-entropy of the last pass and what patches show, int64 [B, tokens, A]."""
         assert self.states is not None
         logits = self.read(self.states).flatten(0, 1).split(self.sizes, 1)
         targets = layout.flatten(0, 1).unbind(1)
@@ -125,7 +127,19 @@ class LayoutHead(nn.Module):
 
 @dataclass(frozen=True)
 class FlowSettings:
-    """Optimisation of a transformer stage."""
+    """How a transformer stage trains.
+
+    Args:
+        steps: the number of optimiser steps.
+        batch: the number of pictures in a step.
+        lr: the learning rate of AdamW.
+        muon_lr: the learning rate of Muon; None trains everything by AdamW.
+        drop: the share of captions that are dropped.
+        layout: the weight of the layout head's loss; 0 for no head.
+        hold: the share of the steps before the learning rate decays.
+        report: the number of steps between evaluations.
+        seed: the seed of weights, batches and noise.
+    """
 
     steps: int
     batch: int = 128
@@ -135,6 +149,7 @@ class FlowSettings:
     layout: float = 0.5
     hold: float = 0.5
     report: int = 1000
+    seed: int = 0
 
 
 def make_optimizers(
@@ -142,7 +157,7 @@ def make_optimizers(
     head: nn.Module | None,
     settings: FlowSettings,
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices (if ``muon_lr``), AdamW for everything else."""
+    """Make Muon for the blocks' matrices, if it has a learning rate, and AdamW for the rest."""
     matrices, rest = [], [*head.parameters()] if head else []
     for name, parameter in transformer.named_parameters():
         inner = name.startswith("transformer_blocks") and parameter.ndim == 2
@@ -160,24 +175,22 @@ def train_flow(
     data: FlowData,
     settings: FlowSettings,
     evaluate: Callable[[], dict[str, float]],
-    seed: int = 0,
 ) -> None:
     """Minimise ``mean (v - (noise - x0))^2`` at ``x_s = (1 - s) x0 + s noise``.
 
     Half of the noise levels are uniform, half logit-normal; captions are dropped with probability
-    ``drop``.  Where the data says what patches show, ``settings.layout`` times the loss of a
-    :class:`LayoutHead` is added.  At the end the transformer holds the averaged weights.
+    ``drop``. Where the data says what patches show, ``settings.layout`` times the loss of a
+    :class:`LayoutHead` is added. At the end the transformer holds the averaged weights.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(settings.seed)
     layout = data.layout if settings.layout else None
     middle = transformer.transformer_blocks[len(transformer.transformer_blocks) // 2 - 1]
     head = LayoutHead(middle, layout) if layout is not None else None
     modules = [transformer, *([head] if head else [])]
     optimizers = make_optimizers(transformer, head, settings)
-    stage = Stage(folder, modules, optimizers, settings.steps, seed)
+    stage = Stage(folder, modules, optimizers, settings.steps, settings.seed)
     attention: Any = TailAttention()
     stock = transformer.attn_processors
-    parameters = [p for m in modules for p in m.parameters()]
 
     def stock_evaluate() -> dict[str, float]:
         transformer.set_attn_processor(dict(stock))
@@ -186,19 +199,12 @@ def train_flow(
         return figures
 
     transformer.set_attn_processor(attention)
-    for step in stage.run(stock_evaluate, every=settings.report):
+    for step in stage.run(stock_evaluate, settings.report, settings.hold):
         generator = stage.generator(step)
-        for optimizer in optimizers:
-            schedule(optimizer, step, settings.steps, settings.hold)
-        rows = data.draw(settings.batch, generator)
-        captions = data.captions(rows.tolist(), generator)
-        dropped = torch.rand(settings.batch, generator=generator) < settings.drop
-        captions = ["" if d else c for d, c in zip(dropped.tolist(), captions, strict=True)]
+        rows, captions = _batch(data, settings, generator)
         x0 = data.latents[rows]
         noise = torch.randn(x0.shape, generator=generator)
-        uniform = torch.rand(settings.batch, generator=generator)
-        normal = torch.randn(settings.batch, generator=generator) * 1.2 + 0.4
-        sigma = uniform if step % 2 else normal.sigmoid()
+        sigma = _noise_levels(settings.batch, generator, uniform=bool(step % 2))
         s = sigma.view(-1, 1, 1, 1)
         hidden, pooled = embed(captions)
         attention.bias = random_tails(settings.batch, generator)
@@ -215,15 +221,25 @@ def train_flow(
             layout_loss = head(layout[rows])
             stage.note(layout=layout_loss.item())
             loss = loss + settings.layout * layout_loss
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        stage.learn(loss)
     transformer.set_attn_processor(dict(stock))
     if head is not None:
         head.hook.remove()
-    with torch.no_grad():
-        for value, parameter in zip(stage.average.values, parameters, strict=True):
-            parameter.copy_(value)
+    stage.finish()
+
+
+def _batch(
+    data: FlowData, settings: FlowSettings, generator: torch.Generator
+) -> tuple[Tensor, list[str]]:
+    """Draw rows and their captions, of which some are dropped."""
+    rows = data.draw(settings.batch, generator)
+    captions = data.captions(rows.tolist(), generator)
+    dropped = torch.rand(settings.batch, generator=generator) < settings.drop
+    return rows, ["" if d else c for d, c in zip(dropped.tolist(), captions, strict=True)]
+
+
+def _noise_levels(count: int, generator: torch.Generator, uniform: bool) -> Tensor:
+    """Draw noise levels in [0, 1]; both kinds are drawn, so that each step uses as many numbers."""
+    even = torch.rand(count, generator=generator)
+    normal = torch.randn(count, generator=generator) * 1.2 + 0.4
+    return even if uniform else normal.sigmoid()

@@ -1,8 +1,8 @@
-"""Teach the noise-prediction pocket: its UNet alone is new, and the flow-matching pocket shows how.
+"""Teach the noise-prediction pocket: only its UNet is new, and the flow-matching pocket teaches it.
 
-What is learned is the conditional mean of the noise. The flow-matching pocket knows it already, so
-the UNet is told it (distillation, arXiv 1503.02531), wrong captions' share and guidance included,
-instead of guessing it from one noise at a time.
+The UNet learns the conditional mean of the noise. The flow-matching pocket knows it already,
+including its guidance and the share of wrong captions. So the UNet is told the mean (distillation,
+arXiv 1503.02531) instead of guessing it from one noise at a time.
 """
 
 from __future__ import annotations
@@ -19,34 +19,35 @@ from torch import Tensor, nn
 
 from tools.pretrain.build_sd import noise_schedule
 from tools.pretrain.captions import CaptionTable
-from tools.pretrain.common import Stage, schedule
+from tools.pretrain.common import Stage
 from tools.pretrain.transformer import LayoutHead
 
 HEAVIEST = 25.0
-"""Largest weight of a noise level."""
+"""The largest weight of a noise level."""
 
 
 def level_weights(alphas_cumprod: Tensor) -> Tensor:
-    """``min(1 / a, 25)`` of each level: what makes an error of the predicted noise count as one of
-    the velocity ``sqrt(a) e - sqrt(1 - a) x0`` (arXiv 2202.00512).
+    """Return the weight ``min(1 / a, 25)`` of each noise level.
 
-    Unweighted, the noisy levels, where it is decided what is drawn and where, hardly count.
+    With it an error of the predicted noise counts as an error of the velocity
+    ``sqrt(a) e - sqrt(1 - a) x0`` (arXiv 2202.00512). Without it the noisy levels, which decide
+    what is drawn and where, hardly count.
     """
     return (1 / alphas_cumprod).clamp(max=HEAVIEST)
 
 
 def encode_last(encoders: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What Stable Diffusion 1.5 makes of token ids [B, 12]: the last hidden state [B, 12, 64]."""
+    """Encode token ids [B, 12] as Stable Diffusion 1.5 does: the last hidden state [B, 12, 64]."""
     output = encoders[0](ids)
     return output.last_hidden_state, output.pooler_output
 
 
 class Teacher:
-    """The flow-matching pocket, asked for the noise in a variance-preserving sample.
+    """The flow-matching pocket, which tells the noise in a variance-preserving sample.
 
     Args:
         pipe: the pocket.
-        guidance: its classifier-free guidance, which the UNet learns as if it were its own answer.
+        guidance: the scale of its classifier-free guidance; the UNet learns the guided answer.
     """
 
     def __init__(self, pipe: StableDiffusion3Pipeline, guidance: float):
@@ -59,15 +60,15 @@ class Teacher:
 
     @torch.no_grad()
     def noise(self, xt: Tensor, a: Tensor, captions: list[str]) -> Tensor:
-        """The noise [B, 4, h, w] that the pocket sees in ``xt = sqrt(a) x0 + sqrt(1 - a) e``.
+        """Return the noise [B, 4, h, w] that the pocket sees in ``sqrt(a) x0 + sqrt(1 - a) e``.
 
         Divided by ``sqrt(a) + sqrt(1 - a)``, ``xt`` lies on the straight path of flow matching at
         ``s = sqrt(1 - a) / (sqrt(a) + sqrt(1 - a))``, where ``e = x_s + (1 - s) v``.
 
         Args:
-            xt: [B, 4, h, w], of latents that are scaled but not shifted.
-            a: [B], each sample's ``alphas_cumprod``.
-            captions: B of them; an empty one asks for no caption.
+            xt: [B, 4, h, w], noised latents that are scaled but not shifted.
+            a: [B], the ``alphas_cumprod`` of each sample.
+            captions: B captions; an empty one stands for no caption.
         """
         scale = (a.sqrt() + (1 - a).sqrt()).view(-1, 1, 1, 1)
         sigma = (1 - a).sqrt() / scale.flatten()
@@ -86,8 +87,13 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Lessons:
-    """Latents [N, 4, h, w] (scaled, not shifted), their true captions, and what each patch shows
-    (int64 [N, tokens, attributes])."""
+    """What the UNet trains on.
+
+    Args:
+        latents: [N, 4, h, w], scaled but not shifted.
+        captions: the N true captions.
+        layout: int64 [N, tokens, attributes], what each patch shows.
+    """
 
     latents: Tensor
     captions: list[str]
@@ -96,7 +102,8 @@ class Lessons:
 
 @dataclass(frozen=True)
 class LessonSettings:
-    """Optimisation of the UNet."""
+    """How the UNet trains; the settings are those of
+    :class:`~tools.pretrain.transformer.FlowSettings`."""
 
     steps: int = 1400
     batch: int = 64
@@ -106,12 +113,13 @@ class LessonSettings:
     layout: float = 0.5
     hold: float = 1.0
     report: int = 500
+    seed: int = 0
 
 
 def make_optimizers(
     unet: UNet2DConditionModel, head: nn.Module, settings: LessonSettings
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the attention layers, AdamW for all else."""
+    """Make Muon for the matrices of the attention layers, and AdamW for the rest."""
     matrices, rest = [], [*head.parameters()]
     for name, parameter in unet.named_parameters():
         inner = "transformer_blocks" in name and parameter.ndim == 2
@@ -123,7 +131,7 @@ def make_optimizers(
 
 
 def image_tokens(maps: Tensor) -> Tensor:
-    """[B, channels, h, w] to [B, h * w, channels]."""
+    """Turn maps [B, channels, h, w] into tokens [B, h * w, channels]."""
     return maps.flatten(2).transpose(1, 2)
 
 
@@ -135,26 +143,23 @@ def train_unet(
     data: Lessons,
     settings: LessonSettings,
     evaluate: Callable[[], dict[str, float]],
-    seed: int = 0,
 ) -> None:
-    """Minimise ``w (e' - e)^2`` with the teacher's noise ``e`` at ``x_t`` of drawn pictures, ``t``
-    uniform, ``w`` of :func:`level_weights`, and a :class:`LayoutHead` on the middle block.
+    """Minimise ``w (e' - e)^2`` against the teacher's noise ``e`` at ``x_t`` of drawn pictures.
 
-    Captions are dropped with probability ``drop``.  At the end the UNet holds the averaged weights.
+    ``t`` is uniform, and ``w`` is that level's entry of :func:`level_weights`. The loss of a
+    :class:`LayoutHead` on the middle block is added, and captions are dropped with probability
+    ``drop``. At the end the UNet holds the averaged weights.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(settings.seed)
     middle: Any = unet.mid_block
     width = int(unet.config["block_out_channels"][-1])
     head = LayoutHead(middle, data.layout, width, image_tokens)
     optimizers = make_optimizers(unet, head, settings)
-    stage = Stage(folder, [unet, head], optimizers, settings.steps, seed, save_every=100)
-    parameters = [*unet.parameters(), *head.parameters()]
+    stage = Stage(folder, [unet, head], optimizers, settings.steps, settings.seed, save_every=100)
     alphas_cumprod = noise_schedule().alphas_cumprod
     weights = level_weights(alphas_cumprod)
-    for step in stage.run(evaluate, every=settings.report):
+    for step in stage.run(evaluate, settings.report, settings.hold):
         generator = stage.generator(step)
-        for optimizer in optimizers:
-            schedule(optimizer, step, settings.steps, settings.hold)
         rows = torch.randint(0, len(data.latents), (settings.batch,), generator=generator)
         dropped = torch.rand(settings.batch, generator=generator) < settings.drop
         pairs = zip(rows.tolist(), dropped.tolist(), strict=True)
@@ -170,13 +175,6 @@ def train_unet(
         loss = (weights[t] * (predicted - wanted).square().mean((1, 2, 3))).mean()
         layout_loss = head(data.layout[rows])
         stage.note(loss=loss.item(), layout=layout_loss.item())
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        (loss + settings.layout * layout_loss).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        stage.learn(loss + settings.layout * layout_loss)
     head.hook.remove()
-    with torch.no_grad():
-        for value, parameter in zip(stage.average.values, parameters, strict=True):
-            parameter.copy_(value)
+    stage.finish()

@@ -1,4 +1,4 @@
-"""The command ``dgpo``: one module for each of its larger commands."""
+"""The command ``dgpo``: one module for each of its commands."""
 
 from dgpo.cli.commands import app, main
 

@@ -1,4 +1,4 @@
-"""`dgpo collect`: ranked groups of a model's own pictures, for offline training."""
+"""The command `dgpo collect`."""
 
 from __future__ import annotations
 
@@ -7,34 +7,33 @@ from typing import Annotated
 
 import typer
 
-from dgpo.cli.common import Device, Lora
+from dgpo.cli.checks import check_folder, check_lora, load_recipe
+from dgpo.cli.options import Device, Lora, Overrides, RecipeName
+from dgpo.preferences import refuse_existing_groups
 
 
 def collect(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A file, or a recipe's name.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the groups go.")],
-    groups: Annotated[int, typer.Option(min=1, metavar="N", help="How many are sampled.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as group_size=8."),
-    ] = None,
+    recipe: RecipeName,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder of the groups.")],
+    groups: Annotated[int, typer.Option(min=1, metavar="N", help="Groups to sample.")],
+    overrides: Overrides = None,
     lora: Lora = None,
     device: Device = None,
 ) -> None:
-    """Sample groups as the recipe's rollouts do, score them by its rewards, and write them down.
+    """Sample groups as a recipe's rollouts do, score them by its rewards, and write them.
 
     Train on them with: dgpo train RECIPE data.preferences=DIR
     """
-    from dgpo.recipe import Recipe
-
-    settings = Recipe.load(recipe, overrides or [])
-    own = settings.memory.vae_precision
+    settings = load_recipe(recipe, overrides)
+    check_folder("--out", out)
+    refuse_existing_groups(out)
+    check_lora(lora)
     from dgpo.models.load import load_for_sampling
+    from dgpo.training.recording import record
 
+    own = settings.memory.vae_precision
     pipe = load_for_sampling(
         settings.model, settings.precision, lora=lora, device=device, vae_precision=own
     )
-    from dgpo.training.recording import record
-
     written = record(settings, pipe, out, groups, typer.echo)
     typer.echo(f"{written} groups in {out}; dgpo train {recipe} data.preferences={out}")

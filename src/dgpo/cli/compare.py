@@ -1,4 +1,4 @@
-"""`dgpo compare`: recipes against each other on one machine."""
+"""The command `dgpo compare`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dgpo.cli.checks import check_folder, check_sources
 from dgpo.cli.common import INTERRUPTED
 from dgpo.errors import UserError
 
@@ -21,12 +22,12 @@ def compare(
         list[str],
         typer.Argument(
             metavar="RECIPE... [KEY=VALUE...]",
-            help="Files or names; ratios are over the first one's costs. Then settings to change "
-            "in all of them.",
+            help="Files or names, then settings to change in all of them. Ratios are over the "
+            "costs of the first recipe.",
         ),
     ],
     seeds: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Runs of each recipe: seeds 0 to N-1.")
+        int, typer.Option(min=1, metavar="N", help="Runs of each recipe, with seeds 0 to N-1.")
     ] = 1,
     target: Annotated[
         list[float] | None,
@@ -34,11 +35,13 @@ def compare(
     ] = None,
     budget: Annotated[
         float | None,
-        typer.Option(metavar="MINUTES", help="Of training for each run; default: the recipe's."),
+        typer.Option(
+            metavar="MINUTES", help="Training minutes of each run. Default: the recipe's."
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Runs and results.")] = Path(
-        "runs/compare"
-    ),
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="The folder of runs and results.")
+    ] = Path("runs/compare"),
     stop_at_target: Annotated[
         bool,
         typer.Option(
@@ -50,8 +53,8 @@ def compare(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Keep the metrics of finished runs here, small files to commit, and take the runs "
-            "that are kept here as finished.",
+            help="A folder for the metrics of finished runs: small files to commit. The runs that "
+            "it holds count as finished.",
         ),
     ] = None,
     redraw: Annotated[
@@ -59,7 +62,7 @@ def compare(
         typer.Option("--redraw", help="Train nothing: write the files from the runs there are."),
     ] = False,
 ) -> None:
-    """Train recipes one after the other and say which is faster, by how much.
+    """Train recipes one after the other, and say which is faster and by how much.
 
     Prompts and evaluation must be the same. Only training time counts. Finished runs in DIR are
     used again and interrupted ones go on, so the same command may be given as often as needed.
@@ -70,9 +73,12 @@ def compare(
     if not sources:
         raise UserError(f"{recipes[0]!r} is a setting: name a recipe or more to compare")
     if budget is not None and budget <= 0:
-        raise UserError(f"--budget {budget:g}: needs minutes above 0")
+        raise UserError(f"--budget {budget:g}: give more than 0 minutes")
     if stop_at_target and not targets:
         raise UserError("--stop-at-target: give the score by --target X")
+    check_folder("--out", out)
+    if results is not None:
+        check_folder("--results", results)
     from dgpo.comparison.plan import plan
     from dgpo.comparison.report import Comparison
 
@@ -86,29 +92,35 @@ def compare(
     command = shlex.join([*typed, *(["--redraw"] if redraw else []), *overrides])
     if not carry_out(Comparison(runs, targets, stop_at, command, out, results, not redraw)):
         places = out if results is None else f"{out} or {results}"
-        raise UserError(f"there is no run to draw in {places}: leave --redraw out to train")
+        raise UserError(f"there is no run to draw in {places}: leave out --redraw to train")
     typer.echo((out / "table.md").read_text(encoding="utf-8"))
     typer.echo(f"written to {out}: table.md, table.json, compare.png, compare.html, commands.txt")
 
 
 def carry_out(comparison: Comparison) -> list[Summary]:
-    """Make all runs of a comparison that are not made yet, and write its files after each.
+    """Make the runs of a comparison that are missing, and write its files after each.
+
+    Returns:
+        The figures of each recipe; none where there is no evaluation.
 
     Raises:
         UserError: a run's folder holds another run.
-        typer.Exit: after Ctrl-C; the run is saved.
+        typer.Exit: the user pressed Ctrl-C; the run is saved.
     """
     from dgpo.comparison.report import write
     from dgpo.comparison.results_store import keep, take
-    from dgpo.comparison.runs import make, state
+    from dgpo.comparison.runs import state
 
     runs, stop_at, results = comparison.runs, comparison.stop_at, comparison.results
     for run in runs:
         if results is not None and take(run, results):
             typer.echo(f"{run.name}, seed {run.seed}: taken from {results}")
-        state(run, stop_at)  # what would be refused is refused before hours are spent
+        # what would be refused is refused before hours are spent
+        if state(run, stop_at) != "finished" and comparison.train:
+            check_sources(run.recipe.to_dict())
     if not comparison.train:
         return write(comparison)
+    from dgpo.comparison.race import make
     from dgpo.models.load import quiet
 
     quiet()

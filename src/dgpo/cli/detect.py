@@ -1,4 +1,4 @@
-"""`dgpo detect`: what the eyes of the reward `geneval` see in a picture."""
+"""The command `dgpo detect`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dgpo.errors import UserError
 
 
 def detect(
-    image: Annotated[Path, typer.Argument(metavar="PICTURE", help="A file.")],
+    image: Annotated[Path, typer.Argument(metavar="PICTURE", help="A picture file.")],
     least: Annotated[
         float,
-        typer.Option("--least", min=0, max=1, metavar="P", help="Confidence of what is listed."),
+        typer.Option("--least", min=0, max=1, metavar="P", help="The least confidence to list."),
     ] = 0.3,
 ) -> None:
-    """Check GenEval's detector: list the objects of a picture, and CLIP's name of their colours.
+    """Check GenEval's detector: list the objects in a picture and what CLIP calls their colours.
 
     Detector and CLIP are those of the reward geneval (DGPO_GENEVAL_DETECTOR, DGPO_CLIP).
     """

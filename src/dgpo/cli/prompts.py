@@ -1,4 +1,4 @@
-"""`dgpo prompts`: prompt sets from templates and word lists."""
+"""The command `dgpo prompts`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ from typing import Annotated
 
 import typer
 
+from dgpo.cli.checks import check_file
+
 
 def prompts(
-    kind: Annotated[str, typer.Argument(metavar="geneval|ocr|pocket", help="What they ask for.")],
+    kind: Annotated[
+        str, typer.Argument(metavar="geneval|ocr|pocket", help="What the prompts ask for.")
+    ],
     out: Annotated[
         Path, typer.Option("--out", metavar="FILE", help=".jsonl, or .txt for the prompts alone.")
     ],
-    n: Annotated[int, typer.Option("--n", min=1, metavar="N", help="How many.")] = 1000,
-    seed: Annotated[int, typer.Option("--seed", min=0, metavar="S", help="Of the choice.")] = 0,
+    n: Annotated[int, typer.Option("--n", min=1, metavar="N", help="Prompts to write.")] = 1000,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, metavar="S", help="The seed of the choice.")
+    ] = 0,
     without: Annotated[
         list[str] | None,
         typer.Option(
@@ -22,10 +28,12 @@ def prompts(
         ),
     ] = None,
 ) -> None:
-    """Write different prompts, with what a reward needs to know of each."""
-    from dgpo.generators import make_rows, write_rows
+    """Write distinct prompts, with what a reward needs to know about each."""
     from dgpo.prompts import load_prompts
 
+    check_file("--out", out)
     left_out = [prompt.text for source in without or [] for prompt in load_prompts(source)]
+    from dgpo.generators import make_rows, write_rows
+
     write_rows(out, make_rows(kind, n, seed, left_out))
     typer.echo(f"{n} prompts in {out}")

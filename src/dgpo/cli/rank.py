@@ -1,4 +1,4 @@
-"""`dgpo rank`: people rank groups of pictures, for a dataset or for a run that waits for them."""
+"""The command `dgpo rank`."""
 
 from __future__ import annotations
 
@@ -9,114 +9,78 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dgpo.cli.common import Lora
+from dgpo.cli.checks import check_folder, check_lora, load_recipe
+from dgpo.cli.options import Host, Lora, Overrides, Port, RecipeName, TokenFile
+from dgpo.cli.train import check_new_run
 from dgpo.errors import UserError
-from dgpo.ranking.answers import KINDS, Kind
+from dgpo.ranking.answers import KINDS
 from dgpo.ranking.server import PORT, PageServer
 
 if TYPE_CHECKING:
     from dgpo.ranking.desk import Desk
+    from dgpo.ranking.drawing import Artist
     from dgpo.recipe import Recipe
 
 FAREWELL = 3.0
-"""Seconds for which the page is served after the last group: it says that all is done."""
+"""Seconds for which the page is served after the last group, to say that all is done."""
 
 
 def rank(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A file, or a recipe's name.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as group_size=8."),
-    ] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     train: Annotated[
-        bool, typer.Option("--train", help="Train on the rankings at once, by the recipe.")
+        bool, typer.Option("--train", help="Train by the recipe while people rank.")
     ] = False,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="DIR", help="Default: ranking in the recipe's run.dir."),
     ] = None,
     groups: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Default: until Ctrl-C.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Groups to rank. Default: until Ctrl-C."),
     ] = None,
-    ask: Annotated[str, typer.Option(metavar="HOW", help="likes, order or stars.")] = "likes",
+    ask: Annotated[
+        str, typer.Option(metavar="HOW", help="How to answer: likes, order or stars.")
+    ] = "likes",
     raters: Annotated[int, typer.Option(min=1, metavar="N", help="People for each group.")] = 1,
     ahead: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Groups that are drawn before they are wanted.")
+        int, typer.Option(min=1, metavar="N", help="Groups to draw before anyone asks for them.")
     ] = 8,
     lora: Lora = None,
-    host: Annotated[
-        str, typer.Option("--host", metavar="H", help="0.0.0.0 for all networks; wants a token.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, metavar="N")] = PORT,
-    token_file: Annotated[
-        Path | None,
-        typer.Option("--token-file", metavar="F", help="A file with what raters must know."),
-    ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = PORT,
+    token_file: TokenFile = None,
 ) -> None:
     """Show people groups of pictures in the browser, and learn from what they prefer.
 
-    Without --train a dataset is made. Stop with Ctrl-C and start again: it goes on.
+    Without --train a dataset is made. Stop with Ctrl-C; the same command goes on.
     """
     if ask not in KINDS:
         raise UserError(f"--ask {ask}: one of {', '.join(KINDS)}")
-    from dgpo.recipe import Recipe
-
+    token = None if token_file is None else str(token_file)
     if train:
-        _refuse({"--groups": groups, "--lora": lora})
-        token = None if token_file is None else str(token_file)
+        for name, value in {"--groups": groups, "--lora": lora}.items():
+            if value is not None:
+                raise UserError(f"{name} {value}: the recipe says it where --train is given")
         options = {"ask": ask, "raters": raters, "host": host, "port": port, "token_file": token}
         options["folder"] = None if out is None else str(out)
-        reward = f"rewards={json.dumps({'human': {'options': options}})}"
-        _train(Recipe.load(recipe, [*(overrides or []), reward]))
+        _train(load_recipe(recipe, [*(overrides or []), _reward({"options": options})]))
         return
-    # the recipe's own rewards are not asked; one that names none is fine
-    human = f"rewards={json.dumps({'human': 1.0})}"
-    settings = Recipe.load(recipe, [*(overrides or []), human])
+    # the recipe's own rewards are not asked, so a recipe without any is fine
+    settings = load_recipe(recipe, [*(overrides or []), _reward(1.0)])
     folder = out or Path(settings.run.dir) / "ranking"
+    check_folder("--out", folder)
+    check_lora(lora)
     page = PageServer(host, port, token_file)
-    _collect(settings, page, folder, lora, ask, raters, groups, ahead)
-
-
-def _refuse(given: dict[str, Any]) -> None:
-    for name, value in given.items():
-        if value is not None:
-            raise UserError(f"{name} {value}: the recipe says it where --train is given")
-
-
-def _train(settings: Recipe) -> None:
-    from dgpo.run.tracking import refuse_existing_run
-
-    refuse_existing_run(settings.run.dir)
-    from dgpo.models.load import quiet
-    from dgpo.trainer import Trainer
-
-    quiet()
-    Trainer(recipe=settings).train()
-
-
-def _collect(
-    settings: Recipe,
-    page: PageServer,
-    folder: Path,
-    lora: Path | None,
-    ask: Kind,
-    raters: int,
-    groups: int | None,
-    ahead: int,
-) -> None:
     from dgpo.models.load import quiet
     from dgpo.models.weights.lora import lora_folder
-
-    weights = None if lora is None else lora_folder(lora)
-    from dgpo.ranking.dataset import export
     from dgpo.ranking.desk import Desk
     from dgpo.ranking.drawing import Artist
     from dgpo.ranking.store import Store
 
     quiet()
-    artist = Artist(settings, weights)
-    store = Store(folder)
-    desk = Desk(store, raters)
+    artist = Artist(settings, None if lora is None else lora_folder(lora))
+    desk = Desk(Store(folder), raters)
     desk.reopen()
     page.start(desk, ask)
     typer.echo(f"{page.invitation}; kept in {folder}")
@@ -128,14 +92,24 @@ def _collect(
         typer.echo("\nstopped")
     finally:
         page.stop()
-        done, agreement = export(store), desk.state().agreement
-        store.close()
-        typer.echo(f"{done} ranked groups in {folder}/groups.jsonl; the same command goes on")
-        if agreement.share is not None:
-            typer.echo(f"raters agree on {agreement.share:.0%} of {agreement.pairs} pairs")
+        _export(desk, folder)
 
 
-def _draw(artist: Any, desk: Desk, groups: int | None, ahead: int) -> None:
+def _reward(settings: Any) -> str:
+    """Return the override that makes people the only reward."""
+    return f"rewards={json.dumps({'human': settings})}"
+
+
+def _train(settings: Recipe) -> None:
+    check_new_run(settings)
+    from dgpo.models.load import quiet
+    from dgpo.trainer import Trainer
+
+    quiet()
+    Trainer(recipe=settings).train()
+
+
+def _draw(artist: Artist, desk: Desk, groups: int | None, ahead: int) -> None:
     """Draw groups until there are enough, and wait until all are ranked."""
     place = desk.store.next_place()
     while groups is None or place < groups:
@@ -145,3 +119,14 @@ def _draw(artist: Any, desk: Desk, groups: int | None, ahead: int) -> None:
         place += 1
     desk.note = "Nothing is left for you; others are still ranking."
     desk.wait_until_empty()
+
+
+def _export(desk: Desk, folder: Path) -> None:
+    """Write the ranked groups as a dataset, and say how far raters agree."""
+    from dgpo.ranking.dataset import export
+
+    done, agreement = export(desk.store), desk.state().agreement
+    desk.store.close()
+    typer.echo(f"{done} ranked groups in {folder}/groups.jsonl; the same command goes on")
+    if agreement.share is not None:
+        typer.echo(f"raters agree on {agreement.share:.0%} of {agreement.pairs} pairs")

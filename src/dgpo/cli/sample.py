@@ -1,4 +1,4 @@
-"""`dgpo sample`: pictures, videos or sounds of prompts, as files."""
+"""The command `dgpo sample`."""
 
 from __future__ import annotations
 
@@ -11,21 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
-from dgpo.cli.common import (
-    Device,
-    Lora,
-    Model,
-    Precision,
-    VaePrecision,
-    check_folder,
-    prompt_rows,
-)
+from dgpo.cli.checks import check_folder, check_lora, prompt_rows
+from dgpo.cli.options import Batch, Device, Lora, Model, Precision, VaePrecision
 from dgpo.errors import UserError
 from dgpo.recipe.files import apply_overrides
 from dgpo.recipe.sections import SampleSettings
 
 Sampler = Callable[[Sequence[str], Sequence[int]], Any]
-"""Texts and a seed for each to what was made of them."""
+"""Takes texts and a seed for each, and returns what the pipeline made of them."""
 
 
 def _finite(value: float | None) -> float | None:
@@ -36,9 +29,10 @@ def _finite(value: float | None) -> float | None:
 
 def sample(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where pictures go.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder of the files.")],
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", metavar="TEXT", help="May be repeated.")
+        list[str] | None,
+        typer.Option("--prompt", metavar="TEXT", help="A prompt; may be repeated."),
     ] = None,
     more: Annotated[list[str] | None, typer.Argument(metavar="TEXT", hidden=True)] = None,
     prompts: Annotated[
@@ -47,7 +41,8 @@ def sample(
     ] = None,
     lora: Lora = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Default: the pipeline's.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Sampling steps. Default: the pipeline's."),
     ] = None,
     guidance_scale: Annotated[
         float | None,
@@ -55,8 +50,8 @@ def sample(
             min=0,
             metavar="G",
             callback=_finite,
-            help="Classifier-free guidance, as rollout.guidance_scale; 1: none. Default: the "
-            "pipeline's own arguments.",
+            help="The scale of classifier-free guidance, as rollout.guidance_scale; 1: none. "
+            "Default: the pipeline's own arguments.",
         ),
     ] = None,
     seed: Annotated[
@@ -72,7 +67,7 @@ def sample(
             help="Another argument of the pipeline's call, as rollout.call; may be repeated.",
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures made at once.")] = 8,
+    batch: Batch = 8,
     precision: Precision = "float32",
     vae_precision: VaePrecision = None,
     device: Device = None,
@@ -80,11 +75,10 @@ def sample(
     """Make one picture, video or sound of each prompt: DIR/00000.png (mp4, wav), 00001.png, ..."""
     rows = prompt_rows(prompt or [], more or [], prompts)
     check_folder("--out", out)
-    size = {"height": height, "width": width}
-    given = {
-        **{key: value for key, value in size.items() if value},
-        **apply_overrides({}, call or []),
-    }
+    check_lora(lora)
+    given = {key: value for key, value in (("height", height), ("width", width)) if value}
+    given |= apply_overrides({}, call or [])
+    from dgpo.media import save_media
     from dgpo.models.load import load_for_sampling
 
     pipe = load_for_sampling(
@@ -95,8 +89,6 @@ def sample(
     else:
         own = given if steps is None else {**given, "num_inference_steps": steps}
         make = partial(_called, pipe, own)
-    from dgpo.media import save_media
-
     how, done = SampleSettings(), 0
     for texts in _batches([row.text for row in rows], batch):
         seeds = range(seed + done, seed + done + len(texts))
@@ -106,7 +98,7 @@ def sample(
 
 
 def _batches(texts: Sequence[str], size: int) -> list[Sequence[str]]:
-    """Texts that are sampled in one call; those that start from a picture have one each."""
+    """Split texts into those of one call; a text that starts from a picture gets its own."""
     from dgpo.prompts.caption import pictures_of
 
     if any(pictures_of(text) for text in texts):
@@ -115,15 +107,15 @@ def _batches(texts: Sequence[str], size: int) -> list[Sequence[str]]:
 
 
 def _generators(seeds: Sequence[int]) -> list[Any]:
-    """One a row: a picture does not depend on the batch it was made in."""
+    """Make a generator for each row, so that no picture depends on the batch it was made in."""
     import torch
 
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def _guided(pipe: Any, call: Mapping[str, Any], steps: int | None, scale: float) -> Sampler:
-    """Pictures as rollouts make them: which argument of the pipeline is its guidance, and whether
-    that needs a negative prompt, is found out."""
+    """Sample as rollouts do, which find out which argument of the pipeline is its guidance and
+    whether it needs a negative prompt."""
     from dgpo.models import PipelineModel
 
     model = PipelineModel(pipe, call=call)
@@ -131,7 +123,7 @@ def _guided(pipe: Any, call: Mapping[str, Any], steps: int | None, scale: float)
         steps = int(model.parameters["num_inference_steps"].default)
 
     def make(texts: Sequence[str], seeds: Sequence[int]) -> Any:
-        with _said(pipe, call):
+        with _told(pipe, call):
             cond = model.encode(list(texts), guidance=scale != 1)
             made = model.rollout(
                 cond, steps=steps, guidance_scale=scale, generators=_generators(seeds)
@@ -142,19 +134,20 @@ def _guided(pipe: Any, call: Mapping[str, Any], steps: int | None, scale: float)
 
 
 def _called(pipe: Any, call: Mapping[str, Any], texts: Sequence[str], seeds: Sequence[int]) -> Any:
+    """Sample by a plain call of the pipeline."""
     from dgpo.media import media_of
     from dgpo.models.pipeline.row_groups import pictures_for
     from dgpo.models.pipeline.vae_precision import vae_in_its_precision
 
     pictures = pictures_for(pipe, texts)
     given = {"prompt": list(texts), "generator": _generators(seeds), "return_dict": False}
-    with _said(pipe, call), vae_in_its_precision(pipe):
+    with _told(pipe, call), vae_in_its_precision(pipe):
         return media_of(pipe(**given, **pictures, **call)[0], pipe)
 
 
 @contextmanager
-def _said(pipe: Any, call: Mapping[str, Any]) -> Iterator[None]:
-    """What a pipeline has against its arguments as one error that names them."""
+def _told(pipe: Any, call: Mapping[str, Any]) -> Iterator[None]:
+    """Turn a pipeline's objection to its arguments into one error that names them."""
     try:
         yield
     except (TypeError, ValueError) as error:  # how pipelines refuse arguments

@@ -1,4 +1,4 @@
-"""`dgpo score`: rewards of pictures that exist already."""
+"""The command `dgpo score`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dgpo.cli.checks import check_file, check_rewards
+from dgpo.cli.options import Rewards
 from dgpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,10 +22,7 @@ SHOWN = 20
 
 
 def score(
-    reward: Annotated[
-        list[str],
-        typer.Option("--reward", metavar="R", help="As in `dgpo list rewards`; may be repeated."),
-    ],
+    reward: Rewards,
     images: Annotated[
         Path, typer.Option("--images", metavar="DIR|FILE", help="A folder of pictures, or one.")
     ],
@@ -32,25 +31,27 @@ def score(
         typer.Option(
             "--prompts",
             metavar="FILE",
-            help=".txt or .jsonl: a row for each picture in the order of their names, or one row.",
+            help=".txt or .jsonl: one row for all pictures, or a row for each, in the order of "
+            "their names.",
         ),
     ],
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", metavar="OUT", help="A .jsonl to write, a line for each picture."),
+        typer.Option("--json", metavar="OUT", help="A .jsonl to write: a line for each picture."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures read at once.")] = 64,
 ) -> None:
     """Score pictures that exist already, such as those of `dgpo sample`."""
+    from dgpo.prompts import load_prompts
+
     files = picture_files(images)
-    if json_file is not None:
-        _writable(json_file)
+    check_file("--json", json_file)
+    rows = _row_each(load_prompts(prompts), files)
+    check_rewards(reward)
     from PIL import Image
 
-    from dgpo.prompts import load_prompts
     from dgpo.rewards import load_rewards
 
-    rows = _row_each(load_prompts(prompts), files)
     rewards = load_rewards(reward)
     rewards.check(rows)
     scores: dict[str, list[float]] = {name: [] for name in rewards.names}
@@ -72,18 +73,18 @@ def score(
 
 
 def picture_files(place: Path) -> list[Path]:
-    """The pictures of a folder by name, or the one given.
+    """Return the pictures of a folder in the order of their names, or the one picture given.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no picture.
     """
     if place.is_file():
         return [place]
     if not place.is_dir():
-        raise UserError(f"--images {place}: no such folder or file")
+        raise UserError(f"--images {place}: there is no such folder or file")
     files = sorted(file for file in place.iterdir() if file.suffix.lower() in SUFFIXES)
     if not files:
-        raise UserError(f"--images {place}: no picture in it ({', '.join(SUFFIXES)})")
+        raise UserError(f"--images {place}: there is no picture in it ({', '.join(SUFFIXES)})")
     return files
 
 
@@ -125,24 +126,10 @@ def _print(files: Sequence[Path], rows: Sequence[Prompt], scores: dict[str, list
     console.print(table)
 
 
-def _writable(out: Path) -> None:
-    """Refuse a place that cannot be written before any score is paid for."""
-    if out.is_dir():
-        raise UserError(f"--json {out}: is a folder; name a file in it, such as scores.jsonl")
-    new = not out.exists()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a", encoding="utf-8"):
-            pass
-        if new:
-            out.unlink()  # a score that fails leaves no empty file
-    except OSError as error:
-        raise UserError(f"--json {out}: cannot be written: {error.strerror}") from error
-
-
 def _write(
     out: Path, files: Sequence[Path], rows: Sequence[Prompt], scores: dict[str, list[float]]
 ) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", encoding="utf-8") as stream:
         for place, (file, row) in enumerate(zip(files, rows, strict=True)):
             values = {name: column[place] for name, column in scores.items()}

@@ -39,20 +39,19 @@ class Run:
 
 def protocol(recipe: Recipe) -> dict[str, Any]:
     """What has to be equal for two held-out scores to be comparable, by the recipe's keys."""
-    own, rollout = recipe.eval, recipe.rollout
-    guidance = rollout.guidance_scale if own.guidance_scale is None else own.guidance_scale
+    own = recipe.eval_sampling
     return {
         "model": recipe.model,
         "precision": recipe.precision,
         "memory.vae_precision": recipe.memory.vae_precision or recipe.precision,
         "prompts.train": recipe.prompts.train,
         "prompts.eval": recipe.prompts.eval,
-        "eval.metrics": list(own.metrics or recipe.rewards),
-        "eval.steps": own.steps or rollout.steps,
-        "eval.guidance_scale": guidance,
-        "eval.limit": own.limit,
-        "eval.scheduler": own.scheduler or rollout.scheduler,
-        "rollout.call": rollout.call,
+        "eval.metrics": list(recipe.eval.metrics or recipe.rewards),
+        "eval.steps": own.steps,
+        "eval.guidance_scale": own.guidance_scale,
+        "eval.limit": recipe.eval.limit,
+        "eval.scheduler": own.scheduler,
+        "rollout.call": recipe.rollout.call,
     }
 
 

@@ -1,4 +1,4 @@
-"""Making the runs of a comparison, or finding them made."""
+"""Find out what the folder of a comparison's run holds."""
 
 from __future__ import annotations
 
@@ -13,31 +13,10 @@ from dgpo.recipe import Recipe
 from dgpo.recipe.files import read_recipe
 from dgpo.run.manifest import FILE
 from dgpo.run.tracking import read_jsonl
-from dgpo.trainer import Trainer
-from dgpo.training.callbacks import Callback, Control, TrainerState
 
 State = Literal["new", "interrupted", "finished"]
 ENDED = "ended"
 """In a run's folder: the iteration at which the trainer ended it for a reason of its own."""
-
-
-class StopAtScore(Callback):
-    """Ends a run once two evaluations in a row reach a score.
-
-    Args:
-        score: on the held-out prompts; None: the run goes on to the recipe's end.
-    """
-
-    def __init__(self, score: float | None) -> None:
-        self._score = score
-
-    def on_train_begin(self, state: TrainerState, control: Control, **what: Any) -> None:
-        """Look at what was measured before a stop."""
-        control.should_stop |= arrived(state.evaluations, self._score)
-
-    def on_evaluate(self, state: TrainerState, control: Control, **what: Any) -> None:
-        """Look at the last two evaluations."""
-        control.should_stop |= arrived(state.evaluations, self._score)
 
 
 def arrived(evaluations: Sequence[Mapping[str, Any]], stop_at: float | None) -> bool:
@@ -58,39 +37,21 @@ def state(run: Run, stop_at: float | None) -> State:
     _refuse_other_recipe(run)
     rows = read_jsonl(run.folder / "metrics.jsonl")
     evaluations = read_jsonl(run.folder / "evaluations.jsonl")
-    limit = run.recipe.train.max_minutes
+    train = run.recipe.train
     # the last iteration may begin within the budget and end beyond it
-    if limit is not None and len(rows) > 1 and rows[-2]["seconds"] >= 60 * limit:
+    if len(rows) > 1 and train.time_is_up(rows[-2]["seconds"]):
         raise UserError(
             f"{run.folder} holds a run of {rows[-1]['seconds'] / 60:.1f} minutes, more than the "
-            f"{limit:g} of the budget: use a larger --budget, or another --out"
+            f"{train.max_minutes:g} of the budget: use a larger --budget, or another --out"
         )
     if not rows or not evaluations or evaluations[-1]["iteration"] != rows[-1]["iteration"]:
         return "interrupted"
     last = rows[-1]["iteration"]
-    late = limit is not None and rows[-1]["seconds"] >= 60 * limit
+    late = train.time_is_up(rows[-1]["seconds"])
     mark = run.folder / ENDED
     ended = mark.exists() and mark.read_text(encoding="utf-8").strip() == str(last)
-    done = late or ended or last >= run.recipe.train.iterations
+    done = late or ended or last >= train.iterations
     return "finished" if done or arrived(evaluations, stop_at) else "interrupted"
-
-
-def make(run: Run, stop_at: float | None) -> State:
-    """Train a run, go on with it, or leave it if it is finished; returns what was found.
-
-    Raises:
-        UserError: see :func:`state` and :class:`Trainer`.
-        KeyboardInterrupt: after a checkpoint was saved.
-    """
-    found = state(run, stop_at)
-    if found == "finished":
-        return found
-    callbacks = [StopAtScore(stop_at)]
-    race = Trainer(recipe=run.recipe, resume=found == "interrupted", callbacks=callbacks)
-    race.train()
-    if state(run, stop_at) == "interrupted":
-        (run.folder / ENDED).write_text(f"{race.iteration}\n", encoding="utf-8")
-    return found
 
 
 def read_machines(folder: Path) -> list[dict[str, Any]]:

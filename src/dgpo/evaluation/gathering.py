@@ -86,7 +86,7 @@ def _sent(picture: Any) -> list[str]:
     frames = picture if isinstance(picture, list) else [picture]
     if not all(isinstance(frame, Image.Image) for frame in frames):
         raise UserError(
-            f"eval.metrics: a metric of a whole set needs all pictures in one process, and a "
+            f"eval.metrics: a metric of the whole set needs all pictures in one process, and a "
             f"{type(picture).__name__} cannot be sent there: evaluate with one process"
         )
     texts = ["video" if isinstance(picture, list) else "picture"]

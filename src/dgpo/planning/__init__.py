@@ -1,4 +1,4 @@
-"""What a run will cost, before anything is loaded: sizes, counts of forward passes, memory."""
+"""Say what a run will cost before any weight is loaded: sizes, forward passes, memory."""
 
 from dgpo.planning.plan import Plan, make_plan
 

@@ -1,4 +1,4 @@
-"""What a run holds in memory, by part, and what each phase needs on top at its worst moment."""
+"""Estimate what a run holds in memory, and what each phase needs on top at its worst moment."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from dgpo.models.pipeline.prompt_encoder import CACHE_BYTES, Conditioning
 from dgpo.models.policy import Policy
 from dgpo.models.weights.memory import save_memory, text_encoders
 from dgpo.planning.meta_memory import Numbers, peak_bytes
-from dgpo.planning.skeleton import bytes_of
+from dgpo.planning.skeleton import bytes_of, first_line
 from dgpo.recipe import Recipe
 from dgpo.registry import REWARDS
 
 _STEPS = 4  # with fewer some pipelines have no step at all
 _QUANTISED = {"bitsandbytes_4bit": 0.52, "bitsandbytes_8bit": 1.0, "torchao_int8": 1.0}
-"""Bytes of a weight, its scales included."""
+"""The bytes of a quantised weight, including its share of the scales."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes.
+    """The memory of a run, in bytes.
 
     Args:
-        parts: what is there from the start of training to its end.
-        phases: what each phase needs on top; only one of them runs at a time.
-        notes: what could not be found out, and why.
-        kept: whether training cannot use again what other phases have freed. So it is on the CPU:
-            backward passes run in a thread of their own, for which the C library's allocator has
-            other arenas.
+        parts: what is held from the start of training to its end, by part.
+        phases: what each phase needs on top; only one phase runs at a time.
+        notes: what could not be estimated, and why.
+        kept: whether training cannot use the memory that other phases freed. This holds on the CPU:
+            backward passes run in a thread of their own, and the C library's allocator serves each
+            thread from its own arenas.
     """
 
     parts: Mapping[str, int]
@@ -49,53 +49,49 @@ class Memory:
 
     @property
     def peak(self) -> int:
+        """The largest memory that the run holds, in bytes."""
         training = self.phases.get("training", 0)
         other = max((size for name, size in self.phases.items() if name != "training"), default=0)
         return sum(self.parts.values()) + (training + other if self.kept else max(training, other))
 
 
 class Estimate:
-    """Estimates the memory of a run by making its policy of a pipeline without weights.
+    """Estimates the memory of a run from a policy on a pipeline without weights.
 
     Args:
         recipe: the run.
-        pipe: from :func:`dgpo.planning.skeleton.skeleton`.
-        texts: a prompt for each row that may be sampled; at least one.
-        held_out: how many prompts are evaluated.
+        pipe: the pipeline that :func:`dgpo.planning.skeleton.skeleton` returns.
+        text: a prompt of the run.
+        held_out: the number of prompts in an evaluation.
 
     Raises:
-        UserError: what the run itself would refuse before it starts.
+        UserError: the run itself would refuse the recipe before it starts.
     """
 
-    def __init__(self, recipe: Recipe, pipe: Any, texts: Sequence[str], held_out: int) -> None:
+    def __init__(self, recipe: Recipe, pipe: Any, text: str, held_out: int) -> None:
         self.recipe, self._pipe, self._held_out = recipe, pipe, held_out
         self.model = PipelineModel(pipe, call=recipe.rollout.call)
         save_memory(pipe, self.model.denoisers, recipe.memory)
-        self._weights = {n: _weights(n, m, recipe) for n, m in pipe.components.items() if _net(m)}
+        networks = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
+        self._weights = {name: _weights(name, part, recipe) for name, part in networks.items()}
         self.policy = Policy(self.model, recipe.lora, recipe.seed)
         self.trained = sum(p.numel() * p.element_size() for p in self.policy.parameters())
         self._notes: list[str] = []
-        self._cond = self._encoded(texts[0])
+        why = "activations are not counted: the prompt cannot be encoded without weights"
+        self._cond = self._try(lambda: self.model.encode([text], guidance=True), None, why)
 
     @property
     def has_guidance(self) -> bool:
-        """Whether the pipeline has classifier-free guidance, as far as it can be seen."""
-        if self._cond is None:
-            return True
-        try:
-            with Numbers():
-                return self.model.has_guidance(self._cond)
-        except UserError:
-            raise
-        except Exception:  # said by the phases
-            return True
+        """Whether the pipeline has classifier-free guidance; true where that cannot be seen."""
+        cond = self._cond
+        return cond is None or self._try(lambda: self.model.has_guidance(cond), True)
 
     def memory(self, libraries: int, prompts: int) -> Memory:
-        """The estimate.
+        """Return the estimate.
 
         Args:
-            libraries: what the process holds before anything is loaded; 0 on a GPU.
-            prompts: number of distinct prompts, whose embeddings are kept.
+            libraries: the bytes that the process holds before anything is loaded; 0 on a GPU.
+            prompts: the number of distinct prompts, whose embeddings are kept.
         """
         recipe, trained = self.recipe, self.trained
         freed = text_encoders(self._pipe) if recipe.memory.free_text_encoders else {}
@@ -103,7 +99,7 @@ class Estimate:
         parts = {
             "libraries": libraries,
             **{name: size for name, size in self._weights.items() if name not in freed},
-            "LoRA": 0 if recipe.lora is None else trained,  # else a part of the denoiser
+            "LoRA": 0 if recipe.lora is None else trained,  # without one the denoiser counts it
             "gradients": trained,
             "AdamW": 2 * trained,
             "averages": 0 if recipe.memory.snapshot_device else copies * trained,
@@ -125,32 +121,23 @@ class Estimate:
             kept=libraries > 0,
         )
 
-    def _encoded(self, text: str) -> Conditioning | None:
+    def _try(self, run: Callable[[], Any], otherwise: Any, note: str = "") -> Any:
+        """Run code without numbers. Where it needs numbers or files that are not there, note that
+        and return something else."""
         try:
             with Numbers():
-                return self.model.encode([text], guidance=True)
+                return run()
         except UserError:
             raise
-        except Exception as error:  # a tokenizer that is not there, or numbers that are wanted
-            self._notes.append(
-                "activations are not counted: the prompt cannot be encoded without weights "
-                f"({type(error).__name__}: {str(error).partition(chr(10))[0][:120]})"
-            )
-            return None
+        except Exception as error:  # pipelines and tokenizers may raise anything
+            if note:
+                self._notes.append(f"{note} ({type(error).__name__}: {first_line(error)})")
+            return otherwise
 
     def _phase(self, name: str, run: Callable[[Conditioning], int]) -> int:
-        if self._cond is None:
-            return 0
-        try:
-            return run(self._cond)
-        except UserError:
-            raise
-        except Exception as error:  # a pipeline that looks at numbers cannot do without them
-            self._notes.append(
-                f"activations of {name} are not counted: {type(self._pipe).__name__} does not run "
-                f"without numbers ({str(error).partition(chr(10))[0][:120]})"
-            )
-            return 0
+        cond, kind = self._cond, type(self._pipe).__name__
+        note = f"activations of {name} are not counted: {kind} cannot run without numbers"
+        return 0 if cond is None else self._try(lambda: run(cond), 0, note)
 
     def _rollout(self, cond: Conditioning) -> int:
         recipe = self.recipe
@@ -158,9 +145,8 @@ class Estimate:
         return self._sampling(_rows(cond, rows), recipe.rollout.guidance_scale)
 
     def _evaluation(self, cond: Conditioning) -> int:
-        own, rollout = self.recipe.eval, self.recipe.rollout
-        scale = rollout.guidance_scale if own.guidance_scale is None else own.guidance_scale
-        return self._sampling(_rows(cond, min(own.batch, self._held_out)), scale)
+        own = self.recipe.eval_sampling
+        return self._sampling(_rows(cond, min(own.batch, self._held_out)), own.guidance_scale)
 
     def _sampling(self, cond: Conditioning, guidance: float) -> int:
         with Numbers():
@@ -194,7 +180,7 @@ class Estimate:
         peak = peak_bytes(call)
         for parameter in self.policy.parameters():
             parameter.grad = None
-        return peak - self.trained  # gradients are a part of their own
+        return peak - self.trained  # the gradients are counted as a part
 
     def _point(self, cond: Conditioning) -> tuple[Level, Tensor]:
         with torch.no_grad(), Numbers():
@@ -210,12 +196,10 @@ class Estimate:
         return min(prompts * one, CACHE_BYTES)
 
     def _samples(self) -> int:
-        """Clean samples and pictures of an iteration."""
-        if self._cond is None:
-            return 0
-        try:
-            x0 = self._point(self._cond)[1]
-        except Exception:  # said by the phases
+        """Estimate the clean samples and pictures of an iteration, in bytes."""
+        cond = self._cond
+        x0 = None if cond is None else self._try(lambda: self._point(cond)[1], None)
+        if x0 is None:
             return 0
         call = self.recipe.rollout.call
         height, width, frames = (call.get(name) for name in ("height", "width", "num_frames"))
@@ -223,14 +207,10 @@ class Estimate:
         return self.recipe.images_per_iteration * (_size(x0) + pixels)
 
     def _rewards(self) -> int:
-        """The weights of rewards, by the size of their downloads."""
+        """Estimate the weights of rewards by the size of their downloads, in bytes."""
         names = {*self.recipe.rewards, *self.recipe.eval.metrics}
         sizes = (re.match(r"([\d.]+) GB$", REWARDS[n].weights) for n in names if n in REWARDS)
         return sum(int(float(size.group(1)) * 1e9) for size in sizes if size)
-
-
-def _net(part: Any) -> bool:
-    return isinstance(part, nn.Module)
 
 
 def _weights(name: str, module: nn.Module, recipe: Recipe) -> int:
@@ -252,7 +232,7 @@ def _size(value: Any) -> int:
 
 
 class _Passing(StandIn):
-    """A scheduler whose steps change nothing: every step of a rollout costs the same memory."""
+    """A scheduler whose steps compute nothing: every step of a rollout needs the same memory."""
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *_: Any, **how: Any) -> Any:
         made = torch.empty_like(sample)

@@ -1,6 +1,6 @@
-"""How much memory a piece of code holds at its worst moment, found by running it without numbers.
+"""Find out how much memory code needs at its worst moment, by running it without numbers.
 
-Tensors on the meta device have sizes and no memory, and live and die as those with numbers do.
+Tensors on the meta device have sizes and no memory. They live as long as tensors with numbers do.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-_config: Any = config_of_fx  # whose attributes its type does not say
+_config: Any = config_of_fx  # its type does not declare its attributes
 
 
 class _Live(TorchDispatchMode):
-    """Adds up the storages that are made inside the block, as long as they live."""
+    """Adds up the storages made inside the block, for as long as they live."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class _Live(TorchDispatchMode):
 
 
 class _Fused(torch.autograd.Function):
-    """Attention as the fused kernels do it: the matrix of weights is never held."""
+    """Attention as the fused kernels compute it: they never hold the matrix of weights."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -66,8 +66,11 @@ class _Fused(torch.autograd.Function):
 
 @contextmanager
 def _fused_attention() -> Iterator[None]:
-    """Every call of torch's attention is fused inside the block, in blocks that run again at
-    backward as well, which a function mode would not reach."""
+    """Make every call of torch's attention a fused one inside the block.
+
+    A function mode would not reach the blocks that checkpointing runs again in the backward pass,
+    so torch's own function is replaced.
+    """
     own = nn.functional.scaled_dot_product_attention
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
@@ -81,9 +84,11 @@ def _fused_attention() -> Iterator[None]:
 
 
 class Numbers(TorchFunctionMode):
-    """Inside the block meta tensors answer when they are asked for numbers: masks are full, all
-    else is 1. That is enough for code that looks at lengths of prompts, or which of two experts is
-    next, and would fail without."""
+    """Lets meta tensors answer when code asks for numbers: masks are full, everything else is 1.
+
+    Some pipelines look at the lengths of prompts, or decide which of two experts is next, and would
+    fail otherwise.
+    """
 
     _ASKED: ClassVar[dict[Any, Any]] = {
         Tensor.__bool__: True,
@@ -93,7 +98,7 @@ class Numbers(TorchFunctionMode):
     }
 
     def __enter__(self) -> Any:
-        # boolean indexing takes everything
+        # indexing by a boolean mask takes everything
         self._full_masks: Any = _config.patch(meta_nonzero_assume_all_nonzero=True)
         self._full_masks.__enter__()
         return super().__enter__()
@@ -121,10 +126,10 @@ _LENGTH = "_dgpo_length"
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """The bytes of tensors that ``call`` makes, where they are most.
+    """Return the largest number of bytes that the tensors made by ``call`` hold at one time.
 
     Args:
-        call: works on meta tensors alone.
+        call: a function that works on meta tensors only.
     """
     with Numbers(), _fused_attention(), _Live() as live:
         made = call()

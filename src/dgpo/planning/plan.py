@@ -1,9 +1,9 @@
-"""A recipe's plan: everything that can be said before a weight is loaded."""
+"""Plan a recipe: say everything that can be said before a weight is loaded."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,13 @@ from torch import nn
 from dgpo.errors import UserError
 from dgpo.evaluation import Metrics
 from dgpo.models.pipeline.call_encoders import check_text_is_given_once
+from dgpo.models.samplers.schedulers import make_scheduler
 from dgpo.models.weights.lora import adapted_layers
 from dgpo.planning.counts import Counts, Samplers, count
 from dgpo.planning.memory import Estimate, Memory
 from dgpo.planning.process import libraries
 from dgpo.planning.skeleton import parameters_in, skeleton
-from dgpo.prompts import load_prompts, refuse_sizes
+from dgpo.prompts import Prompt, load_prompts, refuse_sizes
 from dgpo.recipe import Recipe
 from dgpo.rewards import RewardSet, load_rewards
 from dgpo.rewards.mixing import routed
@@ -45,12 +46,12 @@ class Plan:
     Args:
         recipe: the run.
         pipeline: the class of its pipeline.
-        parameters: of every network, by its name.
-        trained: parameters that are trained.
-        layers: layers that a LoRA adapts; 0 without one.
-        prompts: number of rows, trained and held out.
-        counts: pictures and passes.
-        memory: bytes by part and phase.
+        parameters: the number of parameters of every network, by its name.
+        trained: the number of parameters that are trained.
+        layers: the number of layers that a LoRA adapts; 0 without a LoRA.
+        prompts: the number of training prompts and of held-out prompts.
+        counts: the pictures and passes.
+        memory: the bytes, by part and phase.
     """
 
     recipe: Recipe
@@ -65,8 +66,11 @@ class Plan:
     def refuse_beyond(self, limit: int) -> None:
         """Refuse a plan that needs more memory than there is.
 
+        Args:
+            limit: the memory there is, in bytes.
+
         Raises:
-            UserError: with the largest part, and the settings that make it smaller.
+            UserError: names the largest part, and the settings that make it smaller.
         """
         if self.memory.peak <= limit:
             return
@@ -75,7 +79,7 @@ class Plan:
         keys = [way for name, way in _WAYS_OUT.items() if largest.startswith(name)]
         way = keys[0] if keys else "precision, memory.quantization"
         raise UserError(
-            f"the plan needs {self.memory.peak / 1e9:.1f} GB, and there are {limit / 1e9:.1f}: its "
+            f"the plan needs {self.memory.peak / 1e9:.1f} GB, and there are {limit / 1e9:.1f}: the "
             f"largest part is {largest} ({every[largest] / 1e9:.1f} GB); see {way}"
         )
 
@@ -120,7 +124,7 @@ class Plan:
         }
         lines = _table(rows, lambda size: f"{size / _MEGA:,.1f}")
         notes = [f"  {note}" for note in memory.notes]
-        return ["", "memory in MB; of the lines with a + one at a time", *lines, *notes]
+        return ["", "memory in MB; only one of the lines with a + at a time", *lines, *notes]
 
 
 def _table(rows: Mapping[str, Any], show: Any) -> list[str]:
@@ -134,42 +138,37 @@ def _table(rows: Mapping[str, Any], show: Any) -> list[str]:
 
 
 def make_plan(recipe: Recipe, process: int | None = None) -> Plan:
-    """Plan a run.
+    """Plan a run without loading a weight.
 
     Args:
         recipe: the run.
-        process: bytes that a process holds before anything is loaded; None: as measured here, and
-            0 where the run would take place on a GPU.
+        process: the bytes that a process holds before anything is loaded. None measures them here,
+            or takes 0 where the run would use a GPU.
 
     Raises:
-        UserError: whatever the run would refuse before it starts and that can be seen without
-            weights: files, names, LoRA targets, sizes, samplers, rewards.
+        UserError: the run would refuse the recipe before it starts, for a reason that can be seen
+            without weights: files, names, LoRA targets, sizes, samplers or rewards.
+
+    >>> plan = make_plan(Recipe.load("pocket-geneval"))
+    >>> plan.pipeline, plan.counts.images, plan.prompts
+    ('StableDiffusion3Pipeline', 128, (1152, 660))
     """
-    offline = recipe.data.preferences is not None
-    rewards = load_rewards(recipe.rewards) if recipe.rewards or not offline else RewardSet([])
-    Metrics(recipe.eval.metrics or rewards)
-    rows = ranked_prompts(recipe) if offline else load_prompts(recipe.prompts.train)
-    held_out = [] if recipe.prompts.eval is None else load_prompts(recipe.prompts.eval)
-    held_out = held_out[: recipe.eval.limit]
-    refuse_sizes([*([] if offline else rows), *held_out], recipe.rollout.call)
-    routed([] if offline else rows, rewards.weights)
+    rows, held_out = _prompts(recipe)
     pipe = skeleton(recipe.model, recipe.precision, recipe.memory.vae_precision)
-    refuse_unshardable(recipe, pipe, [row.text for row in (*rows, *held_out)])
+    texts = [row.text for row in (*rows, *held_out)]
+    refuse_unshardable(recipe, pipe, texts)
     parameters = {
         name: parameters_in(part)
         for name, part in pipe.components.items()
         if isinstance(part, nn.Module)
     }
-    rollout = rollout_scheduler(recipe, pipe.scheduler)
-    own = recipe.eval.scheduler
-    evaluation = rollout if own is None else eval_sampler(own, pipe.scheduler)
-    estimate = Estimate(recipe, pipe, [row.text for row in rows], len(held_out))
+    rollout, evaluation = _schedulers(recipe, pipe.scheduler)
+    estimate = Estimate(recipe, pipe, texts[0], len(held_out))
     samplers = Samplers(rollout, evaluation, _strength(recipe, pipe), estimate.has_guidance)
     if recipe.memory.free_text_encoders:
         check_text_is_given_once(pipe)
     if process is None:
         process = 0 if torch.cuda.is_available() else libraries()
-    distinct = len({row.text for row in (*rows, *held_out)})
     return Plan(
         recipe,
         type(pipe).__name__,
@@ -178,12 +177,34 @@ def make_plan(recipe: Recipe, process: int | None = None) -> Plan:
         adapted_layers(estimate.model.denoisers),
         (len(rows), len(held_out)),
         count(recipe, samplers, len(held_out)),
-        estimate.memory(process, distinct),
+        estimate.memory(process, len(set(texts))),
+    )
+
+
+def _prompts(recipe: Recipe) -> tuple[Sequence[Prompt], list[Prompt]]:
+    """Load the training and the held-out prompts, and check them and the rewards."""
+    offline = recipe.data.preferences is not None
+    rewards = load_rewards(recipe.rewards) if recipe.rewards or not offline else RewardSet([])
+    Metrics(recipe.eval.metrics or rewards)
+    rows = ranked_prompts(recipe) if offline else load_prompts(recipe.prompts.train)
+    held_out = [] if recipe.prompts.eval is None else load_prompts(recipe.prompts.eval)
+    held_out = held_out[: recipe.eval.limit]
+    trained = [] if offline else rows  # ranked groups are not sampled
+    refuse_sizes([*trained, *held_out], recipe.rollout.call)
+    routed(trained, rewards.weights)
+    return rows, held_out
+
+
+def _schedulers(recipe: Recipe, base: Any) -> tuple[Any, Any]:
+    """Make the schedulers of rollouts, which may add noise, and of evaluations, which do not."""
+    own = recipe.eval.scheduler
+    return rollout_scheduler(recipe, base), (
+        make_scheduler(recipe.rollout.scheduler, base) if own is None else eval_sampler(own, base)
     )
 
 
 def _strength(recipe: Recipe, pipe: Any) -> float:
-    """The part of the steps that is taken: that of the recipe, or the pipeline's own default."""
+    """Return the share of the steps that is taken, by the recipe or by the pipeline's default."""
     known = inspect.signature(pipe.__call__).parameters.get("strength")
     if known is None:
         return 1.0

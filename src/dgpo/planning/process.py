@@ -1,4 +1,4 @@
-"""What a process holds in memory before anything is loaded: interpreter and libraries."""
+"""Measure what a process holds before anything is loaded: the interpreter and its libraries."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 _IMPORTED = ("dgpo.trainer", "torch.utils.tensorboard", "matplotlib.backends.backend_agg")
-"""What a run imports sooner or later."""
+"""Modules that a run imports sooner or later."""
 
 
 def resident() -> int:
-    """Bytes that this process has in memory now; 0 where the system does not say."""
+    """Return the bytes that this process has in memory now; 0 where the system does not say."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except (OSError, ValueError, IndexError):
@@ -23,8 +23,11 @@ def resident() -> int:
 
 
 def libraries() -> int:
-    """:func:`resident`, once the code that a run uses lies in memory: all that it imports, and the
-    pages that are read when they are first executed, for which a few small operations are done."""
+    """Return :func:`resident` bytes once the code of a run lies in memory.
+
+    All that a run imports is imported. A few small operations bring in the pages that are read when
+    they are first executed.
+    """
     for module in _IMPORTED:
         importlib.import_module(module)
     with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""A pipeline without weights: every network lies on the meta device, made from its config alone."""
+"""Make a pipeline without weights: each network is made from its config, on the meta device."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _POCKET = {"pocket": WEIGHTS / "scenes", "pocket-signs": WEIGHTS / "signs"}
 
 
 def skeleton(name: str, precision: Precision, vae_precision: Precision | None = None) -> Any:
-    """The pipeline that a recipe calls ``model``, on the meta device.
+    """Make the pipeline of a recipe's ``model`` on the meta device.
 
-    Of a folder or a hub id only configs and tokenizers are read. What a function makes is made, and
-    let go of.
+    Only configs and tokenizers are read from a folder or the hub. A pipeline that a function makes
+    is made whole, and its weights are dropped.
 
     Args:
-        name: as for :func:`dgpo.models.load.load_pipeline`.
-        precision: of the weights.
-        vae_precision: of the autoencoder's; None: ``precision``.
+        name: a name as :func:`dgpo.models.load.load_pipeline` takes it.
+        precision: the precision of the weights.
+        vae_precision: the precision of the autoencoder's weights; None for ``precision``.
 
     Raises:
         UserError: there is no such pipeline, or a part of it cannot be made from its config.
@@ -41,14 +41,12 @@ def skeleton(name: str, precision: Precision, vae_precision: Precision | None = 
     try:
         index: Any = DiffusionPipeline.load_config(place)
     except (OSError, ValueError) as error:
-        first = str(error).strip().partition("\n")[0][:200]
-        raise UserError(f"model: {name!r} has no model_index.json that can be read: {first}") from (
-            error
-        )
-    kind = getattr(diffusers, str(index.get("_class_name")), None)
+        why = f"model: {name!r} has no model_index.json that can be read: {first_line(error)}"
+        raise UserError(why) from error
+    wanted = str(index.get("_class_name"))
+    kind = getattr(diffusers, wanted, None)
     if kind is None:
         pipelines = [n for n in dir(diffusers) if n.endswith("Pipeline")]
-        wanted = str(index.get("_class_name"))
         raise UserError(
             f"model: {name!r} is a {wanted}, which this diffusers ({diffusers.__version__}) does "
             f"not have{nearest(wanted, pipelines)}"
@@ -68,7 +66,7 @@ def skeleton(name: str, precision: Precision, vae_precision: Precision | None = 
 
 
 def _part(place: str | Path, name: str, library: str, kind: str) -> Any:
-    """A component: networks on the meta device, the rest (scheduler, tokenizer) as it is."""
+    """Make a component: a network on the meta device, or a scheduler or tokenizer as it is."""
     found: type = _class(library, kind)
     made_by: Any = found
     try:
@@ -78,16 +76,16 @@ def _part(place: str | Path, name: str, library: str, kind: str) -> Any:
             config = made_by.config_class.from_pretrained(place, subfolder=name)
             return _empty(lambda: made_by(config))
     except (OSError, ValueError, TypeError) as error:
-        first = str(error).strip().partition("\n")[0][:200]
         raise UserError(
-            f"model: {name} of {str(place)!r} ({kind}) cannot be made from its config.json: {first}"
+            f"model: {name} of {str(place)!r} ({kind}) cannot be made from its config.json: "
+            f"{first_line(error)}"
         ) from error
     try:
         return made_by.from_pretrained(place, subfolder=name)
     except (OSError, ValueError, ImportError, TypeError):
         if "Scheduler" in kind:
             raise
-        return None  # a tokenizer whose files are not here: nothing can be encoded, all else can
+        return None  # the tokenizer's files are missing: only prompts cannot be encoded
 
 
 def _class(library: str, kind: str) -> Any:
@@ -106,13 +104,13 @@ def _empty(make: Callable[[], Any]) -> Any:
         with torch.device("meta"):
             return make()
     except (NotImplementedError, RuntimeError):
-        # something is computed while it is built, which needs numbers
+        # building it computes something, which needs numbers
         with init_empty_weights(include_buffers=False):
             return make().to("meta")
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
-    """The precision of the weights, as loading gives it: some stay in float32."""
+    """Cast the weights as loading does: some stay in float32."""
     kept = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
     if isinstance(module, diffusers.ModelMixin) or dtype == torch.float16:
         kept.update(getattr(module, "_keep_in_fp32_modules", None) or ())
@@ -121,12 +119,17 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
+    return str(error).strip().partition("\n")[0][:200]
+
+
 def bytes_of(module: nn.Module) -> int:
-    """Of parameters and buffers, each storage once."""
+    """Return the bytes of parameters and buffers, each counted once."""
     tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def parameters_in(module: nn.Module) -> int:
-    """The number of parameters."""
+    """Return the number of parameters."""
     return sum(parameter.numel() for parameter in module.parameters())

@@ -113,6 +113,16 @@ def read_groups(
     return groups
 
 
+def refuse_existing_groups(folder: str | Path) -> None:
+    """Refuse a folder that holds groups already.
+
+    Raises:
+        UserError: it does.
+    """
+    if (Path(folder) / FILE).exists():
+        raise UserError(f"--out {folder}: it holds groups already; name another folder")
+
+
 class GroupWriter:
     """A ``GroupWriter`` adds groups to a folder, which it makes if there is none.
 

@@ -1,224 +1,209 @@
-"""Settings of a recipe that contradict each other, or name what is not there."""
+"""Settings of a recipe that contradict each other, or that name what does not exist."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from dgpo.algorithms.base import Algorithm, TrajectoryAlgorithm
 from dgpo.registry import known, unknown
+from dgpo.reserved import RESERVED, refusal
 from dgpo.rewards.settings import used
 from dgpo.secrets import secrets_in
 
 if TYPE_CHECKING:
     from dgpo.recipe import Recipe
 
-_OWNED_CALL_KEYS = {
-    "true_cfg_scale": "rollout.guidance_scale",
-    "num_inference_steps": "rollout.steps",
-    "sigmas": "rollout.steps",
-    "timesteps": "rollout.steps",
-    "prompt": "prompts.train",
-    "prompt_embeds": "prompts.train",
-    "num_images_per_prompt": "group_size",
-    "generator": "seed",
-    "latents": "seed",
-}
-
 
 def contradictions(recipe: Recipe) -> list[str]:
-    """What makes a recipe impossible whose settings are in range each: one line for each problem,
-    with the keys, the values and what would work."""
-    return [
-        *_secrets(recipe),
-        *_unknown_rewards(recipe),
-        *_timesteps(recipe),
-        *_trajectory(recipe),
-        *_stochastic(recipe),
-        *_offline(recipe),
-        *_remote(recipe),
-        *_between_sections(recipe),
-    ]
+    """Find what makes a recipe impossible although each of its settings is in range.
+
+    Returns:
+        One line for each problem, with the keys, the values and what would work.
+    """
+    algorithm = recipe.algorithm
+    checks = [_secrets, _unknown_rewards]
+    if isinstance(algorithm, Algorithm):
+        checks += [_timesteps, _stochastic]
+    if isinstance(algorithm, TrajectoryAlgorithm):
+        checks += [_trajectory]
+    checks += [_offline, _remote, _call, _groups, _weights]
+    return [line for check in checks for line in check(recipe)]
 
 
-def _secrets(recipe: Recipe) -> list[str]:
-    """What would be written into the run's folder; options of rewards are looked at as they are
-    read."""
-    data = recipe.model_dump(exclude={"rewards", "run"})
-    return [
-        f"{place} holds a secret, and recipes are written into the run's folder: put it into a "
-        "file or into an environment variable"
-        for place in secrets_in(data)
-    ]
+def _secrets(recipe: Recipe) -> Iterator[str]:
+    """Find secrets, which the run's folder would show. The options of rewards are checked when they
+    are read."""
+    for place in secrets_in(recipe.model_dump(exclude={"rewards", "run"})):
+        yield (
+            f"{place} holds a secret, and recipes are written into the run's folder: put it into a "
+            "file or into an environment variable"
+        )
 
 
-def _unknown_rewards(recipe: Recipe) -> list[str]:
+def _unknown_rewards(recipe: Recipe) -> Iterator[str]:
     named = [("rewards", n) for n, r in recipe.rewards.items() if not used(r)]
     named += [(f"rewards.{n}.use", used(r)) for n, r in recipe.rewards.items() if used(r)]
     named += [("eval.metrics", n) for n in recipe.eval.metrics]
-    return [f"{key}: {unknown('reward', n)}" for key, n in named if not known("reward", n)]
+    for key, name in named:
+        if not known("reward", name):
+            yield f"{key}: {unknown('reward', name)}"
 
 
-def _timesteps(recipe: Recipe) -> list[str]:
-    if not isinstance(recipe.algorithm, Algorithm):
-        return []
+def _timesteps(recipe: Recipe) -> Iterator[str]:
+    assert isinstance(recipe.algorithm, Algorithm)
     choice, levels = recipe.algorithm.timesteps, recipe.rollout.steps
     if choice.indices is not None and choice.indices[1] >= levels:
-        return [
-            f"algorithm.timesteps.indices = {list(choice.indices)}: rollout.steps = {levels} "
-            f"has levels 0 to {levels - 1} only; lower the last index or raise rollout.steps"
-        ]
+        yield (
+            f"algorithm.timesteps.indices = {list(choice.indices)}: rollout.steps = {levels} has "
+            f"only the levels 0 to {levels - 1}; lower the last index or raise rollout.steps"
+        )
     if choice.indices is None and choice.count > levels:
-        return [
-            f"algorithm.timesteps.count = {choice.count}: rollout.steps = {levels} has no more "
-            f"than {levels} levels; lower the count or raise rollout.steps"
-        ]
-    return []
+        yield (
+            f"algorithm.timesteps.count = {choice.count}: rollout.steps = {levels} has only "
+            f"{levels} levels; lower the count or raise rollout.steps"
+        )
 
 
-def _trajectory(recipe: Recipe) -> list[str]:
-    """What a policy gradient on the steps of the rollout needs."""
-    algorithm, rollout, groups = recipe.algorithm, recipe.rollout, recipe.groups_per_iteration
-    if not isinstance(algorithm, TrajectoryAlgorithm):
-        return []
-    lines, name = [], algorithm.name
+def _stochastic(recipe: Recipe) -> Iterator[str]:
+    """Check rollouts with noise beside an algorithm that trains on noised samples."""
+    rollout = recipe.rollout
+    if rollout.sde is not None and rollout.scheduler is not None:
+        yield (
+            f"rollout.sde: it samples instead of rollout.scheduler = {rollout.scheduler!r}; use "
+            "null for one of them"
+        )
+    elif rollout.sde is not None and rollout.steps < 2:
+        yield "rollout.sde: the last step adds no noise; rollout.steps = 1 leaves none"
+
+
+def _trajectory(recipe: Recipe) -> Iterator[str]:
+    """Check what a policy gradient on the steps of its rollouts needs."""
+    algorithm, rollout, train = recipe.algorithm, recipe.rollout, recipe.train
+    assert isinstance(algorithm, TrajectoryAlgorithm)
+    name, groups = algorithm.name, recipe.groups_per_iteration
     if rollout.sde is not None:
-        lines.append(f"rollout.sde: the sampler of {name} is algorithm.sde; use null")
+        yield f"rollout.sde: {name} samples by algorithm.sde; use null"
     plain = "ddim" if algorithm.sde.kind == "ddim" else "euler"
     if rollout.scheduler not in (None, plain):
-        lines.append(
-            f"rollout.scheduler = {rollout.scheduler!r}: the sampler of {name} is "
-            f"algorithm.sde; use null or {plain}, for evaluations alone"
+        yield (
+            f"rollout.scheduler = {rollout.scheduler!r}: {name} samples by algorithm.sde; use "
+            f"null, or {plain}, which then samples evaluations alone"
         )
+    own_steps = f"{name} learns from the policy's own steps"
     if rollout.switch_to_old_after is not None:
-        lines.append(
-            f"rollout.switch_to_old_after = {rollout.switch_to_old_after}: {name} learns from "
-            "the policy's own steps; use null"
+        yield (
+            f"rollout.switch_to_old_after = {rollout.switch_to_old_after}: {own_steps}; use null"
         )
     if rollout.ahead:
-        lines.append(
-            f"rollout.ahead = {rollout.ahead}: {name} learns from the policy's own steps; use 0"
+        yield f"rollout.ahead = {rollout.ahead}: {own_steps}; use 0"
+    if train.optimizer_step != "iteration":
+        yield (
+            f"train.optimizer_step = {train.optimizer_step!r}: {name} trains all steps of a "
+            "picture together; use iteration, and algorithm.updates for more optimiser steps"
         )
-    if recipe.train.optimizer_step != "iteration":
-        lines.append(
-            f"train.optimizer_step = {recipe.train.optimizer_step!r}: {name} trains all steps of "
-            "a picture together; use iteration, and algorithm.updates for more steps"
-        )
-    if recipe.train.inner_epochs != 1:
-        lines.append(
-            f"train.inner_epochs = {recipe.train.inner_epochs}: {name} takes its further steps by "
+    if train.inner_epochs != 1:
+        yield (
+            f"train.inner_epochs = {train.inner_epochs}: {name} takes more optimiser steps by "
             "algorithm.updates; use 1"
         )
     if groups % algorithm.updates:
-        lines.append(
-            f"algorithm.updates = {algorithm.updates}: groups_per_iteration = {groups} cannot "
-            "be split into so many equal parts; let it divide the groups"
+        yield (
+            f"algorithm.updates = {algorithm.updates}: groups_per_iteration = {groups} cannot be "
+            "split into so many equal parts; use a divisor of it"
         )
     if rollout.steps < 2:
-        lines.append("rollout.steps = 1: the last step is never trained; use 2 or more")
+        yield "rollout.steps = 1: the last step is never trained; use 2 or more"
     elif algorithm.window is not None and (problem := algorithm.window.problem(rollout.steps)):
-        lines.append(problem)
-    return lines
+        yield problem
 
 
-def _stochastic(recipe: Recipe) -> list[str]:
-    """What rollouts with noise need, beside an algorithm on noised samples."""
-    rollout = recipe.rollout
-    if rollout.sde is None or not isinstance(recipe.algorithm, Algorithm):
-        return []
-    if rollout.scheduler is not None:
-        return [
-            f"rollout.sde: it samples instead of rollout.scheduler = {rollout.scheduler!r}; "
-            "use null for one of them"
-        ]
-    return ["rollout.sde: the last step adds no noise; rollout.steps = 1 leaves none"] * (
-        rollout.steps < 2
-    )
-
-
-def _offline(recipe: Recipe) -> list[str]:
-    """What training on a folder of groups leaves without a meaning."""
-    data, rollout, name = recipe.data, recipe.rollout, recipe.algorithm.name
+def _offline(recipe: Recipe) -> Iterator[str]:
+    """Check for settings that mean nothing where the run trains on a folder of groups."""
+    data, algorithm = recipe.data, recipe.algorithm
     if data.preferences is None:
-        wrong = data.pick != "all"
-        return [f"data.pick = {data.pick!r}: there is no data.preferences"] * wrong
+        if data.pick != "all":
+            yield f"data.pick = {data.pick!r}: there is no data.preferences"
+        return
     where = f"data.preferences = {data.preferences!r}: "
-    lines = []
-    if not isinstance(recipe.algorithm, Algorithm):
-        lines.append(f"{where}{name} learns from the steps of its own rollouts; use dgpo")
+    if not isinstance(algorithm, Algorithm):
+        yield f"{where}{algorithm.name} learns from the steps of its own rollouts; use dgpo"
     unused = {"switch_to_old_after": None, "sde": None, "ahead": 0, "engine": None}
-    lines += [
-        f"{where}nothing is sampled, so rollout.{key} means nothing; leave it out"
-        for key, default in unused.items()
-        if getattr(rollout, key) != default
-    ]
-    return lines
+    for key, default in unused.items():
+        if getattr(recipe.rollout, key) != default:
+            yield f"{where}nothing is sampled, so rollout.{key} means nothing; leave it out"
 
 
-def _remote(recipe: Recipe) -> list[str]:
-    """What an engine in another process cannot do."""
+def _remote(recipe: Recipe) -> Iterator[str]:
+    """Check for what an engine in another process cannot do."""
     rollout, where = recipe.rollout, f"rollout.engine = {recipe.rollout.engine!r}: "
     if rollout.engine is None:
-        return []
-    lines = []
+        return
     if isinstance(recipe.algorithm, TrajectoryAlgorithm):
-        lines.append(f"{where}{recipe.algorithm.name} needs the steps, which it does not keep")
+        yield (
+            f"{where}{recipe.algorithm.name} needs the steps of each sample, which the engine does "
+            "not keep"
+        )
     if rollout.sde is not None:
-        lines.append(f"{where}rollout.sde samples in the run itself; use null for one of them")
+        yield f"{where}rollout.sde samples in the run itself; use null for one of them"
     if recipe.lora is None:
-        lines.append(f"{where}what travels is a LoRA, and lora: null trains none")
+        yield f"{where}what travels is a LoRA, and lora: null trains none"
     if recipe.memory.vae_precision is not None:
-        lines.append(
+        yield (
             f"{where}the engine decodes with its own autoencoder; memory.vae_precision = "
             f"{recipe.memory.vae_precision!r} does not reach it, use null"
         )
-    return lines
 
 
-def _between_sections(recipe: Recipe) -> list[str]:
-    """Settings of different sections that exclude each other."""
-    lines = [
-        f"rollout.call.{key}: the run sets it itself; use {_OWNED_CALL_KEYS[key]}"
-        for key in recipe.rollout.call
-        if key in _OWNED_CALL_KEYS
-    ]
+def _call(recipe: Recipe) -> Iterator[str]:
+    """Check the pipeline's arguments; guidance_scale is an input of some denoisers."""
+    reserved = RESERVED.keys() - {"guidance_scale"}
+    yield from (refusal(key) for key in recipe.rollout.call if key in reserved)
+
+
+def _groups(recipe: Recipe) -> Iterator[str]:
+    """Check what is sampled, scored and compared in an iteration."""
     if recipe.rollout.ahead and recipe.rollout.overlap_rewards:
-        lines.append(
+        yield (
             f"rollout.ahead = {recipe.rollout.ahead}: rewards are asked when their iteration is "
-            "due; set rollout.overlap_rewards to null or false"
+            "trained; set rollout.overlap_rewards to null or false"
         )
     if recipe.combine == "gdpo" and getattr(recipe.algorithm, "advantage_std", "") == "group":
-        lines.append(
-            "combine = 'gdpo': it ends with one deviation for the whole batch, and that of "
-            "each group would undo it; set algorithm.advantage_std to batch"
+        yield (
+            "combine = 'gdpo': it divides by the deviation of the whole batch, and dividing each "
+            "group by its own would undo that; set algorithm.advantage_std to batch"
         )
     trained = recipe.algorithm.trained_per_group
     if trained is not None and trained > recipe.group_size:
-        lines.append(
+        yield (
             f"group_size = {recipe.group_size}: the algorithm trains {trained} images of each "
             "group; raise group_size or lower that setting of the algorithm"
         )
-    if recipe.memory.quantization is not None and recipe.lora is None:
-        lines.append(
-            f"memory.quantization = {recipe.memory.quantization!r}: lora: null trains all "
-            "weights, and rounded ones cannot be; use a LoRA, or null"
+
+
+def _weights(recipe: Recipe) -> Iterator[str]:
+    """Check how weights are held, sharded and trained."""
+    train, memory = recipe.train, recipe.memory
+    if memory.quantization is not None and recipe.lora is None:
+        yield (
+            f"memory.quantization = {memory.quantization!r}: lora: null trains all weights, and "
+            "rounded weights cannot be trained; use a LoRA, or null"
         )
-    train = recipe.train
     if train.sharding != "none":
-        lines += [
-            f"memory.{name} = {value!r}: not possible with train.sharding = {train.sharding!r}; "
-            "use null, or train.sharding: none"
-            for name in ("quantization", "snapshot_device")
-            if (value := getattr(recipe.memory, name)) is not None
-        ]
+        for name in ("quantization", "snapshot_device"):
+            if (value := getattr(memory, name)) is not None:
+                yield (
+                    f"memory.{name} = {value!r}: not possible with train.sharding = "
+                    f"{train.sharding!r}; use null, or train.sharding: none"
+                )
     if train.sum_gradients != "step" and (train.sharding == "none" or recipe.lora is not None):
-        lines.append(
-            f"train.sum_gradients = {train.sum_gradients!r}: only weights that are sharded and "
-            "trained leave a choice (train.sharding: fsdp2 with lora: null); use step"
+        yield (
+            f"train.sum_gradients = {train.sum_gradients!r}: only sharded weights that are trained "
+            "leave a choice (train.sharding: fsdp2 with lora: null); use step"
         )
-    steps = recipe.train.iterations * recipe.updates_per_iteration
-    if recipe.train.warmup >= steps:
-        lines.append(
-            f"train.warmup = {recipe.train.warmup}: the run has only {steps} optimiser steps; "
-            "lower it or raise train.iterations"
+    steps = train.iterations * recipe.updates_per_iteration
+    if train.warmup >= steps:
+        yield (
+            f"train.warmup = {train.warmup}: the run has only {steps} optimiser steps; lower it or "
+            "raise train.iterations"
         )
-    return lines

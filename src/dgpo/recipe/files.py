@@ -1,4 +1,4 @@
-"""Finding and reading recipe files; light, so that ``dgpo list recipes`` is quick."""
+"""Find and read recipe files. Nothing heavy is imported, so that ``dgpo list recipes`` is quick."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ PACKAGED = Path(__file__).parents[1] / "recipes"
 """The recipes that are installed with the package."""
 _SUFFIXES = (".yaml", ".yml")
 MANIFEST = "run.json"
-"""Of a run: versions, seeds, machine and command of its starts."""
+"""The file of a run folder that holds the versions, seeds, machine and command of its starts."""
 DEEPEST = 16
-"""Parts that the dotted key of an override may have."""
+"""The most parts that the dotted key of an override may have."""
 
 
 def recipe_names() -> dict[str, Path]:
-    """Recipes that can be named without a path: ``./recipes`` first, then the packaged ones."""
+    """Return the recipes that have a name: those in ``./recipes``, and the packaged ones."""
     found: dict[str, Path] = {}
     for folder in (PACKAGED, Path("recipes")):
         for file in sorted(folder.glob("*.yaml")):
@@ -30,23 +30,24 @@ def recipe_names() -> dict[str, Path]:
 
 
 def summary(file: Path) -> str:
-    """The first comment line of a recipe: what it is."""
+    """Return the first comment line of a recipe, which says what it is."""
     first = file.read_text(encoding="utf-8").partition("\n")[0]
     return first.lstrip("# ").strip() if first.startswith("#") else ""
 
 
 def find_recipe(path_or_name: str | Path) -> Path:
-    """The file behind a path, or behind the name of a recipe with or without ``.yaml``; behind a
-    run's manifest it is the recipe that lies beside it.
+    """Return the file that a path or a recipe's name (with or without ``.yaml``) stands for.
+
+    The manifest of a run stands for the recipe beside it.
 
     Raises:
-        UserError: neither a file nor a known name, or a manifest without its recipe.
+        UserError: there is no such file or name, or a manifest lies there without its recipe.
     """
     path = Path(path_or_name)
     try:
         if path.is_file():
             return _recipe_of_run(path) if is_manifest(path) else path
-    except (OSError, ValueError) as error:  # a name that no file can have
+    except (OSError, ValueError) as error:  # no file can have this name
         raise UserError(f"recipe {str(path_or_name)!r:.200}: {error}") from error
     names = recipe_names()
     stem = path.stem if path.suffix in _SUFFIXES else path.name
@@ -60,8 +61,8 @@ def find_recipe(path_or_name: str | Path) -> Path:
 
 
 def is_manifest(path_or_name: str | Path) -> bool:
-    """Whether this names the ``run.json`` of a run folder, or the ``NAME-run.json`` that
-    ``dgpo compare --results`` has kept."""
+    """Whether a name is the ``run.json`` of a run folder, or the ``NAME-run.json`` that
+    ``dgpo compare --results`` keeps."""
     name = Path(path_or_name).name
     return name == MANIFEST or name.endswith(f"-{MANIFEST}")
 
@@ -70,23 +71,24 @@ def _recipe_of_run(manifest: Path) -> Path:
     file = manifest.with_name(manifest.name.removesuffix(MANIFEST) + "recipe.yaml")
     if not file.is_file():
         raise UserError(
-            f"{str(manifest)!r}: the recipe of the run, {file.name}, is not beside it; bring it "
+            f"{str(manifest)!r}: the recipe of the run, {file.name}, is not beside it; put it "
             "there, or give a recipe"
         )
     return file
 
 
 def resumed(recipe: str, words: Sequence[str]) -> tuple[str, list[str]]:
-    """Recipe and overrides of ``dgpo train RECIPE --resume [RUN]``; the run alone will do, for its
-    folder holds its recipe.
+    """Return the recipe and the overrides of ``dgpo train RECIPE --resume [RUN]``.
+
+    The run alone is enough, since its folder holds its recipe.
 
     Raises:
         UserError: a folder that was named holds no run.
     """
     if is_manifest(recipe):
         raise UserError(
-            f"{recipe!r} repeats its run in a new folder: leave --resume out. To go on with the "
-            f"run itself: dgpo train {Path(recipe).parent} --resume"
+            f"{recipe!r} repeats its run in a new folder: leave out --resume. To go on with it "
+            f"instead: dgpo train {Path(recipe).parent} --resume"
         )
     folders = [w for w in words if "=" not in w]
     overrides = [w for w in words if "=" in w]
@@ -103,10 +105,10 @@ def resumed(recipe: str, words: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """A recipe file as plain nested dicts, not yet validated.
+    """Read a recipe file as plain nested dicts, without validating them.
 
     Raises:
-        UserError: unreadable, not UTF-8, not YAML, or not a mapping.
+        UserError: the file cannot be read, or is not a mapping in YAML and UTF-8.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -121,10 +123,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Set dotted keys, ``a.b=c`` with a YAML value, in a copy.
+    """Return a copy with dotted keys set by ``a.b=c``, where ``c`` is a value in YAML.
 
     Raises:
-        UserError: one without ``=``, a broken value, or a key below something that is a value.
+        UserError: an override has no ``=`` or a broken value, or sets a key below a plain value.
+
+    >>> apply_overrides({"train": {"lr": 1}}, ["train.lr=3e-4", "seed=7"])
+    {'train': {'lr': 0.0003}, 'seed': 7}
     """
     for item in overrides:
         key, equals, value = item.partition("=")
@@ -142,7 +147,8 @@ def _set(data: Any, path: list[str], value: Any, key: str) -> dict[str, Any]:
         data = {}
     if not isinstance(data, dict):
         raise UserError(
-            f"override {key}: there is nothing below it, it is the value {masked(data)!r}"
+            f"override {key}: it cannot be set, since what is above it is the value "
+            f"{masked(data)!r}"
         )
     head, *rest = path
     return {**data, head: _set(data.get(head), rest, value, key) if rest else value}

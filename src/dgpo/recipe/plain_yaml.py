@@ -1,4 +1,4 @@
-"""YAML as plain data: what JSON could hold, of a bounded size, from files that may be anything."""
+"""Read YAML as plain data: only what JSON could hold, of a bounded size, from any file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 from dgpo.errors import UserError
 
 MOST_NODES = 100_000
-"""Values and keys that a file may have, those behind aliases counted each time."""
+"""The most values and keys that a file may have. Those behind an alias count each time."""
 _PLAIN = frozenset(
     f"tag:yaml.org,2002:{kind}"
     for kind in ("null", "bool", "int", "float", "str", "seq", "map", "merge")
@@ -20,7 +20,7 @@ _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice and reads ``3e-4`` as the number it is."""
+    """A loader of safe YAML that refuses a repeated key and reads ``3e-4`` as a number."""
 
     def get_single_node(self) -> Any:
         node = super().get_single_node()
@@ -32,7 +32,7 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             if key_node.tag.endswith(":merge"):
-                continue  # `<<: *above` is no key; the keys beside it win
+                continue  # `<<: *above` is not a key; the keys beside it win
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable):
                 if key in seen:
@@ -42,13 +42,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1, which PyYAML reads, wants a dot and a signed exponent; people write 3e-4 and 1e3
+# PyYAML reads YAML 1.1, where a number needs a dot and a signed exponent; people write 3e-4
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
-# a date is a text here: no setting is one
+# no setting is a date, so what looks like one stays a text
 _Loader.yaml_implicit_resolvers = {
     first: [pair for pair in pairs if not pair[0].endswith(":timestamp")]
     for first, pairs in _Loader.yaml_implicit_resolvers.items()
@@ -56,11 +56,15 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """YAML as plain data.
+    """Read YAML as plain data.
+
+    Args:
+        text: the YAML.
+        where: what the message of an error calls it.
 
     Raises:
-        UserError: not YAML, a key twice, a tag beyond plain data, or too much of it; ``where``
-            and, where it is known, the line are named.
+        UserError: it is not YAML, repeats a key, has a tag beyond plain data, or is too large. The
+            message names ``where`` and, if it is known, the line.
     """
     loader = None
     try:
@@ -81,14 +85,14 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def _check(node: yaml.Node, sizes: dict[int, int], above: tuple[int, ...]) -> int:
-    """Nodes in and below this one, aliases followed.
+    """Count the nodes in and below this one, and follow aliases.
 
     Raises:
-        UserError: too many, one that holds itself, a tag or a character that has no place here.
+        UserError: there are too many, one contains itself, or a tag or character is not allowed.
     """
     line, name = node.start_mark.line + 1, id(node)
     if name in above:
-        raise UserError(f"line {line}: it holds itself")
+        raise UserError(f"line {line}: it contains itself")
     if name in sizes:
         return sizes[name]
     if node.tag not in _PLAIN:
@@ -102,6 +106,6 @@ def _check(node: yaml.Node, sizes: dict[int, int], above: tuple[int, ...]) -> in
         parts = [one for pair in parts for one in pair]
     size = 1 + sum(_check(one, sizes, (*above, name)) for one in parts)
     if size > MOST_NODES:
-        raise UserError(f"line {line}: more than {MOST_NODES} values, aliases followed")
+        raise UserError(f"line {line}: more than {MOST_NODES} values, with aliases followed")
     sizes[name] = size
     return size

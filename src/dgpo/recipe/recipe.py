@@ -1,4 +1,4 @@
-"""Recipes: every setting of a run, validated before any compute is spent."""
+"""A recipe holds every setting of a run and is validated before any compute is spent."""
 
 from __future__ import annotations
 
@@ -20,22 +20,9 @@ from pydantic_core import PydanticCustomError
 
 from dgpo.algorithms.base import Algorithm, BaseAlgorithm, TrajectoryAlgorithm
 from dgpo.errors import UserError
+from dgpo.recipe import sections
 from dgpo.recipe.conflicts import contradictions
 from dgpo.recipe.files import apply_overrides, find_recipe, read_recipe
-from dgpo.recipe.sections import (
-    CheckpointSettings,
-    DataSettings,
-    EmaSettings,
-    EvalSettings,
-    GuardSettings,
-    LoraSettings,
-    MemorySettings,
-    PromptSettings,
-    RolloutSettings,
-    RunSettings,
-    SampleSettings,
-    TrainSettings,
-)
 from dgpo.registry import ALGORITHMS, known, resolve, unknown
 from dgpo.rewards.settings import AnyReward, RewardSettings, weight_of
 from dgpo.secrets import masked
@@ -43,7 +30,7 @@ from dgpo.settings import Settings, key_tree, problems, raise_problems
 
 
 def _algorithm(value: Any) -> Any:
-    """An algorithm from ``{name: ..., settings}``; its own problems are handed on one by one."""
+    """Make an algorithm of ``{name: ..., settings}``; its problems join those of the recipe."""
     if isinstance(value, BaseAlgorithm):
         return value
     if isinstance(value, str):
@@ -56,7 +43,7 @@ def _algorithm(value: Any) -> Any:
         _fail([f"algorithm.name: {unknown('algorithm', str(name))}"])
     kind = resolve("algorithm", name)
     if not (isinstance(kind, type) and issubclass(kind, BaseAlgorithm)):
-        _fail([f"algorithm.name = {name!r}: {kind!r:.80} is no dgpo.algorithms.Algorithm"])
+        _fail([f"algorithm.name = {name!r}: {kind!r:.80} is not a dgpo.algorithms.Algorithm"])
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
@@ -70,7 +57,7 @@ def _fail(lines: list[str]) -> Any:
 
 
 def _algorithm_name(kind: type[BaseAlgorithm]) -> str:
-    """The name that finds this class again."""
+    """Return the name under which the class is found again."""
     entry = ALGORITHMS.get(kind.name)
     if entry is not None and entry.path == f"{kind.__module__}:{kind.__qualname__}":
         return kind.name
@@ -81,38 +68,47 @@ def _algorithm_name(kind: type[BaseAlgorithm]) -> str:
 
 
 class Recipe(Settings):
-    """Every setting of a run, immutable.
+    """Every setting of a run. A recipe cannot be changed.
 
     Build one from a file (:meth:`load`), from nested dicts (:meth:`from_dict`), or by keyword.
+
+    >>> Recipe(group_size=24).images_per_iteration
+    192
     """
 
     model: str = Field(default="pocket", min_length=1)
-    """``pocket``, a hub id, or a folder with a diffusers pipeline."""
+    """The model to train: pocket, a hub id, or a folder with a diffusers pipeline."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """The precision of the pipeline's weights; trained weights stay in float32."""
     algorithm: Annotated[SerializeAsAny[BaseAlgorithm], BeforeValidator(_algorithm)] = Field(
         default_factory=lambda: _algorithm("dgpo")
     )
+    """The training algorithm: its name, or {name: ..., and its settings} (docs/algorithms.md)."""
     rewards: dict[str, AnyReward] = Field(default_factory=dict)
-    """Names with a weight each, or with the settings of a RewardSettings."""
+    """The rewards by name, each with its weight or with settings such as {weight: 1, rank: true}
+    (docs/rewards.md)."""
     combine: Literal["sum", "gdpo"] = "sum"
-    """Several rewards: add them up, or (gdpo) the deviations of each from its group's mean."""
-    prompts: PromptSettings = PromptSettings()
-    data: DataSettings = DataSettings()
+    """How to combine several rewards: add them up (sum), or add up the deviations of each from its
+    group's mean (gdpo)."""
+    prompts: sections.PromptSettings = sections.PromptSettings()
+    data: sections.DataSettings = sections.DataSettings()
     group_size: int = 16
-    """Images of one prompt that are compared with each other."""
+    """The number of pictures of one prompt that are compared with each other; 2 or more."""
     groups_per_iteration: int = Field(default=8, ge=1)
-    rollout: RolloutSettings = RolloutSettings()
-    train: TrainSettings = TrainSettings()
-    lora: LoraSettings | None = LoraSettings()
-    """null: full fine-tuning of the denoiser."""
-    memory: MemorySettings = MemorySettings()
-    ema: EmaSettings = EmaSettings()
-    eval: EvalSettings = EvalSettings()
-    checkpoint: CheckpointSettings = CheckpointSettings()
-    samples: SampleSettings = SampleSettings()
-    guards: GuardSettings = GuardSettings()
+    """The number of prompts, and so of groups, in an iteration."""
+    rollout: sections.RolloutSettings = sections.RolloutSettings()
+    train: sections.TrainSettings = sections.TrainSettings()
+    lora: sections.LoraSettings | None = sections.LoraSettings()
+    """The LoRA that is trained; null: train all weights of the denoiser."""
+    memory: sections.MemorySettings = sections.MemorySettings()
+    ema: sections.EmaSettings = sections.EmaSettings()
+    eval: sections.EvalSettings = sections.EvalSettings()
+    checkpoint: sections.CheckpointSettings = sections.CheckpointSettings()
+    samples: sections.SampleSettings = sections.SampleSettings()
+    guards: sections.GuardSettings = sections.GuardSettings()
     seed: int = Field(default=0, ge=0, lt=2**63)
-    run: RunSettings = RunSettings()
+    """The seed of every random number of the run."""
+    run: sections.RunSettings = sections.RunSettings()
 
     @field_validator("group_size")
     @classmethod
@@ -135,10 +131,14 @@ class Recipe(Settings):
         Args:
             path_or_name: a file, or the name of a recipe in ``./recipes`` or in the package, with
                 or without ``.yaml``.
-            overrides: ``a.b=c``, the values in YAML.
+            overrides: settings to change, each ``a.b=c`` with a value in YAML.
 
         Raises:
-            UserError: all that is wrong with it, with the keys, the values and what would work.
+            UserError: names all problems at once, each with its key, its value and what would work.
+
+        >>> recipe = Recipe.load("pocket-geneval", ["train.lr=1e-4", "rollout.steps=20"])
+        >>> recipe.train.lr, recipe.rollout.steps, recipe.run.dir
+        (0.0001, 20, 'runs/pocket-geneval')
         """
         file = find_recipe(path_or_name)
         data = apply_overrides(read_recipe(file), overrides)
@@ -146,25 +146,38 @@ class Recipe(Settings):
         if run is None or (isinstance(run, dict) and "dir" not in run):
             data = {**data, "run": {**(run or {}), "dir": f"runs/{file.stem}"}}
         recipe = cls.from_dict(data, f"recipe {file}")
-        missing = []
-        offline = recipe.data.preferences is not None
-        if not recipe.rewards and not offline:
-            missing.append("rewards is missing: what shall be learned? e.g. {pocket_geneval: 1.0}")
-        if recipe.prompts.train is None and not offline:
-            missing.append("prompts.train is missing: a file or a set such as pocket-geneval/train")
-        raise_problems(missing, f"recipe {file}")
+        if recipe.data.preferences is None:
+            missing = []
+            if not recipe.rewards:
+                missing.append("rewards is missing: name what to learn, e.g. {pocket_geneval: 1.0}")
+            if recipe.prompts.train is None:
+                missing.append(
+                    "prompts.train is missing: give a file, or a set such as pocket-geneval/train"
+                )
+            raise_problems(missing, f"recipe {file}")
         return recipe
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "recipe") -> Recipe:
         """Validate nested dicts.
 
+        Args:
+            data: the settings; what is left out has its default.
+            where: what the message of an error calls them.
+
         Raises:
-            UserError: all problems at once, each with its key, the value got and what would work.
+            UserError: names all problems at once, each with its key, its value and what would work.
+
+        >>> Recipe.from_dict({"algorithm": {"name": "dgpo", "beta": 50}}).algorithm.beta
+        50.0
+        >>> Recipe.from_dict({"train": {"learning_rate": 1e-4}})
+        Traceback (most recent call last):
+            ...
+        dgpo.errors.UserError: recipe: unknown key train.learning_rate (did you mean train.lr?)
         """
         if not isinstance(data, Mapping):
             raise UserError(f"{where}: needs keys and values, got {masked(data)!r:.80}")
-        odd = [f"key {key!r} is no text" for key in data if not isinstance(key, str)]
+        odd = [f"key {key!r} is not a text" for key in data if not isinstance(key, str)]
         raise_problems(odd, where)
         try:
             return cls.model_validate(dict(data))
@@ -176,18 +189,18 @@ class Recipe(Settings):
             raise
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested data that :meth:`from_dict` reads back to an equal recipe."""
+        """Return plain nested data that :meth:`from_dict` reads back to an equal recipe."""
         data = self.model_dump(mode="json")
         name = _algorithm_name(type(self.algorithm))
         return {**data, "algorithm": {"name": name, **data["algorithm"]}}
 
     def to_yaml(self) -> str:
-        """The resolved recipe: every key, defaults included."""
+        """Return every setting as YAML, defaults included."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     @property
     def updates_per_iteration(self) -> int:
-        """Optimiser steps of an iteration in which every group has spread."""
+        """The optimiser steps of an iteration in which the rewards of every group differ."""
         if isinstance(self.algorithm, TrajectoryAlgorithm):
             return self.algorithm.updates
         if self.train.optimizer_step == "timestep" and isinstance(self.algorithm, Algorithm):
@@ -203,7 +216,7 @@ class Recipe(Settings):
 
     @property
     def reward_weights(self) -> dict[str, float]:
-        """The weight of each reward."""
+        """The weight of each reward, by its name."""
         return {name: weight_of(reward) for name, reward in self.rewards.items()}
 
     @property
@@ -215,10 +228,28 @@ class Recipe(Settings):
         return asked is not False and batch is not None and batch < self.images_per_iteration
 
     @property
+    def eval_sampling(self) -> sections.EvalSampling:
+        """How evaluations sample."""
+        own, rollout = self.eval, self.rollout
+        guidance = rollout.guidance_scale if own.guidance_scale is None else own.guidance_scale
+        return sections.EvalSampling(
+            scheduler=own.scheduler or rollout.scheduler,
+            steps=own.steps or rollout.steps,
+            guidance_scale=guidance,
+            batch=own.batch,
+        )
+
+    def grid_due(self, iteration: int) -> bool:
+        """Whether to draw a grid of pictures after an iteration; iterations count from 1."""
+        own = self.samples.every
+        return sections.is_multiple(iteration, self.eval.every if own is None else own)
+
+    @property
     def images_per_iteration(self) -> int:
+        """The number of pictures that an iteration trains on."""
         return self.group_size * self.groups_per_iteration
 
     @property
     def images_sampled(self) -> int:
-        """Pictures that the model makes in an iteration; none where they were ranked before."""
+        """The number of pictures that an iteration samples; 0 where it trains on ranked groups."""
         return 0 if self.data.preferences is not None else self.images_per_iteration

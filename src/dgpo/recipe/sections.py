@@ -1,27 +1,22 @@
-"""The sections of a recipe, with their defaults and ranges."""
+"""The sections of a recipe: settings with their defaults, ranges and rules."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-)
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, field_validator
 
 from dgpo.registry import known, unknown
 from dgpo.secrets import masked, secrets_in
 from dgpo.settings import Settings
 
 MOST_STEPS = 10_000
-"""Sampling steps; schedules are held in memory."""
+"""The largest number of sampling steps: schedules are held in memory."""
 MOST_PIXELS = 100_000
-"""Of a side of a picture, or frames of a video."""
+"""The longest side of a picture in pixels, and the most frames of a video."""
 SD3_ATTENTION = [
     "attn.to_q",
     "attn.to_k",
@@ -35,9 +30,14 @@ SD3_ATTENTION = [
 """The eight joint-attention projections of Stable Diffusion 3 that the published runs train."""
 
 
+def is_multiple(iteration: int, every: int) -> bool:
+    """Whether something that happens every so many iterations (0: never) is due after this one."""
+    return every > 0 and iteration % every == 0
+
+
 def _sde(value: Any) -> Any:
-    """The settings of a stochastic sampler; imported only for a recipe that has one, since it
-    brings torch, for which ``dgpo --help`` shall not wait."""
+    """Read the settings of a stochastic sampler. They are imported only for a recipe that has one:
+    they bring torch, and ``dgpo --help`` must not wait for it."""
     if value is None:
         return None
     from dgpo.core.sde import AnySde
@@ -55,46 +55,49 @@ def _sde(value: Any) -> Any:
 
 class PromptSettings(Settings):
     train: str | None = None
-    """A .txt or .jsonl file or a registered set, such as pocket-geneval/train."""
+    """The training prompts: a .txt or .jsonl file, or a registered set such as
+    pocket-geneval/train."""
     eval: str | None = None
-    """Held-out prompts, likewise."""
+    """The held-out prompts, given in the same way; null: nothing is evaluated."""
 
 
 class DataSettings(Settings):
     preferences: str | None = None
-    """Folder of groups that were ranked before (docs/offline.md): they are trained on, nothing is
-    sampled, and prompts.train and the rewards are not asked in training; null: train on the
-    model's own pictures."""
+    """A folder of ranked groups (docs/offline.md) to train on. Nothing is sampled then, and
+    training uses neither prompts.train nor the rewards. null: train on the model's own pictures."""
     pick: Literal["all", "random", "extremes"] = "all"
-    """Of a group with more than group_size pictures: refuse it (all), draw group_size of them anew
-    each time (random), or take the best, the worst, the second best, ... (extremes)."""
+    """What to do with a ranked group of more than group_size pictures: refuse it (all), draw
+    group_size of them anew each time (random), or take the best, the worst, the second best, and so
+    on (extremes)."""
 
 
 class RolloutSettings(Settings):
     scheduler: str | None = None
-    """Sampler by name (euler, heun, dpmsolver++, unipc, ddim, pndm, deis); null: the pipeline's."""
+    """The sampler: euler, heun, dpmsolver++, unipc, ddim, pndm or deis; null: the pipeline's."""
     steps: int = Field(default=10, ge=1, le=MOST_STEPS)
-    """Sampling steps."""
+    """The number of sampling steps."""
     guidance_scale: float = Field(default=1.0, ge=0)
-    """Classifier-free guidance of the rollouts; 1 is none."""
+    """The scale of classifier-free guidance in rollouts; 1: no guidance."""
     batch: int | None = Field(default=None, ge=1)
-    """Images per call of the pipeline in each process; null: all of an iteration."""
+    """The number of pictures in one call of the pipeline, in each process; null: all pictures of an
+    iteration."""
     overlap_rewards: bool | None = None
-    """Ask the rewards about one batch while the next is sampled; null: where batch makes several.
-    It changes no result."""
+    """Whether to score one batch while the next is sampled; null: yes where rollout.batch makes
+    several batches. It changes no result."""
     ahead: int = Field(default=0, ge=0)
-    """Iterations whose pictures are sampled before those of the one that is trained next have their
-    rewards, by weights that are so many updates old: so that people who rank never wait."""
+    """How many iterations to sample ahead of training, so that slow rewards, such as people who
+    rank, never hold it up. Each batch comes from weights that are as many updates old."""
     sde: Annotated[Any, BeforeValidator(_sde)] = None
-    """Add noise at every step but the last, as the samplers of the policy gradients do, e.g. {kind:
-    flow, noise_level: 0.7}; for a comparison, since no loss on noised samples needs it. null:
-    rollout.scheduler makes them."""
+    """A sampler that adds noise at every step but the last, e.g. {kind: flow, noise_level: 0.7}. It
+    serves comparisons: losses on noised samples do not need it. null: rollout.scheduler samples."""
     engine: str | None = None
-    """Address of a server that makes the rollouts (docs/scaling.md); null: the run itself."""
+    """The address of a server that makes the rollouts (docs/scaling.md); null: the run makes them
+    itself."""
     switch_to_old_after: int | None = Field(default=None, ge=0)
-    """Iteration from which the old policy (the fast EMA) makes the rollouts; null: never."""
+    """The iteration from which the old policy, a fast average of the weights, makes the rollouts;
+    null: never."""
     call: dict[str, Any] = Field(default_factory=dict)
-    """Further keyword arguments of the pipeline's call, such as height and width."""
+    """Additional keyword arguments of the pipeline's call, such as height and width."""
 
     @field_validator("call")
     @classmethod
@@ -121,142 +124,195 @@ class RolloutSettings(Settings):
 
 class TrainSettings(Settings):
     iterations: int = Field(default=100, ge=1)
+    """The number of iterations of the run."""
     max_minutes: float | None = Field(default=None, gt=0)
-    """Training time after which the run ends, if that is sooner; evaluation does not count."""
+    """The training time in minutes after which the run ends, unless its iterations end sooner;
+    evaluation does not count. null: no limit."""
     micro_batch: int | None = Field(default=None, ge=1)
-    """Samples per forward and backward pass of each process; null: all of an iteration. It changes
-    no result."""
+    """The number of samples in one forward and backward pass of each process; null: all samples of
+    an iteration. It changes no result."""
     lr: float = Field(default=3e-4, gt=0)
+    """The learning rate of AdamW."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
         0.9,
         0.999,
     )
+    """The decay rates of AdamW's two averages."""
     weight_decay: float = Field(default=1e-4, ge=0)
+    """The weight decay of AdamW."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """The norm to which larger gradients are scaled down."""
     warmup: int = Field(default=0, ge=0)
-    """Optimiser steps of linear warm-up."""
+    """The number of optimiser steps over which the learning rate rises linearly."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls to 0 by the end of the run; constant: not at all."""
     optimizer_step: Literal["iteration", "timestep"] = "iteration"
-    """One step for all trained noise levels of an iteration together, or one for each."""
+    """Whether an optimiser step uses all trained noise levels of an iteration, or a single one."""
     inner_epochs: int = Field(default=1, ge=1, le=1000)
-    """Times that the pictures of an iteration are trained on, each time at noise levels and with a
-    noise of their own: fewer rollouts, of a policy that is some steps old. Not for policy
-    gradients, whose algorithm.updates divides them instead."""
+    """How often an iteration trains on its pictures, each time at new noise levels and with new
+    noise. More needs fewer rollouts, but these come from an older policy. Policy gradients divide
+    their pictures by algorithm.updates instead."""
     sharding: Literal["none", "fsdp2"] = "none"
-    """Of the denoiser's weights over several processes; none: each has them all."""
+    """How several processes hold the denoiser's weights: each process all of them (none), or a
+    share of them (fsdp2)."""
     sum_gradients: Literal["step", "micro_batch"] = "step"
-    """With sharded weights that are trained: once for an optimiser step, for which each process
-    holds the gradients of all weights meanwhile, or after every micro-batch, which moves more and
-    needs less memory. Without sharding it is always once."""
+    """When processes with sharded, trained weights sum their gradients: once in an optimiser step,
+    for which each holds all gradients in between, or after every micro-batch, which moves more data
+    and needs less memory."""
+
+    def time_is_up(self, seconds: float) -> bool:
+        """Whether a run of so many seconds of training has spent its ``max_minutes``."""
+        return self.max_minutes is not None and seconds >= 60 * self.max_minutes
 
 
 class LoraSettings(Settings):
     rank: int = Field(default=64, ge=1, le=16_384)
+    """The rank of the LoRA's matrices; their product is scaled by alpha / rank."""
     alpha: float = Field(default=128, gt=0)
     targets: list[str] = Field(default=SD3_ATTENTION, min_length=1)
     """Name endings of the layers that are adapted."""
     init: Literal["gaussian", "default"] = "gaussian"
+    """How the first of each pair of matrices starts: Gaussian, or by peft's default. The second
+    starts at 0."""
 
 
 class MemorySettings(Settings):
     gradient_checkpointing: bool = False
-    """Compute the denoiser's activations again at backward: less memory, more time."""
+    """Whether to compute the denoiser's activations again in the backward pass, which needs less
+    memory and more time."""
     vae_slicing: bool = False
-    """Decode one sample of a batch after the other."""
+    """Whether to decode the samples of a batch one after the other."""
     vae_tiling: bool = False
-    """Decode in overlapping tiles, for large pictures; the seams differ a little."""
+    """Whether to decode large pictures in overlapping tiles; the seams differ a little."""
     vae_precision: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the autoencoder's weights; null: as ``precision``. Wan's is meant for float32."""
+    """The precision of the autoencoder's weights; null: as precision. Wan's autoencoder is meant
+    for float32."""
     prompt_cache: str | None = None
-    """Folder of prompt embeddings, which other runs may share; null: none, or, where text encoders
-    are freed, one in the run's folder."""
+    """A folder of prompt embeddings, which other runs may share; null: no folder, or one inside the
+    run's folder where text encoders are freed."""
     free_text_encoders: bool = False
-    """Encode all prompts first, then let go of the text encoders."""
+    """Whether to encode all prompts first and then drop the text encoders."""
     offload_rewards: bool = False
-    """Move reward models off the device while nothing is scored."""
+    """Whether to move reward models off the device while nothing is scored."""
     snapshot_device: Literal["cpu"] | None = None
-    """Where the averages of the trained weights live; null: beside them."""
+    """Where the averages of the trained weights are kept; null: on the device of the weights."""
     quantization: Literal["bitsandbytes_4bit", "bitsandbytes_8bit", "torchao_int8"] | None = None
-    """Of the frozen denoiser, under a LoRA; null: none. The LoRA stays in float32."""
+    """How to round the frozen denoiser under a LoRA, which itself stays in float32; null: not at
+    all."""
 
 
 class EmaSettings(Settings):
     decay: float = Field(default=0.9, ge=0, lt=1)
-    """Of the slow average of the weights, which is evaluated and saved."""
+    """The decay of the slow average of the weights, which is evaluated and saved."""
     every: int = Field(default=8, ge=1)
-    """Optimiser steps between its updates."""
+    """The number of optimiser steps between updates of the slow average."""
     warmup: bool = False
-    """Hold the decay of its nth update to (1 + n) / (10 + n), so that a young average does not
-    remember the base model."""
+    """Whether to limit the decay of the nth update to (1 + n) / (10 + n), so that a young average
+    does not remember the base model."""
 
     def decay_of(self, update: int) -> float:
-        """The decay of an update; they count from 1."""
+        """Return the decay of an update; updates count from 1."""
         return min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay
 
 
 class EvalSettings(Settings):
     every: int = Field(default=20, ge=0)
-    """Iterations between evaluations; 0: only at the end."""
+    """The number of iterations between evaluations; 0: evaluate at the end only."""
     at: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
-    """Further iterations after which is evaluated, such as the first few."""
+    """Additional iterations to evaluate after, such as the first few."""
     metrics: list[str] = Field(default_factory=list)
-    """Reward names; none: the rewards that are trained."""
+    """The names of the rewards to measure; the first is the score. Empty: the trained rewards."""
     scheduler: str | None = None
-    """Sampler by name; null: ``rollout.scheduler``."""
+    """The sampler of evaluations; null: as in rollouts."""
     steps: int | None = Field(default=None, ge=1, le=MOST_STEPS)
-    """null: as in the rollouts."""
+    """The number of sampling steps of evaluations; null: as in rollouts."""
     guidance_scale: float | None = Field(default=None, ge=0)
-    """null: as in the rollouts."""
+    """The scale of classifier-free guidance in evaluations; null: as in rollouts."""
     limit: int | None = Field(default=None, ge=1)
-    """At most so many of the prompts, from the first; null: all."""
+    """The number of held-out prompts to use, from the first; null: all."""
     batch: int = Field(default=256, ge=1)
+    """The number of pictures in one call of the pipeline, in each process."""
     at_start: bool = True
+    """Whether to evaluate the base model before training."""
 
     def due(self, iteration: int) -> bool:
-        """Whether is evaluated after an iteration; they count from 1."""
-        return iteration in self.at or (bool(self.every) and iteration % self.every == 0)
+        """Whether to evaluate after an iteration; iterations count from 1."""
+        return iteration in self.at or is_multiple(iteration, self.every)
+
+    def count(self, iterations: int) -> int:
+        """Return the number of evaluations in a run, the one at its end included."""
+        regular = (iterations - 1) // self.every if self.every else 0
+        more = sum(at < iterations and not is_multiple(at, self.every) for at in set(self.at))
+        return int(self.at_start) + regular + more + 1
+
+
+@dataclass(frozen=True)
+class EvalSampling:
+    """How evaluations sample: by the settings of ``eval``, and of ``rollout`` where these are null.
+
+    Args:
+        scheduler: the sampler's name; None for the pipeline's own.
+        steps: the number of sampling steps.
+        guidance_scale: the scale of classifier-free guidance; 1 for none.
+        batch: the number of pictures in one call of the pipeline.
+    """
+
+    scheduler: str | None
+    steps: int
+    guidance_scale: float
+    batch: int
 
 
 class CheckpointSettings(Settings):
     every: int = Field(default=50, ge=0)
-    """Iterations between checkpoints; 0: only at the end."""
+    """The number of iterations between checkpoints; 0: save at the end only."""
     keep_last: int = Field(default=2, ge=1)
-    """Checkpoints that are kept, from the last; with 2, a damaged one leaves another."""
+    """How many of the latest checkpoints to keep; with 2, a damaged one leaves another."""
     keep_best: int = Field(default=1, ge=0)
-    """Checkpoints that are kept beside them for their held-out score; an evaluation that is better
-    than all before it makes one."""
+    """How many more to keep for their held-out score; an evaluation that is better than all before
+    it makes a checkpoint."""
+
+    def due(self, iteration: int, is_best: bool = False) -> bool:
+        """Whether to save after an iteration.
+
+        Args:
+            iteration: counted from 1.
+            is_best: whether its evaluation is better than all before it.
+        """
+        return is_multiple(iteration, self.every) or (self.keep_best > 0 and is_best)
 
 
 class GuardSettings(Settings):
     nonfinite: int = Field(default=3, ge=1)
-    """Optimiser steps in a row whose loss or gradients are not finite, each left out, after which
-    the run stops; the batch is saved in the run folder."""
+    """Stop the run after so many optimiser steps in a row whose loss or gradients are not finite,
+    and save the batch in its folder. Each such step is left out."""
     collapse: int = Field(default=10, ge=0)
-    """Iterations in a row in which no group's rewards differ: a warning; 0: never."""
+    """Warn after so many iterations in a row in which no group's rewards differ; 0: never."""
     falling: int = Field(default=3, ge=0)
-    """Evaluations in a row in which a measure that is not trained (of eval.metrics) fell, and lies
-    below its first value: a warning; 0: never."""
+    """Warn when a measure of eval.metrics that is not trained fell in so many evaluations in a row
+    and lies below its first value; 0: never."""
     gradient_spike: float = Field(default=10.0, ge=0)
-    """A gradient norm so many times the median of the last 20: a warning; 0: never."""
+    """Warn when the gradient norm is so many times the median of the last 20; 0: never."""
     clipped: float = Field(default=0.9, ge=0, le=1)
-    """Share of samples whose gradient is clipped, 10 iterations in a row: a warning; 0: never."""
-    hang_minutes: float = Field(default=30.0, ge=0)
-    """Time for which a process may keep the others waiting, after which the run ends and names it;
+    """Warn when this share of the samples had their gradient clipped in 10 iterations in a row;
     0: never."""
+    hang_minutes: float = Field(default=30.0, ge=0)
+    """How many minutes a process may keep the others waiting; then the run ends and names it.
+    0: forever."""
     stop: bool = False
-    """End the run early, and save the best checkpoint's weights, when the rewards have collapsed or
-    a measure falls."""
+    """Whether collapsed rewards or a falling measure end the run early, with the best checkpoint's
+    weights as its result."""
 
 
 class SampleSettings(Settings):
     count: int = Field(default=16, ge=0)
-    """Pictures in the grids of fixed prompts and seeds; 0: no grids."""
+    """The number of pictures in each grid, of fixed prompts and seeds; 0: no grids."""
     every: int | None = Field(default=None, ge=0)
-    """Iterations between grids; null: as eval.every."""
+    """The number of iterations between grids; null: as eval.every; 0: only before and after."""
     video: Literal["mp4", "gif"] = "mp4"
-    """The format in which videos are written beside the grids; mp4 needs dgpo[media]."""
+    """The format of the video files beside the grids; mp4 needs dgpo[media]."""
     fps: int = Field(default=16, ge=1)
-    """Frames a second of these files."""
+    """The frames per second of these files."""
 
 
 def _loggers(value: Any) -> list[str | dict[str, dict[str, Any]]]:

@@ -137,11 +137,9 @@ def _usage(recipe: Recipe, folder: Path) -> str:
         for part in saved or ["transformer"]:
             read = f'type(pipe.{part}).from_pretrained("{folder.name}/model/{part}")'
             lines.append(f"pipe.{part} = {read}")
-    scale = recipe.rollout.guidance_scale
-    steps = recipe.eval.steps or recipe.rollout.steps
-    if recipe.eval.guidance_scale is not None:
-        scale = recipe.eval.guidance_scale
-    call = {"num_inference_steps": steps, "guidance_scale": scale, **recipe.rollout.call}
+    how = recipe.eval_sampling
+    call = {"num_inference_steps": how.steps, "guidance_scale": how.guidance_scale}
+    call |= recipe.rollout.call
     arguments = ", ".join(f"{key}={value!r}" for key, value in call.items())
     lines.append(f'pipe("a prompt", {arguments}).images[0]')
     return "## Use\n\n```python\n" + "\n".join(lines) + "\n```\n"

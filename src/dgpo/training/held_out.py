@@ -39,11 +39,10 @@ class HeldOut:
         self._processes = processes
         self.prompts = data.eval_prompts
         """The held-out rows; may be empty."""
-        rollout, own = recipe.rollout, recipe.eval
-        guidance = rollout.guidance_scale if own.guidance_scale is None else own.guidance_scale
-        if own.scheduler is not None:
-            scheduler = eval_sampler(own.scheduler, policy.model.pipe.scheduler)
-        self.sampling = Sampling(own.steps or rollout.steps, guidance, scheduler, own.batch)
+        if recipe.eval.scheduler is not None:
+            scheduler = eval_sampler(recipe.eval.scheduler, policy.model.pipe.scheduler)
+        how = recipe.eval_sampling
+        self.sampling = Sampling(how.steps, how.guidance_scale, scheduler, how.batch)
         """How all pictures are sampled."""
         rows = self.prompts or data.prompts
         count = min(recipe.samples.count, len(rows))

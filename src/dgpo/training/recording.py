@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dgpo.core.groups import Groups
-from dgpo.errors import UserError
 from dgpo.models.pipeline.adapter import PipelineModel
-from dgpo.preferences import FILE, GroupWriter
+from dgpo.preferences import GroupWriter, refuse_existing_groups
 from dgpo.prompts import Prompt, PromptSampler, load_prompts, refuse_sizes
 from dgpo.recipe import Recipe
 from dgpo.rewards import Scored, load_rewards
@@ -64,8 +63,7 @@ def record(
         UserError: the folder holds groups already, or a reward's answer is unusable; what was
             written until then is whole.
     """
-    if (Path(folder) / FILE).exists():
-        raise UserError(f"--out {folder}: it holds groups already; name another folder")
+    refuse_existing_groups(folder)
     prompts, rewards = load_prompts(recipe.prompts.train), load_rewards(recipe.rewards)
     rewards.check(prompts)
     refuse_sizes(prompts, recipe.rollout.call)

@@ -14,41 +14,11 @@ from torch import nn
 from dgpo.errors import UserError
 from dgpo.media import Video
 from dgpo.models.pipeline.families import family_of
+from dgpo.reserved import RESERVED, refusal
 
 GUIDER = "guider"
 """Stands among the arguments of a call for the scale of the pipeline's guiders."""
 DENOISERS = ("transformer", "transformer_2", "unet")
-_BY_STEP = "guidance that depends on a step's number cannot be trained with, point by point"
-# set by dgpo in every call; a recipe that sets one of them would fight with it
-_RESERVED = {
-    "self": "",
-    "prompt": "use prompts.train",
-    "prompt_2": "every encoder reads the same prompt",
-    "prompt_3": "every encoder reads the same prompt",
-    "latents": "use seed",
-    "generator": "use seed",
-    "num_inference_steps": "use rollout.steps",
-    "guidance_scale": "use rollout.guidance_scale",
-    "true_cfg_scale": "use rollout.guidance_scale",
-    "image": "give every prompt row 'image', a file",
-    "mask_image": "give every prompt row 'mask', a file",
-    "timesteps": "use rollout.scheduler and rollout.steps",
-    "sigmas": "use rollout.scheduler and rollout.steps",
-    "denoising_start": "a rollout starts from noise",
-    "denoising_end": "a rollout ends with a clean sample",
-    "skip_guidance_layers": _BY_STEP,
-    "skip_layer_guidance_scale": _BY_STEP,
-    "skip_layer_guidance_start": _BY_STEP,
-    "skip_layer_guidance_stop": _BY_STEP,
-    "num_images_per_prompt": "use group_size",
-    "num_videos_per_prompt": "use group_size",
-    "num_waveforms_per_prompt": "use group_size",
-    "output_type": "dgpo sets it",
-    "return_dict": "dgpo sets it",
-    "callback": "dgpo listens to the scheduler instead",
-    "callback_steps": "dgpo listens to the scheduler instead",
-    "callback_on_step_end": "dgpo listens to the scheduler instead",
-}
 _PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 _NOT_FOR_USERS = {"kwargs", "device", "dtype", "do_classifier_free_guidance"}
 
@@ -95,14 +65,14 @@ def check_call(pipe: Any, call: Mapping[str, Any]) -> None:
         UserError: with the key, and the nearest name that would do.
     """
     encode = inspect.signature(type(pipe).encode_prompt).parameters
-    valid = sorted({*parameters_of(pipe), *encode} - set(_RESERVED) - _NOT_FOR_USERS)
+    valid = sorted({*parameters_of(pipe), *encode} - set(RESERVED) - _NOT_FOR_USERS)
     if _guidance_is_an_input(pipe):
         valid.append("guidance_scale")
     for name in call:
         if name in valid:
             continue
-        if name in _RESERVED:
-            raise UserError(f"rollout.call.{name} is not yours to set: {_RESERVED[name]}")
+        if name in RESERVED:
+            raise UserError(refusal(name))
         nearest = difflib.get_close_matches(name, valid, n=1)
         hint = f" (did you mean {nearest[0]}?)" if nearest else f"; it takes {', '.join(valid)}"
         raise UserError(f"rollout.call.{name}: {type(pipe).__name__} takes no such argument{hint}")

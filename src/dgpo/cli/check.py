@@ -1,0 +1,61 @@
+"""The command `dgpo check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dgpo.cli.options import Device, Precision, VaePrecision
+from dgpo.errors import UserError
+from dgpo.recipe.files import apply_overrides
+
+
+def check(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="pocket, a hub id, or the folder of a pipeline."),
+    ],
+    call: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Arguments of the pipeline's call, such as height=512."
+        ),
+    ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option("--image", metavar="FILE", help="A picture, if the pipeline starts from one."),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option("--mask", metavar="FILE", help="A mask, if the pipeline paints inside one."),
+    ] = None,
+    precision: Precision = "float32",
+    vae_precision: VaePrecision = None,
+    device: Device = None,
+) -> None:
+    """Prove that a model can be trained, by training it for a moment.
+
+    Its rollouts are repeated point by point, bit for bit. A LoRA is trained, saved and read back.
+    """
+    from dgpo.prompts import load_prompts
+    from dgpo.prompts.caption import pictures_of
+
+    arguments = apply_overrides({}, call or [])
+    given = {"image": image, "mask": mask}
+    files = {name: str(file) for name, file in given.items() if file is not None}
+    pictures = pictures_of(load_prompts([{"prompt": "a picture", **files}])[0].text)
+    from dgpo.check.compatibility import examine
+    from dgpo.models.load import load_for_sampling
+    from dgpo.models.pipeline.adapter import PipelineModel
+
+    found = examine(
+        lambda: load_for_sampling(model, precision, device=device, vae_precision=vae_precision),
+        lambda pipe: PipelineModel(pipe, call=arguments),
+        pictures.get("image"),
+        pictures.get("mask"),
+    )
+    if not found.ok:
+        raise UserError(str(found))
+    typer.echo(str(found))
