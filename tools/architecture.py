@@ -32,7 +32,7 @@ ROOMS: dict[str, str] = {
     "disk": "Files that are written whole or not at all.",
     "settings": "Frozen settings, and one line that puts a wrong one right.",
     "registry": "The names that recipes take, and where each one lives; it reads `registry.yaml`.",
-    "reserved": "Arguments of a pipeline's call that the run sets itself, and its setting for each.",
+    "reserved": "Arguments of a pipeline's call that the run sets itself, and by which setting.",
     "media": "Videos and sounds: what rewards are given of them, and their files.",
     "core": "Groups, noising processes, noise levels, SDE steps: pure functions of tensors.",
     "pocket": "The small models inside the package, their prompts and their verifiers.",

@@ -402,7 +402,7 @@ def test_a_server_that_is_killed_in_the_middle_of_a_run(process, on_error, tmp_p
     light(monkeypatch)
     url, running = process
     options = {"url": url, "retries": 1, "pause": 0.01}
-    term = {"options": options, "on_error": on_error}
+    settings = {"options": options, "on_error": on_error}
 
     class Killing(Callback):
         def on_iteration_begin(self, state, control, **what):
@@ -412,7 +412,7 @@ def test_a_server_that_is_killed_in_the_middle_of_a_run(process, on_error, tmp_p
 
     run = trainer(
         tmp_path / "run",
-        {"http": term},
+        {"http": settings},
         train={"iterations": 3},
         eval_dataset=["a red cat"],
         rollout={"batch": 4},

@@ -1,48 +1,26 @@
 """PickScore through its real loading path, with a tiny CLIP of random weights."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from dgpo.errors import UserError
 from dgpo.rewards.shipped.pickscore import PickScore
+from rewards.tiny import save_clip
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("clip")
-    letters = [*"abcdefghijklmnopqrstuvwxyz", "<|startoftext|>", "<|endoftext|>"]
-    words = {w: i for i, w in enumerate([*letters, *[f"{c}</w>" for c in letters[:26]]])}
-    (place / "vocab.json").write_text(json.dumps(words))
-    (place / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(place / "vocab.json"), str(place / "merges.txt"))
-    tokenizer.save_pretrained(place)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(place)
-    small = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    config = CLIPConfig(
-        text_config={**small, "vocab_size": 64, "eos_token_id": 27, "bos_token_id": 26},
-        vision_config={**small, "image_size": 32, "patch_size": 8},
-        projection_dim=8,
-    )
-    torch.manual_seed(0)
-    CLIPModel(config).save_pretrained(place)
-    return place
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 def test_the_score_is_the_scaled_cosine_of_the_two_projections(folder):
     pixels = np.random.default_rng(0).integers(0, 255, (5, 48, 40, 3), np.uint8)
     images = [Image.fromarray(p) for p in pixels]
     prompts = ["a cat", "two dogs", "a cat", "x", "a long text with many words"]
-    got = PickScore(str(folder), batch=2)(images, prompts)
+    got = PickScore(folder, batch=2)(images, prompts)
     model = CLIPModel.from_pretrained(folder).eval()
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     processor = CLIPImageProcessor.from_pretrained(folder)
@@ -56,9 +34,9 @@ def test_the_score_is_the_scaled_cosine_of_the_two_projections(folder):
 
 
 def test_the_environment_names_a_folder(folder, monkeypatch):
-    monkeypatch.setenv("DGPO_PICKSCORE", str(folder))
+    monkeypatch.setenv("DGPO_PICKSCORE", folder)
     image = Image.new("RGB", (32, 32), "red")
-    assert PickScore()([image], ["a"]) == PickScore(str(folder))([image], ["a"])
+    assert PickScore()([image], ["a"]) == PickScore(folder)([image], ["a"])
 
 
 def test_weights_that_are_not_there(tmp_path):

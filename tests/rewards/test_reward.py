@@ -239,7 +239,7 @@ def test_a_lazy_reward_is_not_built_for_what_its_class_says_or_for_nothing() -> 
 
 def test_a_subclass_gets_the_columns_that_it_names_and_its_own_name() -> None:
     class Short(Reward):
-        def __call__(self, images: Any, prompts: Any, text: Any = None) -> list[float]:  # type: ignore
+        def __call__(self, images: Any, prompts: Any, text: Any = None) -> list[float]:
             return [float(len(one)) for one in text]
 
     class Any_(Short):
@@ -255,7 +255,7 @@ def test_a_subclass_gets_the_columns_that_it_names_and_its_own_name() -> None:
     with pytest.raises(UserError, match=r"'Bad' must take \(images, prompts"):
 
         class Bad(Reward):
-            def __call__(self, images: Any) -> list[float]:  # type: ignore
+            def __call__(self, images: Any) -> list[float]:
                 return []
 
 
@@ -274,7 +274,18 @@ def test_what_is_not_written_says_so() -> None:
         load_rewards(Groups())(IMAGES, [Prompt("a")] * 2)
 
 
-@pytest.mark.parametrize("module", ["", ".reward", ".set", ".wrappers", ".loading"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "rewards",
+        "rewards.reward",
+        "rewards.set",
+        "rewards.wrappers",
+        "rewards.loading",
+        "rewards.shipped.geneval_judge",
+        "ranking.answers",
+    ],
+)
 def test_the_examples_in_the_docstrings(module: str) -> None:
-    found = doctest.testmod(importlib.import_module(f"dgpo.rewards{module}"))
+    found = doctest.testmod(importlib.import_module(f"dgpo.{module}"))
     assert found.attempted and not found.failed

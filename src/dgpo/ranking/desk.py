@@ -15,7 +15,7 @@ from dgpo.ranking.answers import Likes, Order, Skip, Stars, mean
 from dgpo.ranking.store import Group, Store
 
 LEASE = 120.0
-"""For how many seconds a group that is shown to somebody is offered to others last."""
+"""How many seconds a group that is shown to somebody is offered to others last."""
 _TICK = 0.5
 """After how many seconds a waiting thread looks up, so that Ctrl-C is heard."""
 

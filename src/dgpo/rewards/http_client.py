@@ -48,7 +48,7 @@ def connect(
 
 
 def send(client: httpx.Client, method: str, path: str, **body: Any) -> httpx.Response:
-    """The answer of a server, whatever its status but those of :data:`AWAY`.
+    """Send a request and return the answer, whatever its status, :data:`AWAY` excepted.
 
     Raises:
         Again: the connection broke, no answer came in time, or the server is busy.

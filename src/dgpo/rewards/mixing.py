@@ -1,4 +1,4 @@
-"""Several rewards as one: which prompt asks which, and what their numbers amount to."""
+"""Several rewards as one: which prompt asks which, and how their numbers are combined."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def mix(
     asked = weights != 0
     numbers = torch.stack([value.double() for value in by_name.values()], dim=1)
     numbers = torch.where(asked, numbers, 0.0)
-    # one by one and stacked: the order of the sum is that of the rewards
+    # one by one and stacked: the rewards are summed in their own order
     total = (weights * numbers).T.contiguous().sum(0).float()
     columns = range(len(by_name))
     if combine == "gdpo":

@@ -139,7 +139,7 @@ class RewardSet:
             entry.reward.run_in(folder)
 
     def offload(self) -> None:
-        """From now on, keep the networks of rewards on the CPU except while they are asked."""
+        """Keep the networks of rewards on the CPU from now on, except while they are asked."""
         self._offload = Offload(entry.reward for entry in self._entries)
 
     def close(self) -> None:

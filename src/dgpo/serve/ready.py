@@ -15,8 +15,8 @@ def ready(names: Sequence[str]) -> list[RewardSet]:
         names: the names of the rewards; a name that is given twice is served once.
 
     Raises:
-        UserError: an unknown name, a reward that requests cannot be put to, or one that lacks
-            something, such as its weights.
+        UserError: a name is unknown, or a reward cannot be served, or lacks something such as its
+            weights.
     """
     sets = [load_rewards([name]) for name in dict.fromkeys(names)]
     for own in sets:

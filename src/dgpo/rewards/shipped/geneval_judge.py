@@ -1,4 +1,4 @@
-"""GenEval's verdict from detections alone: no model, no pixels.
+"""Gives GenEval's verdict from detections alone, without a model or pixels.
 
 Source: Ghosh et al., "GenEval" (arXiv 2310.11513), whose published evaluation sets the numbers of
 :class:`Limits`; the partial score is the training reward of Flow-GRPO (arXiv 2505.05470), which the
@@ -54,19 +54,19 @@ def class_name(label: str) -> str:
 
 @dataclass(frozen=True)
 class Limits:
-    """The published numbers."""
+    """The numbers of the published evaluation."""
 
     confidence: float = 0.3
-    """A detection counts above it."""
+    """The confidence above which a detection counts."""
     counting: float = 0.9
     """The same for rows whose tag is ``counting``."""
     objects: int = 16
-    """At most so many of a class, the most confident ones."""
+    """The most objects of a class that count, the most confident first."""
     overlap: float = 1.0
-    """Of two boxes of a class whose intersection over union reaches it, the less confident one is
-    dropped; 1 keeps all."""
+    """The intersection over union at which the less confident of two boxes of a class is dropped; 1
+    keeps all."""
     position: float = 0.1
-    """Share of the two objects' summed size that an offset must exceed."""
+    """The share of the two objects' summed size that an offset must exceed."""
 
 
 LIMITS = Limits()
@@ -92,7 +92,7 @@ class Detection:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found: both scores, and a sentence for each clause that failed strictly."""
+    """Both scores of a picture, and a sentence for each clause that failed strictly."""
 
     strict: bool
     partial: float
@@ -126,7 +126,8 @@ def _apart(found: list[Detection], limits: Limits) -> list[Detection]:
 
 
 def overlap(a: Box, b: Box) -> float:
-    """Intersection over union; boxes count their border pixels, so each side is one longer."""
+    """The intersection over union of two boxes; a box counts its border pixels, so each side is one
+    longer."""
     shared = _area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
     union = _area(a) + _area(b) - shared
     return shared / union if union else 0.0
@@ -137,7 +138,10 @@ def _area(box: Box) -> float:
 
 
 def relations(a: Box, b: Box, threshold: float = LIMITS.position) -> set[str]:
-    """Where ``a`` lies from ``b``: none, one or two of ``left of``, ``right of``, ``above``, ...
+    """Tell where ``a`` lies from ``b``: none, one or two of the :data:`RELATIONS`.
+
+    >>> relations((0, 0, 10, 10), (50, 0, 60, 10))
+    {'left of'}
 
     Per axis the offset of the centres is shortened by ``threshold`` times the sum of both sizes,
     to no less than 0; what is left counts where it is more than half of the centres' distance.
@@ -178,6 +182,7 @@ def judge(
         detections: all, in any order.
         metadata: a prompt's ``include``, ``exclude`` and ``tag``.
         colors_of: names the colours of objects.
+        limits: the numbers to judge by.
     """
     objects = kept(detections, metadata.get("tag"), limits)
     reasons: list[str] = []
@@ -242,7 +247,7 @@ def check_row(include: Any, exclude: Any = None) -> None:
     """Refuse clauses that are not GenEval's.
 
     Raises:
-        ValueError: what is wrong with which clause.
+        ValueError: a clause is wrong; the message says which, and why.
     """
     if not isinstance(include, list) or not include:
         raise ValueError(

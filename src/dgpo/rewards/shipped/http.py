@@ -1,4 +1,4 @@
-"""A reward that is computed by `dgpo serve`, here or on another machine.
+"""A reward that `dgpo serve` computes, here or on another machine.
 
 Licence, range and direction: those of the reward that is served. Pictures and the frames of videos
 travel as PNG, scores as JSON numbers, so that a score is the very number that the server has
@@ -122,8 +122,8 @@ class HttpReward(Reward):
 
         Raises:
             RewardFailure: the server could not be reached, or did not answer, at any try.
-            UserError: it has refused the request, a row is neither a picture nor a video, or one
-                alone is too large.
+            UserError: it has refused the request, or a row is neither a picture nor a video, or is
+                too large by itself.
         """
         if self._bounds is None:
             self._offer()

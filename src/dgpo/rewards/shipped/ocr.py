@@ -86,7 +86,7 @@ def ocr_score(read: str, wanted: str) -> float:
     spaces and in lower case; 1 where ``wanted`` is a part of ``read``.
 
     Source: the text-rendering reward of Flow-GRPO (arXiv 2505.05470), which the DGPO
-    paper (arXiv 2510.08425) uses; the part rule is that of the published code.
+    paper (arXiv 2510.08425) uses; the published code has the part rule.
 
     Raises:
         ValueError: the wanted text is empty.

@@ -89,7 +89,7 @@ class VLMJudge(Reward):
         pictures that are shown.
 
         Raises:
-            UserError: something of this is missing.
+            UserError: one of these is missing.
         """
         for row, prompt in enumerate(prompts):
             for source in self.sources:
@@ -114,8 +114,8 @@ class VLMJudge(Reward):
         """One score for each picture.
 
         Raises:
-            RewardFailure: no answer from the server after all tries.
-            UserError: none that could be read, and no ``fallback``.
+            RewardFailure: the server gave no answer after all tries.
+            UserError: no answer could be read, and there is no ``fallback``.
         """
         shown = [
             [*(columns[source][row] for source in self.sources), image]
@@ -205,4 +205,4 @@ def _shown(image: Image.Image) -> dict[str, Any]:
 
 
 vlm_judge = VLMJudge()
-"""By ``DGPO_JUDGE_URL``, ``DGPO_JUDGE_MODEL`` and, where a server wants it, ``DGPO_JUDGE_KEY``."""
+"""The judge that ``DGPO_JUDGE_URL``, ``DGPO_JUDGE_MODEL`` and ``DGPO_JUDGE_KEY`` name."""
