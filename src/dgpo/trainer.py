@@ -17,7 +17,7 @@ from dgpo.interrupts import Terminated, all_or_nothing, terminable
 from dgpo.models.counting import COUNTED, Counter
 from dgpo.models.policy import RollingWeights
 from dgpo.models.samplers.schedulers import make_scheduler
-from dgpo.models.weights.restoring import bring_back
+from dgpo.models.weights.restoring import restore_now
 from dgpo.prompts import PromptSampler
 from dgpo.recipe import Recipe
 from dgpo.run.manifest import record_start
@@ -191,7 +191,7 @@ class Trainer:
                 self._end()
             except (KeyboardInterrupt, Terminated):
                 with all_or_nothing():  # whoever stops a run may do so twice
-                    bring_back()
+                    restore_now()
                     self._stop()
                 raise
             finally:

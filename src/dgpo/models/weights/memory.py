@@ -1,4 +1,4 @@
-"""What a pipeline can do to need less memory; none of it changes what is trained."""
+"""Ways in which a pipeline needs less memory. None of them changes what is trained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dgpo.errors import UserError
 
 
 class MemorySettings(Protocol):
-    """What a recipe says about memory, as far as the pipeline is concerned."""
+    """What a recipe says about the memory of the pipeline."""
 
     @property
     def gradient_checkpointing(self) -> bool: ...
@@ -26,7 +26,7 @@ def save_memory(pipe: Any, denoisers: Mapping[str, nn.Module], settings: MemoryS
     """Switch on what the recipe's ``memory`` asks of the denoisers and the autoencoder.
 
     Raises:
-        UserError: the denoiser or the autoencoder has no such thing.
+        UserError: the denoiser or the autoencoder does not have it.
     """
     if settings.gradient_checkpointing:
         for name, denoiser in denoisers.items():
@@ -50,7 +50,7 @@ def save_memory(pipe: Any, denoisers: Mapping[str, nn.Module], settings: MemoryS
 
 
 class FreedEncoder:
-    """Stands where a text encoder was, for pipelines that ask for its precision or settings."""
+    """Takes the place of a text encoder, for pipelines that ask for its precision or settings."""
 
     def __init__(self, name: str, module: Any) -> None:
         self._name = name
@@ -59,7 +59,7 @@ class FreedEncoder:
         self.config: Any = module.config
 
     def __call__(self, *given: Any, **named: Any) -> Any:
-        """There is nothing left to call.
+        """Refuse the call: the encoder is gone.
 
         Raises:
             UserError: always.
@@ -80,9 +80,9 @@ def text_encoders(pipe: Any) -> dict[str, nn.Module]:
 
 
 def free_text_encoders(pipe: Any) -> None:
-    """Let go of the text encoders: their memory is free once nobody else holds them."""
+    """Let go of the text encoders. Their memory is free once nobody else holds them."""
     for name, module in text_encoders(pipe).items():
-        # past __setattr__: the pipeline's config goes on to say which encoders it was made with
+        # past __setattr__: the pipeline's config still says which encoders it was made with
         vars(pipe)[name] = FreedEncoder(name, module)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
