@@ -284,7 +284,8 @@ class Trainer:
 
     def _start(self) -> None:
         """Before the first update: the base model's pictures and score."""
-        for text in [*self._tracker.lost, *self._checkpoints.news(), *self._left_aside]:
+        news = [*self.policy.news, *self._tracker.lost, *self._checkpoints.news()]
+        for text in [*news, *self._left_aside]:
             self._progress.say(text)
         self._left_aside = []
         if self.iteration:
