@@ -161,7 +161,7 @@ class Case:
             raise UserError(f"{missing[0]} is not asked at any of {_STEPS} steps")
         policy = Policy(model, LoraSettings(rank=4, alpha=12))
         self._trained = Trained(policy, cond, made)
-        modules, trained = model.pipe.components.values(), _trained(model)
+        modules, trained = model.pipe.components.values(), _trainable(model)
         frozen = fingerprints(modules, policy.parameters())
         before = {name: [p.detach().clone() for p in those] for name, those in trained.items()}
         losses = two_iterations(policy, self.rows, len(made[1.0].levels))

@@ -136,8 +136,8 @@ class Watch:
         if names:
             raise UserError(
                 f"{self.name} waited for {self._what}; gone without a word: {', '.join(names)}. "
-                "It was killed (by a cluster, or for its memory), it crashed, or its machine cannot "
-                f"be reached ({error}). Go on from the last checkpoint with --resume"
+                "It was killed (by a cluster, or for its memory), it crashed, or its machine "
+                f"cannot be reached ({error}). Go on from the last checkpoint with --resume"
             ) from error
 
     def _accuse(self, text: str) -> None:
