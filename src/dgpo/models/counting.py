@@ -1,4 +1,4 @@
-"""How much work the denoisers do, counted where they are run."""
+"""The work of the denoisers, counted where they run."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ COUNTED = ("images", "forwards", "backwards")
 
 
 class Counter:
-    """Totals of a training run, in samples: pictures made, denoiser evaluations, backward passes.
+    """Counts the pictures, denoiser evaluations and backward passes of a run, in samples.
 
     ``forwards`` adds up the batch sizes of all calls of the denoisers while training: rollouts and
-    training passes, snapshots, and both halves of guidance. ``backwards`` adds up those through
-    which a gradient came back. What runs between two iterations, such as an evaluation, is left
-    out; so is the second forward pass of gradient checkpointing, which runs inside the denoiser.
+    training passes, snapshots, and both halves of guidance. ``backwards`` adds up the batch sizes
+    of the calls through which a gradient came back. What runs between two iterations, such as an
+    evaluation, is left out; so is the second forward pass of gradient checkpointing, which runs
+    inside the denoiser.
 
-    A context manager: it listens to the denoisers inside the block.
+    It is a context manager, and listens to the denoisers inside the block.
 
     Args:
         denoisers: those of the pipeline.
@@ -30,7 +31,7 @@ class Counter:
 
     def __init__(self, denoisers: Iterable[nn.Module]) -> None:
         self.totals: dict[str, int] = dict.fromkeys(COUNTED, 0)
-        """Of the iterations that are done."""
+        """The totals of the iterations that are done."""
         self._denoisers = list(denoisers)
         self._hooks: list[Any] = []
         self._now = dict.fromkeys(COUNTED, 0)
@@ -49,12 +50,15 @@ class Counter:
             hook.remove()
 
     def begin(self) -> None:
-        """An iteration begins: forget what ran since the last one, or in one that was cut off."""
+        """Begin an iteration: forget what ran since the last one, or in one that was cut off."""
         self._now = dict.fromkeys(COUNTED, 0)
 
     def end(self, images: int, processes: Processes = SINGLE) -> dict[str, int]:
-        """An iteration that made so many pictures is done; returns the totals, over all processes.
-        Collective."""
+        """End an iteration that made ``images`` pictures. Collective.
+
+        Returns:
+            The totals of all processes.
+        """
         every = processes.all_gather_object(self._now, "the end of an iteration")
         self._now = {name: sum(one[name] for one in every) for name in COUNTED}
         self._now["images"] = images
@@ -62,7 +66,7 @@ class Counter:
         return self.totals
 
     def _note(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        made = output[0]  # of a tuple, or of an output class of diffusers
+        made = output[0]  # from a tuple, or from an output class of diffusers
         self._now["forwards"] += len(made)
         for part, rows in (
             [(made, len(made))] if isinstance(made, Tensor) else [(m, 1) for m in made]

@@ -41,7 +41,7 @@ class PipelineModel(PipelineCalls):
     >>> cond = model.encode(["a photo of a red square", "a cat"], guidance=True)
     >>> made = model.rollout(cond, steps=3, guidance_scale=3.0)
     >>> len(made.images), made.images[0].size
-    (2, (64, 64))
+    (2, (32, 32))
     >>> model.predict(made.x0, made.levels[0], cond).shape == made.x0.shape
     True
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dgpo.errors import UserError
-from dgpo.models.pipeline.arguments import fixed_arguments, parameters_of
+from dgpo.models.pipeline.arguments import fixed_arguments, no_picture, parameters_of
 from dgpo.models.pipeline.byte_cache import ByteCache
 from dgpo.models.pipeline.families import family_of
 from dgpo.models.pipeline.probes import Evaluated, replaced
@@ -137,7 +137,7 @@ class PromptGiver:
 
 
 class PicturePromptEncoder(PromptEncoder):
-    """Encodes a prompt together with its picture, by calling the pipeline as far as that."""
+    """Encodes a prompt together with its picture, by calling the pipeline up to that point."""
 
     def _key(self, prompt: str) -> str:
         digest = hashlib.sha256(str(prompt).encode())
@@ -156,10 +156,7 @@ class PicturePromptEncoder(PromptEncoder):
     def _run(self, prompt: str, guidance: bool) -> Embedding:
         pictures = pictures_of(prompt)
         if "image" not in pictures:
-            raise UserError(
-                f"model: {type(self._pipe).__name__} starts from a picture: give every prompt row "
-                "'image', a file (for dgpo check: --image FILE)"
-            )
+            raise no_picture(self._pipe)
         own, returned = self._pipe.encode_prompt, []
 
         def listening(*given: Any, **named: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Classifier-free guidance of a pipeline: how it is switched off, found out by trying."""
+"""Classifier-free guidance of a pipeline; how it is switched off is found out by trying."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dgpo.models.pipeline.arguments import (
     guidance_off_candidates,
     guiders_of,
     needs_picture,
+    no_picture,
     parameters_of,
 )
 from dgpo.models.pipeline.families import family_of
@@ -26,12 +27,12 @@ Evaluate = Callable[[torch.Tensor, dict[str, Any]], Any]
 
 
 class Guidance:
-    """The arguments of a pipeline's call that set its guidance.
+    """Finds the arguments of a pipeline's call that set its guidance.
 
     Args:
         pipe: the pipeline.
         denoisers: its networks, whose calls are counted.
-        fixed: what every call is given.
+        fixed: the arguments of every call.
         evaluate: runs the pipeline at one point.
     """
 
@@ -56,7 +57,7 @@ class Guidance:
         return possible and self._trainable and bool(self.off(cond))
 
     def arguments(self, scale: float, cond: Conditioning) -> dict[str, Any]:
-        """Arguments for a scale, of which 1 is none.
+        """The arguments that set a scale; 1 is no guidance.
 
         Raises:
             UserError: the pipeline has no guidance, or the negative prompt is missing.
@@ -86,8 +87,12 @@ class Guidance:
         return self._off
 
     def in_guiders(self, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Arguments of a call without a scale that only guiders take, and the pipeline's guiders
-        with that scale, by name; 1 switches them off, whatever it is that they do."""
+        """Take the scale of guiders out of the arguments of a call.
+
+        Returns:
+            The other arguments, and the pipeline's guiders with that scale, by name. A scale of 1
+            switches them off, whatever it is that they do.
+        """
         if GUIDER not in arguments:
             return arguments, {}
         scale = arguments[GUIDER]
@@ -98,17 +103,14 @@ class Guidance:
         return {n: v for n, v in arguments.items() if n != GUIDER}, self._guiders[scale]
 
     def _find(self, one_row: Conditioning) -> dict[str, Any]:
-        """The first candidate with which one step is one denoiser call of one row a sample."""
+        """The first candidate with which a step is one denoiser call, of one row a sample."""
         embeddings = dict(one_row.kwargs)
         for name, value in one_row.kwargs.items():
             if f"negative_{name}" in self._parameters:
-                # a candidate that leaves guidance on must get as far as the denoiser
+                # so that a candidate that leaves guidance on gets as far as the denoiser
                 embeddings.setdefault(f"negative_{name}", value)
         if needs_picture(self._pipe) and "image" not in embeddings:
-            raise UserError(
-                f"model: {type(self._pipe).__name__} starts from a picture: give every prompt row "
-                "'image', a file (for dgpo check: --image FILE)"
-            )
+            raise no_picture(self._pipe)
         for candidate in guidance_off_candidates(self._pipe):
             arguments = {**self._fixed, **embeddings, **candidate}
             if self._tried(row_groups.one_picture(arguments, self._parameters)) == [1]:
@@ -116,9 +118,9 @@ class Guidance:
         raise UserError(f"model: cannot switch guidance off in {type(self._pipe).__name__}")
 
     def _tried(self, arguments: dict[str, Any]) -> list[int]:
-        """:meth:`_rows`; what the pipeline refuses at its first call is the user's to put right."""
+        """:meth:`_rows`, with an error for the user where the pipeline refuses its first call."""
         meta = any(p.is_meta for d in self._denoisers.values() for p in d.parameters())
-        # without weights (dgpo plan) tensors raise RuntimeError where their numbers are looked at
+        # without weights (dgpo plan) a tensor raises RuntimeError when its numbers are looked at
         refusals = (ValueError,) if meta else (ValueError, RuntimeError)
         try:
             return self._rows(arguments)
@@ -150,8 +152,7 @@ class Guidance:
 
 
 def _guides_each_step_alone(guider: Any) -> bool:
-    """Whether a guider has a scale, and what it does at a step depends neither on earlier steps nor
-    on their number."""
+    """Whether a guider has a scale, and depends neither on earlier steps nor on their number."""
     if "guidance_scale" not in guider.config:
         return False
     for key, value in guider.config.items():

@@ -1,4 +1,4 @@
-"""Two stand-ins inside a pipeline's denoising loop: one that listens, one that stops it.
+"""Two probes inside a pipeline's denoising loop: one listens, one stops it.
 
 A :class:`Recording` wraps the scheduler of a whole rollout. A :class:`StandIn` replaces the
 scheduler for one evaluation of the denoiser: it dictates the timestep, and leaves the loop with
@@ -31,11 +31,8 @@ SECOND_SCHEDULER = (
 
 @contextmanager
 def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
-    """Instance attributes of ``owner`` for the time of the block.
-
-    Written past ``__setattr__``: a pipeline would note every change of its scheduler in its config.
-    """
-    own = vars(owner)
+    """Inside the block ``owner`` has other instance attributes."""
+    own = vars(owner)  # past __setattr__: a pipeline notes every change of a part in its config
     before = {name: own.get(name, _MISSING) for name in attributes}
     own.update(attributes)
     try:
@@ -50,9 +47,15 @@ def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Step:
-    """One scheduler step: its place among the steps, ``sample`` ([B, ...], as the denoiser saw it)
-    at ``level``, what the pipeline made of the denoiser's answer, and the sample that the scheduler
-    returned."""
+    """One scheduler step of a rollout.
+
+    Args:
+        index: its place among the steps, from 0.
+        level: the noise level before the step.
+        sample: [B, ...], as the denoiser saw it.
+        output: [B, ...], what the pipeline made of the denoiser's answer.
+        previous: [B, ...], the sample that the scheduler returned.
+    """
 
     index: int
     level: Level
@@ -63,8 +66,8 @@ class Step:
 
 @dataclass
 class Recording:
-    """Listens to ``scheduler.step``: keeps the levels, the last sample, and the tensors of the
-    steps whose places are in ``keep`` (True: of all)."""
+    """Listens to ``scheduler.step``: keeps all levels, the last sample, and the tensors of the
+    steps whose places are in ``keep`` (True for all steps)."""
 
     keep: bool | Container[int] = False
     levels: list[Level] = field(default_factory=list)
@@ -73,10 +76,10 @@ class Recording:
     taken: int = 0
 
     def listen(self, scheduler: Any) -> None:
-        """Wrap the ``step`` of this scheduler (a copy of our own, so that it is never undone).
+        """Wrap the ``step`` of a scheduler that nobody else uses; it is never unwrapped.
 
-        The step raises UserError where a copy of the scheduler is stepped, or a sample of another
-        shape than before.
+        The step raises UserError if the pipeline steps a copy of the scheduler, or a sample of
+        another shape than before.
         """
         original = scheduler.step
         scale = getattr(scheduler, "scale_model_input", None)
@@ -101,7 +104,7 @@ class Recording:
             result = original(model_output, timestep, sample, *args, **kwargs)
             previous = result[0] if isinstance(result, tuple) else result.prev_sample
             level = level_of_last_step(scheduler, timestep)
-            # solvers of second order visit a level twice; a schedule names it once
+            # a solver of second order visits a level twice, which the schedule names once
             if not self.levels or not _same(self.levels[-1], level):
                 self.levels.append(level)
             if kept:
@@ -110,7 +113,7 @@ class Recording:
             self.last = previous
             return result
 
-        # a method, not a function: a pipeline's deep copy of the scheduler has it as its own
+        # a method: in a pipeline's deep copy of the scheduler it is bound to the copy, and tells
         scheduler.step = types.MethodType(step, scheduler)
 
 
@@ -119,12 +122,15 @@ def _same(a: Level, b: Level) -> bool:
 
 
 class Evaluated(Exception):
-    """Leaves a pipeline's loop once the denoiser has answered; never seen outside this package."""
+    """Leaves a pipeline's loop once the denoiser has answered; never leaves this package."""
 
 
 class StandIn:
-    """What a scheduler becomes for one evaluation; mixed in before the scheduler's own class, so
-    that a pipeline which asks for the class of its scheduler gets the same answer."""
+    """Stops a pipeline's loop at its first step.
+
+    It is mixed in before the scheduler's own class, so that a pipeline which asks for the class of
+    its scheduler gets the same answer.
+    """
 
     point: Tensor  # [1], the timestep to evaluate at
     answer: Tensor | None
@@ -138,7 +144,7 @@ class StandIn:
         mu: Any = None,
         **_: Any,
     ) -> None:
-        # the one level over and over: it is there however many first steps a pipeline leaves out
+        # the same level over and over: however many first steps a pipeline leaves out, it is next
         count = num_inference_steps or len(sigmas if sigmas is not None else timesteps)
         repeated = self.point.repeat(count * getattr(self, "order", 1))
         self.timesteps = repeated if device is None else repeated.to(device)
@@ -154,7 +160,7 @@ class StandIn:
         raise Evaluated
 
     def __deepcopy__(self, memo: Any) -> Any:
-        raise UserError(SECOND_SCHEDULER)  # what else would a pipeline copy it for
+        raise UserError(SECOND_SCHEDULER)  # a pipeline copies it to step a second sample
 
 
 @functools.cache
@@ -173,7 +179,7 @@ def stand_in_for(scheduler: Any) -> Any:
 
 
 def given_latents(prepare: Callable[..., Any], xt: Tensor) -> Callable[..., Any]:
-    """``prepare_latents`` that returns ``xt``, and beside it whatever the pipeline's own does."""
+    """A ``prepare_latents`` that returns ``xt``, and beside it whatever the pipeline's own does."""
 
     def prepare_latents(*args: Any, **kwargs: Any) -> Any:
         made = prepare(*args, **kwargs)

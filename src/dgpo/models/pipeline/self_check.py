@@ -38,7 +38,7 @@ _GUIDANCE = 3.0
 
 @dataclass(frozen=True)
 class CheckedPoint:
-    """One point of a rollout, evaluated again: the largest difference, 0 where bitwise equal."""
+    """One point of a rollout, evaluated again; the largest difference is 0 if it is bitwise equal."""
 
     sampler: str
     guidance_scale: float
@@ -48,14 +48,14 @@ class CheckedPoint:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What the self-check saw.
+    """What the self-check found.
 
     Args:
         pipeline: the class of the pipeline.
         process: the noising process, e.g. ``FlowMatching``.
         points: every point of the rollouts.
-        step_error: how far a first-order step of a sampler is from the same step written with the
-            process, relative to the size of the sample: the largest of all samplers.
+        step_error: the distance of a sampler's first-order step from the same step written with the
+            process, relative to the size of the sample; the largest of all samplers.
     """
 
     pipeline: str
@@ -88,20 +88,25 @@ def self_check(
 ) -> CheckReport:
     """Run short rollouts, evaluate the denoiser again at their points, and compare.
 
-    Guidance is checked off and, where the pipeline has it, on. The values must be equal bit by
-    bit. Gradients must reach the input. The noise levels must be those of the training schedule.
-    One step of a first-order sampler, and the first of every sampler that begins with such a step,
+    The values must be equal bit by bit, with guidance off and, where the pipeline has it, on.
+    Gradients must reach the input. The noise levels must be those of the training schedule. One
+    step of a first-order sampler, and the first step of every sampler that begins with such a step,
     must be the step that the noising process describes, which fixes sign, scale and direction of
     the model's output.
+
+    >>> from dgpo.models import PipelineModel, load_pipeline
+    >>> report = self_check(PipelineModel(load_pipeline("pocket")))
+    >>> report.ok, len(report.points), report.step_error < 1e-3
+    (True, 6, True)
 
     Args:
         model: what will be trained.
         cond: conditioning to check with (with a negative prompt); None to encode two prompts.
-        samplers: those of the run, with and without noise; none: the pipeline's own, or the
-            first-order one where that cannot be used.
-        guidance_scale: of the run; with 1, some other checks guidance.
-        steps: of the run; with guidance one row is checked at all of them, as guidance may depend
-            on a step's number.
+        samplers: those of the run, with and without noise. With none the pipeline's own is used, or
+            a first-order sampler if that one has noise.
+        guidance_scale: of the run. If it is 1, guidance is checked at another scale.
+        steps: of the run. With guidance one row is checked at all of them, because guidance may
+            depend on a step's number.
 
     Raises:
         UserError: training would not train what samples, and the message holds the report; or the
@@ -111,20 +116,15 @@ def self_check(
         return _checked(model, cond, samplers, guidance_scale, steps)
     except UserError:
         raise
-    except Exception as error:  # whatever a pipeline nobody has tried raises
-        raise _failed(model, error) from error
-
-
-def _failed(model: PipelineModel, error: Exception) -> UserError:
-    name = type(model.pipe).__name__
-    said = str(error).partition("\n")[0][:300]
-    calls = ", ".join(f"rollout.call.{key}" for key in model.call)
-    advice = "another rollout.scheduler, rollout.guidance_scale=1"
-    advice += f", or to leave out one of {calls}" if calls else ""
-    return UserError(
-        f"model: {name} failed when it was tried out ({type(error).__name__}: {said}); try "
-        f"{advice}; dgpo check MODEL shows what works and what does not"
-    )
+    except Exception as error:  # a pipeline that nobody has tried may raise anything
+        said = str(error).partition("\n")[0][:300]
+        calls = ", ".join(f"rollout.call.{key}" for key in model.call)
+        advice = f", or to leave out one of {calls}" if calls else ""
+        raise UserError(
+            f"model: {type(model.pipe).__name__} failed when it was tried out "
+            f"({type(error).__name__}: {said}); try another rollout.scheduler, "
+            f"rollout.guidance_scale=1{advice}; dgpo check MODEL shows what works and what does not"
+        ) from error
 
 
 def _checked(
@@ -159,7 +159,7 @@ def _checked(
     )
     if not report.ok:
         raise UserError(f"model: evaluating the pipeline does not repeat its rollout\n{report}")
-    # half precision rounds the sample itself at every step
+    # in half precision every step rounds the sample itself
     if not report.step_error <= (5e-2 if is_narrow(model) else 1e-3):
         raise UserError(
             "model: the scheduler does not integrate what would be trained (another sign, scale "
@@ -187,7 +187,7 @@ def _steps(
     scale: float = 1.0,
     count: int = _STEPS,
 ) -> list[Step]:
-    """The steps of a short rollout; all but the last have noise if the sampler knows any."""
+    """The steps of a short rollout; all but the last have noise if the sampler adds any."""
     if isinstance(sampler, SdeScheduler):
         sampler = with_noise(sampler, range(count - 1), range(cond.size))
     return model.rollout(
@@ -206,20 +206,17 @@ def _check_point(
     model: PipelineModel, cond: Conditioning, sampler: str, scale: float, step: Step
 ) -> CheckedPoint:
     # without gradients, as in the rollout: with them torch may choose another kernel
-    again = model.predict(step.sample, step.level, cond, scale)
-    if again.shape != step.output.shape:
-        return CheckedPoint(sampler, scale, step.level, float("inf"))
-    # NaN is unequal to itself, and a model that answers NaN must not pass
-    if torch.equal(again, step.output):
-        return CheckedPoint(sampler, scale, step.level, 0.0)
-    difference = float((again.float() - step.output.float()).abs().max())
-    if not difference > 0.0:
-        difference = float("inf")
+    again, difference = model.predict(step.sample, step.level, cond, scale), 0.0
+    # NaN is unequal to itself, so a model that answers NaN does not pass
+    if not torch.equal(again, step.output):
+        alike = again.shape == step.output.shape
+        far = float((again.float() - step.output.float()).abs().max()) if alike else math.inf
+        difference = far if far > 0.0 else math.inf
     return CheckedPoint(sampler, scale, step.level, difference)
 
 
 def _check_levels(process: Process, sampler: str, steps: Sequence[Step]) -> None:
-    """A sampler may say another noise level than the one that its timestep has in training."""
+    """Refuse a sampler that names another noise level than its timestep has in training."""
     alphas_cumprod = getattr(process, "alphas_cumprod", None)
     if alphas_cumprod is None or not len(alphas_cumprod):
         return
@@ -279,7 +276,7 @@ def _step_errors(model: PipelineModel, cond: Conditioning, samplers: Sequence[An
     """The relative distances of first-order steps from the process's own arithmetic.
 
     With ``x0`` and ``e`` from the output at one level, the sample at the next level is
-    ``corrupt(x0, e)``: that is what one Euler step of a flow, or one step of DDIM, does.
+    ``corrupt(x0, e)``. One Euler step of a flow, or one step of DDIM, does exactly this.
     """
     base = model.pipe.scheduler
     first_order = first_order_sampler(base)
@@ -298,9 +295,8 @@ def _first_order_error(process: Process, first: Step, second: Step) -> float:
 
 
 def _x0_error(model: PipelineModel, step: Step) -> float:
-    """The relative distance between the clean sample that the process sees in an output and the
-    one that the scheduler sees: for samplers that add noise at every step, so that none can be
-    foretold."""
+    """The relative distance between the clean samples that the process and the scheduler see in an
+    output: for samplers that add noise at every step, so that no step can be foretold."""
     ours = model.process.x0(step.sample, step.output, step.level)
     sigma = step.level.sigma / math.sqrt(1 - step.level.sigma**2)
     wide = step.sample.float() * math.sqrt(1 + sigma**2)

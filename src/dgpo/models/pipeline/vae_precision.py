@@ -14,9 +14,10 @@ from dgpo.models.pipeline.probes import replaced
 
 @contextmanager
 def vae_in_its_precision(pipe: Any) -> Iterator[None]:
-    """Inside the block the VAE is given tensors of its own precision, and encodings come back in
-    that of the picture: some pipelines convert by themselves, others hand on what they have. What
-    is decoded stays as it is.
+    """Inside the block the VAE is given tensors of its own precision.
+
+    Some pipelines convert by themselves, others hand on what they have. Encodings come back in the
+    precision of the picture; what is decoded stays as it is.
     """
     vae = getattr(pipe, "vae", None)
     if not isinstance(vae, nn.Module) or not hasattr(vae, "dtype"):
@@ -49,7 +50,7 @@ def _floating(value: Any) -> bool:
 
 
 def _given_back(made: Any, dtype: torch.dtype) -> Any:
-    """An encoding: a distribution to draw from, or the latents themselves."""
+    """An encoding in another precision: a distribution to draw from, or the latents themselves."""
     spread = getattr(made, "latent_dist", None)
     if spread is not None:
         sample, mode = spread.sample, spread.mode

@@ -2,7 +2,7 @@
 
 Nothing here integrates an ODE: the samplers are diffusers' own. This module chooses the class,
 carries the settings of the pipeline's scheduler over to it (above all the shift of flow matching),
-and reads the noise level that belongs to a step from the scheduler that made the step.
+and reads the noise level of a step from the scheduler that made the step.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _UNFIT: dict[str, str] = {
     "deis": "diffusers ends its flow schedule one step early and leaves noise in the picture",
 }
 """Why a sampler does not fit flow matching."""
-# Settings that name a noise schedule or a solver of the OLD scheduler; a new solver has its own.
+# settings that belong to the solver of the OLD scheduler; a new solver has its own
 _SOLVER_SETTINGS = frozenset(
     {"algorithm_type", "solver_type", "solver_order", "solver_p", "disable_corrector", "predict_x0"}
 )
@@ -57,8 +57,8 @@ def is_flow_matching(scheduler: Any) -> bool:
 
 
 def is_continuous(scheduler: Any) -> bool:
-    """Whether the scheduler holds ``x = x0 + sigma e`` and gives the denoiser ``x / sqrt(1 +
-    sigma^2)``, at any sigma: EDM's preconditioning (arXiv 2206.00364) with ``sigma_data = 1``."""
+    """Whether the scheduler holds ``x = x0 + sigma e`` and gives the denoiser
+    ``x / sqrt(1 + sigma^2)``: EDM's preconditioning (arXiv 2206.00364) with ``sigma_data = 1``."""
     return hasattr(scheduler, "precondition_outputs") and scheduler.config.sigma_data == 1.0
 
 
@@ -89,14 +89,14 @@ def level_of_last_step(scheduler: Any, timestep: Any) -> Level:
     """The noise level of the step that the scheduler has just taken.
 
     Returns:
-        the timestep as the denoiser was given it (0-dim) and its noise level: the sigma of flow
+        The timestep that the denoiser was given (0-dim), and its noise level: the sigma of flow
         matching as the scheduler counts it, or ``sqrt(1 - alphas_cumprod)`` for noise and v
-        prediction. Both come from the scheduler's own tables: UniPC and DPM-Solver round the
-        timestep, so that it differs from 1000 sigma by up to one unit.
+        prediction. Both come from the scheduler's own tables, because UniPC and DPM-Solver round
+        the timestep: it differs from 1000 sigma by up to one unit.
     """
     time = torch.as_tensor(timestep).detach().reshape(-1)[0].clone()
     index = getattr(scheduler, "step_index", None)
-    # LCM and TCD count their steps, but have a table of alphas alone
+    # LCM and TCD count their steps, but have only a table of alphas
     if index is None or getattr(scheduler, "sigmas", None) is None:
         return Level(time, math.sqrt(1.0 - float(scheduler.alphas_cumprod[int(time)])))
     sigma = float(scheduler.sigmas[index - 1])
@@ -106,8 +106,11 @@ def level_of_last_step(scheduler: Any, timestep: Any) -> Level:
 
 
 def sigmas_around(alphas_cumprod: torch.Tensor, timestep: float) -> tuple[float, float]:
-    """The noise levels ``sqrt(1 - alphas_cumprod)`` of a training schedule one timestep below and
-    one above: some samplers round the timestep, and some take one between two of the schedule."""
+    """The noise levels ``sqrt(1 - alphas_cumprod)`` one timestep below and one above.
+
+    A sampler's level lies between them, although some samplers round the timestep, and others take
+    one between two of the training schedule.
+    """
     last = len(alphas_cumprod) - 1
     below, above = math.floor(timestep) - 1, math.ceil(timestep) + 1
     low, high = (
@@ -117,24 +120,29 @@ def sigmas_around(alphas_cumprod: torch.Tensor, timestep: float) -> tuple[float,
 
 
 def middle_timestep(scheduler: Any) -> torch.Tensor:
-    """Some timestep of the schedule, 0-dim: PNDM has a schedule only once it has been run."""
+    """A timestep from the middle of the schedule, 0-dim."""
     schedule = scheduler.timesteps
-    if schedule is None:
+    if schedule is None:  # PNDM has a schedule only once it has been run
         return torch.tensor(scheduler.config.num_train_timesteps // 2)
     return schedule[len(schedule) // 2]
 
 
 def fresh(scheduler: Any) -> Any:
-    """A copy whose state is nobody else's.
+    """A copy that shares no state.
 
-    Multi-step solvers keep past model outputs, and dynamic shifting writes into the config; a
-    rollout with a copy of a scheduler that has never been run can inherit neither.
+    Multi-step solvers keep past model outputs, and dynamic shifting writes into the config. A
+    rollout with a copy of a scheduler that has never been run inherits neither.
     """
     return copy.deepcopy(scheduler)
 
 
 def make_scheduler(name: str | None, base: Any) -> Any:
     """The deterministic sampler called ``name``, with the settings of the pipeline's scheduler.
+
+    >>> from dgpo.models import load_pipeline
+    >>> made = make_scheduler("dpmsolver++", load_pipeline("pocket").scheduler)
+    >>> type(made).__name__, made.config.flow_shift
+    ('DPMSolverMultistepScheduler', 1.5)
 
     Args:
         name: ``euler``, ``heun``, ``dpmsolver++`` or ``unipc`` for flow matching; ``ddim``,
@@ -144,14 +152,14 @@ def make_scheduler(name: str | None, base: Any) -> Any:
             kept.
 
     Raises:
-        UserError: the name is unknown, does not fit the pipeline's prediction type, or the sampler
-            cannot carry a setting of the pipeline's.
+        UserError: the name is unknown or does not fit the pipeline's prediction type, or the
+            sampler cannot carry a setting of the pipeline's scheduler.
     """
     if name is None:
         if "old_pred_original_sample" in inspect.signature(base.step).parameters:
             raise UserError(
                 f"rollout.scheduler: the pipeline's own {type(base).__name__} adds noise at every "
-                "step and is no deterministic sampler; use 'ddim'"
+                "step and is not deterministic; use 'ddim'"
             )
         return fresh(base)
     if is_continuous(base):
@@ -175,8 +183,10 @@ def make_scheduler(name: str | None, base: Any) -> Any:
 
 
 def first_order_sampler(base: Any) -> Any:
-    """A sampler whose every step follows the process from one level of its schedule to the next:
-    Euler for flow matching, DDIM for noise and v prediction."""
+    """A sampler whose every step follows the process from one level of its schedule to the next.
+
+    It is Euler for flow matching, and DDIM for noise and v prediction.
+    """
     if is_flow_matching(base):
         return make_scheduler("euler", base)
     if is_continuous(base):
@@ -187,16 +197,20 @@ def first_order_sampler(base: Any) -> Any:
 
 
 def on_its_schedule(scheduler: Any) -> Any:
-    """The same sampler, with a spacing of timesteps by which its first step goes to the second
-    level of its schedule: with others than this one DDIM and PLMS go beside it."""
+    """The same sampler, whose first step goes to the second level of its schedule.
+
+    With another spacing of timesteps DDIM and PLMS step to a level beside it.
+    """
     if type(scheduler) not in (diffusers.DDIMScheduler, diffusers.PNDMScheduler):
         return scheduler
     return type(scheduler).from_config(scheduler.config, timestep_spacing="leading")
 
 
 def begins_first_order(scheduler: Any) -> bool:
-    """Whether a rollout begins with a first-order step without noise: all samplers that can be
-    named do, while a pipeline's own may be any."""
+    """Whether a rollout begins with a first-order step without noise.
+
+    All samplers that can be named do; a pipeline's own may be of any kind.
+    """
     config = scheduler.config
     named = {*_FLOW_SAMPLERS.values(), *_NOISE_SAMPLERS.values(), "CogVideoXDDIMScheduler"}
     noisy = config.get("stochastic_sampling") or "sde" in (config.get("algorithm_type") or "")
@@ -224,7 +238,7 @@ def _own_settings(base: Any) -> dict[str, Any]:
 
 def _flow_settings(name: str, base: Any) -> dict[str, Any]:
     settings = {k: v for k, v in _own_settings(base).items() if k not in _SOLVER_SETTINGS}
-    # the same number under two names: FlowMatch* calls it shift, the multi-step solvers flow_shift
+    # one number has two names: FlowMatch* calls it shift, the multi-step solvers flow_shift
     shift = settings.get("flow_shift", settings.get("shift", 1.0))
     settings.update(shift=shift, flow_shift=shift)
     if name in ("dpmsolver++", "unipc"):
@@ -234,7 +248,7 @@ def _flow_settings(name: str, base: Any) -> dict[str, Any]:
 
 
 def _noise_sampler(name: str, base: Any) -> Any:
-    """The class behind a name; CogVideoX, which shifts its signal-to-noise ratio, has a DDIM."""
+    """The class behind a name; CogVideoX shifts its signal-to-noise ratio and has its own DDIM."""
     if not _shifts_snr(base):
         return getattr(diffusers, _NOISE_SAMPLERS[name])
     if name != "ddim":
@@ -246,7 +260,7 @@ def _noise_sampler(name: str, base: Any) -> Any:
 
 
 def _refuse_another_process(name: str, base: Any, made: Any) -> None:
-    """A sampler of other noise levels, or one that no longer clips, must not take over in silence.
+    """Refuse a sampler that has other noise levels, or that no longer clips.
 
     Raises:
         UserError: with the setting of the pipeline's scheduler that is lost.
@@ -267,7 +281,7 @@ def _refuse_another_process(name: str, base: Any, made: Any) -> None:
 
 def _noise_settings(name: str, base: Any) -> dict[str, Any]:
     settings = {k: v for k, v in _own_settings(base).items() if k not in _SOLVER_SETTINGS}
-    # clipping x0 is made for pixels; in latent space it would cut the picture
+    # clipping x0 suits pixels; in latent space it would cut the picture
     settings.setdefault("clip_sample", False)
     if name == "ddim":
         settings.setdefault("set_alpha_to_one", False)
@@ -277,7 +291,7 @@ def _noise_settings(name: str, base: Any) -> dict[str, Any]:
 
 
 def _refuse_lost_settings(name: str, config: Any, settings: dict[str, Any], accepted: Any) -> None:
-    """A schedule that the new sampler cannot follow must not be dropped in silence."""
+    """Refuse a sampler that cannot follow the schedule of the pipeline's scheduler."""
     neutral = {"use_dynamic_shifting": False, "invert_sigmas": False, "shift_terminal": None}
     for key, value in neutral.items():
         if settings.get(key, value) not in (value, 0) and key not in accepted:

@@ -1,8 +1,8 @@
-"""Stochastic samplers as diffusers schedulers, thin over :mod:`dgpo.core.sde`.
+"""Stochastic samplers as diffusers schedulers: a thin layer over :mod:`dgpo.core.sde`.
 
-A pipeline drives them like any scheduler. Only ``step`` is theirs: schedule, shift and timesteps
-stay diffusers' own. Pipelines hand no generator to ``step``, so the schedulers hold the seed of
-every row, and a picture depends neither on its batch nor on which other steps add noise.
+A pipeline drives them like any scheduler. Only ``step`` is written here; schedule, shift and
+timesteps stay diffusers' own. Pipelines hand no generator to ``step``, so the schedulers hold a
+seed for every row. A picture depends neither on its batch nor on which other steps add noise.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ class _Noisy:
     def _noised(
         self, output: Tensor, sample: Tensor, index: int, level: Level, next_level: Level
     ) -> Tensor:
-        """The end of a step that adds noise, in the dtype of ``output``: what is returned here is
-        what its density is computed of later."""
+        """The sample after a step that adds noise, in the dtype of ``output``.
+
+        Training computes the density of exactly this sample, rounding included.
+        """
         if len(self.seeds) != len(sample):
             raise UserError(
                 f"{type(self).__name__} holds the seeds of {len(self.seeds)} rows and was given "
@@ -60,7 +62,7 @@ class _Noisy:
 
 
 class FlowMatchSdeScheduler(_Noisy, FlowMatchEulerDiscreteScheduler):
-    """Flow-SDE, Dance-SDE or CPS at the noisy steps, Euler at the others and at the last."""
+    """Flow-SDE, Dance-SDE or CPS at the noisy steps; Euler at the others and at the last."""
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -85,9 +87,9 @@ class FlowMatchSdeScheduler(_Noisy, FlowMatchEulerDiscreteScheduler):
 
 
 class DdimSdeScheduler(_Noisy, DDIMScheduler):
-    """DDIM, with noise at the noisy steps; every step goes to the next level of the schedule.
+    """DDIM, with noise at the noisy steps.
 
-    x0 is not clipped.
+    Every step goes to the next level of the schedule, and x0 is not clipped.
     """
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -121,7 +123,7 @@ class DdimSdeScheduler(_Noisy, DDIMScheduler):
 
 
 def _answer(sample: Tensor, return_dict: bool) -> Any:
-    """A step's sample in the form that the pipeline asks for; AudioLDM2 wants the object."""
+    """A step's sample in the form that the pipeline asks for: AudioLDM2 wants the object."""
     return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
 
 
@@ -136,7 +138,7 @@ def make_sde_scheduler(sde: Sde, base: Any, key: str = "algorithm.sde") -> SdeSc
     Args:
         sde: the sampler's settings.
         base: the scheduler of the pipeline.
-        key: the recipe's, for errors.
+        key: the recipe's key, for errors.
 
     Raises:
         UserError: the sampler does not fit the pipeline's prediction type, or the scheduler has
@@ -169,7 +171,7 @@ def with_noise(scheduler: SdeScheduler, steps: Container[int], seeds: Sequence[i
     Args:
         scheduler: from :func:`make_sde_scheduler`.
         steps: positions in the schedule; the last step stays deterministic.
-        seeds: one a row. A row's noise at a step is a function of its seed and the step alone.
+        seeds: one a row. The noise of a row at a step depends on its seed and the step alone.
     """
     made = fresh(scheduler)
     made.noisy, made.seeds = steps, tuple(seeds)
