@@ -38,7 +38,7 @@ _GUIDANCE = 3.0
 
 @dataclass(frozen=True)
 class CheckedPoint:
-    """One point of a rollout, evaluated again; the largest difference is 0 if it is bitwise equal."""
+    """One point of a rollout, evaluated again; a difference of 0 means equal, bit for bit."""
 
     sampler: str
     guidance_scale: float
