@@ -32,7 +32,7 @@ QUESTIONS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Examination:
-    """The answers to :data:`QUESTIONS` about one pipeline."""
+    """An ``Examination`` holds the answers to :data:`QUESTIONS` about one pipeline."""
 
     pipeline: str
     answers: Mapping[str, Answer]
@@ -40,7 +40,7 @@ class Examination:
 
     @property
     def ok(self) -> bool:
-        """Whether the pipeline can be trained: nothing differs, and what samples can be trained."""
+        """Return whether nothing differs, and what samples can be trained."""
         unusable = any(answer.verdict == "no" for answer in self.answers.values())
         return not unusable and self.answers["no guidance"].verdict == "yes"
 

@@ -43,7 +43,7 @@ _STEPS = 3
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to one question.
+    """An ``Answer`` is the answer to one question.
 
     Args:
         verdict: ``yes``; ``none`` if the pipeline has no such thing; ``refused`` if dgpo declines
@@ -58,7 +58,7 @@ class Answer:
 
     @property
     def cell(self) -> str:
-        """The answer in a table."""
+        """Return the answer in a table."""
         return f"{self.verdict}: {self.note}" if self.note else self.verdict
 
 
@@ -68,7 +68,7 @@ class Differs(Exception):
 
 @dataclass(frozen=True)
 class Trained:
-    """A policy, and what its model made before it was trained.
+    """``Trained`` holds a policy, and what its model made before it was trained.
 
     Args:
         policy: after its updates.
@@ -83,7 +83,7 @@ class Trained:
 
 @dataclass
 class Case:
-    """A pipeline under examination, and what earlier questions leave for later ones."""
+    """A ``Case`` is a pipeline under examination, and what questions leave for later ones."""
 
     make: Callable[[], Any]
     wrap: Callable[[Any], PipelineModel]
@@ -99,7 +99,7 @@ class Case:
         return Answer("yes", figures=f"{count} points, step error {self._report.step_error:.1e}")
 
     def guidance(self) -> Answer:
-        """The same with guidance, which the first question has asked along with it."""
+        """Is it so with guidance, too? The first question has found out."""
         if self._report is None:
             return Answer("refused", "as without guidance")
         count = sum(p.guidance_scale != 1.0 for p in self._report.points)
@@ -219,7 +219,7 @@ class Case:
         _freeze(fresh.pipe)
 
         def off() -> float:
-            """The largest difference, relative to what the LoRA changes."""
+            """Return the largest difference, relative to what the LoRA changes."""
             made = {scale: _rollout(fresh, cond, scale).x0 for scale in trained}
             return max(
                 float((made[s] - x0).abs().max() / (x0 - base[s]).abs().max())
@@ -240,6 +240,7 @@ class Case:
 
     @property
     def texts(self) -> list[str]:
+        """Return the texts of the prompts."""
         return [row.text for row in self.rows]
 
     def _encoded(self, prompts: Sequence[str]) -> Conditioning:
@@ -269,7 +270,7 @@ def _freeze(pipe: Any) -> None:
 
 
 def _trainable(model: PipelineModel) -> dict[str, list[Tensor]]:
-    """The weights of each denoiser that are trained."""
+    """Return the weights of each denoiser that are trained."""
     return {
         name: [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
         for name, denoiser in model.denoisers.items()
@@ -292,7 +293,7 @@ def _listening(model: PipelineModel) -> Iterator[set[str]]:
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    """The largest difference, relative to the largest number."""
+    """Return the largest difference, relative to the largest number."""
     return float((a - b).abs().max() / b.abs().max())
 
 
@@ -301,7 +302,7 @@ def _has_encoders(pipe: Any) -> bool:
 
 
 def _text(model: PipelineModel, prompt: str) -> Conditioning:
-    """A prompt as a user gives it, so that the pipeline encodes it itself."""
+    """Return a prompt as a user gives it, so that the pipeline encodes it itself."""
     given: dict[str, Any] = {"prompt": [prompt]}
     if "negative_prompt" in model.parameters:
         negative = model.call.get("negative_prompt", model.parameters["negative_prompt"].default)
@@ -314,7 +315,7 @@ def _text(model: PipelineModel, prompt: str) -> Conditioning:
 
 
 def check_rows(picture: Image.Image | None, mask: Image.Image | None) -> list[Prompt]:
-    """The two prompts of the questions; the second has the mirror images of the pictures."""
+    """Return the two prompts of the questions; the second has the mirror images of the pictures."""
     given = {"image": picture, "mask": mask}
     first = {name: one for name, one in given.items() if one is not None}
     if not first:

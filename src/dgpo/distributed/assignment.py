@@ -15,10 +15,10 @@ from dgpo.errors import UserError
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which pictures of an iteration each process makes, by their places among all pictures.
+    """An ``Assignment`` says which pictures of an iteration each process makes.
 
     Args:
-        places: [n] ascending, for every process.
+        places: the places of its pictures among all, [n] ascending, for every process.
         size: pictures of a group.
         processes: those of the run.
     """
@@ -34,7 +34,7 @@ class Assignment:
         Whole groups stay in one process if their number allows it.
 
         Args:
-            groups: of the iteration.
+            groups: the number of groups of the iteration.
             size: pictures of a group.
             parts: equal runs of groups, each of which every process has a share of: an optimiser
                 step is made on one of them.
@@ -54,22 +54,22 @@ class Assignment:
 
     @property
     def mine(self) -> Tensor:
-        """The places of this process's pictures, [n]."""
+        """Return the places of this process's pictures, [n]."""
         return self.places[self.processes.rank]
 
     @property
     def count(self) -> int:
-        """The number of groups of the iteration."""
+        """Return the number of groups of the iteration."""
         return sum(map(len, self.places)) // self.size
 
     @property
     def groups(self) -> Tensor:
-        """The group of each of this process's pictures, [n]."""
+        """Return the group of each of this process's pictures, [n]."""
         return self.mine // self.size
 
     @property
     def held(self) -> Tensor:
-        """The groups of which this process has pictures, ascending."""
+        """Return the groups of which this process has pictures, ascending."""
         return self.groups.unique()
 
     @property
@@ -78,28 +78,30 @@ class Assignment:
         return torch.searchsorted(self.held, self.groups)
 
     def find(self, places: Tensor) -> Tensor:
-        """The rows, in this process, of places that are its own."""
+        """Return the rows, in this process, of places that are its own."""
         return torch.searchsorted(self.mine, places)
 
     def divided(self, places: Tensor) -> tuple[Tensor, ...]:
-        """Which of some places each process has."""
+        """Return which of the given places each process has."""
         return tuple(places[torch.isin(places, own)] for own in self.places)
 
     def splits(self, places: Tensor) -> bool:
-        """Whether a group of these places is spread over several processes."""
+        """Return whether a group of these places is spread over several processes."""
         held = [len((part // self.size).unique()) for part in self.divided(places)]
         return sum(held) > len((places // self.size).unique())
 
     def batches(self, size: int | None) -> Iterator[Tensor]:
-        """The rows of this process in batches of ``size``: as many batches in every process, of
-        which the last may be empty. A run may be stopped between two of them. Collective."""
+        """Yield the rows of this process in batches of ``size``, as many in every process.
+
+        The last ones may be empty. A run may be stopped between two of them. Collective.
+        """
         most = max(map(len, self.places))
         for rows in pieces(torch.arange(len(self.mine)), size, most):
             self.processes.stop_if_asked("sampling a batch of pictures")
             yield rows
 
     def whole(self, rows: Tensor) -> Tensor:
-        """The rows of all processes in the order of their places, bit for bit. Collective.
+        """Return the rows of all processes in the order of their places, bit for bit. Collective.
 
         Args:
             rows: [n, ...] of this process, on the CPU.
@@ -118,7 +120,7 @@ class Assignment:
     def gather(
         self, values: Mapping[str, Tensor], lost: Mapping[int, str]
     ) -> tuple[dict[str, Tensor], dict[int, str]]:
-        """The numbers of all pictures, and the groups that any process has lost. Collective.
+        """Return the numbers of all pictures, and the groups that any process has lost. Collective.
 
         Args:
             values: by name, [n] or [n, k] each, on the CPU.

@@ -22,16 +22,16 @@ from dgpo.distributed.processes import Processes
 
 
 class Turn(NamedTuple):
-    """One pass of this process, which takes its turn as all the others do."""
+    """A ``Turn`` is one pass of this process, which all the others make too."""
 
     rows: Tensor
     """[n], the rows that the pass is made with; none where this process makes no pass."""
     counts: bool
-    """Whether the result is wanted."""
+    """True if the result is wanted."""
 
     @property
     def dummy(self) -> bool:
-        """Whether the pass is made only because other processes make theirs."""
+        """Return whether the pass is made only because other processes make theirs."""
         return len(self.rows) > 0 and not self.counts
 
 
@@ -52,7 +52,7 @@ def pieces(rows: Tensor, size: int | None, most: int) -> Iterator[Tensor]:
 
 
 def turns(parts: Iterable[Tensor], sharded: bool) -> Iterator[Turn]:
-    """A turn for each part, which is a dummy where the part is empty and weights are sharded.
+    """Yield a turn for each part: a dummy where the part is empty and weights are sharded.
 
     >>> parts = [torch.tensor([3, 4]), torch.tensor([])]
     >>> [(turn.rows.tolist(), turn.counts) for turn in turns(parts, sharded=True)]
@@ -70,7 +70,7 @@ def turns(parts: Iterable[Tensor], sharded: bool) -> Iterator[Turn]:
 
 
 def even_turns(parts: Sequence[Tensor], processes: Processes) -> list[Turn]:
-    """A turn for each part, and dummies until every process has as many. Collective.
+    """Return a turn for each part, and dummies until every process has as many. Collective.
 
     Args:
         parts: rows of this process. The other processes need not have as many parts.

@@ -29,7 +29,7 @@ LIMIT = timedelta(hours=1)
 
 
 class Processes:
-    """The processes of a run; by default a single one.
+    """``Processes`` are the processes of a run; by default a single one.
 
     Processes exchange JSON values and plain tensors. All processes must call every method that says
     *collective*, in the same order.
@@ -58,21 +58,21 @@ class Processes:
 
     @property
     def device(self) -> torch.device:
-        """Where a model that is loaded by its name is put."""
+        """Return the device for a model that is loaded by its name."""
         return self._device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
     def main(self) -> bool:
-        """Whether this process writes the run folder and speaks for all."""
+        """Return whether this process writes the run folder and speaks for all."""
         return self.rank == 0
 
     @property
     def single(self) -> bool:
-        """Whether there are no other processes."""
+        """Return whether there are no other processes."""
         return self.size == 1
 
     def split(self, count: int, parts: int = 1) -> tuple[Tensor, ...]:
-        """Which of ``count`` places each process has: [n] ascending numbers for every process.
+        """Return which of ``count`` places each process has, as [n] ascending numbers.
 
         The places are cut into ``parts`` equal runs. Every run is spread evenly over the processes,
         and each process gets neighbouring places.
@@ -82,7 +82,7 @@ class Processes:
         return tuple(torch.cat([run[rank] for run in shared]) for rank in range(self.size))
 
     def all_gather_object(self, value: T, what: str) -> list[T]:
-        """The JSON values of all processes, by rank. Collective.
+        """Return the JSON values of all processes, by rank. Collective.
 
         Args:
             value: numbers (also NaN), texts, None, lists, and dicts whose keys are texts.
@@ -104,13 +104,13 @@ class Processes:
         ]
 
     def broadcast_object(self, make: Callable[[], T], what: str) -> T:
-        """The JSON value that ``make`` returns in the main process, in all of them. Collective."""
+        """Return in all processes the JSON value that the main one makes. Collective."""
         if self.single:
             return make()
         return self.all_gather_object(make() if self.main else None, what)[0]  # pyright: ignore[reportReturnType]
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of a tensor over the processes, the same in all of them. Collective."""
+        """Return the sum of a tensor over the processes, the same in all of them. Collective."""
         if self.single:
             return x
         total = x.contiguous().clone()
@@ -122,7 +122,7 @@ class Processes:
         """Copy a CPU tensor of the main process into ``x`` of all processes. Collective.
 
         Args:
-            x: of the same shape and dtype in all processes.
+            x: a tensor whose shape and dtype are the same in all processes.
 
         Returns:
             ``x``.
@@ -217,7 +217,7 @@ _started: Processes | None = None
 
 
 def current_processes() -> Processes:
-    """The processes that a launcher has started together; :data:`SINGLE` without a launcher.
+    """Return the processes that a launcher has started together; :data:`SINGLE` without a launcher.
 
     The first call connects them by the variables that launchers set (``RANK``, ``WORLD_SIZE``,
     ``LOCAL_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``), unless the program has connected them itself.
@@ -237,7 +237,7 @@ def current_processes() -> Processes:
 
 
 def started() -> bool:
-    """Whether this process is one of several that a launcher has started."""
+    """Return whether this process is one of several that a launcher has started."""
     return _started is not None or _number("WORLD_SIZE", 1) > 1
 
 
@@ -314,7 +314,7 @@ def _tell_of_what_nobody_catches() -> None:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbouring tensors of one dtype and device, of about :data:`BUCKET` numbers together."""
+    """Yield neighbouring tensors of one dtype and device, about :data:`BUCKET` numbers at once."""
     bucket: list[Tensor] = []
     for tensor in tensors:
         same = not bucket or (bucket[0].dtype, bucket[0].device) == (tensor.dtype, tensor.device)

@@ -95,7 +95,7 @@ def _report(module: nn.Module, name: str, watch: Watch) -> None:
 
 
 def _blocks(denoiser: nn.Module) -> list[nn.Module]:
-    """The modules that a denoiser repeats: the entries of its outermost lists."""
+    """Return the modules that a denoiser repeats: the entries of its outermost lists."""
     found: list[nn.Module] = []
     for child in denoiser.children():
         found += list(child) if isinstance(child, nn.ModuleList) else _blocks(child)
@@ -103,30 +103,30 @@ def _blocks(denoiser: nn.Module) -> list[nn.Module]:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process has a piece of the tensor only."""
+    """Return whether this process has a piece of the tensor only."""
     return isinstance(tensor, DTensor)
 
 
 def any_sharded(modules: Iterable[nn.Module]) -> bool:
-    """Whether any weight is spread over processes, which must then all make the same passes."""
+    """Return whether any weight is sharded; then all processes must make the same passes."""
     return any(is_sharded(weight) for module in modules for weight in module.parameters())
 
 
 @torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
-    """The piece of this process; a tensor that is not sharded is returned as it is."""
+    """Return the piece of this process; all of a tensor that is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor. Collective if it is sharded."""
+    """Return the whole tensor. Collective if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def like(tensor: Tensor, value: Tensor) -> Tensor:
-    """``value``, which every process has as a whole, sharded as ``tensor`` is."""
+    """Return ``value``, which every process has as a whole, sharded as ``tensor`` is."""
     if not isinstance(tensor, DTensor):
         return value
     value = value.to(tensor.device)
@@ -140,7 +140,7 @@ def put(tensor: Tensor, value: Tensor) -> None:
 
 
 def plain_class(denoiser: nn.Module) -> type[Any]:
-    """The class that a denoiser had before it was sharded."""
+    """Return the class that a denoiser had before it was sharded."""
     kind = type(denoiser)
     if not isinstance(denoiser, FSDPModule):
         return kind

@@ -37,7 +37,7 @@ _FAILED = "failed"
 
 
 class Watch:
-    """Looks after the other processes of a run.
+    """A ``Watch`` looks after the other processes of a run.
 
     Args:
         store: through which all processes talk.
@@ -199,8 +199,8 @@ class Watch:
         self._end()
 
     def _place(self, rank: int) -> tuple[tuple[int, int], str]:
-        """How often a process has met the others, how many places it has passed since, and what it
-        did last."""
+        """Return how often a process has met the others and how many places it has passed since;
+        and what it did last."""
         if not self._store.check([f"at/{rank}"]):
             return (0, 0), "nothing yet"
         met, passed, what = json.loads(self._store.get(f"at/{rank}"))
@@ -217,13 +217,13 @@ class Watch:
         return self._store.get(key).decode()
 
     def _stack(self) -> str:
-        """The place where the main thread of this process is."""
+        """Return the place where the main thread of this process is."""
         frame = sys._current_frames().get(self._main.ident or 0)
         lines = traceback.format_stack(frame) if frame is not None else []
         return "it is here (most recent call last):\n" + "".join(lines)
 
     def _failure(self, patience: float = 0.0) -> dict[str, Any] | None:
-        """The failure that a process has written down, if there is one.
+        """Return the failure that a process has written down, if there is one.
 
         Args:
             patience: seconds to wait for it.

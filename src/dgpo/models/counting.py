@@ -15,7 +15,7 @@ COUNTED = ("images", "forwards", "backwards")
 
 
 class Counter:
-    """Counts the pictures, denoiser evaluations and backward passes of a run, in samples.
+    """A ``Counter`` adds up a run's pictures, denoiser evaluations and backward passes, in samples.
 
     ``forwards`` adds up the batch sizes of all calls of the denoisers while training: rollouts and
     training passes, snapshots, and both halves of guidance. ``backwards`` adds up the batch sizes

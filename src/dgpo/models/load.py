@@ -36,9 +36,10 @@ def load_pipeline(
     Args:
         name: a registered name (``pocket``), ``package.module:function``, a folder written by
             ``save_pretrained``, or the id of a model on the Hugging Face hub.
-        precision: of all weights.
-        quantization: of the denoiser's weights, for a folder or a hub id; None for none.
-        vae_precision: of the autoencoder's weights; None for ``precision``.
+        precision: the precision of all weights.
+        quantization: how the denoiser's weights are rounded, for a folder or a hub id; None for not
+            at all.
+        vae_precision: the precision of the autoencoder's weights; None for ``precision``.
 
     Raises:
         UserError: the folder holds no whole pipeline, the hub has none of this name, or a
@@ -74,7 +75,7 @@ def _make(
     quantization: Quantization | None,
     vae_dtype: torch.dtype | None,
 ) -> Any:
-    """The pipeline that a registered or the user's own function makes."""
+    """Return the pipeline that a registered or the user's own function makes."""
     if quantization is not None:
         raise UserError(
             f"memory.quantization = {quantization!r}: {name!r} is made by a function; only a "
@@ -103,7 +104,7 @@ def _read(
     quantization: Quantization | None,
     vae_dtype: torch.dtype | None,
 ) -> Any:
-    """The pipeline of a folder or of the Hugging Face hub."""
+    """Return the pipeline of a folder or of the Hugging Face hub."""
     place = place_of(name)
     # the autoencoder is read in its own precision: weights rounded once cannot be widened again
     by_part = {"default": dtype, "vae": vae_dtype}
@@ -131,7 +132,7 @@ def _read(
 
 
 def dtype_of(precision: Precision, setting: str = "precision") -> torch.dtype:
-    """The dtype of weights.
+    """Return the dtype of a precision.
 
     Args:
         precision: its name.
@@ -146,7 +147,7 @@ def dtype_of(precision: Precision, setting: str = "precision") -> torch.dtype:
 
 
 def place_of(name: str) -> Path | str:
-    """The folder of a pipeline, or its id on the Hugging Face hub.
+    """Return the folder of a pipeline, or its id on the Hugging Face hub.
 
     Raises:
         UserError: the folder holds no pipeline, or ``name`` is neither.
@@ -185,10 +186,10 @@ def load_for_sampling(
 
     Args:
         model: what :func:`load_pipeline` takes.
-        precision: of all weights.
+        precision: the precision of all weights.
         lora: a run folder, or its ``lora/``.
         device: ``cpu``, ``cuda``, ``cuda:0``; None for a GPU if there is one.
-        vae_precision: of the autoencoder's weights; None for ``precision``.
+        vae_precision: the precision of the autoencoder's weights; None for ``precision``.
 
     Raises:
         UserError: it cannot be loaded, or there is no such device.

@@ -24,7 +24,7 @@ RollingWeights = Literal["policy", "old", "slow"]
 
 
 class Policy:
-    """A pipeline of which a LoRA, or the whole denoiser, is trained.
+    """A ``Policy`` is a pipeline of which a LoRA, or the whole denoiser, is trained.
 
     The reference is the model as it was before training: the LoRA switched off, or a frozen copy of
     the denoiser. ``old`` and ``slow`` are moving averages: the algorithm says when ``old`` moves
@@ -34,7 +34,7 @@ class Policy:
         model: the pipeline. All its modules are frozen and put into evaluation mode; only what
             :meth:`parameters` returns is trained.
         lora: rank, alpha, targets and initialisation; None to train the denoiser itself.
-        seed: of the LoRA's initialisation. The global random state is left alone.
+        seed: seeds the LoRA's initialisation. The global random state is left alone.
         snapshot_device: where the copies live; None for beside the weights.
 
     Raises:
@@ -79,20 +79,19 @@ class Policy:
 
     @property
     def news(self) -> list[str]:
-        """What a user should hear of when a run starts: the layers that ``lora.targets: auto``
-        found."""
+        """Return what a run says when it starts: the layers that ``lora.targets: auto`` found."""
         if self.lora is None or self.lora.targets != "auto":
             return []
         found = f"a LoRA on {len(self._layers)} layers: {', '.join(self.targets)}"
         return [f"{found} (lora.targets: auto)"]
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained, in a stable order; always float32 or wider."""
+        """Return what is trained, in a stable order; always float32 or wider."""
         return list(self._named.values())
 
     @property
     def _blends(self) -> bool:
-        """Whether the policy's pass may run on merged weights.
+        """Return whether the policy's pass may run on merged weights.
 
         With gradient checkpointing it may not: the blocks run again at backward, after the weights
         have come apart.
@@ -175,8 +174,8 @@ class Policy:
 
     @property
     def sharded(self) -> bool:
-        """Whether the weights of the denoiser are spread over the processes, which must then make
-        the same passes (:mod:`dgpo.distributed.lockstep`)."""
+        """Return whether the weights of the denoiser are spread over the processes, which must then
+        make the same passes (:mod:`dgpo.distributed.lockstep`)."""
         return self.model.sharded
 
     def save(
@@ -208,7 +207,7 @@ class Policy:
                     complete.save_pretrained(folder / name)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The trained weights and their moving averages by name, sharded if the weights are."""
+        """Return the trained weights and their averages by name, sharded as the weights are."""
         state = {f"policy.{name}": p.detach() for name, p in self._named.items()}
         for kind, snapshot in (("old", self.old), ("slow", self.slow)):
             for name, tensor in zip(self._named, snapshot.tensors, strict=True):
@@ -232,7 +231,7 @@ class Policy:
 
 
 def _complete(denoiser: nn.Module, wanted: bool) -> Any:
-    """The denoiser itself, or one that is put together from the pieces of all processes.
+    """Return the denoiser itself, or one that is put together from the pieces of all processes.
 
     Collective if it is sharded. Where it is not ``wanted`` the result is None.
     """

@@ -19,7 +19,7 @@ Quantization = Literal["bitsandbytes_4bit", "bitsandbytes_8bit", "torchao_int8"]
 def quantized(
     place: str | Path, kind: Quantization, dtype: torch.dtype
 ) -> PipelineQuantizationConfig:
-    """The setting with which ``from_pretrained`` rounds the denoisers while it loads them.
+    """Return the setting with which ``from_pretrained`` rounds the denoisers while it loads them.
 
     ``bitsandbytes_4bit`` is NF4 with double quantisation (QLoRA, arXiv 2305.14314);
     ``bitsandbytes_8bit`` is LLM.int8 (arXiv 2208.07339); ``torchao_int8`` keeps only the weights in

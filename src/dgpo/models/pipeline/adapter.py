@@ -34,7 +34,7 @@ from dgpo.models.weights.memory import free_text_encoders
 
 
 class PipelineModel(PipelineCalls):
-    """A text-to-image or text-to-video pipeline of diffusers, for sampling and for training.
+    """A ``PipelineModel`` is a pipeline of diffusers that can be sampled from and trained.
 
     >>> from dgpo.models import PipelineModel, load_pipeline
     >>> model = PipelineModel(load_pipeline("pocket"))
@@ -75,17 +75,17 @@ class PipelineModel(PipelineCalls):
 
     @property
     def sharded(self) -> bool:
-        """Whether the weights of the denoiser are spread over the processes, which must then make
-        the same passes (:mod:`dgpo.distributed.lockstep`)."""
+        """Return whether the weights of the denoiser are spread over the processes, which must then
+        make the same passes (:mod:`dgpo.distributed.lockstep`)."""
         return any_sharded(self.denoisers.values())
 
     @property
     def encodes_negative(self) -> bool:
-        """Whether the pipeline's own ``encode_prompt`` encodes the negative prompt, too."""
+        """Return whether the pipeline's own ``encode_prompt`` encodes the negative prompt, too."""
         return "do_classifier_free_guidance" in self._encoder.parameters
 
     def encode(self, prompts: Sequence[str], guidance: bool) -> Conditioning:
-        """Prompt embeddings, one row a prompt; with ``guidance`` the negative prompt's as well.
+        """Return the embeddings of prompts, a row each; with ``guidance`` also of the negative one.
 
         A :class:`~dgpo.prompts.caption.Caption` brings its pictures along. Each distinct prompt is
         encoded once in the life of this object, as long as memory allows.
@@ -171,13 +171,13 @@ class PipelineModel(PipelineCalls):
     def predict(
         self, xt: Tensor, level: Level, cond: Conditioning, guidance_scale: float = 1.0
     ) -> Tensor:
-        """What the pipeline hands to ``scheduler.step`` at ``xt``, with gradients.
+        """Return what the pipeline hands to ``scheduler.step`` at ``xt``, with gradients.
 
         Args:
             xt: [B, ...], in the denoiser's input space.
             level: one noise level for all rows; its timestep is what the denoiser is given.
             cond: B rows.
-            guidance_scale: as in :meth:`rollout`.
+            guidance_scale: the scale, like that of :meth:`rollout`.
 
         Returns:
             [B, ...], shaped like ``xt``: the velocity, epsilon or v that :attr:`process` speaks of.
@@ -202,10 +202,12 @@ class PipelineModel(PipelineCalls):
         return row_groups.in_order(made, [turn.rows for turn in turns if turn.counts])
 
     def _turns(self, cond: Conditioning) -> list[Turn]:
-        """The rows that share a call, as many calls in every process while weights are sharded.
-        Collective then."""
+        """Return a turn for each call, as many in every process where weights are sharded.
+
+        Collective then.
+        """
         return even_turns(row_groups.parts(cond, self._one_row), self._processes)
 
     def has_guidance(self, cond: Conditioning) -> bool:
-        """Whether classifier-free guidance can be switched on for this conditioning."""
+        """Return whether classifier-free guidance can be switched on for this conditioning."""
         return self.guidance.exists(cond)

@@ -54,7 +54,7 @@ _NOT_FOR_USERS = {"kwargs", "device", "dtype", "do_classifier_free_guidance"}
 
 
 def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
-    """The networks that a pipeline calls at every step, by the name of their component.
+    """Return the networks that a pipeline calls at every step, by the name of their component.
 
     Raises:
         UserError: the pipeline has none, or lacks a method that sampling and training need.
@@ -75,13 +75,13 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
 
 
 def parameters_of(pipe: Any) -> Mapping[str, inspect.Parameter]:
-    """The parameters of the pipeline's call."""
+    """Return the parameters of the pipeline's call."""
     return inspect.signature(type(pipe).__call__).parameters
 
 
 def needs_picture(pipe: Any) -> bool:
-    """Whether the pipeline cannot do without a picture, because its call requires one, or noises it
-    and samples from it. (FLUX.2 and Kontext take a picture and can do without.)"""
+    """Return whether the pipeline cannot do without a picture, because its call requires one, or
+    noises it and samples from it. (FLUX.2 and Kontext take a picture and can do without.)"""
     parameters = parameters_of(pipe)
     if "image" not in parameters:
         return False
@@ -89,7 +89,7 @@ def needs_picture(pipe: Any) -> bool:
 
 
 def no_picture(pipe: Any) -> UserError:
-    """The error of a prompt row without the picture that the pipeline needs."""
+    """Return the error of a prompt row without the picture that the pipeline needs."""
     return UserError(
         f"model: {type(pipe).__name__} starts from a picture: give every prompt row 'image', a "
         "file (for dgpo check: --image FILE)"
@@ -134,7 +134,7 @@ def check_size(made: Any, call: Mapping[str, Any], pipeline: str) -> None:
 
 
 def fixed_arguments(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of every call of the pipeline, whatever the prompts and the guidance."""
+    """Return the arguments of every call of the pipeline, whatever the prompts and the guidance."""
     parameters = parameters_of(pipe)
     fixed = {
         name: value
@@ -153,7 +153,8 @@ def fixed_arguments(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def guidance_off_candidates(pipe: Any) -> list[dict[str, Any]]:
-    """Arguments that may switch guidance off, the likeliest first; a probe decides between them.
+    """Return arguments that may switch guidance off, the likeliest first; a probe decides between
+    them.
 
     ``guidance_scale`` means three things among pipelines: classifier-free guidance that is off at
     1; the same, off at 0; or an input of a distilled denoiser, whose guidance is
@@ -174,7 +175,8 @@ def guidance_off_candidates(pipe: Any) -> list[dict[str, Any]]:
 
 
 def guiders_of(pipe: Any) -> dict[str, Any]:
-    """The components of a pipeline that hold its guidance, by name (HunyuanVideo 1.5, Motif)."""
+    """Return the components of a pipeline that hold its guidance, by name (HunyuanVideo 1.5,
+    Motif)."""
     parts = getattr(pipe, "components", {})
     return {n: part for n, part in parts.items() if isinstance(part, BaseGuidance)}
 

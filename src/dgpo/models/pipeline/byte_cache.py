@@ -10,15 +10,17 @@ from torch import Tensor
 
 
 class ByteCache(OrderedDict[Any, Any]):
-    """Remembers values until their tensors fill ``room`` bytes; the values that were unused for
-    longest are dropped first. The newest value stays, whatever its size."""
+    """A ``ByteCache`` remembers values until their tensors fill ``room`` bytes.
+
+    Values that were unused for longest are dropped first. The newest stays, whatever its size.
+    """
 
     def __init__(self, room: int) -> None:
         super().__init__()
         self._room = room
 
     def remember(self, key: Any, make: Callable[[], Any]) -> Any:
-        """The value of a key, made now if it is not remembered."""
+        """Return the value of a key, made now if it is not remembered."""
         if key not in self:
             self[key] = made = make()
             self._room -= nbytes(made)
@@ -29,7 +31,8 @@ class ByteCache(OrderedDict[Any, Any]):
 
 
 def nbytes(value: Any) -> int:
-    """The bytes of the tensors in a value: of a tensor, or of lists, tuples and dicts of them."""
+    """Return the bytes of the tensors in a value: of a tensor, or of lists, tuples and dicts of
+    them."""
     if isinstance(value, Tensor):
         return value.nbytes
     parts = value.values() if isinstance(value, Mapping) else value

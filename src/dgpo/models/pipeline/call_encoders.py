@@ -28,7 +28,7 @@ from dgpo.prompts.caption import pictures_of
 
 
 def encoder_of(pipe: Any, call: Mapping[str, Any], disk: PromptCache | None) -> Any:
-    """The encoder that turns the prompts of this pipeline into conditioning."""
+    """Return the encoder that turns the prompts of this pipeline into conditioning."""
     if encodes_itself(pipe):
         return PromptGiver(pipe, call)
     if "image" in inspect.signature(type(pipe).encode_prompt).parameters:
@@ -50,7 +50,7 @@ def check_text_is_given_once(pipe: Any) -> None:
 
 
 def encodes_itself(pipe: Any) -> bool:
-    """Whether every call of the pipeline is given the text.
+    """Return whether every call of the pipeline is given the text.
 
     It is not where ``encode_prompt`` returns ``prompt_embeds``, and the call takes them and the
     masks of text that come with them.
@@ -67,7 +67,8 @@ def encodes_itself(pipe: Any) -> bool:
 
 
 def remembered_encoding(pipe: Any, cache_bytes: int = 2**30) -> dict[str, Any]:
-    """An ``encode_prompt`` that remembers its answers, for a pipeline that is given the text.
+    """Return an ``encode_prompt`` that remembers its answers, for a pipeline that is given the
+    text.
 
     Args:
         pipe: the pipeline.
@@ -92,14 +93,14 @@ def remembered_encoding(pipe: Any, cache_bytes: int = 2**30) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether ``repr`` tells two values apart, which it does not for tensors and pictures."""
+    """Return whether ``repr`` tells such values apart, as it does not for tensors and pictures."""
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (str, int, float, torch.device, torch.dtype))
 
 
 class PromptGiver:
-    """Hands the texts themselves to the pipeline, which encodes them in its call."""
+    """A ``PromptGiver`` hands the texts themselves to the pipeline, whose call encodes them."""
 
     disk = None
 
@@ -117,7 +118,7 @@ class PromptGiver:
         ]
 
     def encode(self, prompts: Sequence[str], guidance: bool) -> Conditioning:
-        """The texts of ``prompts``, one row each, and the negative prompt beside each.
+        """Return the texts of ``prompts``, one row each, and the negative prompt beside each.
 
         Raises:
             UserError: there are no prompts.
@@ -137,7 +138,10 @@ class PromptGiver:
 
 
 class PicturePromptEncoder(PromptEncoder):
-    """Encodes a prompt together with its picture, by calling the pipeline up to that point."""
+    """A ``PicturePromptEncoder`` encodes a prompt together with its picture.
+
+    It calls the pipeline and leaves the call when both are encoded.
+    """
 
     def _key(self, prompt: str) -> str:
         digest = hashlib.sha256(str(prompt).encode())

@@ -48,7 +48,7 @@ class _Prepared(Exception):
 
 
 class PipelineCalls:
-    """Calls a pipeline for rows that can share a call.
+    """``PipelineCalls`` calls a pipeline for rows that can share a call.
 
     Args:
         pipe: the pipeline. Its modules stay in place; nothing is wrapped or re-implemented.
@@ -82,11 +82,11 @@ class PipelineCalls:
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser is."""
+        """Return where the denoiser is."""
         return next(next(iter(self.denoisers.values())).parameters()).device
 
     def arguments(self, cond: Conditioning, guidance_scale: float) -> dict[str, Any]:
-        """The arguments of one call of the pipeline."""
+        """Return the arguments of one call of the pipeline."""
         guidance = self.guidance.arguments(guidance_scale, cond)
         on = guidance is not self.guidance.off(cond)
         arguments = {**self._fixed, **cond.call_kwargs(on), **guidance}
@@ -181,7 +181,7 @@ class PipelineCalls:
 
     @torch.no_grad()
     def shape_of(self, arguments: dict[str, Any]) -> tuple[int, ...]:
-        """The shape of the loop's latents, found without asking the denoiser."""
+        """Return the shape of the loop's latents, found without asking the denoiser."""
         prepare = self.pipe.prepare_latents
 
         def leave(*given: Any, **named: Any) -> Any:
@@ -197,7 +197,7 @@ class PipelineCalls:
 
     @torch.no_grad()
     def _runs(self, arguments: dict[str, Any], rows: int) -> bool:
-        """Whether the pipeline can be called with these arguments.
+        """Return whether the pipeline can be called with these arguments.
 
         Some pipelines want a picture for each row; others take every picture that they are given
         for one more picture of the same row.

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Family:
-    """Overrides for one pipeline class.
+    """A ``Family`` holds the overrides for one pipeline class.
 
     Args:
         encode_names: the names of what ``encode_prompt`` returns, if its source does not tell.
@@ -41,5 +41,5 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(pipe: Any) -> Family:
-    """The overrides for the class of ``pipe``, or none."""
+    """Return the overrides for the class of ``pipe``, or none."""
     return FAMILIES.get(type(pipe).__name__, Family())

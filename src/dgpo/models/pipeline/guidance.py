@@ -27,7 +27,7 @@ Evaluate = Callable[[torch.Tensor, dict[str, Any]], Any]
 
 
 class Guidance:
-    """Finds the arguments of a pipeline's call that set its guidance.
+    """``Guidance`` finds the arguments of a pipeline's call that set its guidance.
 
     Args:
         pipe: the pipeline.
@@ -52,12 +52,12 @@ class Guidance:
         self._trainable = family_of(pipe).guidance and alone
 
     def exists(self, cond: Conditioning) -> bool:
-        """Whether guidance can be switched on for this conditioning."""
+        """Return whether guidance can be switched on for this conditioning."""
         possible = cond.guided or "negative_prompt_embeds" not in self._parameters
         return possible and self._trainable and bool(self.off(cond))
 
     def arguments(self, scale: float, cond: Conditioning) -> dict[str, Any]:
-        """The arguments that set a scale; 1 is no guidance.
+        """Return the arguments that set a scale; 1 is no guidance.
 
         Raises:
             UserError: the pipeline has no guidance, or the negative prompt is missing.
@@ -81,7 +81,7 @@ class Guidance:
         return dict.fromkeys(off, scale)
 
     def off(self, cond: Conditioning) -> dict[str, Any]:
-        """The arguments that switch guidance off, found at the first call."""
+        """Return the arguments that switch guidance off, found at the first call."""
         if self._off is None:
             self._off = self._find(cond.rows(torch.tensor([0])))
         return self._off
@@ -103,7 +103,7 @@ class Guidance:
         return {n: v for n, v in arguments.items() if n != GUIDER}, self._guiders[scale]
 
     def _find(self, one_row: Conditioning) -> dict[str, Any]:
-        """The first candidate with which a step is one denoiser call, of one row a sample."""
+        """Return the first candidate with which a step calls the denoiser once, with one row."""
         embeddings = dict(one_row.kwargs)
         for name, value in one_row.kwargs.items():
             if f"negative_{name}" in self._parameters:
@@ -136,7 +136,7 @@ class Guidance:
 
     @torch.no_grad()
     def _rows(self, arguments: dict[str, Any]) -> list[int]:
-        """The batch size of each denoiser call in one step."""
+        """Return the batch size of each denoiser call in one step."""
         rows: list[int] = []
 
         def count(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -152,7 +152,8 @@ class Guidance:
 
 
 def _guides_each_step_alone(guider: Any) -> bool:
-    """Whether a guider has a scale, and depends neither on earlier steps nor on their number."""
+    """Return whether a guider has a scale, and depends neither on earlier steps nor on their
+    number."""
     if "guidance_scale" not in guider.config:
         return False
     for key, value in guider.config.items():

@@ -47,7 +47,7 @@ def _ending_class(scheduler_class: type) -> type:
 
 
 class PictureEncoder:
-    """Encodes pictures with the pipeline's own VAE.
+    """A ``PictureEncoder`` encodes pictures with the pipeline's own VAE.
 
     The latent is the mode of the VAE's distribution. Every picture is encoded alone, so that its
     latent depends on nothing else.
@@ -75,7 +75,7 @@ class PictureEncoder:
         self._learn()
 
     def __call__(self, file: Path) -> Tensor:
-        """The clean sample of a picture's file, which is remembered: float32, one row of ``x0``.
+        """Return the clean sample of a file, and remember it: float32, one row of ``x0``.
 
         Raises:
             UserError: the file cannot be read, or the pipeline's samples have another size.
@@ -93,7 +93,7 @@ class PictureEncoder:
 
     @torch.no_grad()
     def encode(self, image: Image.Image, what: str = "the picture") -> Tensor:
-        """The clean sample of a picture: float32, one row of ``x0``.
+        """Return the clean sample of a picture: float32, one row of ``x0``.
 
         Args:
             image: the picture.
@@ -192,7 +192,7 @@ class PictureEncoder:
 
     @torch.no_grad()
     def _decoded(self, end: Callable[[Tensor], Tensor]) -> Tensor:
-        """What the pipeline hands to its VAE, in float32, if its loop ends with ``end``."""
+        """Return what the pipeline hands to its VAE, in float32, if its loop ends with ``end``."""
         seen: list[Tensor] = []
         decode = self._vae.decode
         names = list(inspect.signature(decode).parameters)

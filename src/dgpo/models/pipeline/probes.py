@@ -47,7 +47,7 @@ def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Step:
-    """One scheduler step of a rollout.
+    """A ``Step`` is one scheduler step of a rollout.
 
     Args:
         index: its place among the steps, from 0.
@@ -66,8 +66,11 @@ class Step:
 
 @dataclass
 class Recording:
-    """Listens to ``scheduler.step``: keeps all levels, the last sample, and the tensors of the
-    steps whose places are in ``keep`` (True for all steps)."""
+    """A ``Recording`` listens to ``scheduler.step``.
+
+    It keeps all levels, the last sample, and the tensors of the steps whose places are in ``keep``
+    (True for all steps).
+    """
 
     keep: bool | Container[int] = False
     levels: list[Level] = field(default_factory=list)
@@ -122,11 +125,11 @@ def _same(a: Level, b: Level) -> bool:
 
 
 class Evaluated(Exception):
-    """Leaves a pipeline's loop once the denoiser has answered; never leaves this package."""
+    """``Evaluated`` leaves a pipeline's loop once the denoiser has answered."""
 
 
 class StandIn:
-    """Stops a pipeline's loop at its first step.
+    """A ``StandIn`` is a scheduler that stops a pipeline's loop at its first step.
 
     It is mixed in before the scheduler's own class, so that a pipeline which asks for the class of
     its scheduler gets the same answer.
@@ -144,18 +147,21 @@ class StandIn:
         mu: Any = None,
         **_: Any,
     ) -> None:
-        # the same level over and over: however many first steps a pipeline leaves out, it is next
+        """Set one level over and over: the level of the evaluation."""
+        # however many first steps a pipeline leaves out, the next one is at this level
         count = num_inference_steps or len(sigmas if sigmas is not None else timesteps)
         repeated = self.point.repeat(count * getattr(self, "order", 1))
         self.timesteps = repeated if device is None else repeated.to(device)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """Return the sample as it is: a recorded one is scaled already."""
         return sample
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        pass
+        """Do nothing: all steps are at one level."""
 
     def step(self, model_output: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Keep what the pipeline hands over, and leave its loop."""
         self.answer = model_output
         raise Evaluated
 
@@ -169,7 +175,7 @@ def _stand_in_class(scheduler_class: type) -> type:
 
 
 def stand_in_for(scheduler: Any) -> Any:
-    """A scheduler that looks like ``scheduler`` and stops the loop at its first step."""
+    """Return a scheduler that looks like ``scheduler`` and stops the loop at its first step."""
     made = copy.copy(scheduler)
     made.__class__ = _stand_in_class(type(scheduler))
     made.num_inference_steps = 1
@@ -179,7 +185,7 @@ def stand_in_for(scheduler: Any) -> Any:
 
 
 def given_latents(prepare: Callable[..., Any], xt: Tensor) -> Callable[..., Any]:
-    """A ``prepare_latents`` that returns ``xt``, and beside it whatever the pipeline's own does."""
+    """Return a ``prepare_latents`` that returns ``xt`` in place of the pipeline's own latents."""
 
     def prepare_latents(*args: Any, **kwargs: Any) -> Any:
         made = prepare(*args, **kwargs)

@@ -29,7 +29,7 @@ _NOT_ENCODERS = ("transformer", "transformer_2", "unet", "vae", "vocoder")
 
 
 class PromptCache:
-    """Embeddings as safetensors files in a folder.
+    """A ``PromptCache`` keeps embeddings as safetensors files in a folder.
 
     Args:
         folder: made if it is missing; several runs and models may share it.
@@ -51,7 +51,7 @@ class PromptCache:
         self._model = encoder_fingerprint(pipe)
 
     def file(self, prompt: str, arguments: Mapping[str, Any]) -> Path:
-        """The file that holds the embedding of a prompt, or would.
+        """Return the file that holds the embedding of a prompt, or would.
 
         Args:
             prompt: the text.
@@ -63,7 +63,7 @@ class PromptCache:
         return self.folder / digest[:2] / f"{digest}.safetensors"
 
     def load(self, file: Path, device: torch.device | str) -> Embedding | None:
-        """What :meth:`save` wrote, bit for bit; None if there is no file or it is damaged."""
+        """Return what :meth:`save` wrote, bit for bit; None if the file is missing or damaged."""
         try:
             with safe_open(str(file), "pt", device=str(device)) as stored:
                 layout = json.loads((stored.metadata() or {})["layout"])
@@ -102,7 +102,7 @@ def _unpacked(stored: Any, name: str, parts: int) -> Any:
 
 
 def encoder_fingerprint(pipe: Any) -> str:
-    """A short text that is equal only for pipelines that encode prompts in the same way.
+    """Return a short text that is equal only for pipelines that encode prompts in the same way.
 
     It depends on the tokenizers, on the weights and precision of every network but the denoisers
     and the decoders, and on the versions of diffusers and transformers, whose code runs them.

@@ -29,17 +29,20 @@ _WHICH = "text_encoder_index"
 
 
 class Ragged(list[Tensor]):
-    """Rows of different length, ``[1, L, ...]`` each, that cannot be padded, because the pipeline
-    takes no mask. A call is given rows of one length (:mod:`dgpo.models.pipeline.row_groups`)."""
+    """``Ragged`` rows, ``[1, L, ...]`` each, differ in length and cannot be padded.
+
+    The pipeline takes no mask for them, so a call is given rows of one length
+    (:mod:`dgpo.models.pipeline.row_groups`).
+    """
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the pipeline is told about ``size`` pictures, as keyword arguments of its call.
+    """``Conditioning`` is what the pipeline is told about ``size`` pictures.
 
     Args:
-        kwargs: tensors with one row a picture, lists with one entry a picture, or None;
-            :class:`Ragged` where lengths differ and there is no mask.
+        kwargs: keyword arguments of its call: tensors with one row a picture, lists with one entry
+            a picture, or None; :class:`Ragged` where lengths differ and there is no mask.
         size: the number of pictures.
     """
 
@@ -48,26 +51,26 @@ class Conditioning:
 
     @property
     def guided(self) -> bool:
-        """Whether it holds the embeddings of the negative prompt, which guidance needs."""
+        """Return whether it holds the embeddings of the negative prompt, which guidance needs."""
         return any(name.startswith(_NEGATIVE) for name in self.kwargs)
 
     @property
     def ragged(self) -> bool:
-        """Whether prompts of different length need calls of their own."""
+        """Return whether prompts of different length need calls of their own."""
         return any(isinstance(value, Ragged) for value in self.kwargs.values())
 
     def rows(self, index: Tensor) -> Conditioning:
-        """The conditioning of some pictures, in the order of ``index`` (integers, [n])."""
+        """Return the conditioning of some pictures, in the order of ``index`` (integers, [n])."""
         chosen = index.tolist()
         taken = {name: _take(value, index, chosen) for name, value in self.kwargs.items()}
         return Conditioning(taken, len(chosen))
 
     def repeat(self, times: int) -> Conditioning:
-        """Every row ``times`` times in succession, so that the members of a group stay together."""
+        """Return every row ``times`` times in succession: members of a group stay together."""
         return self.rows(torch.arange(self.size).repeat_interleave(times))
 
     def call_kwargs(self, guidance: bool) -> dict[str, Any]:
-        """Keyword arguments for one call; the negative prompt only where it is used."""
+        """Return keyword arguments for one call; the negative prompt only where it is used."""
         if guidance:
             return dict(self.kwargs)
         return {k: v for k, v in self.kwargs.items() if not k.startswith(_NEGATIVE)}
@@ -84,13 +87,13 @@ def _take(value: Any, index: Tensor, chosen: list[int]) -> Any:
 
 
 def _together(rows: Sequence[Tensor]) -> Tensor | Ragged:
-    """Rows [1, L, ...] as one tensor if they have one length."""
+    """Return rows [1, L, ...] as one tensor if they have one length."""
     alike = all(row.shape == rows[0].shape for row in rows)
     return torch.cat(list(rows)) if alike else Ragged(rows)
 
 
 class PromptEncoder:
-    """Encodes prompts through the pipeline and remembers them.
+    """A ``PromptEncoder`` encodes prompts through the pipeline and remembers them.
 
     Args:
         pipe: a diffusers pipeline.
@@ -117,7 +120,7 @@ class PromptEncoder:
         self._names = family_of(pipe).encode_names or returned_names(type(pipe).encode_prompt)
 
     def encode(self, prompts: Sequence[str], guidance: bool) -> Conditioning:
-        """The conditioning of ``prompts``, one row each; equal prompts share one encoding.
+        """Return the conditioning of ``prompts``, one row each; equal prompts share one encoding.
 
         Raises:
             UserError: there are no prompts.
@@ -132,18 +135,18 @@ class PromptEncoder:
         return Conditioning(_join(rows), len(rows)).rows(index)
 
     def _key(self, prompt: str) -> str:
-        """A text that is equal for prompts with equal embeddings."""
+        """Return a text that is equal for prompts with equal embeddings."""
         return str(prompt)
 
     def _row(self, prompt: str, guidance: bool) -> Embedding:
-        """The embedding of one prompt; with ``guidance`` the negative prompt's as well."""
+        """Return the embedding of one prompt; with ``guidance`` the negative prompt's as well."""
         return {**self._positive(prompt), **(self._negative_embedding() if guidance else {})}
 
     def _positive(self, prompt: str) -> Embedding:
         return self._cache.remember(self._key(prompt), lambda: self._made(prompt, guidance=False))
 
     def _negative_embedding(self) -> Embedding:
-        """The negative prompt as the pipeline encodes it: some zero it, some give it a mask."""
+        """Return the negative prompt as the pipeline encodes it: some zero it, some mask it."""
         if self._negative is None:
             found: Embedding = {}
             if "do_classifier_free_guidance" in self.parameters:
@@ -156,7 +159,7 @@ class PromptEncoder:
         return self._negative
 
     def _made(self, prompt: str, guidance: bool) -> Embedding:
-        """An embedding from the disk; or a new one, which is written there."""
+        """Return an embedding from the disk; or a new one, which is written there."""
         if self.disk is None:
             return self._run(prompt, guidance)
         file = self.disk.file(self._key(prompt), self._arguments(prompt, guidance))
@@ -167,7 +170,7 @@ class PromptEncoder:
         return found
 
     def _arguments(self, prompt: str, guidance: bool) -> dict[str, Any]:
-        """The keyword arguments of ``encode_prompt``."""
+        """Return the keyword arguments of ``encode_prompt``."""
         arguments: dict[str, Any] = {}
         for name in self.parameters:
             if name in ("self", "kwargs", "dtype", "prompt_embeds") or name.endswith("_embeds"):
@@ -208,7 +211,7 @@ class PromptEncoder:
 
 
 def returned_names(function: Any) -> tuple[str, ...]:
-    """The names in the last return statement of a function such as ``encode_prompt``.
+    """Return the names in the last return statement of a function such as ``encode_prompt``.
 
     Raises:
         UserError: the source cannot be read, or something else than names is returned.
@@ -227,7 +230,8 @@ def returned_names(function: Any) -> tuple[str, ...]:
 
 
 def _plain(node: ast.expr | None) -> ast.expr | None:
-    """What is returned, without its condition (``x if y else None``) or device (``x.to(y)``)."""
+    """Return what is returned, without its condition (``x if y else None``) or device
+    (``x.to(y)``)."""
     if isinstance(node, ast.IfExp):
         return _plain(node.body)
     match node:
@@ -237,8 +241,8 @@ def _plain(node: ast.expr | None) -> ast.expr | None:
 
 
 def _join(rows: list[Embedding]) -> dict[str, Any]:
-    """Rows of one prompt each as keyword arguments for all of them, padded to the longest where a
-    mask says what is padding."""
+    """Return rows of one prompt each as keyword arguments for all of them, padded to the longest
+    where a mask says what is padding."""
     joined: dict[str, Any] = {}
     masked = {_masked_by(name, row) for row in rows for name in row if name.endswith("_mask")}
     for name in {key: None for row in rows for key in row}:
@@ -253,7 +257,7 @@ def _join(rows: list[Embedding]) -> dict[str, Any]:
 
 
 def _masked_by(mask: str, row: Embedding) -> str:
-    """The name of the embedding that a mask belongs to.
+    """Return the name of the embedding that a mask belongs to.
 
     ``prompt_embeds_mask``, ``prompt_attention_mask`` and a bare ``attention_mask`` all belong to
     ``prompt_embeds``.

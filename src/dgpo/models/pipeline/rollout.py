@@ -13,7 +13,7 @@ from dgpo.models.pipeline.probes import Step
 
 @dataclass(frozen=True)
 class Rollout:
-    """Pictures, and what training needs to know about how they were made.
+    """A ``Rollout`` holds pictures, and what training needs to know about how they were made.
 
     Args:
         x0: [B, ...], the last sample that the scheduler returned, in the denoiser's input space.

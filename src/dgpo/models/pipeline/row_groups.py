@@ -49,19 +49,19 @@ def with_pictures(
 
 
 def pictures_for(pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
-    """The arguments of a call of the pipeline for the pictures that all texts share."""
+    """Return the arguments of a call of the pipeline for the pictures that all texts share."""
     given = with_pictures(Conditioning({}, len(texts)), texts, parameters_of(pipe))
     return {name: value[0] for name, value in given.kwargs.items()}
 
 
 def parts(cond: Conditioning, one_row: bool = False) -> list[Tensor]:
-    """The rows that can share a call: [n] for each part, in which every row is once.
+    """Return the rows that can share a call: [n] for each part, in which every row is once.
 
     Rows of a part share their pictures, and the length of their prompts where it matters. Rows that
     are given as text share the text: beside a longer one they would be padded.
 
     Args:
-        cond: of all rows.
+        cond: the conditioning of all rows.
         one_row: whether every row needs a call of its own.
     """
     if one_row:
@@ -78,7 +78,7 @@ def parts(cond: Conditioning, one_row: bool = False) -> list[Tensor]:
 
 
 def one_picture(arguments: dict[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call whose rows share their pictures: each picture is given once.
+    """Return the arguments of a call whose rows share their pictures: each picture is given once.
 
     A pipeline that noises its picture (it has a ``strength``) is given one for each row, because it
     noises each on its own.
@@ -95,7 +95,7 @@ def check_sizes(texts: Sequence[str], shape_of: Callable[[str], tuple[int, ...]]
     One picture of every size is tried.
 
     Args:
-        texts: of all prompt rows.
+        texts: the texts of all prompt rows.
         shape_of: gives the shape of the sample that a text leads to.
 
     Raises:
@@ -153,7 +153,7 @@ def steady_encoding(pipe: Any, parameters: Mapping[str, Any]) -> Iterator[None]:
 
 
 def for_rows(scheduler: Any, rows: Tensor) -> Any:
-    """The sampler for some of the rows.
+    """Return the sampler for some of the rows.
 
     One that adds noise holds a seed for each row; with too few it is left as it is, and refuses to
     run.

@@ -38,7 +38,7 @@ _GUIDANCE = 3.0
 
 @dataclass(frozen=True)
 class CheckedPoint:
-    """One point of a rollout, evaluated again; a difference of 0 means equal, bit for bit."""
+    """A ``CheckedPoint`` was evaluated again; a difference of 0 means equal, bit for bit."""
 
     sampler: str
     guidance_scale: float
@@ -48,7 +48,7 @@ class CheckedPoint:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What the self-check found.
+    """A ``CheckReport`` holds what the self-check found.
 
     Args:
         pipeline: the class of the pipeline.
@@ -65,7 +65,7 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every point is bitwise equal."""
+        """Return whether every point is bitwise equal."""
         return all(point.difference == 0.0 for point in self.points)
 
     def __str__(self) -> str:
@@ -104,9 +104,9 @@ def self_check(
         cond: conditioning to check with (with a negative prompt); None to encode two prompts.
         samplers: those of the run, with and without noise. With none the pipeline's own is used, or
             a first-order sampler if that one has noise.
-        guidance_scale: of the run. If it is 1, guidance is checked at another scale.
-        steps: of the run. With guidance one row is checked at all of them, because guidance may
-            depend on a step's number.
+        guidance_scale: the run's scale. If it is 1, guidance is checked at another scale.
+        steps: the number of steps of the run. With guidance one row is checked at all of them,
+            because guidance may depend on a step's number.
 
     Raises:
         UserError: training would not train what samples, and the message holds the report; or the
@@ -169,7 +169,7 @@ def _checked(
 
 
 def is_narrow(model: PipelineModel) -> bool:
-    """Whether the denoiser computes in half precision, though its samples may be wider."""
+    """Return whether the denoiser computes in half precision, though its samples may be wider."""
     return any(p.dtype.itemsize < 4 for d in model.denoisers.values() for p in d.parameters())
 
 
@@ -187,7 +187,7 @@ def _steps(
     scale: float = 1.0,
     count: int = _STEPS,
 ) -> list[Step]:
-    """The steps of a short rollout; all but the last have noise if the sampler adds any."""
+    """Return the steps of a short rollout; all but the last have noise if the sampler adds any."""
     if isinstance(sampler, SdeScheduler):
         sampler = with_noise(sampler, range(count - 1), range(cond.size))
     return model.rollout(
@@ -273,7 +273,7 @@ def _check_guidance(
 
 
 def _step_errors(model: PipelineModel, cond: Conditioning, samplers: Sequence[Any]) -> list[float]:
-    """The relative distances of first-order steps from the process's own arithmetic.
+    """Return the relative distances of first-order steps from the process's own arithmetic.
 
     With ``x0`` and ``e`` from the output at one level, the sample at the next level is
     ``corrupt(x0, e)``. One Euler step of a flow, or one step of DDIM, does exactly this.
@@ -295,8 +295,8 @@ def _first_order_error(process: Process, first: Step, second: Step) -> float:
 
 
 def _x0_error(model: PipelineModel, step: Step) -> float:
-    """The relative distance between the clean samples that the process and the scheduler see in an
-    output: for samplers that add noise at every step, so that no step can be foretold."""
+    """Return the relative distance between the clean samples that the process and the scheduler see
+    in an output: for samplers that add noise at every step, so that no step can be foretold."""
     ours = model.process.x0(step.sample, step.output, step.level)
     sigma = step.level.sigma / math.sqrt(1 - step.level.sigma**2)
     wide = step.sample.float() * math.sqrt(1 + sigma**2)

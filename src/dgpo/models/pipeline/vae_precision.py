@@ -50,7 +50,8 @@ def _floating(value: Any) -> bool:
 
 
 def _given_back(made: Any, dtype: torch.dtype) -> Any:
-    """An encoding in another precision: a distribution to draw from, or the latents themselves."""
+    """Return an encoding in another precision: a distribution to draw from, or the latents
+    themselves."""
     spread = getattr(made, "latent_dist", None)
     if spread is not None:
         sample, mode = spread.sample, spread.mode

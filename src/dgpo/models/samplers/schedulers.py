@@ -47,7 +47,7 @@ _SOLVER_SETTINGS = frozenset(
 
 
 def is_flow_matching(scheduler: Any) -> bool:
-    """Whether the scheduler integrates a velocity: ``x_s = (1 - s) x0 + s e``."""
+    """Return whether the scheduler integrates a velocity: ``x_s = (1 - s) x0 + s e``."""
     config = scheduler.config
     return (
         type(scheduler).__name__.startswith("FlowMatch")
@@ -57,13 +57,15 @@ def is_flow_matching(scheduler: Any) -> bool:
 
 
 def is_continuous(scheduler: Any) -> bool:
-    """Whether the scheduler holds ``x = x0 + sigma e`` and gives the denoiser
-    ``x / sqrt(1 + sigma^2)``: EDM's preconditioning (arXiv 2206.00364) with ``sigma_data = 1``."""
+    """Return whether the scheduler preconditions as EDM does (arXiv 2206.00364, sigma_data = 1).
+
+    It holds ``x = x0 + sigma e`` and gives the denoiser ``x / sqrt(1 + sigma^2)``.
+    """
     return hasattr(scheduler, "precondition_outputs") and scheduler.config.sigma_data == 1.0
 
 
 def process_of(scheduler: Any) -> Process:
-    """The noising process whose denoiser this scheduler integrates.
+    """Return the noising process whose denoiser this scheduler integrates.
 
     Raises:
         UserError: the scheduler's prediction type is not velocity, epsilon or v.
@@ -86,7 +88,7 @@ def process_of(scheduler: Any) -> Process:
 
 
 def level_of_last_step(scheduler: Any, timestep: Any) -> Level:
-    """The noise level of the step that the scheduler has just taken.
+    """Return the noise level of the step that the scheduler has just taken.
 
     Returns:
         The timestep that the denoiser was given (0-dim), and its noise level: the sigma of flow
@@ -106,7 +108,7 @@ def level_of_last_step(scheduler: Any, timestep: Any) -> Level:
 
 
 def sigmas_around(alphas_cumprod: torch.Tensor, timestep: float) -> tuple[float, float]:
-    """The noise levels ``sqrt(1 - alphas_cumprod)`` one timestep below and one above.
+    """Return the noise levels ``sqrt(1 - alphas_cumprod)`` one timestep below and one above.
 
     A sampler's level lies between them, although some samplers round the timestep, and others take
     one between two of the training schedule.
@@ -120,7 +122,7 @@ def sigmas_around(alphas_cumprod: torch.Tensor, timestep: float) -> tuple[float,
 
 
 def middle_timestep(scheduler: Any) -> torch.Tensor:
-    """A timestep from the middle of the schedule, 0-dim."""
+    """Return a timestep from the middle of the schedule, 0-dim."""
     schedule = scheduler.timesteps
     if schedule is None:  # PNDM has a schedule only once it has been run
         return torch.tensor(scheduler.config.num_train_timesteps // 2)
@@ -128,7 +130,7 @@ def middle_timestep(scheduler: Any) -> torch.Tensor:
 
 
 def fresh(scheduler: Any) -> Any:
-    """A copy that shares no state.
+    """Return a copy that shares no state.
 
     Multi-step solvers keep past model outputs, and dynamic shifting writes into the config. A
     rollout with a copy of a scheduler that has never been run inherits neither.
@@ -137,7 +139,8 @@ def fresh(scheduler: Any) -> Any:
 
 
 def make_scheduler(name: str | None, base: Any) -> Any:
-    """The deterministic sampler called ``name``, with the settings of the pipeline's scheduler.
+    """Return the deterministic sampler called ``name``, with the settings of the pipeline's
+    scheduler.
 
     >>> from dgpo.models import load_pipeline
     >>> made = make_scheduler("dpmsolver++", load_pipeline("pocket").scheduler)
@@ -183,7 +186,8 @@ def make_scheduler(name: str | None, base: Any) -> Any:
 
 
 def first_order_sampler(base: Any) -> Any:
-    """A sampler whose every step follows the process from one level of its schedule to the next.
+    """Return a sampler whose every step follows the process from one level of its schedule to the
+    next.
 
     It is Euler for flow matching, and DDIM for noise and v prediction.
     """
@@ -197,7 +201,7 @@ def first_order_sampler(base: Any) -> Any:
 
 
 def on_its_schedule(scheduler: Any) -> Any:
-    """The same sampler, whose first step goes to the second level of its schedule.
+    """Return the same sampler, whose first step goes to the second level of its schedule.
 
     With another spacing of timesteps DDIM and PLMS step to a level beside it.
     """
@@ -207,7 +211,7 @@ def on_its_schedule(scheduler: Any) -> Any:
 
 
 def begins_first_order(scheduler: Any) -> bool:
-    """Whether a rollout begins with a first-order step without noise.
+    """Return whether a rollout begins with a first-order step without noise.
 
     All samplers that can be named do; a pipeline's own may be of any kind.
     """
@@ -248,7 +252,7 @@ def _flow_settings(name: str, base: Any) -> dict[str, Any]:
 
 
 def _noise_sampler(name: str, base: Any) -> Any:
-    """The class behind a name; CogVideoX shifts its signal-to-noise ratio and has its own DDIM."""
+    """Return the class behind a name; CogVideoX, whose SNR is shifted, has a DDIM of its own."""
     if not _shifts_snr(base):
         return getattr(diffusers, _NOISE_SAMPLERS[name])
     if name != "ddim":

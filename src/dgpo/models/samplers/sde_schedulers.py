@@ -33,7 +33,7 @@ _ELSE = "use an algorithm on noised samples, such as dgpo"
 
 
 class _Noisy:
-    """What both schedulers add to diffusers' own: the sampler, the noisy steps and the seeds."""
+    """``_Noisy`` is what both schedulers add to diffusers' own: sampler, noisy steps and seeds."""
 
     sde: Sde
     process: Process
@@ -43,7 +43,7 @@ class _Noisy:
     def _noised(
         self, output: Tensor, sample: Tensor, index: int, level: Level, next_level: Level
     ) -> Tensor:
-        """The sample after a step that adds noise, in the dtype of ``output``.
+        """Return the sample after a step that adds noise, in the dtype of ``output``.
 
         Training computes the density of exactly this sample, rounding included.
         """
@@ -62,7 +62,7 @@ class _Noisy:
 
 
 class FlowMatchSdeScheduler(_Noisy, FlowMatchEulerDiscreteScheduler):
-    """Flow-SDE, Dance-SDE or CPS at the noisy steps; Euler at the others and at the last."""
+    """The noisy steps are Flow-SDE, Dance-SDE or CPS; the others, and the last, are Euler's."""
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -87,7 +87,7 @@ class FlowMatchSdeScheduler(_Noisy, FlowMatchEulerDiscreteScheduler):
 
 
 class DdimSdeScheduler(_Noisy, DDIMScheduler):
-    """DDIM, with noise at the noisy steps.
+    """All steps are DDIM's, and the noisy ones add noise.
 
     Every step goes to the next level of the schedule, and x0 is not clipped.
     """
@@ -123,7 +123,7 @@ class DdimSdeScheduler(_Noisy, DDIMScheduler):
 
 
 def _answer(sample: Tensor, return_dict: bool) -> Any:
-    """A step's sample in the form that the pipeline asks for: AudioLDM2 wants the object."""
+    """Return a step's sample in the form that the pipeline asks for: AudioLDM2 wants the object."""
     return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
 
 
@@ -131,7 +131,8 @@ SdeScheduler = FlowMatchSdeScheduler | DdimSdeScheduler
 
 
 def make_sde_scheduler(sde: Sde, base: Any, key: str = "algorithm.sde") -> SdeScheduler:
-    """The stochastic sampler with the schedule of a pipeline's scheduler (above all its shift).
+    """Return the stochastic sampler with the schedule of a pipeline's scheduler (above all its
+    shift).
 
     It adds no noise until :func:`with_noise` says at which steps.
 
@@ -166,7 +167,7 @@ def make_sde_scheduler(sde: Sde, base: Any, key: str = "algorithm.sde") -> SdeSc
 
 
 def with_noise(scheduler: SdeScheduler, steps: Container[int], seeds: Sequence[int]) -> Any:
-    """A fresh copy that adds noise at some steps, for one batch.
+    """Return a fresh copy that adds noise at some steps, for one batch.
 
     Args:
         scheduler: from :func:`make_sde_scheduler`.

@@ -46,16 +46,27 @@ _TRAINABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class LoraSettings(Protocol):
-    """What a recipe says about the LoRA."""
+    """``LoraSettings`` are what a recipe says about the LoRA."""
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """Return the rank of every ``A`` and ``B``."""
+        ...
+
     @property
-    def alpha(self) -> float: ...
+    def alpha(self) -> float:
+        """Return alpha: the LoRA is scaled by ``alpha / rank``."""
+        ...
+
     @property
-    def targets(self) -> Literal["auto"] | Sequence[str]: ...
+    def targets(self) -> Literal["auto"] | Sequence[str]:
+        """Return how the names of the adapted layers end."""
+        ...
+
     @property
-    def init(self) -> Literal["gaussian", "default"]: ...
+    def init(self) -> Literal["gaussian", "default"]:
+        """Return how ``A`` begins; ``B`` begins at zero."""
+        ...
 
 
 def refuse_adapted(denoisers: Mapping[str, nn.Module]) -> None:
@@ -84,7 +95,7 @@ def attach(
         denoisers: the networks, by name.
         settings: rank, alpha and initialisation.
         targets: from :func:`resolve_targets`.
-        seed: of the initialisation. The global random state is left alone.
+        seed: seeds the initialisation. The global random state is left alone.
     """
     for denoiser in denoisers.values():
         config = peft.LoraConfig(
@@ -111,7 +122,7 @@ def attach(
 def resolve_targets(
     denoisers: Mapping[str, nn.Module], targets: Literal["auto"] | Sequence[str]
 ) -> list[str]:
-    """The layers that ``lora.targets`` means in these denoisers, as endings of their names.
+    """Return the layers that ``lora.targets`` means in these denoisers, as endings of their names.
 
     Raises:
         UserError: a target names no layer of the denoisers, or ``auto`` finds none.
@@ -129,7 +140,7 @@ def resolve_targets(
 
 
 def fitting_targets(denoisers: Mapping[str, nn.Module]) -> list[str]:
-    """The layers that ``lora.targets: auto`` adapts.
+    """Return the layers that ``lora.targets: auto`` adapts.
 
     All of :data:`JOINT_ATTENTION` if the denoisers have them all; else those of :data:`ATTENTION`
     that they have.
@@ -167,7 +178,7 @@ def _is_one_of(target: str, names: Sequence[str]) -> bool:
 
 
 def _nearest(target: str, names: Sequence[str]) -> list[str]:
-    """Endings of layer names, as long as ``target`` is, that resemble it."""
+    """Return endings of layer names, as long as ``target`` is, that resemble it."""
     depth = target.count(".") + 1
     endings = {
         ".".join(parts[-length:])
@@ -180,7 +191,7 @@ def _nearest(target: str, names: Sequence[str]) -> list[str]:
 
 
 def adapted_layers(denoisers: Mapping[str, nn.Module]) -> int:
-    """The number of layers that have a LoRA."""
+    """Return the number of layers that have a LoRA."""
     return sum(1 for _ in _layers_in(denoisers))
 
 
@@ -199,7 +210,7 @@ def disabled(layers: Sequence[LoraLayer]) -> Iterator[None]:
 
 
 def can_merge(layers: Sequence[LoraLayer]) -> bool:
-    """Whether ``W + scale B A`` can be written without a loss that matters.
+    """Return whether ``W + scale B A`` can be written without a loss that matters.
 
     It cannot in half precision, where rounding the sum would lose small updates, nor where ``W`` is
     sharded or quantised.
@@ -212,7 +223,7 @@ def can_merge(layers: Sequence[LoraLayer]) -> bool:
 
 @torch.no_grad()
 def merged(layers: Sequence[LoraLayer]) -> tuple[list[nn.Parameter], list[Tensor]]:
-    """The base weights of the layers, and their values with the LoRA written in."""
+    """Return the base weights of the layers, and their values with the LoRA written in."""
     bases = [_base(layer) for layer in layers]
     return bases, [_sum(base, layer) for base, layer in zip(bases, layers, strict=True)]
 
@@ -262,7 +273,7 @@ def _layers_in(denoisers: Mapping[str, nn.Module]) -> Iterator[LoraLayer]:
 
 
 def _own(layer: LoraLayer) -> Iterator[nn.Parameter]:
-    """The weights of a layer's LoRA."""
+    """Yield the weights of a layer's LoRA."""
     base = {id(weight) for weight in layer.get_base_layer().parameters()}
     module: Any = layer
     yield from (weight for weight in module.parameters() if id(weight) not in base)
@@ -275,7 +286,7 @@ def _base(layer: LoraLayer) -> nn.Parameter:
 
 
 def _sum(base: Any, layer: Any) -> Tensor:
-    """``W + scale B A``, in the precision of ``W``."""
+    """Return ``W + scale B A``, in the precision of ``W``."""
     return base + layer.get_delta_weight(ADAPTER).to(base.dtype)
 
 
@@ -334,7 +345,7 @@ def _save_for_peft(weights: dict[str, Tensor], config: Mapping[str, Any], folder
 
 
 def lora_folder(given: Path) -> Path:
-    """The folder that holds a LoRA: the one given, or ``lora`` in it.
+    """Return the folder that holds a LoRA: the one given, or ``lora`` in it.
 
     Raises:
         UserError: neither holds one.

@@ -12,14 +12,22 @@ from dgpo.errors import UserError
 
 
 class MemorySettings(Protocol):
-    """What a recipe says about the memory of the pipeline."""
+    """``MemorySettings`` are what a recipe says about the memory of the pipeline."""
 
     @property
-    def gradient_checkpointing(self) -> bool: ...
+    def gradient_checkpointing(self) -> bool:
+        """Return whether blocks are computed again at backward."""
+        ...
+
     @property
-    def vae_slicing(self) -> bool: ...
+    def vae_slicing(self) -> bool:
+        """Return whether samples are decoded one after the other."""
+        ...
+
     @property
-    def vae_tiling(self) -> bool: ...
+    def vae_tiling(self) -> bool:
+        """Return whether a sample is decoded in tiles."""
+        ...
 
 
 def save_memory(pipe: Any, denoisers: Mapping[str, nn.Module], settings: MemorySettings) -> None:
@@ -50,7 +58,7 @@ def save_memory(pipe: Any, denoisers: Mapping[str, nn.Module], settings: MemoryS
 
 
 class FreedEncoder:
-    """Takes the place of a text encoder, for pipelines that ask for its precision or settings."""
+    """A ``FreedEncoder`` takes the place of a text encoder, and tells its precision and config."""
 
     def __init__(self, name: str, module: Any) -> None:
         self._name = name
@@ -71,7 +79,7 @@ class FreedEncoder:
 
 
 def text_encoders(pipe: Any) -> dict[str, nn.Module]:
-    """The networks of a pipeline that read text, by the name of their component."""
+    """Return the networks of a pipeline that read text, by the name of their component."""
     return {
         name: module
         for name, module in pipe.components.items()

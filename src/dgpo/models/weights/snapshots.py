@@ -48,7 +48,7 @@ def _hold(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 class Snapshot:
-    """A moving average of ``parameters``, which begins as a copy of them.
+    """A ``Snapshot`` is a moving average of ``parameters``, which begins as a copy of them.
 
     ``shadow <- decay * shadow + (1 - decay) * parameter``
 
@@ -65,7 +65,7 @@ class Snapshot:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The averaged weights, in the order of the parameters and sharded as they are."""
+        """Return the averaged weights, in the order of the parameters and sharded as they are."""
         return self._shadow
 
     @torch.no_grad()
@@ -93,7 +93,7 @@ class Snapshot:
 
 
 def fingerprints(modules: Iterable[Any], left_out: Sequence[Tensor]) -> dict[str, int]:
-    """The sum of the bits of every weight and buffer of ``modules``, by name.
+    """Return the sum of the bits of every weight and buffer of ``modules``, by name.
 
     It shows whether one has moved, without a copy as large as the model.
 
@@ -112,7 +112,7 @@ def fingerprints(modules: Iterable[Any], left_out: Sequence[Tensor]) -> dict[str
 
 
 def base_fingerprints(components: Mapping[str, Any]) -> dict[str, str]:
-    """A short text for the weights of every component, by its name.
+    """Return a short text for the weights of every component, by its name.
 
     It is the same on any device, and another one after training, with a LoRA inside, or in another
     precision. Buffers are left out, because some are computed on the device. The numbers of weights
