@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -155,7 +155,11 @@ class Case:
         model = self.model
         _freeze(model.pipe)  # as the policy will: what is made here is compared with what it makes
         cond = self._encoded(self.texts)
-        with _listening(model) as asked:
+        asked: set[str] = set()
+        with ExitStack() as hooks:
+            for name, denoiser in model.denoisers.items():
+                note = denoiser.register_forward_pre_hook(lambda *_, name=name: asked.add(name))
+                hooks.enter_context(note)
             made = {s: _rollout(model, cond, s, record=True) for s in self._scales()}
         if missing := [name for name in model.denoisers if name not in asked]:
             raise UserError(f"{missing[0]} is not asked at any of {_STEPS} steps")
@@ -275,21 +279,6 @@ def _trainable(model: PipelineModel) -> dict[str, list[Tensor]]:
         name: [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
         for name, denoiser in model.denoisers.items()
     }
-
-
-@contextmanager
-def _listening(model: PipelineModel) -> Iterator[set[str]]:
-    """Collect the names of the denoisers that are called inside the block."""
-    asked: set[str] = set()
-    hooks = [
-        denoiser.register_forward_pre_hook(lambda *_, name=name: asked.add(name))
-        for name, denoiser in model.denoisers.items()
-    ]
-    try:
-        yield asked
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

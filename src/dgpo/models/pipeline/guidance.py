@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -142,12 +143,10 @@ class Guidance:
         def count(module: nn.Module, inputs: Any, output: Any) -> None:
             rows.append(len(output[0]))
 
-        hooks = [m.register_forward_hook(count) for m in self._denoisers.values()]
-        try:
+        with ExitStack() as hooks:
+            for denoiser in self._denoisers.values():
+                hooks.enter_context(denoiser.register_forward_hook(count))
             self._evaluate(middle_timestep(self._pipe.scheduler), arguments)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return rows
 
 

@@ -8,8 +8,6 @@ of a picture goes the same way back. No pipeline family is written out here.
 
 from __future__ import annotations
 
-import copy
-import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +20,7 @@ from torch import Tensor
 from dgpo.errors import UserError
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.pipeline.byte_cache import ByteCache
-from dgpo.models.pipeline.probes import replaced
+from dgpo.models.pipeline.probes import mixed_in, replaced
 
 _STEPS = 2  # with one step Mochi's schedule is empty
 _BASE = 16  # digits up to 15 survive half precision
@@ -39,11 +37,6 @@ class _Ending:
             return (self.end(result[0]), *result[1:])
         result.prev_sample = self.end(result.prev_sample)
         return result
-
-
-@functools.cache
-def _ending_class(scheduler_class: type) -> type:
-    return type(f"EndingOf{scheduler_class.__name__}", (_Ending, scheduler_class), {})
 
 
 class PictureEncoder:
@@ -201,8 +194,7 @@ class PictureEncoder:
             seen.append(args[0] if args else kwargs[names[0]])
             return decode(*args, **kwargs)
 
-        scheduler = copy.copy(self._pipe.scheduler)
-        scheduler.__class__ = _ending_class(type(scheduler))
+        scheduler = mixed_in(_Ending, self._pipe.scheduler)
         scheduler.end = end
         with replaced(self._vae, decode=listening):
             self._model.rollout(

@@ -169,15 +169,21 @@ class StandIn:
         raise UserError(SECOND_SCHEDULER)  # a pipeline copies it to step a second sample
 
 
+def mixed_in(mixin: type, scheduler: Any) -> Any:
+    """Return a copy of a scheduler whose class has ``mixin`` before the scheduler's own class."""
+    made = copy.copy(scheduler)
+    made.__class__ = _mixed_class(mixin, type(scheduler))
+    return made
+
+
 @functools.cache
-def _stand_in_class(scheduler_class: type) -> type:
-    return type(f"StandInFor{scheduler_class.__name__}", (StandIn, scheduler_class), {})
+def _mixed_class(mixin: type, scheduler_class: type) -> type:
+    return type(f"{mixin.__name__}Of{scheduler_class.__name__}", (mixin, scheduler_class), {})
 
 
 def stand_in_for(scheduler: Any) -> Any:
     """Return a scheduler that looks like ``scheduler`` and stops the loop at its first step."""
-    made = copy.copy(scheduler)
-    made.__class__ = _stand_in_class(type(scheduler))
+    made = mixed_in(StandIn, scheduler)
     made.num_inference_steps = 1
     made.answer = None
     made.sigmas = torch.zeros(2)

@@ -26,17 +26,14 @@ def vae_in_its_precision(pipe: Any) -> Iterator[None]:
     own: Any = vae
     methods = {name: getattr(own, name) for name in ("encode", "decode") if hasattr(own, name)}
 
-    def called(name: str, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        keys, dtype = list(named), own.dtype
-        cast = [v.to(dtype) if _floating(v) else v for v in (*given, *named.values())]
-        rest = dict(zip(keys, cast[len(given) :], strict=True))
-        return methods[name](*cast[: len(given)], **rest)
+    def cast(value: Any) -> Any:
+        return value.to(own.dtype) if _floating(value) else value
 
     def decode(*given: Any, **named: Any) -> Any:
-        return called("decode", given, named)
+        return methods["decode"](*map(cast, given), **{n: cast(v) for n, v in named.items()})
 
     def encode(*given: Any, **named: Any) -> Any:
-        made = called("encode", given, named)
+        made = methods["encode"](*map(cast, given), **{n: cast(v) for n, v in named.items()})
         asked = [v.dtype for v in (*given, *named.values()) if _floating(v)]
         return made if not asked or asked[0] == own.dtype else _given_back(made, asked[0])
 

@@ -65,13 +65,7 @@ class FlowMatchSdeScheduler(_Noisy, FlowMatchEulerDiscreteScheduler):
     """The noisy steps are Flow-SDE, Dance-SDE or CPS; the others, and the last, are Euler's."""
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        *args: Any,
-        return_dict: bool = True,
-        **kwargs: Any,
+        self, model_output: Tensor, timestep: Any, sample: Tensor, *_: Any, **how: Any
     ) -> Any:
         if self.step_index is None:
             self._init_step_index(timestep)
@@ -79,11 +73,12 @@ class FlowMatchSdeScheduler(_Noisy, FlowMatchEulerDiscreteScheduler):
         assert index is not None and self.timesteps is not None and self.sigmas is not None
         s, s_next = (float(sigma) for sigma in self.sigmas[index : index + 2])
         if index not in self.noisy or s_next == 0:
-            return super().step(model_output, timestep, sample, return_dict=return_dict)  # pyright: ignore
+            dictionary = how.get("return_dict", True)
+            return super().step(model_output, timestep, sample, return_dict=dictionary)
         self._step_index = index + 1
         now = Level(torch.as_tensor(timestep), s)
         then = Level(torch.as_tensor(self.timesteps[index + 1]), s_next)
-        return _answer(self._noised(model_output, sample, index, now, then), return_dict)
+        return _answer(self._noised(model_output, sample, index, now, then), **how)
 
 
 class DdimSdeScheduler(_Noisy, DDIMScheduler):
@@ -93,13 +88,7 @@ class DdimSdeScheduler(_Noisy, DDIMScheduler):
     """
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        *args: Any,
-        return_dict: bool = True,
-        **kwargs: Any,
+        self, model_output: Tensor, timestep: Any, sample: Tensor, *_: Any, **how: Any
     ) -> Any:
         time = torch.as_tensor(timestep).to(self.timesteps.device)
         index = int((self.timesteps == time).nonzero()[0])
@@ -107,22 +96,21 @@ class DdimSdeScheduler(_Noisy, DDIMScheduler):
         if index + 1 < len(self.timesteps):
             then = self._level(index + 1)
             if index in self.noisy:
-                made = self._noised(model_output, sample, index, now, then)
-                return _answer(made, return_dict)
+                return _answer(self._noised(model_output, sample, index, now, then), **how)
             a_next = 1 - then.sigma**2
         else:
             a_next = float(self.final_alpha_cumprod)
         clean = self.process.x0(sample, model_output, now)
         noise = (widen(sample) - math.sqrt(1 - now.sigma**2) * clean) / now.sigma
         mean = math.sqrt(a_next) * clean + math.sqrt(1 - a_next) * noise
-        return _answer(mean.to(model_output.dtype), return_dict)
+        return _answer(mean.to(model_output.dtype), **how)
 
     def _level(self, index: int) -> Level:
         time = self.timesteps[index]
         return Level(time, math.sqrt(1.0 - float(self.alphas_cumprod[int(time)])))
 
 
-def _answer(sample: Tensor, return_dict: bool) -> Any:
+def _answer(sample: Tensor, return_dict: bool = True, **_: Any) -> Any:
     """Return a step's sample in the form that the pipeline asks for: AudioLDM2 wants the object."""
     return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
 

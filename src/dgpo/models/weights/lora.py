@@ -51,22 +51,18 @@ class LoraSettings(Protocol):
     @property
     def rank(self) -> int:
         """Return the rank of every ``A`` and ``B``."""
-        ...
 
     @property
     def alpha(self) -> float:
         """Return alpha: the LoRA is scaled by ``alpha / rank``."""
-        ...
 
     @property
     def targets(self) -> Literal["auto"] | Sequence[str]:
         """Return how the names of the adapted layers end."""
-        ...
 
     @property
     def init(self) -> Literal["gaussian", "default"]:
         """Return how ``A`` begins; ``B`` begins at zero."""
-        ...
 
 
 def refuse_adapted(denoisers: Mapping[str, nn.Module]) -> None:

@@ -17,17 +17,14 @@ class MemorySettings(Protocol):
     @property
     def gradient_checkpointing(self) -> bool:
         """Return whether blocks are computed again at backward."""
-        ...
 
     @property
     def vae_slicing(self) -> bool:
         """Return whether samples are decoded one after the other."""
-        ...
 
     @property
     def vae_tiling(self) -> bool:
         """Return whether a sample is decoded in tiles."""
-        ...
 
 
 def save_memory(pipe: Any, denoisers: Mapping[str, nn.Module], settings: MemorySettings) -> None:
