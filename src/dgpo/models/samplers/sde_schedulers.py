@@ -74,7 +74,7 @@ class FlowMatchSdeScheduler(_Noisy, FlowMatchEulerDiscreteScheduler):
         s, s_next = (float(sigma) for sigma in self.sigmas[index : index + 2])
         if index not in self.noisy or s_next == 0:
             dictionary = how.get("return_dict", True)
-            return super().step(model_output, timestep, sample, return_dict=dictionary)
+            return super().step(model_output, timestep, sample, return_dict=dictionary)  # pyright: ignore
         self._step_index = index + 1
         now = Level(torch.as_tensor(timestep), s)
         then = Level(torch.as_tensor(self.timesteps[index + 1]), s_next)

@@ -48,21 +48,14 @@ _TRAINABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class LoraSettings(Protocol):
     """``LoraSettings`` are what a recipe says about the LoRA."""
 
-    @property
-    def rank(self) -> int:
-        """Return the rank of every ``A`` and ``B``."""
-
-    @property
-    def alpha(self) -> float:
-        """Return alpha: the LoRA is scaled by ``alpha / rank``."""
-
-    @property
-    def targets(self) -> Literal["auto"] | Sequence[str]:
-        """Return how the names of the adapted layers end."""
-
-    @property
-    def init(self) -> Literal["gaussian", "default"]:
-        """Return how ``A`` begins; ``B`` begins at zero."""
+    rank: int
+    """The rank of every ``A`` and ``B``."""
+    alpha: float
+    """The LoRA is scaled by ``alpha / rank``."""
+    targets: Literal["auto"] | list[str]
+    """How the names of the adapted layers end."""
+    init: Literal["gaussian", "default"]
+    """How ``A`` begins; ``B`` begins at zero."""
 
 
 def refuse_adapted(denoisers: Mapping[str, nn.Module]) -> None:

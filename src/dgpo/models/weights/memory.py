@@ -14,17 +14,9 @@ from dgpo.errors import UserError
 class MemorySettings(Protocol):
     """``MemorySettings`` are what a recipe says about the memory of the pipeline."""
 
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Return whether blocks are computed again at backward."""
-
-    @property
-    def vae_slicing(self) -> bool:
-        """Return whether samples are decoded one after the other."""
-
-    @property
-    def vae_tiling(self) -> bool:
-        """Return whether a sample is decoded in tiles."""
+    gradient_checkpointing: bool
+    vae_slicing: bool
+    vae_tiling: bool
 
 
 def save_memory(pipe: Any, denoisers: Mapping[str, nn.Module], settings: MemorySettings) -> None:
