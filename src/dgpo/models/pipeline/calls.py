@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dgpo.errors import UserError
 from dgpo.media import media_of
-from dgpo.models.pipeline import row_groups
+from dgpo.models.pipeline import probes, row_groups
 from dgpo.models.pipeline.arguments import (
     check_call,
     check_size,
@@ -22,13 +22,6 @@ from dgpo.models.pipeline.arguments import (
 )
 from dgpo.models.pipeline.call_encoders import remembered_encoding
 from dgpo.models.pipeline.guidance import Guidance
-from dgpo.models.pipeline.probes import (
-    Evaluated,
-    Recording,
-    given_latents,
-    replaced,
-    stand_in_for,
-)
 from dgpo.models.pipeline.prompt_encoder import Conditioning
 from dgpo.models.pipeline.rollout import Rollout
 from dgpo.models.pipeline.vae_precision import vae_in_its_precision
@@ -74,7 +67,7 @@ class PipelineCalls:
             self._fixed,
             lambda t, arguments: self.evaluate(None, t, arguments),
         )
-        self._stand_in = stand_in_for(pipe.scheduler)
+        self._stand_in = probes.stand_in_for(pipe.scheduler)
         # ``__wrapped__`` is the pipeline's call without its torch.no_grad
         self._call_with_grad: Callable[..., Any] = inspect.unwrap(type(pipe).__call__)
         # a pipeline without weights (dgpo plan) draws its numbers on the CPU
@@ -113,7 +106,7 @@ class PipelineCalls:
         given, guiders = self.guidance.in_guiders(arguments)
         steady = row_groups.steady_encoding(self.pipe, self.parameters)
         patches = {**self._remembered, **guiders, **patches}
-        patched = replaced(self.pipe, _progress_bar_config=_SILENT, **patches)
+        patched = probes.replaced(self.pipe, _progress_bar_config=_SILENT, **patches)
         with vae_in_its_precision(self.pipe), steady, patched:
             yield given
 
@@ -128,7 +121,7 @@ class PipelineCalls:
     ) -> Rollout:
         """Run the pipeline's whole loop once; see :meth:`PipelineModel.rollout`."""
         own = fresh(self.pipe.scheduler if scheduler is None else scheduler)
-        recording = Recording(keep=record)
+        recording = probes.Recording(keep=record)
         recording.listen(own)
         with self.running(arguments, scheduler=own) as given:
             result = self.pipe(
@@ -163,7 +156,7 @@ class PipelineCalls:
         stand_in.point = timestep.detach().reshape(1)
         patches: dict[str, Any] = {"scheduler": stand_in}
         if xt is not None:
-            patches["prepare_latents"] = given_latents(self.pipe.prepare_latents, xt)
+            patches["prepare_latents"] = probes.given_latents(self.pipe.prepare_latents, xt)
         try:
             with self.running(arguments, **patches) as given:
                 self._call_with_grad(
@@ -174,7 +167,7 @@ class PipelineCalls:
                     generator=[self._scratch] * (rows if xt is None else len(xt)),
                     output_type="latent",
                 )
-        except Evaluated:
+        except probes.Evaluated:
             answer, stand_in.answer = stand_in.answer, None  # nobody else may hold its graph
             return answer
         raise UserError(f"{type(self.pipe).__name__} made no scheduler step")
@@ -189,7 +182,7 @@ class PipelineCalls:
             raise _Prepared(made[0] if isinstance(made, tuple) else made)
 
         try:
-            with replaced(self.pipe, prepare_latents=leave):
+            with probes.replaced(self.pipe, prepare_latents=leave):
                 self.evaluate(None, middle_timestep(self.pipe.scheduler), arguments)
         except _Prepared as found:
             return tuple(found.latents.shape)

@@ -18,14 +18,7 @@ from dgpo.core.process import Level
 from dgpo.errors import UserError
 from dgpo.models.pipeline.probes import Step
 from dgpo.models.pipeline.prompt_encoder import Conditioning
-from dgpo.models.samplers.schedulers import (
-    begins_first_order,
-    first_order_sampler,
-    is_continuous,
-    make_scheduler,
-    on_its_schedule,
-    sigmas_around,
-)
+from dgpo.models.samplers import schedulers
 from dgpo.models.samplers.sde_schedulers import SdeScheduler, with_noise
 
 if TYPE_CHECKING:
@@ -136,9 +129,9 @@ def is_narrow(model: PipelineModel) -> bool:
 
 def _own_or_first_order(base: Any) -> Any:
     try:
-        return make_scheduler(None, base)
+        return schedulers.make_scheduler(None, base)
     except UserError:
-        return first_order_sampler(base)
+        return schedulers.first_order_sampler(base)
 
 
 @dataclass(frozen=True)
@@ -214,7 +207,7 @@ class _Check:
             return
         for level in (step.level for step in steps):
             time = float(level.timestep)
-            low, high = sigmas_around(alphas_cumprod, time)
+            low, high = schedulers.sigmas_around(alphas_cumprod, time)
             if not low - 1e-4 <= level.sigma <= high + 1e-4:
                 raise UserError(
                     f"rollout.scheduler: {type(sampler).__name__} counts timestep {time:g} as "
@@ -269,10 +262,11 @@ class _Check:
         ``corrupt(x0, e)``. One Euler step of a flow, or one step of DDIM, does exactly this.
         """
         base = self.model.pipe.scheduler
-        first_order = first_order_sampler(base)
-        if is_continuous(base):
+        first_order = schedulers.first_order_sampler(base)
+        if schedulers.is_continuous(base):
             return [self.x0_error(self.steps(first_order)[0])]
-        checked = {type(one): on_its_schedule(one) for one in samplers if begins_first_order(one)}
+        begin = filter(schedulers.begins_first_order, samplers)
+        checked = {type(one): schedulers.on_its_schedule(one) for one in begin}
         checked[type(first_order)] = first_order
         rollouts = map(self.steps, checked.values())
         return [_distance(self.first_order(a, b.level), b.sample.float()) for a, b, *_ in rollouts]

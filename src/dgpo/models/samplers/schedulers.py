@@ -237,11 +237,13 @@ def _shifts_snr(base: Any) -> bool:
 
 
 def _own_settings(base: Any) -> dict[str, Any]:
-    return {k: v for k, v in base.config.items() if not k.startswith("_")}
+    """Return the settings of a scheduler that a new solver can take over."""
+    own = {k: v for k, v in base.config.items() if not k.startswith("_")}
+    return {k: v for k, v in own.items() if k not in _SOLVER_SETTINGS}
 
 
 def _flow_settings(name: str, base: Any) -> dict[str, Any]:
-    settings = {k: v for k, v in _own_settings(base).items() if k not in _SOLVER_SETTINGS}
+    settings = _own_settings(base)
     # one number has two names: FlowMatch* calls it shift, the multi-step solvers flow_shift
     shift = settings.get("flow_shift", settings.get("shift", 1.0))
     settings.update(shift=shift, flow_shift=shift)
@@ -284,7 +286,7 @@ def _refuse_another_process(name: str, base: Any, made: Any) -> None:
 
 
 def _noise_settings(name: str, base: Any) -> dict[str, Any]:
-    settings = {k: v for k, v in _own_settings(base).items() if k not in _SOLVER_SETTINGS}
+    settings = _own_settings(base)
     # clipping x0 suits pixels; in latent space it would cut the picture
     settings.setdefault("clip_sample", False)
     if name == "ddim":

@@ -21,13 +21,7 @@ from dgpo.core.process import Level, Process
 from dgpo.core.sde import DDIM, Sde
 from dgpo.core.seeds import stream
 from dgpo.errors import UserError
-from dgpo.models.samplers.schedulers import (
-    fresh,
-    is_continuous,
-    is_flow_matching,
-    make_scheduler,
-    process_of,
-)
+from dgpo.models.samplers import schedulers
 
 _ELSE = "use an algorithm on noised samples, such as dgpo"
 
@@ -133,20 +127,22 @@ def make_sde_scheduler(sde: Sde, base: Any, key: str = "algorithm.sde") -> SdeSc
         UserError: the sampler does not fit the pipeline's prediction type, or the scheduler has
             inverted sigmas (Mochi) or other settings that the sampler cannot carry.
     """
-    kind, process = getattr(sde, "kind", type(sde).__name__), process_of(base)
+    kind, process = getattr(sde, "kind", type(sde).__name__), schedulers.process_of(base)
     if base.config.get("invert_sigmas"):
         raise UserError(
             f"{key}: {type(base).__name__} has inverted sigmas (Mochi), for which no "
             f"stochastic sampler is defined here; {_ELSE}"
         )
     if not sde.fits(process):
-        fitting = "flow, dance or cps" if is_flow_matching(base) else "ddim (algorithm ddpo)"
+        fitting = (
+            "flow, dance or cps" if schedulers.is_flow_matching(base) else "ddim (algorithm ddpo)"
+        )
         raise UserError(
             f"{key}.kind = {kind!r} does not fit a pipeline whose denoiser answers "
             f"{type(process).__name__}: use {fitting}"
         )
     if not isinstance(sde, DDIM):
-        made = FlowMatchSdeScheduler.from_config(make_scheduler("euler", base).config)
+        made = FlowMatchSdeScheduler.from_config(schedulers.make_scheduler("euler", base).config)
     else:
         made = DdimSdeScheduler.from_config(_ddim_config(base, key))
     assert isinstance(made, SdeScheduler)
@@ -162,7 +158,7 @@ def with_noise(scheduler: SdeScheduler, steps: Container[int], seeds: Sequence[i
         steps: positions in the schedule; the last step stays deterministic.
         seeds: one a row. The noise of a row at a step depends on its seed and the step alone.
     """
-    made = fresh(scheduler)
+    made = schedulers.fresh(scheduler)
     made.noisy, made.seeds = steps, tuple(seeds)
     return made
 
@@ -173,7 +169,7 @@ def _ddim_config(base: Any, key: str) -> dict[str, Any]:
         raise UserError(
             f"{key}: DDIM with noise cannot carry snr_shift_scale of {type(base).__name__}; {_ELSE}"
         )
-    if is_continuous(base):
+    if schedulers.is_continuous(base):
         raise UserError(
             f"{key}: DDIM with noise does not know the noise levels of {type(base).__name__}; "
             f"{_ELSE}"
@@ -184,4 +180,4 @@ def _ddim_config(base: Any, key: str) -> dict[str, Any]:
                 f"{key}: {type(base).__name__} clips x0 ({clips}), and a clipped step has no "
                 "Gaussian density: the sampler of the trained model must not clip"
             )
-    return dict(make_scheduler("ddim", base).config)
+    return dict(schedulers.make_scheduler("ddim", base).config)
