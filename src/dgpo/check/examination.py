@@ -111,6 +111,7 @@ class Case:
             return Answer("none", "embeddings were given: no text encoder here")
         alone: dict[float, list[Tensor]] = {scale: [] for scale in self._scales()}
         for scale, rows in alone.items():
+            # one by one: beside a longer prompt the pipeline's own padding may differ
             for row, prompt in enumerate(self.texts):
                 ours = _rollout(self.model, self._encoded([prompt]), scale, row).x0
                 theirs = _rollout(self.model, _text(self.model, prompt), scale, row).x0

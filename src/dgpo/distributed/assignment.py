@@ -44,6 +44,7 @@ class Assignment:
             UserError: a process would have no picture.
         """
         every = groups * size
+        # with none, a process would have no row for dummy passes either
         if every // parts < processes.size:
             raise UserError(
                 f"{processes.size} processes for {every // parts} pictures of an optimiser step "
@@ -131,11 +132,13 @@ class Assignment:
         """
         if self.processes.single:
             return dict(values), dict(lost)
+        # JSON texts keep every number exactly, and infinite ones and NaN
         said = {
             "values": {name: value.tolist() for name, value in values.items()},
             "lost": {str(group): why for group, why in lost.items()},
         }
         every = self.processes.all_gather_object(said, "the rewards of all pictures")
+        # process after process is not the order of places: shares interleave with several parts
         order = torch.cat(self.places).argsort()
         found = {
             name: torch.tensor(

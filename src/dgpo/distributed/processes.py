@@ -93,6 +93,7 @@ class Processes:
         mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         with self._meeting(what):
             sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+            # on the CPU, so that it does not wait for what the GPU has yet to do
             dist.all_gather(sizes, torch.tensor([len(mine)]), group=self._control)
             room = int(torch.cat(sizes).max())  # gathering wants tensors of one size
             padded = torch.cat([mine, mine.new_zeros(room - len(mine))])
@@ -113,7 +114,7 @@ class Processes:
         """Return the sum of a tensor over the processes, the same in all of them. Collective."""
         if self.single:
             return x
-        total = x.contiguous().clone()
+        total = x.contiguous().clone()  # the sum is written in place, and x is the caller's
         with self._meeting("a sum over the processes"):
             dist.all_reduce(total, group=self._control if x.device.type == "cpu" else None)
         return total
@@ -146,6 +147,7 @@ class Processes:
         for parameter in some:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        # few large sums instead of many small ones; the buckets are alike in all processes
         for bucket in _buckets([p.grad for p in some if p.grad is not None]):
             total = self.sum(torch.cat([gradient.reshape(-1) for gradient in bucket]))
             sums = total.split([gradient.numel() for gradient in bucket])
@@ -165,7 +167,7 @@ class Processes:
             Terminated: a process has received SIGTERM.
         """
         if self.single:
-            return hear_again()
+            return hear_again()  # no other process waits, so signals are raised where they come
         # all decide by the same number, so that all stop at the same place or none does
         heard = max(self.all_gather_object(self.heard, what))
         self.heard = 0
@@ -183,6 +185,7 @@ class Processes:
         Raises:
             UserError: a process was given something else than the first.
         """
+        # all see all facts and raise together: one that raised alone would leave the others waiting
         every = self.all_gather_object(facts, "what the processes were given")
         for rank, other in enumerate(every):
             wrong = [name for name in facts if other.get(name) != every[0].get(name)]
@@ -231,7 +234,7 @@ def current_processes() -> Processes:
         if not several:
             return SINGLE
         _started = _connect()
-        atexit.register(leave)
+        atexit.register(leave)  # also where the user's program ends without the trainer
         _tell_of_what_nobody_catches()
     return _started
 
@@ -268,6 +271,7 @@ def _connect() -> Processes:
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{_backend_of(device)}"
         dist.init_process_group(backend, timeout=LIMIT)
+    # the store by which torch has connected the processes; the prefix keeps our keys apart
     store = dist.PrefixStore("dgpo", dist.distributed_c10d._get_default_store())
     # no limit that matters: the watch is what gives up, and it can name the slow process
     control = dist.new_group(backend="gloo", timeout=timedelta(days=7))

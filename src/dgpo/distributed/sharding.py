@@ -130,6 +130,7 @@ def like(tensor: Tensor, value: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return value
     value = value.to(tensor.device)
+    # src_data_rank=None: every process cuts its own copy, and nothing is sent
     return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 

@@ -26,9 +26,10 @@ def deferred(processes: Processes) -> Iterator[None]:
         return
 
     def keep(number: int, frame: Any) -> None:
-        processes.heard = number
+        processes.heard = number  # raised where all processes ask, and nowhere in between
 
     own = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # handlers of the program itself stay: it has its own way to stop
     before = {
         number: signal.signal(number, keep)
         for number, handler in own.items()

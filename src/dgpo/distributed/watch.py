@@ -66,6 +66,7 @@ class Watch:
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
         """In the block this process meets the others in a collective operation."""
+        # the clock stands while the place is written: the other thread reads all four
         self._since, self._what = None, what
         self._met, self._passed = self._met + 1, 0
         self._store.set(f"at/{self.rank}", self._told_place())
@@ -147,6 +148,7 @@ class Watch:
         mine = json.dumps({"by": self.rank, "text": text})
         self._told = True  # before the other thread can see it
         try:
+            # several may fail at once: only the first is told, and the others end for it
             first = self._store.compare_set(_FAILED, "", mine).decode()
             if first != mine:
                 self._end()
@@ -168,6 +170,7 @@ class Watch:
                 if (place := self._told_place()) != told:
                     self._store.set(f"at/{self.rank}", place)
                     told = place
+                # the main thread may hang in a collective operation, so this one ends the process
                 if not self._told and self._failure() is not None:
                     self._end()
                 if self._store.check([f"asked/{self.rank}"]):
@@ -190,6 +193,7 @@ class Watch:
         if not missing or self._since != since:
             return  # all have come, or this process has gone on meanwhile
         what = self._what
+        # who is behind is asked where its main thread stands, which often shows the cause
         lines = [f"waited {waited:.0f} s for {what} (guards.hang_minutes of a recipe); missing:"]
         for rank in missing:
             last = self._place(rank)[1]

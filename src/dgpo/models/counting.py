@@ -53,6 +53,7 @@ class Counter:
         Returns:
             The totals of all processes.
         """
+        # the counts of one iteration: sums of earlier totals would be added once a process
         every = processes.all_gather_object(self._now, "the end of an iteration")
         self._now = {name: sum(one[name] for one in every) for name in COUNTED}
         self._now["images"] = images
@@ -66,6 +67,7 @@ class Counter:
             [(made, len(made))] if isinstance(made, Tensor) else [(m, 1) for m in made]
         ):
             if part.requires_grad:
+                # counted when the gradient comes, as not every pass is followed by a backward
                 part.register_hook(lambda gradient, rows=rows: self._came_back(rows))
 
     def _came_back(self, rows: int) -> None:

@@ -196,6 +196,7 @@ def load_for_sampling(
     """
     folder = None if lora is None else lora_folder(lora)
     quiet()
+    # tried before the model is loaded, which may take minutes
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _try_device(device)
     pipe = load_pipeline(

@@ -55,6 +55,7 @@ class Policy:
         self.lora = lora
         self.engine: Any = None
         """What makes the rollouts, if it is another program (:mod:`dgpo.rollouts`)."""
+        # in evaluation mode: with dropout a training pass would not answer as the rollout did
         for module in model.pipe.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
@@ -125,6 +126,7 @@ class Policy:
             place = self._placed(self.old)
         else:
             raise ValueError(f"weights must be 'policy', 'old' or 'ref', got {weights!r}")
+        # a graph of the policy's pass keeps its own tensors, as storage is exchanged
         with torch.no_grad(), place:
             return self.model.predict(xt, level, cond, guidance_scale)
 
@@ -208,6 +210,7 @@ class Policy:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the trained weights and their averages by name, sharded as the weights are."""
+        # no copies: who saves them reads them, who loads them writes into them
         state = {f"policy.{name}": p.detach() for name, p in self._named.items()}
         for kind, snapshot in (("old", self.old), ("slow", self.slow)):
             for name, tensor in zip(self._named, snapshot.tensors, strict=True):
@@ -246,7 +249,7 @@ def _complete(denoiser: nn.Module, wanted: bool) -> Any:
             state[name] = gathered.cpu()
     if not wanted:
         return None
-    with torch.device("meta"):
+    with torch.device("meta"):  # the weights are assigned, so none need be made
         made = kind.from_config(denoiser.config)
     made.load_state_dict(state, assign=True)
     return made

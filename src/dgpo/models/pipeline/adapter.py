@@ -67,6 +67,7 @@ class PipelineModel(PipelineCalls):
         processes: Processes = SINGLE,
     ) -> None:
         super().__init__(pipe, call)
+        # whole weights need no lockstep, and asking the others at every pass would cost time
         self._processes = processes if self.sharded else SINGLE
         self.process: Process = process_of(pipe.scheduler)
         self._one_row = family_of(pipe).one_row
@@ -156,6 +157,7 @@ class PipelineModel(PipelineCalls):
             raise UserError(f"got {len(generators)} generators for {cond.size} rows")
         turns, made = self._turns(cond), []
         for turn in turns:
+            # a row's generator goes with it: its noise does not depend on who shares the call
             part = cond.rows(turn.rows) if len(turn.rows) < cond.size else cond
             rollout = self.sample(
                 self.arguments(part, guidance_scale),

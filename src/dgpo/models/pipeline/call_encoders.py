@@ -161,6 +161,7 @@ class PicturePromptEncoder(PromptEncoder):
         pictures = pictures_of(prompt)
         if "image" not in pictures:
             raise no_picture(self._pipe)
+        # the pipeline prepares the picture for its encoder itself, so its call is made that far
         own, returned = self._pipe.encode_prompt, []
 
         def listening(*given: Any, **named: Any) -> Any:

@@ -86,6 +86,7 @@ class PipelineCalls:
         shared = row_groups.one_picture(arguments, self.parameters)
         if cond.size == 1 or isinstance(shared.get("image"), list) or "image" not in shared:
             return shared
+        # pipelines disagree, and none says which form it takes; it is tried once
         if self._picture_each_row is None:
             two = {**self._fixed, **cond.rows(torch.tensor([0, 1])).call_kwargs(on), **guidance}
             one = row_groups.one_picture(two, self.parameters)
@@ -103,6 +104,7 @@ class PipelineCalls:
         Yields:
             The arguments that are left for the call itself.
         """
+        # what is replaced is restored even when Evaluated leaves the call from inside the loop
         given, guiders = self.guidance.in_guiders(arguments)
         steady = row_groups.steady_encoding(self.pipe, self.parameters)
         patches = {**self._remembered, **guiders, **patches}
@@ -120,6 +122,7 @@ class PipelineCalls:
         record: bool | Container[int] = False,
     ) -> Rollout:
         """Run the pipeline's whole loop once; see :meth:`PipelineModel.rollout`."""
+        # a solver keeps past outputs, so no two rollouts share one
         own = fresh(self.pipe.scheduler if scheduler is None else scheduler)
         recording = probes.Recording(keep=record)
         recording.listen(own)

@@ -70,6 +70,7 @@ class Guidance:
                 "trained with it; use 1.0"
             )
         off = self.off(cond)
+        # where guidance is off at 0, a scale of 0 means off, too
         if scale == 1.0 or scale in off.values():
             return off
         if not off:
@@ -97,6 +98,7 @@ class Guidance:
         if GUIDER not in arguments:
             return arguments, {}
         scale = arguments[GUIDER]
+        # a guider of our own for each scale: the pipeline's stays as the user has set it
         if scale not in self._guiders:
             change = {"enabled": False} if scale == 1.0 else {"guidance_scale": scale}
             guiders = guiders_of(self._pipe).items()

@@ -123,7 +123,7 @@ class PictureEncoder:
             made = vae.encode(given)
         finally:
             if widened:
-                vae.to(dtype)
+                vae.to(dtype)  # rollouts decode in the pipeline's own precision
         if hasattr(made, "latent_dist"):
             return made.latent_dist.mode()
         return made.latent if hasattr(made, "latent") else made.latents
@@ -143,6 +143,7 @@ class PictureEncoder:
             self._refuse("it makes videos, and the groups hold pictures")
         if shift.numel() != count:
             self._refuse(f"its VAE is given {shift.numel()} numbers of the {count} of a sample")
+        # two answers give a and b: for x0 = 0 and for x0 = 1
         self._shift = shift.flatten()
         self._scale = self._decoded(torch.ones_like).flatten() - self._shift
         if not bool((self._scale.abs() > 1e-8).all()):
@@ -194,6 +195,7 @@ class PictureEncoder:
             seen.append(args[0] if args else kwargs[names[0]])
             return decode(*args, **kwargs)
 
+        # the whole pipeline runs, since what it does after its loop is what is asked for
         scheduler = mixed_in(_Ending, self._pipe.scheduler)
         scheduler.end = end
         with replaced(self._vae, decode=listening):

@@ -87,6 +87,7 @@ class PromptCache:
         # cloned: the format refuses names that share memory, as two embeddings may
         plain = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         file.parent.mkdir(exist_ok=True)
+        # under a name of this process until it is whole: several runs may write the same prompt
         unfinished = file.with_suffix(f".{os.getpid()}.tmp")
         save_file(plain, unfinished, metadata={"layout": json.dumps(layout)})
         unfinished.replace(file)

@@ -127,6 +127,7 @@ class PromptEncoder:
         """
         if not prompts:
             raise UserError("no prompts to encode")
+        # one by one, not as a batch: padding beside a longer prompt may change an embedding's bits
         keys = [self._key(prompt) for prompt in prompts]
         distinct = dict(zip(keys, prompts, strict=True))
         rows = [self._row(prompt, guidance) for prompt in distinct.values()]
@@ -206,6 +207,7 @@ class PromptEncoder:
         }
 
     def _named(self, returned: Any) -> Embedding:
+        # strict: a source that was read wrongly must not shift the names
         values = returned if isinstance(returned, tuple) else (returned,)
         return dict(zip(self._names, values, strict=True))
 
@@ -268,6 +270,7 @@ def _masked_by(mask: str, row: Embedding) -> str:
 
 def _join_masks(masks: list[Tensor | None], embeddings: list[Tensor]) -> Tensor | None:
     longest = max(e.shape[1] for e in embeddings)
+    # no mask was given, and none is needed: no row is padded
     if all(m is None for m in masks) and all(e.shape[1] == longest for e in embeddings):
         return None
     given = [m for m in masks if m is not None]

@@ -72,6 +72,7 @@ def parts(cond: Conditioning, one_row: bool = False) -> list[Tensor]:
     found: dict[tuple[Any, ...], list[int]] = {}
     for row in range(cond.size):
         shapes = (given[row].shape for given in ragged)
+        # by identity: the members of a group hold one picture, and comparing pixels is slow
         shared = (texts[row], *(id(given[row]) for given in lists), *shapes)
         found.setdefault(shared, []).append(row)
     return [torch.tensor(rows) for rows in found.values()]
@@ -107,6 +108,7 @@ def check_sizes(texts: Sequence[str], shape_of: Callable[[str], tuple[int, ...]]
             first.setdefault(text.size_of("image"), text)
     if len(first) < 2:
         return
+    # the size of a picture decides, so one of each size is enough
     (one, text), *others = first.items()
     shape = shape_of(text)
     for other, text in others:
@@ -190,6 +192,7 @@ def joined(made: Sequence[Rollout], rows: Sequence[Tensor]) -> Rollout:
     if len(made) == 1:
         return first
     x0 = in_order([part.x0 for part in made], rows)
+    # some pipelines shift their schedule by the size of the sample
     schedules = {tuple((float(v.timestep), v.sigma) for v in part.levels) for part in made}
     if len(schedules) > 1:
         raise UserError(

@@ -37,6 +37,7 @@ def vae_in_its_precision(pipe: Any) -> Iterator[None]:
         asked = [v.dtype for v in (*given, *named.values()) if _floating(v)]
         return made if not asked or asked[0] == own.dtype else _given_back(made, asked[0])
 
+    # replaced on the instance: the pipeline calls them by name, wherever it does
     every = {"encode": encode, "decode": decode}
     with replaced(own, **{name: every[name] for name in methods}):
         yield

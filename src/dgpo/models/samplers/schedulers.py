@@ -179,6 +179,7 @@ def make_scheduler(name: str | None, base: Any) -> Any:
     accepted = inspect.signature(target.__init__).parameters
     if flow:
         _refuse_lost_settings(name, base.config, settings, accepted)
+    # what the new class does not take was checked above, or is checked below
     made = target(**{key: value for key, value in settings.items() if key in accepted})
     if not flow:
         _refuse_another_process(name, base, made)
@@ -249,6 +250,7 @@ def _flow_settings(name: str, base: Any) -> dict[str, Any]:
     settings.update(shift=shift, flow_shift=shift)
     if name in ("dpmsolver++", "unipc"):
         settings.update(prediction_type="flow_prediction", use_flow_sigmas=True)
+        # to a clean sample, and stable in few steps
         settings.update(final_sigmas_type="zero", lower_order_final=True)
     return settings
 

@@ -51,6 +51,7 @@ class _Noisy:
             torch.randn(sample.shape[1:], generator=stream(seed, "step", index))
             for seed in self.seeds
         ]
+        # drawn on the CPU, row by row: the same numbers on any device and in any batch
         noise = torch.stack(drawn).to(moments.mean)
         return (moments.mean + moments.std * noise).to(output.dtype)
 
@@ -66,6 +67,7 @@ class FlowMatchSdeScheduler(_Noisy, FlowMatchEulerDiscreteScheduler):
         index = self.step_index
         assert index is not None and self.timesteps is not None and self.sigmas is not None
         s, s_next = (float(sigma) for sigma in self.sigmas[index : index + 2])
+        # the last step has no noise: its density would be a point
         if index not in self.noisy or s_next == 0:
             dictionary = how.get("return_dict", True)
             return super().step(model_output, timestep, sample, return_dict=dictionary)  # pyright: ignore
@@ -94,6 +96,7 @@ class DdimSdeScheduler(_Noisy, DDIMScheduler):
             a_next = 1 - then.sigma**2
         else:
             a_next = float(self.final_alpha_cumprod)
+        # written here and not taken from DDIM's step, which looks up another next level
         clean = self.process.x0(sample, model_output, now)
         noise = (widen(sample) - math.sqrt(1 - now.sigma**2) * clean) / now.sigma
         mean = math.sqrt(a_next) * clean + math.sqrt(1 - a_next) * noise

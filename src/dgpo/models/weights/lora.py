@@ -263,6 +263,7 @@ def _layers_in(denoisers: Mapping[str, nn.Module]) -> Iterator[LoraLayer]:
 
 def _own(layer: LoraLayer) -> Iterator[nn.Parameter]:
     """Yield the weights of a layer's LoRA."""
+    # by identity: the base weights are parameters of the layer, too
     base = {id(weight) for weight in layer.get_base_layer().parameters()}
     module: Any = layer
     yield from (weight for weight in module.parameters() if id(weight) not in base)
@@ -286,6 +287,7 @@ def save(pipe: Any, denoisers: Mapping[str, nn.Module], folder: Path) -> None:
         place = folder / name if name == _SECOND else folder
         place.mkdir(exist_ok=True)
         weights = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
+        # safetensors writes contiguous tensors only
         weights = {key: value.detach().contiguous() for key, value in weights.items()}
         # peft holds names in sets, which every process orders differently
         config = {
@@ -311,6 +313,7 @@ def load(pipe: Any, folder: Path) -> Literal["diffusers", "peft"]:
     Raises:
         UserError: the folder holds a LoRA that was written for the other of the two.
     """
+    # the file tells who wrote it: peft where the pipeline has no loader
     by_peft = (folder / _PEFT_FILE).is_file()
     if by_peft == hasattr(pipe, "load_lora_weights"):
         raise UserError(f"{folder}: not a LoRA that {type(pipe).__name__} can read")

@@ -39,7 +39,7 @@ def save_memory(pipe: Any, denoisers: Mapping[str, nn.Module], settings: MemoryS
             continue
         try:
             getattr(vae, f"enable_{key}")()
-        except (AttributeError, NotImplementedError) as error:
+        except (AttributeError, NotImplementedError) as error:  # no VAE, or one without the method
             raise UserError(
                 f"memory.vae_{key}: {type(vae).__name__} of {type(pipe).__name__} has none; "
                 "use false, and a smaller rollout.batch"

@@ -28,6 +28,7 @@ def exchanged(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> I
     Nothing is copied where device and dtype agree and nothing is sharded. Do not train inside the
     block.
     """
+    # a piece is overwritten and so is cloned; other storage is only put aside
     own = [local(p).clone() if is_sharded(p) else p.data for p in parameters]
 
     def restore() -> None:
@@ -133,6 +134,7 @@ def _bits(tensor: Tensor) -> int:
     if hasattr(tensor, "__tensor_flatten__"):  # a quantised weight wraps numbers and scales
         names, _ = tensor.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
         return sum(_bits(getattr(tensor, name)) for name in names)
+    # integers add up alike in any order, which floats do not
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     values = tensor.detach().contiguous().reshape(-1)
     return int(values.view(whole[values.element_size()]).sum(dtype=torch.int64))
