@@ -21,7 +21,7 @@ from dgpo.models.counting import Counter
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.policy import RollingWeights
 from dgpo.models.samplers.schedulers import make_scheduler
-from dgpo.models.weights.restoring import bring_back
+from dgpo.models.weights.restoring import restore_now
 from dgpo.prompts import Prompt, PromptSampler
 from dgpo.recipe import Recipe
 from dgpo.rewards import RewardSet
@@ -161,7 +161,7 @@ class Trainer:
                     self.state.phase = "ended"
                 except (KeyboardInterrupt, Terminated):
                     with all_or_nothing():  # whoever stops a run may do so twice
-                        bring_back()
+                        restore_now()
                         hooks("on_interrupt")
                     raise
                 finally:
@@ -346,7 +346,7 @@ class Trainer:
                 return read_history(self.folder, state.iteration)
 
             state.log_history = self.processes.broadcast_object(history, "the run's history")
-        state.news = self._collect.restore(early)
+        state.news = [*self.policy.news, *self._collect.restore(early)]
         return state
 
     def _refuse_no_old(self, what: str, weights: RollingWeights) -> None:

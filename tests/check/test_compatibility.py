@@ -35,7 +35,7 @@ def verdicts(found: Examination) -> dict[str, str]:
 def test_all_is_well() -> None:
     found = examined()
     assert verdicts(found) == dict.fromkeys(QUESTIONS, "yes")
-    assert found.ok and "lora.targets to_q" in str(found)
+    assert found.ok and "lora.targets attn.to_q, attn.to_k" in str(found)
 
 
 def test_a_denoiser_that_does_not_repeat_itself() -> None:

@@ -31,6 +31,11 @@ asks the same of a real model, which it loads twice:
 
     dgpo check stabilityai/stable-diffusion-3.5-medium height=512 width=512
 
+No layer has to be named. `lora.targets: auto`, the default, adapts the eight joint-attention
+projections of Stable Diffusion 3 where the denoiser has them all (Flux, Qwen-Image and others have
+them too), else the attention's `to_q`, `to_k`, `to_v` and `to_out.0`. A run says in one line which
+layers it found, and `dgpo check` names them. A list in the recipe is taken as it is.
+
 These small models are inside the package (`model: pocket`), to try things with:
 
 <!-- table: models -->

@@ -86,12 +86,12 @@ class Another:
     def __init__(self, calls: int) -> None:
         self.calls = calls
 
-    def gather(self, value: int, what: str) -> list[int]:
+    def all_gather_object(self, value: int, what: str) -> list[int]:
         return [value, self.calls]
 
 
 @pytest.mark.parametrize("prompts", [[SHORT, OTHER], [SHORT, LONG]])
-def test_calls_for_nothing_change_nothing(
+def test_dummy_passes_change_nothing(
     model: PipelineModel, monkeypatch: pytest.MonkeyPatch, prompts: list[str]
 ) -> None:
     """Beside a process that makes three calls, of pieces of the weights, this one does, too."""

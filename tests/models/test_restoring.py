@@ -16,7 +16,7 @@ import dgpo.models
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.policy import Policy
 from dgpo.models.weights import lora
-from dgpo.models.weights.restoring import bring_back, put_back
+from dgpo.models.weights.restoring import restore_now, restoring
 from dgpo.recipe import Recipe
 from families.tiny import sd3_small
 from tiny_runs import settings
@@ -59,7 +59,7 @@ class StopAt:
                 pass
         except Stopped:
             sys.settrace(None)
-            bring_back()
+            restore_now()
             return True
         finally:
             sys.settrace(None)
@@ -100,12 +100,12 @@ def test_whatever_line_a_stop_comes_at(block: str, full: bool) -> None:
 def test_blocks_end_in_any_order_and_once() -> None:
     """A block that was cut off may be closed long after a stop has been heard."""
     done: list[str] = []
-    outer, inner = (put_back(lambda name=name: done.append(name)) for name in ("outer", "inner"))
+    outer, inner = (restoring(lambda name=name: done.append(name)) for name in ("outer", "inner"))
     outer.__enter__()
     inner.__enter__()
-    bring_back()
+    restore_now()
     assert done == ["inner", "outer"]
-    with put_back(lambda: done.append("next")):
+    with restoring(lambda: done.append("next")):
         inner.__exit__(None, None, None)
         outer.__exit__(None, None, None)
         assert done == ["inner", "outer"]

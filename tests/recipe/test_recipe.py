@@ -196,7 +196,7 @@ def test_defaults_are_the_agreed_ones():
         8,
         128,
     )
-    assert recipe.lora is not None and len(recipe.lora.targets) == 8
+    assert recipe.lora is not None and recipe.lora.targets == "auto"
     assert recipe.eval.every == 20 and recipe.checkpoint.every == 50
 
 

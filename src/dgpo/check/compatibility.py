@@ -1,6 +1,6 @@
 """Can this pipeline be trained? Seven questions, each answered by doing it with the pipeline.
 
-``dgpo check MODEL`` asks them about a model; the matrix of docs/models.md asks them about a tiny
+``dgpo check MODEL`` asks them about a model. The table of docs/models.md asks them about a tiny
 pipeline of every family.
 """
 
@@ -27,12 +27,12 @@ QUESTIONS: dict[str, str] = {
     "step of a rollout",
     "LoRA file": "a fresh pipeline that loads the saved LoRA samples what the trained one does",
 }
-"""What is asked, by the title of its column, in this order."""
+"""What is asked, by the title of its column, in the order of the questions."""
 
 
 @dataclass(frozen=True)
 class Examination:
-    """The answers to :data:`QUESTIONS` about one pipeline."""
+    """An ``Examination`` holds the answers to :data:`QUESTIONS` about one pipeline."""
 
     pipeline: str
     answers: Mapping[str, Answer]
@@ -40,17 +40,14 @@ class Examination:
 
     @property
     def ok(self) -> bool:
-        """Whether the pipeline can be trained: nothing differs, and what samples can be trained."""
+        """Return whether nothing differs, and what samples can be trained."""
         unusable = any(answer.verdict == "no" for answer in self.answers.values())
         return not unusable and self.answers["no guidance"].verdict == "yes"
 
     def __str__(self) -> str:
-        lines = [f"{self.pipeline} ({self.process})" if self.process else self.pipeline]
-        if (
-            len(cells := {answer.cell for answer in self.answers.values()}) == 1
-            and not self.process
-        ):
-            return f"{lines[0]}: {cells.pop()}"  # refused before anything could be asked
+        if not self.process:  # refused before anything could be asked, for one reason
+            return f"{self.pipeline}: {self.answers['no guidance'].cell}"
+        lines = [f"{self.pipeline} ({self.process})"]
         width = max(map(len, self.answers))
         for question, answer in self.answers.items():
             measured = f" ({answer.figures})" if answer.figures else ""
@@ -67,11 +64,14 @@ def examine(
     """Ask all questions about a pipeline.
 
     Args:
-        make: builds or loads the pipeline; called twice, so that the saved LoRA meets a pipeline
-            that was never trained. The first is let go before the second is made.
+        make: builds or loads the pipeline. It is called twice, so that the saved LoRA meets a
+            pipeline that was never trained; the first is let go before the second is made.
         wrap: makes the model of a pipeline, with the arguments of its call.
         picture: goes with one prompt, and its mirror image with the other.
         mask: where the pipeline paints, likewise.
+
+    Returns:
+        All answers. Nothing is raised: what the pipeline raises is an answer, too.
     """
     pipe = make()
     name = type(pipe).__name__
@@ -80,7 +80,7 @@ def examine(
     except UserError as refusal:
         return Examination(name, dict.fromkeys(QUESTIONS, Answer("refused", str(refusal))))
     case = Case(make, wrap, model, check_rows(picture, mask))
-    del pipe, model  # the case alone holds them, and lets them go
+    del pipe, model  # now the case alone holds them, and can let them go
     process = type(case.model.process).__name__
     asked = (
         case.points,

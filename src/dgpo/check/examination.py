@@ -1,10 +1,10 @@
-"""A pipeline that is examined: each question of `compatibility`, answered by doing it."""
+"""A pipeline under examination: it answers each question of ``compatibility`` by doing it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -36,18 +36,19 @@ PROMPTS = (
     "a photo of a red square on the big table beside the small blue house of the dog, which looks "
     "out of the window on a bright day",
 )
-"""What is asked with: a few tokens beside more than sixteen, to which some pipelines pad."""
+"""The prompts of the questions: a few tokens beside more than sixteen, to which some pipelines
+pad."""
 _STEPS = 3
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer: ``yes``; ``none`` where the pipeline has no such thing; ``refused`` where dgpo
-    says with a message that it will not; ``no`` where it differs, which must never be.
+    """An ``Answer`` is the answer to one question.
 
     Args:
-        verdict: the answer.
-        note: what is particular about it; the same on every machine.
+        verdict: ``yes``; ``none`` if the pipeline has no such thing; ``refused`` if dgpo declines
+            with a message; ``no`` if something differs, which must never be.
+        note: what is particular about the answer; the same on every machine.
         figures: what was measured.
     """
 
@@ -57,56 +58,60 @@ class Answer:
 
     @property
     def cell(self) -> str:
-        """The answer in a table."""
+        """Return the answer in a table."""
         return f"{self.verdict}: {self.note}" if self.note else self.verdict
 
 
 class Differs(Exception):
-    """An answer of no, with what differs."""
+    """The answer is no; the message says what differs."""
 
 
 @dataclass(frozen=True)
-class Base:
-    """What the model makes before it is trained.
+class Trained:
+    """``Trained`` holds a policy, and what its model made before it was trained.
 
     Args:
-        cond: of the prompts.
-        made: a rollout with all its steps for each guidance scale.
+        policy: after its updates.
+        cond: the conditioning of the prompts.
+        made: for each guidance scale a rollout with all its steps, before training.
     """
 
+    policy: Policy
     cond: Conditioning
     made: Mapping[float, Rollout]
 
 
 @dataclass
 class Case:
-    """A pipeline that is being examined, and what earlier questions have left for later ones."""
+    """A ``Case`` is a pipeline under examination, and what questions leave for later ones."""
 
     make: Callable[[], Any]
     wrap: Callable[[Any], PipelineModel]
     model: PipelineModel
     rows: list[Prompt]
     _report: CheckReport | None = None
-    _base: Base | None = None
-    _policy: Policy | None = None
-    _targets: list[str] = field(default_factory=list)
+    _trained: Trained | None = None
 
     def points(self) -> Answer:
+        """Is what is trained what samples?"""
         self._report = self_check(self.model, self._encoded(self.texts))
         count = sum(p.guidance_scale == 1.0 for p in self._report.points)
         return Answer("yes", figures=f"{count} points, step error {self._report.step_error:.1e}")
 
     def guidance(self) -> Answer:
+        """Is it so with guidance, too? The first question has found out."""
         if self._report is None:
             return Answer("refused", "as without guidance")
         count = sum(p.guidance_scale != 1.0 for p in self._report.points)
         return Answer("yes", figures=f"{count} points") if count else Answer("none")
 
     def prompts(self) -> Answer:
+        """Do precomputed embeddings give what the pipeline gives for the text?"""
         if not _has_encoders(self.model.pipe):
             return Answer("none", "embeddings were given: no text encoder here")
         alone: dict[float, list[Tensor]] = {scale: [] for scale in self._scales()}
         for scale, rows in alone.items():
+            # one by one: beside a longer prompt the pipeline's own padding may differ
             for row, prompt in enumerate(self.texts):
                 ours = _rollout(self.model, self._encoded([prompt]), scale, row).x0
                 theirs = _rollout(self.model, _text(self.model, prompt), scale, row).x0
@@ -122,6 +127,7 @@ class Case:
         return Answer("yes", note, f"beside a longer prompt within {far:.0e}")
 
     def noise(self) -> Answer:
+        """Is a policy gradient's ratio exactly 1 before the first update?"""
         base = self.model.pipe.scheduler
         sde = FlowSDE() if is_flow_matching(base) else DDIM()
         sampler = make_sde_scheduler(sde, base)
@@ -146,23 +152,26 @@ class Case:
         return Answer("yes", figures=f"{type(sde).__name__}, {count} points")
 
     def dgpo(self) -> Answer:
+        """Do two iterations lower the objective, and move nothing but the LoRA?"""
         model = self.model
-        _freeze(model.pipe)  # as the policy will
+        _freeze(model.pipe)  # as the policy will: what is made here is compared with what it makes
         cond = self._encoded(self.texts)
-        with _listening(model) as asked:
+        asked: set[str] = set()
+        with ExitStack() as hooks:
+            for name, denoiser in model.denoisers.items():
+                note = denoiser.register_forward_pre_hook(lambda *_, name=name: asked.add(name))
+                hooks.enter_context(note)
             made = {s: _rollout(model, cond, s, record=True) for s in self._scales()}
         if missing := [name for name in model.denoisers if name not in asked]:
             raise UserError(f"{missing[0]} is not asked at any of {_STEPS} steps")
-        self._targets = lora.fitting_targets(model.denoisers)
-        settings = LoraSettings(rank=4, alpha=12, targets=self._targets)
-        policy = Policy(model, settings)
-        self._base, self._policy = Base(cond, made), policy
-        modules, trained = model.pipe.components.values(), _trained(model)
+        policy = Policy(model, LoraSettings(rank=4, alpha=12))
+        self._trained = Trained(policy, cond, made)
+        modules, trained = model.pipe.components.values(), _trainable(model)
         frozen = fingerprints(modules, policy.parameters())
         before = {name: [p.detach().clone() for p in those] for name, those in trained.items()}
         losses = two_iterations(policy, self.rows, len(made[1.0].levels))
         if is_narrow(model) and not all(then < first for first, then in losses):
-            # what small steps change may be less than what half precision rounds
+            # half precision may round away what small steps change
             losses = two_iterations(policy, self.rows, len(made[1.0].levels), lr=1e-2)
         for first, then in losses:
             if not then < first:
@@ -174,21 +183,21 @@ class Case:
         if moved := [name for name in frozen if frozen[name] != after[name]]:
             raise Differs(f"{moved[0]} moved, and {len(moved) - 1} more that are frozen")
         went = ", ".join(f"{first:.5f} to {then:.5f}" for first, then in losses)
-        return Answer("yes", figures=f"{went}; lora.targets {', '.join(self._targets)}")
+        return Answer("yes", figures=f"{went}; lora.targets {', '.join(policy.targets)}")
 
     def reference(self) -> Answer:
-        if self._policy is None or self._base is None:
+        """Is the reference still the base model once the LoRA has moved?"""
+        if (trained := self._trained) is None:
             return Answer("refused", "no policy")
+        policy, cond, count = trained.policy, trained.cond, 0
         generator = torch.Generator().manual_seed(3)
-        for parameter in self._policy.parameters():
+        for parameter in policy.parameters():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
             parameter.data += 0.05 * noise
-        count = 0
-        for scale, made in self._base.made.items():
+        for scale, made in trained.made.items():
             for step in made.steps:
-                cond = self._base.cond
                 with torch.no_grad():
-                    reference = self._policy.predict(step.sample, step.level, cond, "ref", scale)
+                    reference = policy.predict(step.sample, step.level, cond, "ref", scale)
                 if not torch.equal(reference, step.output):
                     far = float((reference - step.output).abs().max())
                     where = f"t={float(step.level.timestep):g}"
@@ -197,24 +206,25 @@ class Case:
         return Answer("yes", figures=f"{count} points")
 
     def lora_file(self) -> Answer:
-        if self._policy is None or self._base is None:
+        """Does a fresh pipeline with the saved LoRA sample what the trained one does?"""
+        if self._trained is None:
             return Answer("refused", "no policy")
-        cond, base = self._base.cond, {s: made.x0 for s, made in self._base.made.items()}
-        _freeze(self.model.pipe)  # as the pipeline will be that loads the LoRA
+        cond, base = self._trained.cond, {s: made.x0 for s, made in self._trained.made.items()}
+        _freeze(self.model.pipe)  # as the pipeline that loads the LoRA will be
         narrow = is_narrow(self.model)
         with TemporaryDirectory() as folder:
-            self._policy.save(folder, "policy")
+            self._trained.policy.save(folder, "policy")
             if narrow:
                 lora.rounded(self.model.denoisers)
             trained = {scale: _rollout(self.model, cond, scale).x0 for scale in base}
-            del self._policy, self.model  # room for another pipeline
-            self._policy = None
+            self._trained = None
+            del self.model  # room for another pipeline
             fresh = self.wrap(self.make())
             how = lora.load(fresh.pipe, Path(folder))
         _freeze(fresh.pipe)
 
         def off() -> float:
-            """The largest difference, beside what the LoRA does, of which rounding is a part."""
+            """Return the largest difference, relative to what the LoRA changes."""
             made = {scale: _rollout(fresh, cond, scale).x0 for scale in trained}
             return max(
                 float((made[s] - x0).abs().max() / (x0 - base[s]).abs().max())
@@ -224,7 +234,7 @@ class Case:
         far = off()
         figures = "bit for bit" if far == 0.0 else f"within {far:.0e}"
         if narrow:
-            # which multiplies in half precision where training does in float32
+            # the loaded LoRA multiplies in half precision, the trained one in float32
             figures = f"{figures} in its precision"
             lora.widened(fresh.denoisers)
             far = off()
@@ -235,6 +245,7 @@ class Case:
 
     @property
     def texts(self) -> list[str]:
+        """Return the texts of the prompts."""
         return [row.text for row in self.rows]
 
     def _encoded(self, prompts: Sequence[str]) -> Conditioning:
@@ -257,37 +268,22 @@ def _rollout(
 
 
 def _freeze(pipe: Any) -> None:
-    """No weight wants gradients: torch rounds a product otherwise where one does."""
+    """Switch off all gradients: with them torch may round a product differently."""
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
             module.requires_grad_(False)
 
 
-def _trained(model: PipelineModel) -> dict[str, list[Tensor]]:
-    """What is trained of each denoiser."""
+def _trainable(model: PipelineModel) -> dict[str, list[Tensor]]:
+    """Return the weights of each denoiser that are trained."""
     return {
         name: [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
         for name, denoiser in model.denoisers.items()
     }
 
 
-@contextmanager
-def _listening(model: PipelineModel) -> Iterator[set[str]]:
-    """The names of the denoisers that are called inside the block."""
-    asked: set[str] = set()
-    hooks = [
-        denoiser.register_forward_pre_hook(lambda *_, name=name: asked.add(name))
-        for name, denoiser in model.denoisers.items()
-    ]
-    try:
-        yield asked
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def _distance(a: Tensor, b: Tensor) -> float:
-    """Relative to the largest number."""
+    """Return the largest difference, relative to the largest number."""
     return float((a - b).abs().max() / b.abs().max())
 
 
@@ -296,12 +292,12 @@ def _has_encoders(pipe: Any) -> bool:
 
 
 def _text(model: PipelineModel, prompt: str) -> Conditioning:
-    """A prompt as a user gives it: the pipeline encodes it itself."""
+    """Return a prompt as a user gives it, so that the pipeline encodes it itself."""
     given: dict[str, Any] = {"prompt": [prompt]}
     if "negative_prompt" in model.parameters:
         negative = model.call.get("negative_prompt", model.parameters["negative_prompt"].default)
         if negative is None and not model.encodes_negative:
-            negative = ""  # without a text of its own the pipeline would leave guidance off
+            negative = ""  # with None the pipeline would leave guidance off
         given["negative_prompt"] = None if negative is None else [negative]
     elif "negative_prompt_embeds" in model.parameters:
         given["negative_prompt_embeds"] = None
@@ -309,7 +305,7 @@ def _text(model: PipelineModel, prompt: str) -> Conditioning:
 
 
 def check_rows(picture: Image.Image | None, mask: Image.Image | None) -> list[Prompt]:
-    """The two prompts of the questions, the second with the mirror images of the pictures."""
+    """Return the two prompts of the questions; the second has the mirror images of the pictures."""
     given = {"image": picture, "mask": mask}
     first = {name: one for name, one in given.items() if one is not None}
     if not first:

@@ -1,4 +1,4 @@
-"""A training of two iterations, with which a pipeline is tried out."""
+"""Two iterations of training, to try out a pipeline."""
 
 from __future__ import annotations
 
@@ -24,26 +24,29 @@ _STEPS = 3
 def two_iterations(
     policy: Policy, prompts: Sequence[Prompt], levels: int, lr: float = 1e-3
 ) -> list[tuple[float, float]]:
-    """DGPO's objective in two iterations, each with rollouts of the weights as they are by then:
-    on the points of the iteration, before its update and after it.
+    """Train two iterations, each on rollouts of the weights as they are by then.
 
     Args:
         policy: what is trained.
         prompts: a group each.
-        levels: of a rollout; all are trained, so that every expert has its part.
-        lr: of the two steps.
+        levels: how many noise levels a rollout has. All are trained, so that every expert is.
+        lr: the learning rate of the two steps.
+
+    Returns:
+        For each iteration DGPO's objective on the points of that iteration, before and after the
+        update.
 
     Raises:
         UserError: the samples of all groups are alike.
     """
-    # scaled as in the paper, the loss is the objective: log 2 at the start
+    # scaled as in the paper, the loss is the objective itself: log 2 at the start
     algorithm = DGPO(loss_scale="paper", timesteps=TimestepChoice(count=levels, indices=None))
     recipe = Recipe.from_dict(
         {
             "group_size": 3,
             "groups_per_iteration": 2,
             "rollout": {"steps": _STEPS},
-            # without momentum: a step goes down on its own points, whatever the one before it did
+            # without momentum, so that a step goes down on its own points whatever came before
             "train": {"iterations": 2, "lr": lr, "betas": (0.0, 0.999)},
             "algorithm": {"name": "dgpo", **algorithm.model_dump()},
         }

@@ -22,24 +22,24 @@ from dgpo.interrupts import Terminated, hear_again
 
 T = TypeVar("T")
 BUCKET = 1 << 26
-"""Numbers that are summed over the processes at once; a copy of them is made."""
+"""How many numbers are summed over the processes at once. They are copied for it."""
 LIMIT = timedelta(hours=1)
-"""After which a backend gives an operation up. It names no process, so that the watch comes first
-(guards.hang_minutes); this one is for a device that hangs where no process is behind another."""
+"""When a backend gives up an operation. It names no process, so the watch gives up sooner
+(guards.hang_minutes); this limit is for a device that hangs while no process is behind another."""
 
 
 class Processes:
-    """The processes of a run; by default the one that there is.
+    """``Processes`` are the processes of a run; by default a single one.
 
-    What is said between processes is JSON or plain tensors. Every method that says *collective*
-    must be called by all processes, in one order.
+    Processes exchange JSON values and plain tensors. All processes must call every method that says
+    *collective*, in the same order.
 
     Args:
         rank: the number of this process, from 0.
         size: how many there are.
         device: where this process computes; None for a GPU if there is one.
-        watch: looks after the others; None if there are none.
-        control: the group by which they speak on the CPU.
+        watch: looks after the other processes; None if there are none.
+        control: the group in which the processes talk on the CPU.
     """
 
     def __init__(
@@ -52,48 +52,50 @@ class Processes:
     ) -> None:
         self.rank, self.size, self.watch = rank, size, watch
         self.heard = 0
-        """The signal that asks this process to stop, as :func:`dgpo.distributed.signals.deferred`
-        keeps it; 0 for none."""
+        """The signal that asks this process to stop, kept by
+        :func:`dgpo.distributed.signals.deferred`; 0 for none."""
         self._device, self._control = device, control
 
     @property
     def device(self) -> torch.device:
-        """Where a model is put that is loaded by its name."""
+        """Return the device for a model that is loaded by its name."""
         return self._device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
     def main(self) -> bool:
-        """Whether this process writes the run folder and speaks for all."""
+        """Return whether this process writes the run folder and speaks for all."""
         return self.rank == 0
 
     @property
     def single(self) -> bool:
+        """Return whether there are no other processes."""
         return self.size == 1
 
     def split(self, count: int, parts: int = 1) -> tuple[Tensor, ...]:
-        """Which of ``count`` places each process has: [n] ascending numbers for every process.
+        """Return which of ``count`` places each process has, as [n] ascending numbers.
 
-        The places are cut into ``parts`` equal runs, and every run is spread evenly over the
-        processes, each of which gets neighbours.
+        The places are cut into ``parts`` equal runs. Every run is spread evenly over the processes,
+        and each process gets neighbouring places.
         """
         runs = torch.arange(count).tensor_split(parts)
         shared = [run.tensor_split(self.size) for run in runs]
         return tuple(torch.cat([run[rank] for run in shared]) for rank in range(self.size))
 
     def all_gather_object(self, value: T, what: str) -> list[T]:
-        """Every process's JSON value, by rank. Collective.
+        """Return the JSON values of all processes, by rank. Collective.
 
         Args:
             value: numbers (also NaN), texts, None, lists, and dicts whose keys are texts.
-            what: it is, for whoever has to be told that a process is missing.
+            what: describes the value in the message that names a missing process.
         """
         if self.single:
             return [value]
         mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         with self._meeting(what):
             sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+            # on the CPU, so that it does not wait for what the GPU has yet to do
             dist.all_gather(sizes, torch.tensor([len(mine)]), group=self._control)
-            room = int(torch.cat(sizes).max())
+            room = int(torch.cat(sizes).max())  # gathering wants tensors of one size
             padded = torch.cat([mine, mine.new_zeros(room - len(mine))])
             found = [torch.empty_like(padded) for _ in range(self.size)]
             dist.all_gather(found, padded, group=self._control)
@@ -103,25 +105,28 @@ class Processes:
         ]
 
     def broadcast_object(self, make: Callable[[], T], what: str) -> T:
-        """What the main process makes of it, a JSON value, in all of them. Collective."""
+        """Return in all processes the JSON value that the main one makes. Collective."""
         if self.single:
             return make()
         return self.all_gather_object(make() if self.main else None, what)[0]  # pyright: ignore[reportReturnType]
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of a tensor over the processes, the same in all of them. Collective."""
+        """Return the sum of a tensor over the processes, the same in all of them. Collective."""
         if self.single:
             return x
-        total = x.contiguous().clone()
+        total = x.contiguous().clone()  # the sum is written in place, and x is the caller's
         with self._meeting("a sum over the processes"):
             dist.all_reduce(total, group=self._control if x.device.type == "cpu" else None)
         return total
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """The main process's CPU tensor, in all of them: the others give one like it. Collective.
+        """Copy a CPU tensor of the main process into ``x`` of all processes. Collective.
+
+        Args:
+            x: a tensor whose shape and dtype are the same in all processes.
 
         Returns:
-            ``x``, which holds it.
+            ``x``.
         """
         if not self.single:
             with self._meeting("tensors of the main process"):
@@ -129,18 +134,20 @@ class Processes:
         return x
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Add the gradients up over the processes. Collective.
+        """Add up the gradients of all processes. Collective.
 
-        A parameter that no process has a gradient of is left without one: an optimiser passes it
-        over.
+        A parameter without a gradient in any process is left without one, so that the optimiser
+        passes it over.
         """
         if self.single:
             return
+        # a process without rows in this step has no gradients, and takes part with zeros
         held = self.sum(torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64))
         some = [p for p, count in zip(parameters, held.tolist(), strict=True) if count]
         for parameter in some:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        # few large sums instead of many small ones; the buckets are alike in all processes
         for bucket in _buckets([p.grad for p in some if p.grad is not None]):
             total = self.sum(torch.cat([gradient.reshape(-1) for gradient in bucket]))
             sums = total.split([gradient.numel() for gradient in bucket])
@@ -148,20 +155,20 @@ class Processes:
                 gradient.copy_(summed.view_as(gradient))
 
     def stop_if_asked(self, what: str) -> None:
-        """Stop here if a signal has asked any process to. Collective.
+        """Stop here if a signal has asked any of the processes to. Collective.
 
-        A single process has stopped already, but for a SIGTERM that came where nothing can be
-        raised.
+        A single process has stopped already, unless a SIGTERM came where nothing could be raised.
 
         Args:
             what: is about to be done.
 
         Raises:
-            KeyboardInterrupt: one has heard Ctrl-C.
-            Terminated: one has heard SIGTERM.
+            KeyboardInterrupt: a process has received Ctrl-C.
+            Terminated: a process has received SIGTERM.
         """
         if self.single:
-            return hear_again()
+            return hear_again()  # no other process waits, so signals are raised where they come
+        # all decide by the same number, so that all stop at the same place or none does
         heard = max(self.all_gather_object(self.heard, what))
         self.heard = 0
         if heard == signal.SIGINT:
@@ -170,14 +177,15 @@ class Processes:
             raise Terminated
 
     def refuse_difference(self, facts: dict[str, str]) -> None:
-        """See that all processes were given the same. Collective.
+        """Refuse to go on if processes were given different things. Collective.
 
         Args:
-            facts: by what the user calls them.
+            facts: by the names that the user knows.
 
         Raises:
             UserError: a process was given something else than the first.
         """
+        # all see all facts and raise together: one that raised alone would leave the others waiting
         every = self.all_gather_object(facts, "what the processes were given")
         for rank, other in enumerate(every):
             wrong = [name for name in facts if other.get(name) != every[0].get(name)]
@@ -189,9 +197,9 @@ class Processes:
 
     @contextmanager
     def ending_together(self) -> Iterator[None]:
-        """An exception in the block ends all processes, and they tell why.
+        """An exception in the block ends all processes, and they say why.
 
-        ``KeyboardInterrupt`` and what asks for an end (``SystemExit``) are left alone.
+        ``KeyboardInterrupt`` and ``SystemExit`` are left alone.
         """
         try:
             yield
@@ -212,13 +220,13 @@ _started: Processes | None = None
 
 
 def current_processes() -> Processes:
-    """The processes that a launcher has started this one with; :data:`SINGLE` without a launcher.
+    """Return the processes that a launcher has started together; :data:`SINGLE` without a launcher.
 
-    The first call connects them, by the variables that launchers set (``RANK``, ``WORLD_SIZE``,
-    ``LOCAL_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``), unless the program has done so itself.
+    The first call connects them by the variables that launchers set (``RANK``, ``WORLD_SIZE``,
+    ``LOCAL_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``), unless the program has connected them itself.
 
     Raises:
-        UserError: the variables are not complete, or more processes than GPUs run on a machine.
+        UserError: a variable is missing, or a machine runs more processes than it has GPUs.
     """
     global _started
     if _started is None:
@@ -226,24 +234,24 @@ def current_processes() -> Processes:
         if not several:
             return SINGLE
         _started = _connect()
-        atexit.register(leave)
+        atexit.register(leave)  # also where the user's program ends without the trainer
         _tell_of_what_nobody_catches()
     return _started
 
 
 def started() -> bool:
-    """Whether a launcher has started several processes, of which this is one."""
+    """Return whether this process is one of several that a launcher has started."""
     return _started is not None or _number("WORLD_SIZE", 1) > 1
 
 
 def tell(error: Exception) -> None:
-    """Say why this process ends, if there are others: they end too."""
+    """Tell the other processes, if there are any, why this one ends. They end too."""
     if _started is not None and _started.watch is not None:
         _started.watch.fail(error)
 
 
 def leave() -> None:
-    """Say goodbye to the other processes, after which each ends on its own."""
+    """Say goodbye to the other processes. Afterwards each ends on its own."""
     global _started
     if _started is None:
         return
@@ -263,8 +271,9 @@ def _connect() -> Processes:
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{_backend_of(device)}"
         dist.init_process_group(backend, timeout=LIMIT)
+    # the store by which torch has connected the processes; the prefix keeps our keys apart
     store = dist.PrefixStore("dgpo", dist.distributed_c10d._get_default_store())
-    # a slow process is told of by the watch, not by this limit
+    # no limit that matters: the watch is what gives up, and it can name the slow process
     control = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     watch = Watch(store, dist.get_rank(), dist.get_world_size())
     assert isinstance(control, dist.ProcessGroup)
@@ -292,12 +301,12 @@ def _backend_of(device: torch.device) -> str:
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.strip().isdigit():
-        raise UserError(f"{name} = {text!r} in the environment is no number of a process")
+        raise UserError(f"{name} = {text!r} in the environment should be a whole number")
     return int(text)
 
 
 def _tell_of_what_nobody_catches() -> None:
-    """An exception in the user's own program, outside the trainer, ends the other processes too."""
+    """Let an exception in the user's own program, outside the trainer, end the other processes."""
     before = sys.excepthook
 
     def hook(kind: Any, error: Any, trace: Any) -> None:
@@ -309,7 +318,7 @@ def _tell_of_what_nobody_catches() -> None:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one dtype and device, of about :data:`BUCKET` numbers together."""
+    """Yield neighbouring tensors of one dtype and device, about :data:`BUCKET` numbers at once."""
     bucket: list[Tensor] = []
     for tensor in tensors:
         same = not bucket or (bucket[0].dtype, bucket[0].device) == (tensor.dtype, tensor.device)

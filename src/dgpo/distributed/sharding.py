@@ -1,8 +1,8 @@
-"""FSDP2: the weights of a denoiser spread over the processes, in place.
+"""FSDP2: the weights of a denoiser are spread over the processes, in place.
 
-``fully_shard`` leaves the module where it is, under its pipeline: its parameters become pieces, and
-each block gathers its weights for the time of its own pass. What is attached after sharding, such
-as a LoRA, stays whole in every process.
+``fully_shard`` leaves the module in its pipeline. Its parameters become pieces, and each block
+gathers its weights for its own pass. What is attached after sharding, such as a LoRA, stays whole
+in every process. :mod:`dgpo.distributed.lockstep` says what follows for the passes.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from dgpo.errors import UserError
 
 
 def shard(denoisers: Mapping[str, nn.Module], processes: Processes, device: torch.device) -> None:
-    """Shard denoisers in place, block by block, and bring them to the device.
+    """Shard denoisers in place, block by block, and move them to the device. Collective.
 
-    Gradients of sharded parameters are summed over the processes by the backward pass itself.
+    The backward pass itself sums the gradients of sharded parameters over the processes.
 
     Args:
-        denoisers: by name, on any device; a whole one need not fit ``device``.
-        processes: all of which do the same. Collective.
+        denoisers: by name, on any device; a whole one need not fit on ``device``.
+        processes: those of the run.
         device: where the pieces live.
 
     Raises:
-        UserError: there is one process only.
+        UserError: there is only one process.
     """
     if processes.single:
         raise UserError(
@@ -43,7 +43,8 @@ def shard(denoisers: Mapping[str, nn.Module], processes: Processes, device: torc
     for name, denoiser in denoisers.items():
         titles = {module: title for title, module in denoiser.named_modules()}
         for module in [*_blocks(denoiser), denoiser]:
-            # also of the root: its weights, gathered for a rollout, would be stale after a step
+            # the root lets go of its weights too: gathered in a rollout, they would be stale after
+            # an optimiser step
             sharded = fully_shard(module, mesh=mesh, reshard_after_forward=True)
             sharded.set_gradient_divide_factor(1.0)  # a sum, as micro-batches are summed
             sharded.set_force_sum_reduction_for_comms(True)  # gloo has no other, in float32
@@ -52,16 +53,23 @@ def shard(denoisers: Mapping[str, nn.Module], processes: Processes, device: torc
 
 
 def sum_in_backward(denoisers: Iterable[nn.Module], now: bool) -> None:
-    """Whether the next backward pass sums the gradients of sharded weights over the processes, with
-    those that the passes before it have left; else it leaves its own, of all weights."""
+    """Say whether the next backward pass sums the gradients of sharded weights over the processes.
+
+    Args:
+        denoisers: those that are trained.
+        now: True to sum its gradients and all that passes before it have left; False to leave its
+            own gradients, of all weights, in each process.
+    """
     for denoiser in denoisers:
         if isinstance(denoiser, FSDPModule):
             denoiser.set_requires_gradient_sync(now)
 
 
 def _report(module: nn.Module, name: str, watch: Watch) -> None:
-    """Tell the watch of every pass through a sharded module, before its weights are gathered, and
-    of that of the gradients, before weights are gathered and before gradients are summed."""
+    """Tell the watch of every pass through a sharded module, before it has to wait for others.
+
+    A forward pass waits for weights; a backward pass waits for weights and for sums of gradients.
+    """
 
     def forwards(*_: object) -> None:
         watch.passes(f"the forward pass of {name}, in pieces (train.sharding)")
@@ -81,13 +89,13 @@ def _report(module: nn.Module, name: str, watch: Watch) -> None:
         follow(output if isinstance(output, tuple) else [output])
 
     module.register_forward_pre_hook(forwards, prepend=True)
-    # after the sharding's own hook, whose tensors they are that lead to its sum of gradients
+    # after the sharding's own hook: its tensors are the ones that lead to its sum of gradients
     module.register_forward_pre_hook(entered, with_kwargs=True)
     module.register_forward_hook(left)
 
 
 def _blocks(denoiser: nn.Module) -> list[nn.Module]:
-    """The modules that a denoiser repeats: the entries of its outermost lists."""
+    """Return the modules that a denoiser repeats: the entries of its outermost lists."""
     found: list[nn.Module] = []
     for child in denoiser.children():
         found += list(child) if isinstance(child, nn.ModuleList) else _blocks(child)
@@ -95,43 +103,45 @@ def _blocks(denoiser: nn.Module) -> list[nn.Module]:
 
 
 def is_sharded(tensor: Tensor) -> bool:
+    """Return whether this process has a piece of the tensor only."""
     return isinstance(tensor, DTensor)
 
 
 def any_sharded(modules: Iterable[nn.Module]) -> bool:
-    """Whether weights are spread over processes, which must then all make the same passes."""
+    """Return whether any weight is sharded; then all processes must make the same passes."""
     return any(is_sharded(weight) for module in modules for weight in module.parameters())
 
 
 @torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
-    """The piece of this process; a tensor that is not sharded as it is."""
+    """Return the piece of this process; all of a tensor that is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor. Collective if it is sharded."""
+    """Return the whole tensor. Collective if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def like(tensor: Tensor, value: Tensor) -> Tensor:
-    """A whole ``value``, which every process has, sharded as ``tensor`` is."""
+    """Return ``value``, which every process has as a whole, sharded as ``tensor`` is."""
     if not isinstance(tensor, DTensor):
         return value
     value = value.to(tensor.device)
+    # src_data_rank=None: every process cuts its own copy, and nothing is sent
     return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 @torch.no_grad()
 def put(tensor: Tensor, value: Tensor) -> None:
-    """``tensor`` gets a whole ``value``, of which it may hold a piece."""
+    """Write a whole ``value`` into ``tensor``, which may hold a piece of it."""
     local(tensor).copy_(local(like(tensor, value)))
 
 
 def plain_class(denoiser: nn.Module) -> type[Any]:
-    """The class of a denoiser before it was sharded."""
+    """Return the class that a denoiser had before it was sharded."""
     kind = type(denoiser)
     if not isinstance(denoiser, FSDPModule):
         return kind

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM for several processes: all stop at the same place, or none."""
+"""Ctrl-C and SIGTERM in several processes: all stop at the same place, or none does."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from dgpo.interrupts import RaiseTerminated
 
 @contextmanager
 def deferred(processes: Processes) -> Iterator[None]:
-    """Inside the block a signal is kept until :meth:`Processes.stop_if_asked`.
+    """Inside the block a signal waits until :meth:`Processes.stop_if_asked`.
 
     Launchers send a signal to every process, at slightly different times, and twice if it came
-    from a terminal. A process that stopped at once would leave the others waiting. For one
-    process, in other threads than the main one, and where the program has handlers of its own,
-    nothing is changed.
+    from a terminal. A process that stopped at once would leave the others waiting in a collective
+    operation. Nothing changes for a single process, outside the main thread, and where the program
+    has handlers of its own.
     """
     if processes.single or threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def hear(number: int, frame: Any) -> None:
-        processes.heard = number
+    def keep(number: int, frame: Any) -> None:
+        processes.heard = number  # raised where all processes ask, and nowhere in between
 
     own = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # handlers of the program itself stay: it has its own way to stop
     before = {
-        number: signal.signal(number, hear)
+        number: signal.signal(number, keep)
         for number, handler in own.items()
         if handler is signal.default_int_handler or isinstance(handler, RaiseTerminated)
     }

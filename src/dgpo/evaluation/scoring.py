@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from dgpo.distributed.assignment import Assignment
+from dgpo.distributed.lockstep import turns
 from dgpo.distributed.processes import SINGLE, Processes
-from dgpo.distributed.sharding import any_sharded
 from dgpo.evaluation.gathering import each_of_all, whole_of_all
 from dgpo.evaluation.metrics import Interval, Metrics
 from dgpo.models.pipeline.adapter import PipelineModel
@@ -73,7 +73,7 @@ def sample_images(
     prompts: Sequence[Prompt],
     sampling: Sampling,
     seed: int = 0,
-    share: Assignment | None = None,
+    assignment: Assignment | None = None,
 ) -> list[Image.Image]:
     """Make one picture for each prompt row, in order.
 
@@ -85,15 +85,15 @@ def sample_images(
         prompts: all rows.
         sampling: how to sample.
         seed: for rows without a seed of their own.
-        share: which of the rows this process makes; by default all.
+        assignment: which of the rows this process makes; by default all.
     """
-    share = share or Assignment((torch.arange(len(prompts)),), 1)
+    assignment = assignment or Assignment((torch.arange(len(prompts)),), 1)
     images: list[Image.Image] = []
-    for own in share.batches(sampling.batch):
-        if not len(own) and not any_sharded(model.denoisers.values()):
+    for turn in turns(assignment.batches(sampling.batch), model.sharded):
+        if not len(turn.rows):
             continue
-        # a dummy row: with sharded weights every process must make as many passes as the others
-        places = share.mine[own].tolist() if len(own) else [0]
+        # a dummy is made of the first prompt: there may be fewer prompts than processes
+        places = assignment.mine[turn.rows].tolist() if turn.counts else [0]
         rows = [prompts[place] for place in places]
         given = [row.metadata.get("seed") for row in rows]
         seeds = [
@@ -109,7 +109,7 @@ def sample_images(
             generators=[torch.Generator().manual_seed(s) for s in seeds],
         )
         assert rollout.images is not None
-        images += rollout.images if len(own) else []
+        images += rollout.images if turn.counts else []
     return images
 
 
@@ -142,9 +142,9 @@ def evaluate(
     >>> report.n, pictures[0].size
     (2, (32, 32))
     """
-    share = Assignment(processes.split(len(prompts)), 1, processes)
-    images = sample_images(model, prompts, sampling, share=share)
-    return _score(images, prompts, metrics, name, share), images
+    assignment = Assignment(processes.split(len(prompts)), 1, processes)
+    images = sample_images(model, prompts, sampling, assignment=assignment)
+    return _score(images, prompts, metrics, name, assignment), images
 
 
 def score(
@@ -169,11 +169,11 @@ def _score(
     prompts: Sequence[Prompt],
     metrics: Metrics | Sequence[str | Callable],
     name: str,
-    share: Assignment,
+    assignment: Assignment,
 ) -> Report:
     metrics = metrics if isinstance(metrics, Metrics) else Metrics(metrics)
-    each = each_of_all(metrics, images, prompts, share)
-    whole = whole_of_all(metrics, images, prompts, share)
+    each = each_of_all(metrics, images, prompts, assignment)
+    whole = whole_of_all(metrics, images, prompts, assignment)
     tags = [str(row.metadata.get("tag", "all")) for row in prompts]
     found = {
         title: whole[title] if title in whole else stratified_mean(each[title], tags)
@@ -186,7 +186,7 @@ def _score(
         overall=overall.value,
         categories=_by_category(each[first], tags) if first in each else {},
         rewards={title: interval.value for title, interval in found.items()},
-        n=sum(map(len, share.places)),
+        n=sum(map(len, assignment.places)),
         ci95=(overall.low, overall.high),
         intervals={title: (interval.low, interval.high) for title, interval in found.items()},
     )

@@ -1,9 +1,8 @@
-"""How much work the denoisers do, counted where they are run."""
+"""The work of the denoisers, counted where they run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,14 +14,15 @@ COUNTED = ("images", "forwards", "backwards")
 
 
 class Counter:
-    """Totals of a training run, in samples: pictures made, denoiser evaluations, backward passes.
+    """A ``Counter`` adds up a run's pictures, denoiser evaluations and backward passes, in samples.
 
     ``forwards`` adds up the batch sizes of all calls of the denoisers while training: rollouts and
-    training passes, snapshots, and both halves of guidance. ``backwards`` adds up those through
-    which a gradient came back. What runs between two iterations, such as an evaluation, is left
-    out; so is the second forward pass of gradient checkpointing, which runs inside the denoiser.
+    training passes, snapshots, and both halves of guidance. ``backwards`` adds up the batch sizes
+    of the calls through which a gradient came back. What runs between two iterations, such as an
+    evaluation, is left out; so is the second forward pass of gradient checkpointing, which runs
+    inside the denoiser.
 
-    A context manager: it listens to the denoisers inside the block.
+    It is a context manager, and listens to the denoisers inside the block.
 
     Args:
         denoisers: those of the pipeline.
@@ -30,7 +30,7 @@ class Counter:
 
     def __init__(self, denoisers: Iterable[nn.Module]) -> None:
         self.totals: dict[str, int] = dict.fromkeys(COUNTED, 0)
-        """Of the iterations that are done."""
+        """The totals of the iterations that are done."""
         self._denoisers = list(denoisers)
         self._hooks: list[Any] = []
         self._now = dict.fromkeys(COUNTED, 0)
@@ -39,22 +39,21 @@ class Counter:
         self._hooks = [d.register_forward_hook(self._note) for d in self._denoisers]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
     def begin(self) -> None:
-        """An iteration begins: forget what ran since the last one, or in one that was cut off."""
+        """Begin an iteration: forget what ran since the last one, or in one that was cut off."""
         self._now = dict.fromkeys(COUNTED, 0)
 
     def end(self, images: int, processes: Processes = SINGLE) -> dict[str, int]:
-        """An iteration that made so many pictures is done; returns the totals, over all processes.
-        Collective."""
+        """End an iteration that made ``images`` pictures. Collective.
+
+        Returns:
+            The totals of all processes.
+        """
+        # the counts of one iteration: sums of earlier totals would be added once a process
         every = processes.all_gather_object(self._now, "the end of an iteration")
         self._now = {name: sum(one[name] for one in every) for name in COUNTED}
         self._now["images"] = images
@@ -62,12 +61,13 @@ class Counter:
         return self.totals
 
     def _note(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        made = output[0]  # of a tuple, or of an output class of diffusers
+        made = output[0]  # from a tuple, or from an output class of diffusers
         self._now["forwards"] += len(made)
         for part, rows in (
             [(made, len(made))] if isinstance(made, Tensor) else [(m, 1) for m in made]
         ):
             if part.requires_grad:
+                # counted when the gradient comes, as not every pass is followed by a backward
                 part.register_hook(lambda gradient, rows=rows: self._came_back(rows))
 
     def _came_back(self, rows: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dgpo.core.process import Level
-from dgpo.distributed.sharding import any_sharded, plain_class, whole
+from dgpo.distributed.sharding import plain_class, whole
 from dgpo.errors import UserError
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.pipeline.prompt_encoder import Conditioning
@@ -24,17 +24,17 @@ RollingWeights = Literal["policy", "old", "slow"]
 
 
 class Policy:
-    """A pipeline of which a LoRA, or the whole denoiser, is trained.
+    """A ``Policy`` is a pipeline of which a LoRA, or the whole denoiser, is trained.
 
-    The reference is the model as it was: the LoRA switched off, or a frozen copy of the denoiser.
-    ``old`` and ``slow`` are moving averages: the algorithm says when ``old`` moves and how far
-    (policy gradients have none), the recipe's ``ema`` when ``slow`` does.
+    The reference is the model as it was before training: the LoRA switched off, or a frozen copy of
+    the denoiser. ``old`` and ``slow`` are moving averages: the algorithm says when ``old`` moves
+    and how far (policy gradients have none), the recipe's ``ema`` when ``slow`` does.
 
     Args:
         model: the pipeline. All its modules are frozen and put into evaluation mode; only what
             :meth:`parameters` returns is trained.
         lora: rank, alpha, targets and initialisation; None to train the denoiser itself.
-        seed: of the LoRA's initialisation. The global random state is left alone.
+        seed: seeds the LoRA's initialisation. The global random state is left alone.
         snapshot_device: where the copies live; None for beside the weights.
 
     Raises:
@@ -53,14 +53,18 @@ class Policy:
         lora_weights.refuse_adapted(model.denoisers)
         self.model = model
         self.lora = lora
+        # in evaluation mode: with dropout a training pass would not answer as the rollout did
         for module in model.pipe.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
-        if lora is not None:
-            self._layers = lora_weights.attach(model.denoisers, lora, seed)
-        else:
-            self._layers = []
+        self.targets: list[str] = []
+        """How the names of the layers with a LoRA end."""
+        self._layers = []
+        if lora is None:
             _unfreeze(model.denoisers)
+        else:
+            self.targets = lora_weights.resolve_targets(model.denoisers, lora.targets)
+            self._layers = lora_weights.attach(model.denoisers, lora, self.targets, seed)
         self._named = {
             f"{name}.{parameter_name}": parameter
             for name, denoiser in model.denoisers.items()
@@ -72,14 +76,25 @@ class Policy:
         self.slow = Snapshot(trained, snapshot_device)
         self._frozen = Snapshot(trained, snapshot_device) if lora is None else None
 
+    @property
+    def news(self) -> list[str]:
+        """Return what a run says when it starts: the layers that ``lora.targets: auto`` found."""
+        if self.lora is None or self.lora.targets != "auto":
+            return []
+        found = f"a LoRA on {len(self._layers)} layers: {', '.join(self.targets)}"
+        return [f"{found} (lora.targets: auto)"]
+
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained, in a stable order; always float32 or wider."""
+        """Return what is trained, in a stable order; always float32 or wider."""
         return list(self._named.values())
 
     @property
     def _blends(self) -> bool:
-        """Whether the policy's pass may run on merged weights: checkpointed blocks run again at
-        backward, when the weights are apart."""
+        """Return whether the policy's pass may run on merged weights.
+
+        With gradient checkpointing it may not: the blocks run again at backward, after the weights
+        have come apart.
+        """
         again = (
             getattr(d, "is_gradient_checkpointing", False) for d in self.model.denoisers.values()
         )
@@ -93,9 +108,12 @@ class Policy:
         weights: Weights = "policy",
         guidance_scale: float = 1.0,
     ) -> Tensor:
-        """:meth:`PipelineModel.predict` under the policy's, the old or the reference weights.
+        """Call :meth:`PipelineModel.predict` with the policy's, the old or the reference weights.
 
-        Gradients for ``policy`` alone; ``old`` and ``ref`` are evaluated without.
+        Only ``policy`` is evaluated with gradients.
+
+        Raises:
+            ValueError: there are no weights of that name.
         """
         if weights == "policy":
             with lora_weights.blended(self._layers) if self._blends else nullcontext():
@@ -106,6 +124,7 @@ class Policy:
             place = self._placed(self.old)
         else:
             raise ValueError(f"weights must be 'policy', 'old' or 'ref', got {weights!r}")
+        # a graph of the policy's pass keeps its own tensors, as storage is exchanged
         with torch.no_grad(), place:
             return self.model.predict(xt, level, cond, guidance_scale)
 
@@ -113,20 +132,20 @@ class Policy:
     def rolling(self, weights: RollingWeights = "policy") -> Iterator[None]:
         """Put weights in place for rollouts; everything is back, bit for bit, after the block.
 
-        A LoRA is merged into the base weights meanwhile, ``W + scale B A``, so that it costs
-        nothing. In half precision it is not: rounding the sum would lose small updates, and the
-        pictures would come from another model than the one that is trained. Nor is it where the
-        base weights are sharded.
+        Inside the block a LoRA is merged into the base weights, ``W + scale B A``, so that it costs
+        nothing. It is not merged in half precision: rounding the sum would lose small updates, and
+        the pictures would come from another model than the one that is trained. Nor is it merged
+        into base weights that are sharded.
+
+        Raises:
+            ValueError: there are no weights of that name.
         """
-        snapshots = {"policy": None, "old": self.old, "slow": self.slow}
-        if weights not in snapshots:
-            raise ValueError(f"weights must be 'policy', 'old' or 'slow', got {weights!r}")
-        with self._placed(snapshots[weights]):
+        with self._placed(self._snapshot(weights)):
             yield
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """The model as it was before training, for the time of the block."""
+        """Inside the block the model is as it was before training."""
         if self._frozen is not None:
             with self._frozen.swapped():
                 yield
@@ -136,37 +155,45 @@ class Policy:
 
     @contextmanager
     def _placed(self, snapshot: Snapshot | None) -> Iterator[None]:
-        """A snapshot's weights (None: the policy's own), merged where that is exact enough."""
+        """Inside the block a snapshot's weights (None: the policy's own) are in place, merged where
+        that is exact enough."""
         with nullcontext() if snapshot is None else snapshot.swapped():
             if not lora_weights.can_merge(self._layers):
                 yield
                 return
+            # after the exchange: what is merged is the LoRA of the snapshot
             bases, values = lora_weights.merged(self._layers)
             with exchanged(bases, values), lora_weights.disabled(self._layers):
                 yield
 
+    def _snapshot(self, weights: RollingWeights) -> Snapshot | None:
+        snapshots = {"policy": None, "old": self.old, "slow": self.slow}
+        if weights not in snapshots:
+            raise ValueError(f"weights must be 'policy', 'old' or 'slow', got {weights!r}")
+        return snapshots[weights]
+
     @property
     def sharded(self) -> bool:
-        """Whether the weights of the denoiser are spread over processes, all of which must then
-        make the same passes."""
-        return any_sharded(self.model.denoisers.values())
+        """Return whether the weights of the denoiser are spread over the processes, which must then
+        make the same passes (:mod:`dgpo.distributed.lockstep`)."""
+        return self.model.sharded
 
     def save(
         self, directory: str | Path, weights: RollingWeights = "slow", writes: bool = True
     ) -> None:
-        """Write the trained weights as diffusers reads them. Collective if they are sharded, when
-        one process alone ``writes``.
+        """Write the trained weights as diffusers reads them.
 
-        A LoRA is read by ``pipe.load_lora_weights(directory)``, its alpha included (that of a
-        second expert, ``transformer_2``, lies in a folder of that name and is read with
-        ``load_into_transformer_2=True``). A fully trained denoiser is written to
-        ``directory/transformer`` (or ``unet``) and read by the ``from_pretrained`` of its class.
+        Collective if they are sharded: all processes call it, and only one ``writes``.
+
+        ``pipe.load_lora_weights(directory)`` reads a LoRA, its alpha included. The LoRA of a second
+        expert lies in ``directory/transformer_2`` and is read with
+        ``load_into_transformer_2=True``. A fully trained denoiser is written to
+        ``directory/transformer`` (or ``unet``), which ``from_pretrained`` of its class reads.
+
+        Raises:
+            ValueError: there are no weights of that name.
         """
-        snapshots = {"policy": None, "old": self.old, "slow": self.slow}
-        if weights not in snapshots:
-            raise ValueError(f"weights must be 'policy', 'old' or 'slow', got {weights!r}")
-        snapshot = snapshots[weights]
-        folder = Path(directory)
+        snapshot, folder = self._snapshot(weights), Path(directory)
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
         with nullcontext() if snapshot is None else snapshot.swapped():
@@ -180,7 +207,8 @@ class Policy:
                     complete.save_pretrained(folder / name)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Trained weights and moving averages as flat tensors, sharded if the weights are."""
+        """Return the trained weights and their averages by name, sharded as the weights are."""
+        # no copies: who saves them reads them, who loads them writes into them
         state = {f"policy.{name}": p.detach() for name, p in self._named.items()}
         for kind, snapshot in (("old", self.old), ("slow", self.slow)):
             for name, tensor in zip(self._named, snapshot.tensors, strict=True):
@@ -188,10 +216,10 @@ class Policy:
         return state
 
     def refuse_other(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """See that a state's names and shapes are those of this policy.
+        """Refuse a state whose names or shapes are not those of this policy.
 
         Raises:
-            UserError: they are not.
+            UserError: they differ.
         """
         own = self.state_dict()
         wrong = sorted(set(own) ^ set(shapes))
@@ -204,19 +232,22 @@ class Policy:
 
 
 def _complete(denoiser: nn.Module, wanted: bool) -> Any:
-    """A denoiser with all its weights: itself, or one that is made of the pieces. Collective if it
-    is sharded; where it is not ``wanted``, it is not made."""
+    """Return the denoiser itself, or one that is put together from the pieces of all processes.
+
+    Collective if it is sharded. Where it is not ``wanted`` the result is None.
+    """
     kind = plain_class(denoiser)
     if kind is type(denoiser):
         return denoiser
     state: dict[str, Tensor] = {}
     for name, tensor in denoiser.state_dict().items():
+        # every process gathers every tensor, in one order, also where nobody wants it
         gathered = whole(tensor)
         if wanted:
             state[name] = gathered.cpu()
     if not wanted:
         return None
-    with torch.device("meta"):
+    with torch.device("meta"):  # the weights are assigned, so none need be made
         made = kind.from_config(denoiser.config)
     made.load_state_dict(state, assign=True)
     return made

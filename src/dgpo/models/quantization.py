@@ -1,4 +1,4 @@
-"""A frozen base in 8 or 4 bits, by bitsandbytes or torchao, through diffusers' own loading."""
+"""A frozen base in 8 or 4 bits, by bitsandbytes or torchao, with diffusers' own loading."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Quantization = Literal["bitsandbytes_4bit", "bitsandbytes_8bit", "torchao_int8"]
 def quantized(
     place: str | Path, kind: Quantization, dtype: torch.dtype
 ) -> PipelineQuantizationConfig:
-    """What ``from_pretrained`` is given, so that it rounds the denoisers while it loads them.
+    """Return the setting with which ``from_pretrained`` rounds the denoisers while it loads them.
 
     ``bitsandbytes_4bit`` is NF4 with double quantisation (QLoRA, arXiv 2305.14314);
-    ``bitsandbytes_8bit`` is LLM.int8 (arXiv 2208.07339); ``torchao_int8`` keeps weights alone in 8
-    bits.
+    ``bitsandbytes_8bit`` is LLM.int8 (arXiv 2208.07339); ``torchao_int8`` keeps only the weights in
+    8 bits.
 
     Args:
         place: a pipeline's folder or hub id.

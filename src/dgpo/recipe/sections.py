@@ -17,17 +17,6 @@ MOST_STEPS = 10_000
 """The largest number of sampling steps: schedules are held in memory."""
 MOST_PIXELS = 100_000
 """The longest side of a picture in pixels, and the most frames of a video."""
-SD3_ATTENTION = [
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_q_proj",
-    "attn.add_k_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-]
-"""The eight joint-attention projections of Stable Diffusion 3 that the published runs train."""
 
 
 def is_multiple(iteration: int, every: int) -> bool:
@@ -51,6 +40,16 @@ def _sde(value: Any) -> Any:
             f"rollout.sde = {masked(value)!r:.80}: {key}{': ' if key else ''}{first['msg']}; for "
             "example {kind: flow, noise_level: 0.7}"
         ) from error
+
+
+def _auto_or_names(value: Any) -> Any:
+    named = isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
+    if value != "auto" and not (named and value):
+        raise ValueError(
+            f"lora.targets = {masked(value)!r:.80}: use auto, or a list of how layers' names end, "
+            "such as [to_q, to_v]"
+        )
+    return value
 
 
 class PromptSettings(Settings):
@@ -169,8 +168,9 @@ class LoraSettings(Settings):
     rank: int = Field(default=64, ge=1, le=16_384)
     """The rank of the LoRA's matrices; their product is scaled by alpha / rank."""
     alpha: float = Field(default=128, gt=0)
-    targets: list[str] = Field(default=SD3_ATTENTION, min_length=1)
-    """Name endings of the layers that are adapted."""
+    targets: Annotated[Literal["auto"] | list[str], BeforeValidator(_auto_or_names)] = "auto"
+    """How the names of the adapted layers end. ``auto``: the eight joint-attention projections of
+    Stable Diffusion 3 where the denoiser has them all, else its attention's projections."""
     init: Literal["gaussian", "default"] = "gaussian"
     """How the first of each pair of matrices starts: Gaussian, or by peft's default. The second
     starts at 0."""

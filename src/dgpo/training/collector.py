@@ -15,6 +15,7 @@ from torch import Tensor
 from dgpo.algorithms.base import TrajectoryAlgorithm
 from dgpo.core.seeds import seed_for
 from dgpo.distributed.assignment import Assignment
+from dgpo.distributed.lockstep import turns
 from dgpo.distributed.processes import SINGLE, Processes
 from dgpo.errors import UserError
 from dgpo.models.pipeline.adapter import PipelineModel
@@ -255,14 +256,12 @@ class Collector:
         """This process's pictures, batch by batch."""
         parts: list[Rollout] = []
         with self._engine.holding(self._weights(iteration)):
-            for own in asked.assignment.batches(self._recipe.rollout.batch):
-                if not len(own) and not self._policy.sharded:
+            batches = asked.assignment.batches(self._recipe.rollout.batch)
+            for turn in turns(batches, self._policy.sharded):
+                if not len(turn.rows):
                     continue
-                # with weights in pieces, a process without rows samples one for nothing:
-                # the others, which have one batch more, cannot gather weights without it
-                rows = own if len(own) else torch.arange(1)
-                part = self._engine.rollout(self._request(iteration, asked, rows))
-                if len(own):
+                part = self._engine.rollout(self._request(iteration, asked, turn.rows))
+                if turn.counts:
                     parts.append(part)
                     asked.scoring.add(part.images or ())
         rollout = _joined(parts)

@@ -1,5 +1,5 @@
-"""The keyword arguments of a pipeline's call: which are ours, which the user may set, and how
-guidance is switched off."""
+"""The keyword arguments of a pipeline's call: which are dgpo's, which the user may set, and which
+may switch guidance off."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from dgpo.models.pipeline.families import family_of
 from dgpo.reserved import RESERVED, refusal
 
 GUIDER = "guider"
-"""Stands among the arguments of a call for the scale of the pipeline's guiders."""
+"""The name, among the arguments of a call, of the scale of the pipeline's guiders."""
 DENOISERS = ("transformer", "transformer_2", "unet")
 _PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 _NOT_FOR_USERS = {"kwargs", "device", "dtype", "do_classifier_free_guidance"}
 
 
 def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
-    """The networks that a pipeline calls at every step, by the name of their component.
+    """Return the networks that a pipeline calls at every step, by the name of their component.
 
     Raises:
         UserError: the pipeline has none, or lacks a method that sampling and training need.
@@ -45,24 +45,32 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
 
 
 def parameters_of(pipe: Any) -> Mapping[str, inspect.Parameter]:
-    """The parameters of the pipeline's call."""
+    """Return the parameters of the pipeline's call."""
     return inspect.signature(type(pipe).__call__).parameters
 
 
 def needs_picture(pipe: Any) -> bool:
-    """Whether the pipeline cannot do without a picture: it has to be given, or is noised and
-    sampled from. (FLUX.2 and Kontext take one and can do without.)"""
+    """Return whether the pipeline cannot do without a picture, because its call requires one, or
+    noises it and samples from it. (FLUX.2 and Kontext take a picture and can do without.)"""
     parameters = parameters_of(pipe)
     if "image" not in parameters:
         return False
     return parameters["image"].default is inspect.Parameter.empty or "strength" in parameters
 
 
+def no_picture(pipe: Any) -> UserError:
+    """Return the error of a prompt row without the picture that the pipeline needs."""
+    return UserError(
+        f"model: {type(pipe).__name__} starts from a picture: give every prompt row 'image', a "
+        "file (for dgpo check: --image FILE)"
+    )
+
+
 def check_call(pipe: Any, call: Mapping[str, Any]) -> None:
-    """Refuse arguments that dgpo sets itself, and those that the pipeline does not take.
+    """Refuse arguments that dgpo sets itself, and arguments that the pipeline does not take.
 
     Raises:
-        UserError: with the key, and the nearest name that would do.
+        UserError: with the key, and the nearest name that the pipeline takes.
     """
     encode = inspect.signature(type(pipe).encode_prompt).parameters
     valid = sorted({*parameters_of(pipe), *encode} - set(RESERVED) - _NOT_FOR_USERS)
@@ -79,10 +87,10 @@ def check_call(pipe: Any, call: Mapping[str, Any]) -> None:
 
 
 def check_size(made: Any, call: Mapping[str, Any], pipeline: str) -> None:
-    """See that a picture or video has the size that was asked for: some pipelines round it.
+    """Refuse a picture or video of another size than was asked for: some pipelines round it.
 
     Raises:
-        UserError: it has another one.
+        UserError: the size differs.
     """
     size = (
         made.frames.shape[-2:] if isinstance(made, Video) else getattr(made, "size", (0, 0))[::-1]
@@ -96,17 +104,17 @@ def check_size(made: Any, call: Mapping[str, Any], pipeline: str) -> None:
 
 
 def fixed_arguments(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
-    """What every call of the pipeline gets, whatever the prompts and the guidance."""
+    """Return the arguments of every call of the pipeline, whatever the prompts and the guidance."""
     parameters = parameters_of(pipe)
     fixed = {
         name: value
         for name, value in call.items()
-        # a negative prompt reaches the call as an embedding
+        # the negative prompt reaches the call as an embedding
         if name in parameters and not name.startswith("negative_prompt")
     }
     for name in _PER_PROMPT:
         if name in parameters:
-            # rows are expanded by us: with given embeddings many pipelines expand them wrongly
+            # dgpo expands rows: with given embeddings many pipelines expand them wrongly
             fixed[name] = 1
     for name in ("prompt", "negative_prompt"):
         if name in parameters and parameters[name].default is not None:
@@ -115,11 +123,13 @@ def fixed_arguments(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def guidance_off_candidates(pipe: Any) -> list[dict[str, Any]]:
-    """Ways that may switch guidance off, the likeliest first; a probe decides between them.
+    """Return arguments that may switch guidance off, the likeliest first; a probe decides between
+    them.
 
     ``guidance_scale`` means three things among pipelines: classifier-free guidance that is off at
-    1, or at 0, or an input of a distilled denoiser beside which ``true_cfg_scale`` is the guidance.
-    A pipeline with guiders takes no scale: it is theirs, and stands here as :data:`GUIDER`.
+    1; the same, off at 0; or an input of a distilled denoiser, whose guidance is
+    ``true_cfg_scale``. A pipeline with guiders takes no scale: the guiders have it, and it is
+    called :data:`GUIDER` here.
     """
     if guiders_of(pipe):
         return [{GUIDER: 1.0}]
@@ -135,7 +145,8 @@ def guidance_off_candidates(pipe: Any) -> list[dict[str, Any]]:
 
 
 def guiders_of(pipe: Any) -> dict[str, Any]:
-    """The components of a pipeline that hold its guidance, by name (HunyuanVideo 1.5, Motif)."""
+    """Return the components of a pipeline that hold its guidance, by name (HunyuanVideo 1.5,
+    Motif)."""
     parts = getattr(pipe, "components", {})
     return {n: part for n, part in parts.items() if isinstance(part, BaseGuidance)}
 

@@ -1,9 +1,10 @@
 """Prompts of pipelines whose ``encode_prompt`` cannot be asked on its own.
 
-Two kinds: its text encoder looks at the picture as the call has prepared it (Qwen-Image-Edit), or
-every call is given the text: it takes no embeddings (ACE-Step), projects them again (Stable Audio),
-or has them in another layout than a row for each prompt (HiDream, Kandinsky 5). What the second
-kind's ``encode_prompt`` has returned is remembered, so that its encoders run once for a batch.
+There are two kinds. In the first the text encoder looks at the picture as the call has prepared it
+(Qwen-Image-Edit). In the second every call is given the text: it takes no embeddings (ACE-Step),
+projects them again (Stable Audio), or has them in another layout than a row for each prompt
+(HiDream, Kandinsky 5). What ``encode_prompt`` of the second kind returns is remembered, so that its
+encoders run once for a batch.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from dgpo.errors import UserError
-from dgpo.models.pipeline.arguments import fixed_arguments, parameters_of
+from dgpo.models.pipeline.arguments import fixed_arguments, no_picture, parameters_of
+from dgpo.models.pipeline.byte_cache import ByteCache
 from dgpo.models.pipeline.families import family_of
 from dgpo.models.pipeline.probes import Evaluated, replaced
 from dgpo.models.pipeline.prompt_cache import Embedding, PromptCache
@@ -27,7 +28,7 @@ from dgpo.prompts.caption import pictures_of
 
 
 def encoder_of(pipe: Any, call: Mapping[str, Any], disk: PromptCache | None) -> Any:
-    """How the prompts of this pipeline become conditioning."""
+    """Return the encoder that turns the prompts of this pipeline into conditioning."""
     if encodes_itself(pipe):
         return PromptGiver(pipe, call)
     if "image" in inspect.signature(type(pipe).encode_prompt).parameters:
@@ -36,7 +37,7 @@ def encoder_of(pipe: Any, call: Mapping[str, Any], disk: PromptCache | None) -> 
 
 
 def check_text_is_given_once(pipe: Any) -> None:
-    """See that a pipeline can do without its text encoders once all prompts are encoded.
+    """Refuse a pipeline that needs its text encoders after all prompts are encoded.
 
     Raises:
         UserError: it encodes the text at every call.
@@ -49,63 +50,57 @@ def check_text_is_given_once(pipe: Any) -> None:
 
 
 def encodes_itself(pipe: Any) -> bool:
-    """Whether every call of the pipeline is given the text: unless its ``encode_prompt`` returns
-    ``prompt_embeds``, and the call takes them and the masks of text that come with them."""
+    """Return whether every call of the pipeline is given the text.
+
+    It is not where ``encode_prompt`` returns ``prompt_embeds``, and the call takes them and the
+    masks of text that come with them.
+    """
     family, taken = family_of(pipe), parameters_of(pipe)
     if family.encodes_itself:
         return True
     try:
         names = family.encode_names or returned_names(type(pipe).encode_prompt)
-    except UserError:  # nothing can be handed back that has no name; the text always can
+    except UserError:  # what has no name cannot be handed back, while the text always can
         return True
     masks = [name for name in names if name.startswith("prompt") and name.endswith("_mask")]
     return not {"prompt_embeds", *masks} <= set(names) & set(taken)
 
 
 def remembered_encoding(pipe: Any, cache_bytes: int = 2**30) -> dict[str, Any]:
-    """What a pipeline that is given the text is called with: its ``encode_prompt``, which remembers
-    what it has returned for the same arguments. Nothing for the other pipelines.
+    """Return an ``encode_prompt`` that remembers its answers, for a pipeline that is given the
+    text.
 
     Args:
         pipe: the pipeline.
-        cache_bytes: what may be held; what was unused for longest is dropped first.
+        cache_bytes: the memory that answers may take.
+
+    Returns:
+        The attribute to replace while the pipeline is called; none for other pipelines.
     """
     if not encodes_itself(pipe):
         return {}
-    own, known = pipe.encode_prompt, OrderedDict[str, Any]()
+    own, known = pipe.encode_prompt, ByteCache(cache_bytes)
 
     @functools.wraps(own)
     def encode_prompt(*given: Any, **named: Any) -> Any:
         if not _is_plain([*given, *named.values()]):
             return own(*given, **named)
-        key = repr((given, sorted(named.items())))
-        if key not in known:
-            with torch.no_grad():  # no text encoder is trained
-                known[key] = own(*given, **named)
-            while len(known) > 1 and sum(map(_size, known.values())) > cache_bytes:
-                known.popitem(last=False)
-        known.move_to_end(key)
-        return known[key]
+        with torch.no_grad():  # no text encoder is trained
+            key = repr((given, sorted(named.items())))
+            return known.remember(key, lambda: own(*given, **named))
 
     return {"encode_prompt": encode_prompt}
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether the text of a value says all of it, unlike that of a tensor or a picture."""
+    """Return whether ``repr`` tells such values apart, as it does not for tensors and pictures."""
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (str, int, float, torch.device, torch.dtype))
 
 
-def _size(value: Any) -> int:
-    """The bytes of the tensors in a value."""
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    return sum(map(_size, value)) if isinstance(value, (list, tuple)) else 0
-
-
 class PromptGiver:
-    """Hands the texts themselves to the pipeline, which encodes them in its call."""
+    """A ``PromptGiver`` hands the texts themselves to the pipeline, whose call encodes them."""
 
     disk = None
 
@@ -113,7 +108,7 @@ class PromptGiver:
         self._call = {"negative_prompt": family_of(pipe).negative_text, **call}
         self._parameters = parameters_of(pipe)
         self.parameters = inspect.signature(type(pipe).encode_prompt).parameters
-        # further texts, such as lyrics: ACE-Step wants one for each row
+        # other texts, such as lyrics: ACE-Step wants one for each row
         self._texts = [
             name
             for name, parameter in self._parameters.items()
@@ -123,10 +118,10 @@ class PromptGiver:
         ]
 
     def encode(self, prompts: Sequence[str], guidance: bool) -> Conditioning:
-        """The texts of ``prompts``, one row each, and the negative prompt beside each.
+        """Return the texts of ``prompts``, one row each, and the negative prompt beside each.
 
         Raises:
-            UserError: no prompts.
+            UserError: there are no prompts.
         """
         if not prompts:
             raise UserError("no prompts to encode")
@@ -136,14 +131,17 @@ class PromptGiver:
             if isinstance(text, str):
                 given[name] = [text] * len(prompts)
         if guidance and "negative_prompt" in self._parameters:
-            # without one, most of them have an unconditional embedding of their own
+            # given None, most of them use an unconditional embedding of their own
             negative = self._call["negative_prompt"]
             given["negative_prompt"] = None if negative is None else [negative] * len(prompts)
         return Conditioning(given, len(prompts))
 
 
 class PicturePromptEncoder(PromptEncoder):
-    """Encodes a prompt together with its picture, by calling the pipeline as far as that."""
+    """A ``PicturePromptEncoder`` encodes a prompt together with its picture.
+
+    It calls the pipeline and leaves the call when both are encoded.
+    """
 
     def _key(self, prompt: str) -> str:
         digest = hashlib.sha256(str(prompt).encode())
@@ -162,10 +160,8 @@ class PicturePromptEncoder(PromptEncoder):
     def _run(self, prompt: str, guidance: bool) -> Embedding:
         pictures = pictures_of(prompt)
         if "image" not in pictures:
-            raise UserError(
-                f"model: {type(self._pipe).__name__} starts from a picture: give every prompt row "
-                "'image', a file (for dgpo check: --image FILE)"
-            )
+            raise no_picture(self._pipe)
+        # the pipeline prepares the picture for its encoder itself, so its call is made that far
         own, returned = self._pipe.encode_prompt, []
 
         def listening(*given: Any, **named: Any) -> Any:

@@ -8,16 +8,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Family:
-    """Overrides for one pipeline class.
+    """A ``Family`` holds the overrides for one pipeline class.
 
     Args:
-        encode_names: what ``encode_prompt`` returns, where its source does not say it.
-        refusal: why this pipeline cannot be trained; None for those that can.
-        guidance: False where guidance remembers earlier steps, so that it cannot be trained with.
-        encodes_itself: every call is given the text, and encodes it: what ``encode_prompt`` makes
-            cannot be handed back to the call.
-        one_row: a call makes one sample, whatever memory there is.
-        negative_text: given for every row where the recipe has no negative prompt.
+        encode_names: the names of what ``encode_prompt`` returns, if its source does not tell.
+        refusal: why this pipeline cannot be trained; None if it can.
+        guidance: False if guidance remembers earlier steps, so that it cannot be trained with.
+        encodes_itself: whether every call encodes the text, because the embeddings of
+            ``encode_prompt`` cannot be handed back to it.
+        one_row: whether a call makes a single sample.
+        negative_text: the text for every row where the recipe has no negative prompt.
     """
 
     encode_names: tuple[str, ...] | None = None
@@ -29,17 +29,17 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    # guidance with momentum, from step to step
+    # its guidance has momentum from step to step
     "AceStepPipeline": Family(guidance=False),
-    # embeddings that are given are projected once more
+    # its call projects given embeddings once more
     "StableAudioPipeline": Family(encodes_itself=True),
     "QwenImageEditPlusPipeline": Family(one_row=True),
-    # wants the text beside embeddings that are given, and makes a single row of no negative prompt
+    # its call wants the text beside given embeddings, and without a negative prompt makes one row
     "LongCatImagePipeline": Family(encodes_itself=True, negative_text=""),
     "Cosmos2TextToImagePipeline": Family(refusal="its sigmas are those of EDM, not of a flow"),
 }
 
 
 def family_of(pipe: Any) -> Family:
-    """The overrides for the class of ``pipe``, or none."""
+    """Return the overrides for the class of ``pipe``, or none."""
     return FAMILIES.get(type(pipe).__name__, Family())

@@ -1,8 +1,9 @@
-"""Classifier-free guidance of a pipeline: how it is switched off, found out by trying."""
+"""Classifier-free guidance of a pipeline; how it is switched off is found out by trying."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from dgpo.models.pipeline.arguments import (
     guidance_off_candidates,
     guiders_of,
     needs_picture,
+    no_picture,
     parameters_of,
 )
 from dgpo.models.pipeline.families import family_of
@@ -26,12 +28,12 @@ Evaluate = Callable[[torch.Tensor, dict[str, Any]], Any]
 
 
 class Guidance:
-    """The arguments of a pipeline's call that set its guidance.
+    """``Guidance`` finds the arguments of a pipeline's call that set its guidance.
 
     Args:
         pipe: the pipeline.
         denoisers: its networks, whose calls are counted.
-        fixed: what every call is given.
+        fixed: the arguments of every call.
         evaluate: runs the pipeline at one point.
     """
 
@@ -51,12 +53,12 @@ class Guidance:
         self._trainable = family_of(pipe).guidance and alone
 
     def exists(self, cond: Conditioning) -> bool:
-        """Whether guidance can be switched on for this conditioning."""
+        """Return whether guidance can be switched on for this conditioning."""
         possible = cond.guided or "negative_prompt_embeds" not in self._parameters
         return possible and self._trainable and bool(self.off(cond))
 
     def arguments(self, scale: float, cond: Conditioning) -> dict[str, Any]:
-        """Arguments for a scale, of which 1 is none.
+        """Return the arguments that set a scale; 1 is no guidance.
 
         Raises:
             UserError: the pipeline has no guidance, or the negative prompt is missing.
@@ -68,6 +70,7 @@ class Guidance:
                 "trained with it; use 1.0"
             )
         off = self.off(cond)
+        # where guidance is off at 0, a scale of 0 means off, too
         if scale == 1.0 or scale in off.values():
             return off
         if not off:
@@ -80,17 +83,22 @@ class Guidance:
         return dict.fromkeys(off, scale)
 
     def off(self, cond: Conditioning) -> dict[str, Any]:
-        """The arguments that switch guidance off, found at the first call."""
+        """Return the arguments that switch guidance off, found at the first call."""
         if self._off is None:
             self._off = self._find(cond.rows(torch.tensor([0])))
         return self._off
 
     def in_guiders(self, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Arguments of a call without a scale that only guiders take, and the pipeline's guiders
-        with that scale, by name; 1 switches them off, whatever it is that they do."""
+        """Take the scale of guiders out of the arguments of a call.
+
+        Returns:
+            The other arguments, and the pipeline's guiders with that scale, by name. A scale of 1
+            switches them off, whatever it is that they do.
+        """
         if GUIDER not in arguments:
             return arguments, {}
         scale = arguments[GUIDER]
+        # a guider of our own for each scale: the pipeline's stays as the user has set it
         if scale not in self._guiders:
             change = {"enabled": False} if scale == 1.0 else {"guidance_scale": scale}
             guiders = guiders_of(self._pipe).items()
@@ -98,17 +106,14 @@ class Guidance:
         return {n: v for n, v in arguments.items() if n != GUIDER}, self._guiders[scale]
 
     def _find(self, one_row: Conditioning) -> dict[str, Any]:
-        """The first candidate with which one step is one denoiser call of one row a sample."""
+        """Return the first candidate with which a step calls the denoiser once, with one row."""
         embeddings = dict(one_row.kwargs)
         for name, value in one_row.kwargs.items():
             if f"negative_{name}" in self._parameters:
-                # a candidate that leaves guidance on must get as far as the denoiser
+                # so that a candidate that leaves guidance on gets as far as the denoiser
                 embeddings.setdefault(f"negative_{name}", value)
         if needs_picture(self._pipe) and "image" not in embeddings:
-            raise UserError(
-                f"model: {type(self._pipe).__name__} starts from a picture: give every prompt row "
-                "'image', a file (for dgpo check: --image FILE)"
-            )
+            raise no_picture(self._pipe)
         for candidate in guidance_off_candidates(self._pipe):
             arguments = {**self._fixed, **embeddings, **candidate}
             if self._tried(row_groups.one_picture(arguments, self._parameters)) == [1]:
@@ -116,9 +121,9 @@ class Guidance:
         raise UserError(f"model: cannot switch guidance off in {type(self._pipe).__name__}")
 
     def _tried(self, arguments: dict[str, Any]) -> list[int]:
-        """:meth:`_rows`; what the pipeline refuses at its first call is the user's to put right."""
+        """:meth:`_rows`, with an error for the user where the pipeline refuses its first call."""
         meta = any(p.is_meta for d in self._denoisers.values() for p in d.parameters())
-        # without weights (dgpo plan) tensors raise RuntimeError where their numbers are looked at
+        # without weights (dgpo plan) a tensor raises RuntimeError when its numbers are looked at
         refusals = (ValueError,) if meta else (ValueError, RuntimeError)
         try:
             return self._rows(arguments)
@@ -134,24 +139,22 @@ class Guidance:
 
     @torch.no_grad()
     def _rows(self, arguments: dict[str, Any]) -> list[int]:
-        """The batch size of each denoiser call in one step."""
+        """Return the batch size of each denoiser call in one step."""
         rows: list[int] = []
 
         def count(module: nn.Module, inputs: Any, output: Any) -> None:
             rows.append(len(output[0]))
 
-        hooks = [m.register_forward_hook(count) for m in self._denoisers.values()]
-        try:
+        with ExitStack() as hooks:
+            for denoiser in self._denoisers.values():
+                hooks.enter_context(denoiser.register_forward_hook(count))
             self._evaluate(middle_timestep(self._pipe.scheduler), arguments)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return rows
 
 
 def _guides_each_step_alone(guider: Any) -> bool:
-    """Whether a guider has a scale, and what it does at a step depends neither on earlier steps nor
-    on their number."""
+    """Return whether a guider has a scale, and depends neither on earlier steps nor on their
+    number."""
     if "guidance_scale" not in guider.config:
         return False
     for key, value in guider.config.items():

@@ -1,18 +1,14 @@
 """Clean samples of pictures that exist already, in the space in which the pipeline's loop works.
 
-A rollout's clean sample goes through scaling, shift, normalisation by channel and unpacking, each
-pipeline's own, before its VAE decodes it. All of these move and scale single numbers:
-``z_j = a_j x0_p(j) + b_j`` with a permutation p. The pipeline is run on probes whose answers show
-a, b and p, and what its VAE makes of a picture goes the same way back. No pipeline family is
-written out here.
+A pipeline scales, shifts, normalises and unpacks a rollout's clean sample in its own way before its
+VAE decodes it. All of these steps move and scale single numbers: ``z_j = a_j x0_p(j) + b_j`` with a
+permutation p. The pipeline is run on probes whose answers show a, b and p, and what its VAE makes
+of a picture goes the same way back. No pipeline family is written out here.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,14 +19,15 @@ from torch import Tensor
 
 from dgpo.errors import UserError
 from dgpo.models.pipeline.adapter import PipelineModel
-from dgpo.models.pipeline.probes import replaced
+from dgpo.models.pipeline.byte_cache import ByteCache
+from dgpo.models.pipeline.probes import mixed_in, replaced
 
 _STEPS = 2  # with one step Mochi's schedule is empty
-_BASE = 16  # digits that survive half precision
+_BASE = 16  # digits up to 15 survive half precision
 
 
 class _Ending:
-    """Mixed in before a scheduler's class: whatever a step returns is replaced."""
+    """Mixed in before a scheduler's class; replaces the sample that a step returns."""
 
     end: Callable[[Tensor], Tensor]
 
@@ -42,21 +39,16 @@ class _Ending:
         return result
 
 
-@functools.cache
-def _ending_class(scheduler_class: type) -> type:
-    return type(f"EndingOf{scheduler_class.__name__}", (_Ending, scheduler_class), {})
-
-
 class PictureEncoder:
-    """Encodes pictures by the pipeline's own VAE.
+    """A ``PictureEncoder`` encodes pictures with the pipeline's own VAE.
 
-    The latent is the mode of the VAE's distribution, and every picture is encoded alone: what it
-    becomes depends on nothing else.
+    The latent is the mode of the VAE's distribution. Every picture is encoded alone, so that its
+    latent depends on nothing else.
 
     Args:
-        model: of the pipeline, with the arguments of its call (height, width).
-        prompt: any, with a picture if the pipeline starts from one; the probes are made with it.
-        cache_bytes: what is remembered; the pictures unused for longest are dropped first.
+        model: the pipeline, with the arguments of its call (height, width).
+        prompt: any prompt to make the probes with; with a picture if the pipeline starts from one.
+        cache_bytes: the memory that encoded pictures may take.
 
     Raises:
         UserError: the pipeline has no VAE that encodes pictures, makes videos, or decodes by more
@@ -72,42 +64,43 @@ class PictureEncoder:
             self._refuse("it has no VAE that encodes pictures")
         self._vae: Any = vae
         self._cond = model.encode([prompt], guidance=False)
-        self._cache: OrderedDict[Path, Tensor] = OrderedDict()
-        self._room = cache_bytes
+        self._cache = ByteCache(cache_bytes)
         self._learn()
 
     def __call__(self, file: Path) -> Tensor:
-        """The clean sample of a picture's file, remembered: float32, as one row of ``x0``.
+        """Return the clean sample of a file, and remember it: float32, one row of ``x0``.
 
         Raises:
             UserError: the file cannot be read, or the pipeline's samples have another size.
         """
-        if file not in self._cache:
+
+        def read() -> Tensor:
             try:
                 with Image.open(file) as opened:
                     image = opened.convert("RGB")
             except OSError as error:
                 raise UserError(f"{file} is no picture that can be read ({error})") from error
-            made = self._cache[file] = self.encode(image, str(file))
-            self._room -= made.nbytes
-            while self._room < 0 and len(self._cache) > 1:
-                self._room += self._cache.popitem(last=False)[1].nbytes
-        self._cache.move_to_end(file)
-        return self._cache[file]
+            return self.encode(image, str(file))
+
+        return self._cache.remember(file, read)
 
     @torch.no_grad()
     def encode(self, image: Image.Image, what: str = "the picture") -> Tensor:
-        """The clean sample of a picture: float32, as one row of ``x0``.
+        """Return the clean sample of a picture: float32, one row of ``x0``.
+
+        Args:
+            image: the picture.
+            what: its name, for errors.
 
         Raises:
-            UserError: the pipeline's samples have another size; ``what`` is named.
+            UserError: the pipeline's samples have another size.
         """
         pixels = self._processor.preprocess(image, height=image.height, width=image.width)
         if pixels.shape[-2:] != (image.height, image.width):
             taken = f"{pixels.shape[-1]} x {pixels.shape[-2]}"
             raise UserError(
-                f"{what} is {image.width} x {image.height} pixels, of which {self._name} takes "
-                f"only {taken}: give pictures of a size that it makes itself"
+                f"{what} is {image.width} x {image.height} pixels, and {self._name} takes only "
+                f"{taken} of them: give pictures of a size that it makes itself"
             )
         z = self._latent(pixels)
         if z.shape != self._shape:
@@ -120,7 +113,7 @@ class PictureEncoder:
 
     def _latent(self, pixels: Tensor) -> Tensor:
         vae, dtype = self._vae, self._vae.dtype
-        # SDXL's VAE says that it overflows in half precision
+        # SDXL's VAE overflows in half precision, and its config says so
         widened = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
         if widened:
             vae.to(torch.float32)
@@ -130,7 +123,7 @@ class PictureEncoder:
             made = vae.encode(given)
         finally:
             if widened:
-                vae.to(dtype)
+                vae.to(dtype)  # rollouts decode in the pipeline's own precision
         if hasattr(made, "latent_dist"):
             return made.latent_dist.mode()
         return made.latent if hasattr(made, "latent") else made.latents
@@ -150,6 +143,7 @@ class PictureEncoder:
             self._refuse("it makes videos, and the groups hold pictures")
         if shift.numel() != count:
             self._refuse(f"its VAE is given {shift.numel()} numbers of the {count} of a sample")
+        # two answers give a and b: for x0 = 0 and for x0 = 1
         self._shift = shift.flatten()
         self._scale = self._decoded(torch.ones_like).flatten() - self._shift
         if not bool((self._scale.abs() > 1e-8).all()):
@@ -158,7 +152,10 @@ class PictureEncoder:
         self._prove()
 
     def _places(self, count: int) -> Tensor:
-        """p: for each number that the VAE is given, its place in the sample, by its digits."""
+        """p: the place in the sample of each number that the VAE is given.
+
+        Each probe asks for one digit of all places at once.
+        """
         order = torch.arange(count, device=self._shift.device)
         place, weight = torch.zeros_like(order), 1
         while weight < count:
@@ -189,7 +186,7 @@ class PictureEncoder:
 
     @torch.no_grad()
     def _decoded(self, end: Callable[[Tensor], Tensor]) -> Tensor:
-        """What the pipeline hands to its VAE, float32, if its loop ends at ``end``."""
+        """Return what the pipeline hands to its VAE, in float32, if its loop ends with ``end``."""
         seen: list[Tensor] = []
         decode = self._vae.decode
         names = list(inspect.signature(decode).parameters)
@@ -198,8 +195,8 @@ class PictureEncoder:
             seen.append(args[0] if args else kwargs[names[0]])
             return decode(*args, **kwargs)
 
-        scheduler = copy.copy(self._pipe.scheduler)
-        scheduler.__class__ = _ending_class(type(scheduler))
+        # the whole pipeline runs, since what it does after its loop is what is asked for
+        scheduler = mixed_in(_Ending, self._pipe.scheduler)
         scheduler.end = end
         with replaced(self._vae, decode=listening):
             self._model.rollout(

@@ -1,4 +1,4 @@
-"""Two stand-ins inside a pipeline's denoising loop: one that listens, one that stops it.
+"""Two probes inside a pipeline's denoising loop: one listens, one stops it.
 
 A :class:`Recording` wraps the scheduler of a whole rollout. A :class:`StandIn` replaces the
 scheduler for one evaluation of the denoiser: it dictates the timestep, and leaves the loop with
@@ -31,11 +31,8 @@ SECOND_SCHEDULER = (
 
 @contextmanager
 def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
-    """Instance attributes of ``owner`` for the time of the block.
-
-    Written past ``__setattr__``: a pipeline would note every change of its scheduler in its config.
-    """
-    own = vars(owner)
+    """Inside the block ``owner`` has other instance attributes."""
+    own = vars(owner)  # past __setattr__: a pipeline notes every change of a part in its config
     before = {name: own.get(name, _MISSING) for name in attributes}
     own.update(attributes)
     try:
@@ -50,9 +47,15 @@ def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Step:
-    """One scheduler step: its place among the steps, ``sample`` ([B, ...], as the denoiser saw it)
-    at ``level``, what the pipeline made of the denoiser's answer, and the sample that the scheduler
-    returned."""
+    """A ``Step`` is one scheduler step of a rollout.
+
+    Args:
+        index: its place among the steps, from 0.
+        level: the noise level before the step.
+        sample: [B, ...], as the denoiser saw it.
+        output: [B, ...], what the pipeline made of the denoiser's answer.
+        previous: [B, ...], the sample that the scheduler returned.
+    """
 
     index: int
     level: Level
@@ -63,8 +66,11 @@ class Step:
 
 @dataclass
 class Recording:
-    """Listens to ``scheduler.step``: keeps the levels, the last sample, and the tensors of the
-    steps whose places are in ``keep`` (True: of all)."""
+    """A ``Recording`` listens to ``scheduler.step``.
+
+    It keeps all levels, the last sample, and the tensors of the steps whose places are in ``keep``
+    (True for all steps).
+    """
 
     keep: bool | Container[int] = False
     levels: list[Level] = field(default_factory=list)
@@ -73,10 +79,10 @@ class Recording:
     taken: int = 0
 
     def listen(self, scheduler: Any) -> None:
-        """Wrap the ``step`` of this scheduler (a copy of our own, so that it is never undone).
+        """Wrap the ``step`` of a scheduler that nobody else uses; it is never unwrapped.
 
-        The step raises UserError where a copy of the scheduler is stepped, or a sample of another
-        shape than before.
+        The step raises UserError if the pipeline steps a copy of the scheduler, or a sample of
+        another shape than before.
         """
         original = scheduler.step
         scale = getattr(scheduler, "scale_model_input", None)
@@ -101,7 +107,7 @@ class Recording:
             result = original(model_output, timestep, sample, *args, **kwargs)
             previous = result[0] if isinstance(result, tuple) else result.prev_sample
             level = level_of_last_step(scheduler, timestep)
-            # solvers of second order visit a level twice; a schedule names it once
+            # a solver of second order visits a level twice, which the schedule names once
             if not self.levels or not _same(self.levels[-1], level):
                 self.levels.append(level)
             if kept:
@@ -110,7 +116,7 @@ class Recording:
             self.last = previous
             return result
 
-        # a method, not a function: a pipeline's deep copy of the scheduler has it as its own
+        # a method: in a pipeline's deep copy of the scheduler it is bound to the copy, and tells
         scheduler.step = types.MethodType(step, scheduler)
 
 
@@ -119,12 +125,15 @@ def _same(a: Level, b: Level) -> bool:
 
 
 class Evaluated(Exception):
-    """Leaves a pipeline's loop once the denoiser has answered; never seen outside this package."""
+    """``Evaluated`` leaves a pipeline's loop once the denoiser has answered."""
 
 
 class StandIn:
-    """What a scheduler becomes for one evaluation; mixed in before the scheduler's own class, so
-    that a pipeline which asks for the class of its scheduler gets the same answer."""
+    """A ``StandIn`` is a scheduler that stops a pipeline's loop at its first step.
+
+    It is mixed in before the scheduler's own class, so that a pipeline which asks for the class of
+    its scheduler gets the same answer.
+    """
 
     point: Tensor  # [1], the timestep to evaluate at
     answer: Tensor | None
@@ -138,34 +147,43 @@ class StandIn:
         mu: Any = None,
         **_: Any,
     ) -> None:
-        # the one level over and over: it is there however many first steps a pipeline leaves out
+        """Set one level over and over: the level of the evaluation."""
+        # however many first steps a pipeline leaves out, the next one is at this level
         count = num_inference_steps or len(sigmas if sigmas is not None else timesteps)
         repeated = self.point.repeat(count * getattr(self, "order", 1))
         self.timesteps = repeated if device is None else repeated.to(device)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """Return the sample as it is: a recorded one is scaled already."""
         return sample
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        pass
+        """Do nothing: all steps are at one level."""
 
     def step(self, model_output: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Keep what the pipeline hands over, and leave its loop."""
         self.answer = model_output
         raise Evaluated
 
     def __deepcopy__(self, memo: Any) -> Any:
-        raise UserError(SECOND_SCHEDULER)  # what else would a pipeline copy it for
+        raise UserError(SECOND_SCHEDULER)  # a pipeline copies it to step a second sample
+
+
+def mixed_in(mixin: type, scheduler: Any) -> Any:
+    """Return a copy of a scheduler whose class has ``mixin`` before the scheduler's own class."""
+    made = copy.copy(scheduler)
+    made.__class__ = _mixed_class(mixin, type(scheduler))
+    return made
 
 
 @functools.cache
-def _stand_in_class(scheduler_class: type) -> type:
-    return type(f"StandInFor{scheduler_class.__name__}", (StandIn, scheduler_class), {})
+def _mixed_class(mixin: type, scheduler_class: type) -> type:
+    return type(f"{mixin.__name__}Of{scheduler_class.__name__}", (mixin, scheduler_class), {})
 
 
 def stand_in_for(scheduler: Any) -> Any:
-    """A scheduler that looks like ``scheduler`` and stops the loop at its first step."""
-    made = copy.copy(scheduler)
-    made.__class__ = _stand_in_class(type(scheduler))
+    """Return a scheduler that looks like ``scheduler`` and stops the loop at its first step."""
+    made = mixed_in(StandIn, scheduler)
     made.num_inference_steps = 1
     made.answer = None
     made.sigmas = torch.zeros(2)
@@ -173,7 +191,7 @@ def stand_in_for(scheduler: Any) -> Any:
 
 
 def given_latents(prepare: Callable[..., Any], xt: Tensor) -> Callable[..., Any]:
-    """``prepare_latents`` that returns ``xt``, and beside it whatever the pipeline's own does."""
+    """Return a ``prepare_latents`` that returns ``xt`` in place of the pipeline's own latents."""
 
     def prepare_latents(*args: Any, **kwargs: Any) -> Any:
         made = prepare(*args, **kwargs)

@@ -1,8 +1,8 @@
-"""Prompt embeddings on disk, so that each prompt is encoded once in the life of a folder.
+"""Prompt embeddings on disk: each prompt is encoded once in the life of a folder.
 
-A file is named by a hash of what its embedding depends on: the weights of the text encoders, the
-vocabularies, the versions of the libraries that run them, the arguments of ``encode_prompt``, and
-the prompt. Another model or prompt is another file; nothing has to be declared stale.
+The name of a file is a hash of all that its embedding depends on: the weights of the text encoders,
+the vocabularies, the versions of the libraries that run them, the arguments of ``encode_prompt``,
+and the prompt. Another model or prompt has another file, so no file is ever stale.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _NOT_ENCODERS = ("transformer", "transformer_2", "unet", "vae", "vocoder")
 
 
 class PromptCache:
-    """Embeddings as safetensors files in a folder.
+    """A ``PromptCache`` keeps embeddings as safetensors files in a folder.
 
     Args:
-        folder: is made where it is missing; several runs and models may share it.
-        pipe: whose text encoders are fingerprinted now, before anything frees them.
+        folder: made if it is missing; several runs and models may share it.
+        pipe: its text encoders are fingerprinted now, before anything frees them.
 
     Raises:
         UserError: ``folder`` cannot be made.
@@ -45,17 +45,17 @@ class PromptCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"memory.prompt_cache = {str(folder)!r}: no folder can be made there "
+                f"memory.prompt_cache = {str(folder)!r}: the folder cannot be made "
                 f"({error.strerror})"
             ) from error
         self._model = encoder_fingerprint(pipe)
 
     def file(self, prompt: str, arguments: Mapping[str, Any]) -> Path:
-        """Where the embedding of a prompt is, or would be.
+        """Return the file that holds the embedding of a prompt, or would.
 
         Args:
             prompt: the text.
-            arguments: of ``encode_prompt``, whatever they are.
+            arguments: all arguments of ``encode_prompt``.
         """
         known = {name: value for name, value in arguments.items() if name != "device"}
         key = json.dumps([self._model, prompt, known], sort_keys=True, default=repr)
@@ -63,7 +63,7 @@ class PromptCache:
         return self.folder / digest[:2] / f"{digest}.safetensors"
 
     def load(self, file: Path, device: torch.device | str) -> Embedding | None:
-        """What :meth:`save` wrote, bit for bit; None where there is no file or it is not whole."""
+        """Return what :meth:`save` wrote, bit for bit; None if the file is missing or damaged."""
         try:
             with safe_open(str(file), "pt", device=str(device)) as stored:
                 layout = json.loads((stored.metadata() or {})["layout"])
@@ -72,10 +72,10 @@ class PromptCache:
                     for name, parts in layout.items()
                 }
         except (OSError, SafetensorError, KeyError, ValueError):
-            return None  # it is encoded, and written, again
+            return None  # the prompt is encoded and written again
 
     def save(self, file: Path, embedding: Embedding) -> None:
-        """Write an embedding; a stop in between leaves no file that has its name."""
+        """Write an embedding. A stop in between leaves no file of its name."""
         layout: dict[str, int | None] = {}
         tensors: dict[str, Tensor] = {}
         for name, value in embedding.items():
@@ -84,15 +84,16 @@ class PromptCache:
             if isinstance(value, list):
                 layout[name] = len(value)
             tensors |= {f"{name}.{place}": part for place, part in enumerate(parts)}
-        # cloned: two names may share memory, which the format refuses
+        # cloned: the format refuses names that share memory, as two embeddings may
         plain = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         file.parent.mkdir(exist_ok=True)
+        # under a name of this process until it is whole: several runs may write the same prompt
         unfinished = file.with_suffix(f".{os.getpid()}.tmp")
         save_file(plain, unfinished, metadata={"layout": json.dumps(layout)})
         unfinished.replace(file)
 
 
-_WHOLE = -1  # one tensor, and no list
+_WHOLE = -1  # a single tensor, no list of them
 
 
 def _unpacked(stored: Any, name: str, parts: int) -> Any:
@@ -102,10 +103,10 @@ def _unpacked(stored: Any, name: str, parts: int) -> Any:
 
 
 def encoder_fingerprint(pipe: Any) -> str:
-    """A short text that is the same for equal text encoders and tokenizers, and for no others.
+    """Return a short text that is equal only for pipelines that encode prompts in the same way.
 
-    Every network but the denoisers and the decoders counts, in the precision that it has; so do
-    the versions of diffusers and transformers, whose code makes an embedding of their answers.
+    It depends on the tokenizers, on the weights and precision of every network but the denoisers
+    and the decoders, and on the versions of diffusers and transformers, whose code runs them.
     """
     parts = {n: c for n, c in pipe.components.items() if n not in _NOT_ENCODERS}
     networks = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}

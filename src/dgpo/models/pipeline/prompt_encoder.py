@@ -1,6 +1,6 @@
-"""Prompt embeddings: each distinct prompt is encoded once, by the pipeline's own ``encode_prompt``.
+"""Prompt embeddings: the pipeline's own ``encode_prompt`` encodes each distinct prompt once.
 
-The names of what ``encode_prompt`` returns are read from its return statement, and those that the
+The names of what ``encode_prompt`` returns are read from its return statement. Those that the
 pipeline's call takes become keyword arguments of the call. No pipeline family is written out here.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,28 +17,33 @@ import torch
 from torch import Tensor
 
 from dgpo.errors import UserError
+from dgpo.models.pipeline.arguments import parameters_of
+from dgpo.models.pipeline.byte_cache import ByteCache
 from dgpo.models.pipeline.families import family_of
 from dgpo.models.pipeline.prompt_cache import Embedding, PromptCache
 
 CACHE_BYTES = 4 * 2**30
-"""What embeddings may take in memory, on the denoiser's device."""
+"""The memory that embeddings may take on the denoiser's device."""
 _NEGATIVE = "negative_"
 _WHICH = "text_encoder_index"
 
 
 class Ragged(list[Tensor]):
-    """Rows of different length, ``[1, L, ...]`` each, that cannot be padded: the pipeline takes no
-    mask for them. A call is given rows of one length (:mod:`dgpo.models.pipeline.row_groups`)."""
+    """``Ragged`` rows, ``[1, L, ...]`` each, differ in length and cannot be padded.
+
+    The pipeline takes no mask for them, so a call is given rows of one length
+    (:mod:`dgpo.models.pipeline.row_groups`).
+    """
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the pipeline is told about ``size`` pictures, as keyword arguments of its call.
+    """``Conditioning`` is what the pipeline is told about ``size`` pictures.
 
     Args:
-        kwargs: tensors with one row a picture, or lists with one entry a picture, or None;
-            :class:`Ragged` where lengths differ and there is no mask.
-        size: number of pictures.
+        kwargs: keyword arguments of its call: tensors with one row a picture, lists with one entry
+            a picture, or None; :class:`Ragged` where lengths differ and there is no mask.
+        size: the number of pictures.
     """
 
     kwargs: Mapping[str, Any]
@@ -47,26 +51,26 @@ class Conditioning:
 
     @property
     def guided(self) -> bool:
-        """Whether the embeddings of the negative prompt are here, as guidance needs them."""
+        """Return whether it holds the embeddings of the negative prompt, which guidance needs."""
         return any(name.startswith(_NEGATIVE) for name in self.kwargs)
 
     @property
     def ragged(self) -> bool:
-        """Whether the rows need calls of their own, by the length of their prompts."""
+        """Return whether prompts of different length need calls of their own."""
         return any(isinstance(value, Ragged) for value in self.kwargs.values())
 
     def rows(self, index: Tensor) -> Conditioning:
-        """The conditioning of some pictures, in the order of ``index`` (integers, [n])."""
+        """Return the conditioning of some pictures, in the order of ``index`` (integers, [n])."""
         chosen = index.tolist()
         taken = {name: _take(value, index, chosen) for name, value in self.kwargs.items()}
         return Conditioning(taken, len(chosen))
 
     def repeat(self, times: int) -> Conditioning:
-        """Every row ``times`` times in succession: the members of a group stay together."""
+        """Return every row ``times`` times in succession: members of a group stay together."""
         return self.rows(torch.arange(self.size).repeat_interleave(times))
 
     def call_kwargs(self, guidance: bool) -> dict[str, Any]:
-        """Keyword arguments for one call; the negative prompt only where it is used."""
+        """Return keyword arguments for one call; the negative prompt only where it is used."""
         if guidance:
             return dict(self.kwargs)
         return {k: v for k, v in self.kwargs.items() if not k.startswith(_NEGATIVE)}
@@ -83,20 +87,20 @@ def _take(value: Any, index: Tensor, chosen: list[int]) -> Any:
 
 
 def _together(rows: Sequence[Tensor]) -> Tensor | Ragged:
-    """Rows [1, L, ...] as one tensor, if they have one length."""
+    """Return rows [1, L, ...] as one tensor if they have one length."""
     alike = all(row.shape == rows[0].shape for row in rows)
     return torch.cat(list(rows)) if alike else Ragged(rows)
 
 
 class PromptEncoder:
-    """Encodes prompts through the pipeline and remembers them.
+    """A ``PromptEncoder`` encodes prompts through the pipeline and remembers them.
 
     Args:
         pipe: a diffusers pipeline.
         call: the user's extra arguments of the pipeline's call. Those that ``encode_prompt`` takes
-            too reach it (``max_sequence_length``, ``clip_skip``, ``negative_prompt`` ...).
-        cache_bytes: what may be held in memory; the prompts unused for longest are dropped first.
-        disk: where embeddings are kept beside that; None: nowhere.
+            reach it too (``max_sequence_length``, ``clip_skip``, ``negative_prompt`` ...).
+        cache_bytes: the memory that embeddings may take.
+        disk: keeps embeddings in files as well; None for memory only.
     """
 
     def __init__(
@@ -109,22 +113,21 @@ class PromptEncoder:
         self._pipe = pipe
         self.disk = disk
         self._call = dict(call)
-        self._cache: OrderedDict[str, Embedding] = OrderedDict()
-        self._cache_bytes = cache_bytes
-        self._used = 0
+        self._cache = ByteCache(cache_bytes)
         self._negative: Embedding | None = None
-        self._call_parameters = inspect.signature(type(pipe).__call__).parameters
+        self._call_parameters = parameters_of(pipe)
         self.parameters = inspect.signature(type(pipe).encode_prompt).parameters
         self._names = family_of(pipe).encode_names or returned_names(type(pipe).encode_prompt)
 
     def encode(self, prompts: Sequence[str], guidance: bool) -> Conditioning:
-        """The conditioning of ``prompts``, one row each (equal prompts share one encoding).
+        """Return the conditioning of ``prompts``, one row each; equal prompts share one encoding.
 
         Raises:
-            UserError: no prompts.
+            UserError: there are no prompts.
         """
         if not prompts:
             raise UserError("no prompts to encode")
+        # one by one, not as a batch: padding beside a longer prompt may change an embedding's bits
         keys = [self._key(prompt) for prompt in prompts]
         distinct = dict(zip(keys, prompts, strict=True))
         rows = [self._row(prompt, guidance) for prompt in distinct.values()]
@@ -133,27 +136,18 @@ class PromptEncoder:
         return Conditioning(_join(rows), len(rows)).rows(index)
 
     def _key(self, prompt: str) -> str:
-        """The same for prompts that have the same embedding."""
+        """Return a text that is equal for prompts with equal embeddings."""
         return str(prompt)
 
     def _row(self, prompt: str, guidance: bool) -> Embedding:
-        """The embedding of one prompt; with ``guidance`` that of the negative prompt, too."""
+        """Return the embedding of one prompt; with ``guidance`` the negative prompt's as well."""
         return {**self._positive(prompt), **(self._negative_embedding() if guidance else {})}
 
     def _positive(self, prompt: str) -> Embedding:
-        key = self._key(prompt)
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
-        embedding = self._made(prompt, guidance=False)
-        self._cache[key] = embedding
-        self._used += _bytes(embedding)
-        while self._used > self._cache_bytes and len(self._cache) > 1:
-            self._used -= _bytes(self._cache.popitem(last=False)[1])
-        return embedding
+        return self._cache.remember(self._key(prompt), lambda: self._made(prompt, guidance=False))
 
     def _negative_embedding(self) -> Embedding:
-        """The negative prompt, as the pipeline encodes it (some zero it, some give it a mask)."""
+        """Return the negative prompt as the pipeline encodes it: some zero it, some mask it."""
         if self._negative is None:
             found: Embedding = {}
             if "do_classifier_free_guidance" in self.parameters:
@@ -166,7 +160,7 @@ class PromptEncoder:
         return self._negative
 
     def _made(self, prompt: str, guidance: bool) -> Embedding:
-        """An embedding from the disk, or made and written there."""
+        """Return an embedding from the disk; or a new one, which is written there."""
         if self.disk is None:
             return self._run(prompt, guidance)
         file = self.disk.file(self._key(prompt), self._arguments(prompt, guidance))
@@ -177,7 +171,7 @@ class PromptEncoder:
         return found
 
     def _arguments(self, prompt: str, guidance: bool) -> dict[str, Any]:
-        """The keyword arguments of ``encode_prompt``."""
+        """Return the keyword arguments of ``encode_prompt``."""
         arguments: dict[str, Any] = {}
         for name in self.parameters:
             if name in ("self", "kwargs", "dtype", "prompt_embeds") or name.endswith("_embeds"):
@@ -202,7 +196,7 @@ class PromptEncoder:
         arguments = self._arguments(prompt, guidance)
         named = self._named(self._pipe.encode_prompt(**arguments))
         if _WHICH in self.parameters:
-            # encoders that are asked one by one; the call's names for the second end in _2
+            # the encoders are asked one by one; the call's names for the second end in _2
             second = self._named(self._pipe.encode_prompt(**{**arguments, _WHICH: 1}))
             named |= {f"{name}_2": value for name, value in second.items()}
         return {
@@ -213,15 +207,16 @@ class PromptEncoder:
         }
 
     def _named(self, returned: Any) -> Embedding:
+        # strict: a source that was read wrongly must not shift the names
         values = returned if isinstance(returned, tuple) else (returned,)
         return dict(zip(self._names, values, strict=True))
 
 
 def returned_names(function: Any) -> tuple[str, ...]:
-    """The names in the last return statement of ``function``, e.g. of ``encode_prompt``.
+    """Return the names in the last return statement of a function such as ``encode_prompt``.
 
     Raises:
-        UserError: the source cannot be read, or it returns something else than names.
+        UserError: the source cannot be read, or something else than names is returned.
     """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -237,7 +232,8 @@ def returned_names(function: Any) -> tuple[str, ...]:
 
 
 def _plain(node: ast.expr | None) -> ast.expr | None:
-    """What is returned, without the condition under which it is, or the device to which it goes."""
+    """Return what is returned, without its condition (``x if y else None``) or device
+    (``x.to(y)``)."""
     if isinstance(node, ast.IfExp):
         return _plain(node.body)
     match node:
@@ -246,16 +242,9 @@ def _plain(node: ast.expr | None) -> ast.expr | None:
     return node
 
 
-def _bytes(embedding: Embedding) -> int:
-    tensors: list[Tensor] = []
-    for value in embedding.values():
-        tensors.extend(v for v in (value if isinstance(value, list) else [value]) if v is not None)
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
 def _join(rows: list[Embedding]) -> dict[str, Any]:
-    """Rows of one prompt each, as keyword arguments for all of them: padded to the longest where
-    there is a mask that says so."""
+    """Return rows of one prompt each as keyword arguments for all of them, padded to the longest
+    where a mask says what is padding."""
     joined: dict[str, Any] = {}
     masked = {_masked_by(name, row) for row in rows for name in row if name.endswith("_mask")}
     for name in {key: None for row in rows for key in row}:
@@ -270,19 +259,23 @@ def _join(rows: list[Embedding]) -> dict[str, Any]:
 
 
 def _masked_by(mask: str, row: Embedding) -> str:
-    """``prompt_embeds_mask``, ``prompt_attention_mask`` and a bare ``attention_mask`` all belong to
-    ``prompt_embeds``."""
+    """Return the name of the embedding that a mask belongs to.
+
+    ``prompt_embeds_mask``, ``prompt_attention_mask`` and a bare ``attention_mask`` all belong to
+    ``prompt_embeds``.
+    """
     stem = mask.removesuffix("_mask").removesuffix("attention").removesuffix("_")
     return next(n for n in (stem, f"{stem}_embeds", "prompt_embeds") if n in row)
 
 
 def _join_masks(masks: list[Tensor | None], embeddings: list[Tensor]) -> Tensor | None:
     longest = max(e.shape[1] for e in embeddings)
+    # no mask was given, and none is needed: no row is padded
     if all(m is None for m in masks) and all(e.shape[1] == longest for e in embeddings):
         return None
     given = [m for m in masks if m is not None]
     if len({m.shape for m in given}) == 1 and len(given) == len(masks):
-        return torch.cat(given)  # as they are: AuraFlow's masks are as wide as its embeddings
+        return torch.cat(given)  # AuraFlow's masks are as wide as its embeddings, not one a token
     filled = [
         m if m is not None else torch.ones(e.shape[:2], dtype=torch.long, device=e.device)
         for m, e in zip(masks, embeddings, strict=True)

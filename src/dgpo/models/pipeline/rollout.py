@@ -1,4 +1,4 @@
-"""What one call of a pipeline made."""
+"""What one call of a pipeline makes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dgpo.models.pipeline.probes import Step
 
 @dataclass(frozen=True)
 class Rollout:
-    """Pictures and what training needs to know about how they came to be.
+    """A ``Rollout`` holds pictures, and what training needs to know about how they were made.
 
     Args:
         x0: [B, ...], the last sample that the scheduler returned, in the denoiser's input space.
-        images: B pictures, :class:`~dgpo.media.Video` or :class:`~dgpo.media.Sound`; None if not
-            decoded.
+        images: B pictures, :class:`~dgpo.media.Video` or :class:`~dgpo.media.Sound`; None if they
+            were not decoded.
         levels: the noise levels of the schedule, from noise to data, each once.
-        steps: the scheduler steps that were asked for, with their tensors.
+        steps: the scheduler steps that were recorded, with their tensors.
     """
 
     x0: Tensor

@@ -1,14 +1,13 @@
-"""Rows that cannot share a call of the pipeline: a call for each part that can.
+"""Rows that cannot share a call of the pipeline are parted into groups that can.
 
 Pipelines disagree about a list of different pictures: some take the size of the first for all, some
 repeat all of them for every row. And embeddings of different length fit into one tensor only where
-a mask says which part of it is padding.
+a mask says what is padding.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dgpo.errors import UserError
+from dgpo.models.pipeline.arguments import parameters_of
 from dgpo.models.pipeline.probes import replaced
 from dgpo.models.pipeline.prompt_encoder import Conditioning, Ragged
 from dgpo.models.pipeline.rollout import Rollout
@@ -29,10 +29,10 @@ _ARGUMENTS = {"image": "image", "mask": "mask_image"}
 def with_pictures(
     cond: Conditioning, texts: Sequence[str], parameters: Mapping[str, Any]
 ) -> Conditioning:
-    """``cond`` and, where the pipeline's call takes them, the pictures that the texts carry.
+    """Add the pictures that the texts carry to ``cond``, where the pipeline's call takes them.
 
     Raises:
-        UserError: some of the texts have a picture and some have none.
+        UserError: only some of the texts have a picture.
     """
     pictures = [pictures_of(text) for text in texts]
     added = dict(cond.kwargs)
@@ -49,16 +49,21 @@ def with_pictures(
 
 
 def pictures_for(pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
-    """Arguments of a call of the pipeline for the pictures of texts that share them."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    given = with_pictures(Conditioning({}, len(texts)), texts, parameters)
+    """Return the arguments of a call of the pipeline for the pictures that all texts share."""
+    given = with_pictures(Conditioning({}, len(texts)), texts, parameters_of(pipe))
     return {name: value[0] for name, value in given.kwargs.items()}
 
 
 def parts(cond: Conditioning, one_row: bool = False) -> list[Tensor]:
-    """The rows that share their pictures, and the length of their prompts where it matters: [n] for
-    each part, together every row once. Rows that are given as text share that, too: beside a longer
-    text they would be padded. With ``one_row`` every row is a part."""
+    """Return the rows that can share a call: [n] for each part, in which every row is once.
+
+    Rows of a part share their pictures, and the length of their prompts where it matters. Rows that
+    are given as text share the text: beside a longer one they would be padded.
+
+    Args:
+        cond: the conditioning of all rows.
+        one_row: whether every row needs a call of its own.
+    """
     if one_row:
         return list(torch.arange(cond.size).split(1))
     lists = [cond.kwargs[name] for name in _ARGUMENTS.values() if name in cond.kwargs]
@@ -67,14 +72,18 @@ def parts(cond: Conditioning, one_row: bool = False) -> list[Tensor]:
     found: dict[tuple[Any, ...], list[int]] = {}
     for row in range(cond.size):
         shapes = (given[row].shape for given in ragged)
+        # by identity: the members of a group hold one picture, and comparing pixels is slow
         shared = (texts[row], *(id(given[row]) for given in lists), *shapes)
         found.setdefault(shared, []).append(row)
     return [torch.tensor(rows) for rows in found.values()]
 
 
 def one_picture(arguments: dict[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a call whose rows share their pictures: given once, but to a pipeline that
-    noises its picture (it has a ``strength``) once for each row, as each is noised on its own."""
+    """Return the arguments of a call whose rows share their pictures: each picture is given once.
+
+    A pipeline that noises its picture (it has a ``strength``) is given one for each row, because it
+    noises each on its own.
+    """
     if "strength" in parameters:
         return arguments
     shared = {n: arguments[n][0] for n in _ARGUMENTS.values() if isinstance(arguments.get(n), list)}
@@ -82,15 +91,16 @@ def one_picture(arguments: dict[str, Any], parameters: Mapping[str, Any]) -> dic
 
 
 def check_sizes(texts: Sequence[str], shape_of: Callable[[str], tuple[int, ...]]) -> None:
-    """See that pictures of different size lead to samples of one size, as a batch needs it; one
-    picture of every size is tried.
+    """Refuse pictures that lead to samples of different size, which no batch can hold.
+
+    One picture of every size is tried.
 
     Args:
-        texts: of all prompt rows.
-        shape_of: the shape of the sample that one of them leads to.
+        texts: the texts of all prompt rows.
+        shape_of: gives the shape of the sample that a text leads to.
 
     Raises:
-        UserError: they do not.
+        UserError: the shapes differ.
     """
     first: dict[tuple[int, int], str] = {}
     for text in texts:
@@ -98,6 +108,7 @@ def check_sizes(texts: Sequence[str], shape_of: Callable[[str], tuple[int, ...]]
             first.setdefault(text.size_of("image"), text)
     if len(first) < 2:
         return
+    # the size of a picture decides, so one of each size is enough
     (one, text), *others = first.items()
     shape = shape_of(text)
     for other, text in others:
@@ -111,10 +122,14 @@ def check_sizes(texts: Sequence[str], shape_of: Callable[[str], tuple[int, ...]]
 
 @contextmanager
 def steady_encoding(pipe: Any, parameters: Mapping[str, Any]) -> Iterator[None]:
-    """Inside the block a pipeline that looks at a picture at every step, to edit it, to set it
-    moving or to paint in a mask, sees it the same at every call: as the mode of the VAE's
-    distribution, of which it would draw. Random numbers are drawn as ever. (One that noises its
-    picture and looks at it no more keeps its draw.)"""
+    """Inside the block every call of the pipeline sees its picture in the same way.
+
+    A pipeline that edits a picture, animates it or paints in a mask looks at it at every step. It
+    would draw the latent from the VAE's distribution at each call, and a training pass would see
+    another picture than the rollout; it is given the mode instead. Random numbers are drawn as
+    before, so that those that follow stay the same. A pipeline that noises its picture and then
+    looks no more at it keeps its draw.
+    """
     looks = {"mask_image", "control_image"} & set(parameters)
     looks = looks or ("image" in parameters and "strength" not in parameters)
     own = getattr(getattr(pipe, "vae", None), "encode", None)
@@ -129,7 +144,7 @@ def steady_encoding(pipe: Any, parameters: Mapping[str, Any]) -> Iterator[None]:
             draw = spread.sample
 
             def mode(generator: Any = None) -> Tensor:
-                draw(generator)
+                draw(generator)  # moves the generator on
                 return spread.mode()
 
             spread.sample = mode
@@ -140,8 +155,11 @@ def steady_encoding(pipe: Any, parameters: Mapping[str, Any]) -> Iterator[None]:
 
 
 def for_rows(scheduler: Any, rows: Tensor) -> Any:
-    """The sampler for some rows: one that adds noise has a seed for each (and refuses to run with
-    too few)."""
+    """Return the sampler for some of the rows.
+
+    One that adds noise holds a seed for each row; with too few it is left as it is, and refuses to
+    run.
+    """
     seeds = getattr(scheduler, "seeds", ())
     if len(seeds) <= int(rows.max()):
         return scheduler
@@ -151,10 +169,10 @@ def for_rows(scheduler: Any, rows: Tensor) -> Any:
 
 
 def in_order(made: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
-    """What was made of the parts, row by row as they were before.
+    """Put together what was made of the parts, in the order of the rows.
 
     Raises:
-        UserError: parts of different size.
+        UserError: the parts have different sizes.
     """
     if len({tuple(part.shape[1:]) for part in made}) > 1:
         raise UserError(
@@ -165,11 +183,16 @@ def in_order(made: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
 
 
 def joined(made: Sequence[Rollout], rows: Sequence[Tensor]) -> Rollout:
-    """The rollouts of parts as one, row by row as they were before."""
+    """Put the rollouts of parts together, in the order of the rows.
+
+    Raises:
+        UserError: the parts have different sizes or noise levels.
+    """
     first = made[0]
     if len(made) == 1:
         return first
     x0 = in_order([part.x0 for part in made], rows)
+    # some pipelines shift their schedule by the size of the sample
     schedules = {tuple((float(v.timestep), v.sigma) for v in part.levels) for part in made}
     if len(schedules) > 1:
         raise UserError(
@@ -185,4 +208,4 @@ def joined(made: Sequence[Rollout], rows: Sequence[Tensor]) -> Rollout:
         replace(same[0], **{n: in_order([getattr(s, n) for s in same], rows) for n in tensors})
         for same in zip(*(part.steps for part in made), strict=True)
     ]
-    return type(first)(x0, images, first.levels, steps)
+    return Rollout(x0, images, first.levels, steps)

@@ -7,25 +7,18 @@ and is found days later, so every run starts with this check.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dgpo.core.process import Level, Process
+from dgpo.core.process import Level
 from dgpo.errors import UserError
 from dgpo.models.pipeline.probes import Step
 from dgpo.models.pipeline.prompt_encoder import Conditioning
-from dgpo.models.samplers.schedulers import (
-    begins_first_order,
-    first_order_sampler,
-    is_continuous,
-    make_scheduler,
-    on_its_schedule,
-    sigmas_around,
-)
+from dgpo.models.samplers import schedulers
 from dgpo.models.samplers.sde_schedulers import SdeScheduler, with_noise
 
 if TYPE_CHECKING:
@@ -38,7 +31,7 @@ _GUIDANCE = 3.0
 
 @dataclass(frozen=True)
 class CheckedPoint:
-    """One point of a rollout, evaluated again: the largest difference, 0 where bitwise equal."""
+    """A ``CheckedPoint`` was evaluated again; a difference of 0 means equal, bit for bit."""
 
     sampler: str
     guidance_scale: float
@@ -48,14 +41,14 @@ class CheckedPoint:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What the self-check saw.
+    """A ``CheckReport`` holds what the self-check found.
 
     Args:
         pipeline: the class of the pipeline.
         process: the noising process, e.g. ``FlowMatching``.
         points: every point of the rollouts.
-        step_error: how far a first-order step of a sampler is from the same step written with the
-            process, relative to the size of the sample: the largest of all samplers.
+        step_error: the distance of a sampler's first-order step from the same step written with the
+            process, relative to the size of the sample; the largest of all samplers.
     """
 
     pipeline: str
@@ -65,7 +58,7 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every point is bitwise equal."""
+        """Return whether every point is bitwise equal."""
         return all(point.difference == 0.0 for point in self.points)
 
     def __str__(self) -> str:
@@ -88,230 +81,216 @@ def self_check(
 ) -> CheckReport:
     """Run short rollouts, evaluate the denoiser again at their points, and compare.
 
-    Guidance is checked off and, where the pipeline has it, on. The values must be equal bit by
-    bit. Gradients must reach the input. The noise levels must be those of the training schedule.
-    One step of a first-order sampler, and the first of every sampler that begins with such a step,
+    The values must be equal bit by bit, with guidance off and, where the pipeline has it, on.
+    Gradients must reach the input. The noise levels must be those of the training schedule. One
+    step of a first-order sampler, and the first step of every sampler that begins with such a step,
     must be the step that the noising process describes, which fixes sign, scale and direction of
     the model's output.
+
+    >>> from dgpo.models import PipelineModel, load_pipeline
+    >>> report = self_check(PipelineModel(load_pipeline("pocket")))
+    >>> report.ok, len(report.points), report.step_error < 1e-3
+    (True, 6, True)
 
     Args:
         model: what will be trained.
         cond: conditioning to check with (with a negative prompt); None to encode two prompts.
-        samplers: those of the run, with and without noise; none: the pipeline's own, or the
-            first-order one where that cannot be used.
-        guidance_scale: of the run; with 1, some other checks guidance.
-        steps: of the run; with guidance one row is checked at all of them, as guidance may depend
-            on a step's number.
+        samplers: those of the run, with and without noise. With none the pipeline's own is used, or
+            a first-order sampler if that one has noise.
+        guidance_scale: the run's scale. If it is 1, guidance is checked at another scale.
+        steps: the number of steps of the run. With guidance one row is checked at all of them,
+            because guidance may depend on a step's number.
 
     Raises:
         UserError: training would not train what samples, and the message holds the report; or the
             pipeline raised another error, which is its cause.
     """
     try:
-        return _checked(model, cond, samplers, guidance_scale, steps)
+        cond = model.encode(list(CHECK_PROMPTS), guidance=True) if cond is None else cond
+        samplers = samplers or [_own_or_first_order(model.pipe.scheduler)]
+        return _Check(model, cond).report(samplers, guidance_scale, steps)
     except UserError:
         raise
-    except Exception as error:  # whatever a pipeline nobody has tried raises
-        raise _failed(model, error) from error
-
-
-def _failed(model: PipelineModel, error: Exception) -> UserError:
-    name = type(model.pipe).__name__
-    said = str(error).partition("\n")[0][:300]
-    calls = ", ".join(f"rollout.call.{key}" for key in model.call)
-    advice = "another rollout.scheduler, rollout.guidance_scale=1"
-    advice += f", or to leave out one of {calls}" if calls else ""
-    return UserError(
-        f"model: {name} failed when it was tried out ({type(error).__name__}: {said}); try "
-        f"{advice}; dgpo check MODEL shows what works and what does not"
-    )
-
-
-def _checked(
-    model: PipelineModel,
-    cond: Conditioning | None,
-    samplers: Sequence[Any],
-    guidance_scale: float,
-    count: int,
-) -> CheckReport:
-    if cond is None:
-        cond = model.encode(list(CHECK_PROMPTS), guidance=True)
-    samplers = samplers or [_own_or_first_order(model.pipe.scheduler)]
-    on = guidance_scale if guidance_scale != 1 else _GUIDANCE
-    scales = [1.0, on] if model.has_guidance(cond) else [1.0]
-    points: list[CheckedPoint] = []
-    for sampler in samplers:
-        made = {scale: _steps(model, cond, sampler, scale) for scale in scales}
-        name = type(sampler).__name__
-        _check_levels(model.process, name, made[1.0])
-        for scale, steps in made.items():
-            points += [_check_point(model, cond, name, scale, step) for step in steps]
-            _check_gradient(model, cond, scale, steps[0])
-        if guidance_scale in made:
-            _check_guidance(model, cond, guidance_scale, made)
-    if guidance_scale != 1 and len(scales) > 1 and count > _STEPS:
-        _check_every_step(model, cond.rows(torch.tensor([0])), samplers[0], guidance_scale, count)
-    report = CheckReport(
-        type(model.pipe).__name__,
-        type(model.process).__name__,
-        tuple(points),
-        max(_step_errors(model, cond, samplers)),
-    )
-    if not report.ok:
-        raise UserError(f"model: evaluating the pipeline does not repeat its rollout\n{report}")
-    # half precision rounds the sample itself at every step
-    if not report.step_error <= (5e-2 if is_narrow(model) else 1e-3):
+    except Exception as error:  # a pipeline that nobody has tried may raise anything
+        said = str(error).partition("\n")[0][:300]
+        calls = ", ".join(f"rollout.call.{key}" for key in model.call)
+        advice = f", or to leave out one of {calls}" if calls else ""
         raise UserError(
-            "model: the scheduler does not integrate what would be trained (another sign, scale "
-            f"or direction of the output)\n{report}"
-        )
-    return report
+            f"model: {type(model.pipe).__name__} failed when it was tried out "
+            f"({type(error).__name__}: {said}); try another rollout.scheduler, "
+            f"rollout.guidance_scale=1{advice}; dgpo check MODEL shows what works and what does not"
+        ) from error
 
 
 def is_narrow(model: PipelineModel) -> bool:
-    """Whether the denoiser computes in half precision, though its samples may be wider."""
+    """Return whether the denoiser computes in half precision, though its samples may be wider."""
     return any(p.dtype.itemsize < 4 for d in model.denoisers.values() for p in d.parameters())
 
 
 def _own_or_first_order(base: Any) -> Any:
     try:
-        return make_scheduler(None, base)
+        return schedulers.make_scheduler(None, base)
     except UserError:
-        return first_order_sampler(base)
+        return schedulers.first_order_sampler(base)
 
 
-def _steps(
-    model: PipelineModel,
-    cond: Conditioning,
-    sampler: Any,
-    scale: float = 1.0,
-    count: int = _STEPS,
-) -> list[Step]:
-    """The steps of a short rollout; all but the last have noise if the sampler knows any."""
-    if isinstance(sampler, SdeScheduler):
-        sampler = with_noise(sampler, range(count - 1), range(cond.size))
-    return model.rollout(
-        cond,
-        steps=count,
-        guidance_scale=scale,
-        scheduler=sampler,
-        generators=[torch.Generator().manual_seed(row) for row in range(cond.size)],
-        decode=False,
-        record=True,
-    ).steps
+@dataclass(frozen=True)
+class _Check:
+    """A ``_Check`` examines one model with one conditioning."""
 
+    model: PipelineModel
+    cond: Conditioning
 
-@torch.no_grad()
-def _check_point(
-    model: PipelineModel, cond: Conditioning, sampler: str, scale: float, step: Step
-) -> CheckedPoint:
-    # without gradients, as in the rollout: with them torch may choose another kernel
-    again = model.predict(step.sample, step.level, cond, scale)
-    if again.shape != step.output.shape:
-        return CheckedPoint(sampler, scale, step.level, float("inf"))
-    # NaN is unequal to itself, and a model that answers NaN must not pass
-    if torch.equal(again, step.output):
-        return CheckedPoint(sampler, scale, step.level, 0.0)
-    difference = float((again.float() - step.output.float()).abs().max())
-    if not difference > 0.0:
-        difference = float("inf")
-    return CheckedPoint(sampler, scale, step.level, difference)
+    @property
+    def name(self) -> str:
+        return type(self.model.pipe).__name__
 
-
-def _check_levels(process: Process, sampler: str, steps: Sequence[Step]) -> None:
-    """A sampler may say another noise level than the one that its timestep has in training."""
-    alphas_cumprod = getattr(process, "alphas_cumprod", None)
-    if alphas_cumprod is None or not len(alphas_cumprod):
-        return
-    for level in (step.level for step in steps):
-        low, high = sigmas_around(alphas_cumprod, float(level.timestep))
-        if not low - 1e-4 <= level.sigma <= high + 1e-4:
+    def report(self, samplers: Sequence[Any], scale: float, count: int) -> CheckReport:
+        """Check all points of short rollouts; with guidance also all steps of a whole one."""
+        on = scale if scale != 1 else _GUIDANCE
+        scales = [1.0, on] if self.model.has_guidance(self.cond) else [1.0]
+        points: list[CheckedPoint] = []
+        for sampler in samplers:
+            made = {other: self.steps(sampler, other) for other in scales}
+            self.check_levels(sampler, made[1.0])
+            for other, steps in made.items():
+                points += [self.point(sampler, other, step) for step in steps]
+                self.check_gradient(other, steps[0])
+            if scale in made:
+                self.check_guidance(scale, made[1.0], made[scale])
+        # a short rollout may not reach the steps at which guidance changes
+        if scale != 1 and len(scales) > 1 and count > _STEPS:
+            one_row = _Check(self.model, self.cond.rows(torch.tensor([0])))
+            one_row.check_every_step(samplers[0], scale, count)
+        error = max(self.step_errors(samplers))
+        found = CheckReport(self.name, type(self.model.process).__name__, tuple(points), error)
+        if not found.ok:
+            raise UserError(f"model: evaluating the pipeline does not repeat its rollout\n{found}")
+        # in half precision every step rounds the sample itself
+        if not found.step_error <= (5e-2 if is_narrow(self.model) else 1e-3):
             raise UserError(
-                f"rollout.scheduler: {sampler} counts timestep {float(level.timestep):g} as noise "
-                f"level {level.sigma:.4f}, which is {low:.4f} to {high:.4f} in the pipeline's "
-                "training schedule: a wrong level would be trained; use another, such as 'ddim'"
+                "model: the scheduler does not integrate what would be trained (another sign, "
+                f"scale or direction of the output)\n{found}"
+            )
+        return found
+
+    def steps(self, sampler: Any, scale: float = 1.0, count: int = _STEPS) -> list[Step]:
+        """Return the steps of a rollout; all but the last have noise if the sampler adds any."""
+        rows = range(self.cond.size)
+        if isinstance(sampler, SdeScheduler):
+            sampler = with_noise(sampler, range(count - 1), rows)
+        return self.model.rollout(
+            self.cond,
+            steps=count,
+            guidance_scale=scale,
+            scheduler=sampler,
+            generators=[torch.Generator().manual_seed(row) for row in rows],
+            decode=False,
+            record=True,
+        ).steps
+
+    @torch.no_grad()
+    def point(self, sampler: Any, scale: float, step: Step) -> CheckedPoint:
+        """Evaluate a step again, without gradients as in the rollout: with them torch may choose
+        another kernel."""
+        again, difference = self.model.predict(step.sample, step.level, self.cond, scale), 0.0
+        # NaN is unequal to itself, so a model that answers NaN does not pass
+        if not torch.equal(again, step.output):
+            alike = again.shape == step.output.shape
+            far = float((again.float() - step.output.float()).abs().max()) if alike else math.inf
+            difference = far if far > 0.0 else math.inf
+        return CheckedPoint(type(sampler).__name__, scale, step.level, difference)
+
+    def check_levels(self, sampler: Any, steps: Sequence[Step]) -> None:
+        """Refuse a sampler that names another noise level than its timestep has in training."""
+        alphas_cumprod = getattr(self.model.process, "alphas_cumprod", None)
+        if alphas_cumprod is None or not len(alphas_cumprod):
+            return
+        for level in (step.level for step in steps):
+            time = float(level.timestep)
+            low, high = schedulers.sigmas_around(alphas_cumprod, time)
+            if not low - 1e-4 <= level.sigma <= high + 1e-4:
+                raise UserError(
+                    f"rollout.scheduler: {type(sampler).__name__} counts timestep {time:g} as "
+                    f"noise level {level.sigma:.4f}, which is {low:.4f} to {high:.4f} in the "
+                    "pipeline's training schedule: a wrong level would be trained; use another, "
+                    "such as 'ddim'"
+                )
+
+    def check_every_step(self, sampler: Any, scale: float, count: int) -> None:
+        """Refuse guidance that depends on a step's number."""
+        checked = [
+            (s.index, self.point(sampler, scale, s)) for s in self.steps(sampler, scale, count)
+        ]
+        differ = [str(index) for index, point in checked if point.difference]
+        if differ:
+            call = self.model.call
+            calls = f" or leave out one of {', '.join(call)} (rollout.call)" if call else ""
+            raise UserError(
+                f"rollout.guidance_scale: the guidance of {self.name} depends on a step's number "
+                f"(step {', '.join(differ)} of {count}, counted from 0), so that no single step "
+                f"can be trained with it; use 1,{calls}"
             )
 
+    def check_gradient(self, scale: float, step: Step) -> None:
+        """Refuse a pipeline whose gradients do not reach its input, or are not finite."""
+        with torch.enable_grad():
+            xt = step.sample.clone().requires_grad_(True)
+            output = self.model.predict(xt, step.level, self.cond, scale)
+            if not output.requires_grad:
+                raise UserError(
+                    f"model: {self.name} gives no gradients: something inside it calls the "
+                    "denoiser under torch.no_grad"
+                )
+            (gradient,) = torch.autograd.grad(output.float().square().mean(), xt)
+        if not torch.isfinite(gradient).all():
+            raise UserError(f"model: the gradients of {self.name} are not finite")
 
-def _check_every_step(
-    model: PipelineModel, cond: Conditioning, sampler: Any, scale: float, count: int
-) -> None:
-    name = type(sampler).__name__
-    steps = _steps(model, cond, sampler, scale, count)
-    points = [_check_point(model, cond, name, scale, step) for step in steps]
-    differ = [str(step.index) for step, p in zip(steps, points, strict=True) if p.difference]
-    if differ:
-        calls = f" or leave out one of {', '.join(model.call)} (rollout.call)" if model.call else ""
-        raise UserError(
-            f"rollout.guidance_scale: the guidance of {type(model.pipe).__name__} depends on a "
-            f"step's number (step {', '.join(differ)} of {count}, counted from 0), so that no "
-            f"single step can be trained with it; use 1,{calls}"
-        )
-
-
-def _check_gradient(model: PipelineModel, cond: Conditioning, scale: float, step: Step) -> None:
-    with torch.enable_grad():
-        xt = step.sample.clone().requires_grad_(True)
-        output = model.predict(xt, step.level, cond, scale)
-        if not output.requires_grad:
+    def check_guidance(self, scale: float, off: Sequence[Step], on: Sequence[Step]) -> None:
+        """Refuse a scale that changes nothing."""
+        nothing = all(torch.equal(a.output, b.output) for a, b in zip(off, on, strict=True))
+        guidance = self.model.guidance
+        if nothing and guidance.arguments(scale, self.cond) != guidance.off(self.cond):
             raise UserError(
-                f"model: {type(model.pipe).__name__} gives no gradients: something inside it "
-                "calls the denoiser under torch.no_grad"
+                f"rollout.guidance_scale: {scale:g} changes nothing in {self.name}; use 1, which "
+                "is no guidance, or more"
             )
-        (gradient,) = torch.autograd.grad(output.float().square().mean(), xt)
-    if not torch.isfinite(gradient).all():
-        raise UserError(f"model: the gradients of {type(model.pipe).__name__} are not finite")
+
+    def step_errors(self, samplers: Sequence[Any]) -> list[float]:
+        """Return the relative distances of first-order steps from the process's own arithmetic.
+
+        With ``x0`` and ``e`` from the output at one level, the sample at the next level is
+        ``corrupt(x0, e)``. One Euler step of a flow, or one step of DDIM, does exactly this.
+        """
+        base = self.model.pipe.scheduler
+        first_order = schedulers.first_order_sampler(base)
+        if schedulers.is_continuous(base):
+            return [self.x0_error(self.steps(first_order)[0])]
+        begin = filter(schedulers.begins_first_order, samplers)
+        checked = {type(one): schedulers.on_its_schedule(one) for one in begin}
+        checked[type(first_order)] = first_order
+        rollouts = map(self.steps, checked.values())
+        return [_distance(self.first_order(a, b.level), b.sample.float()) for a, b, *_ in rollouts]
+
+    def first_order(self, step: Step, to: Level) -> Tensor:
+        """Return the sample after a first-order step to another level."""
+        process = self.model.process
+        x0 = process.x0(step.sample, step.output, step.level)
+        zero, one = torch.zeros_like(x0), torch.ones_like(x0)
+        # what the process adds to x0, divided by its factor
+        noise = step.sample.float() - process.corrupt(x0, zero, step.level)
+        return process.corrupt(x0, noise / process.corrupt(zero, one, step.level), to)
+
+    def x0_error(self, step: Step) -> float:
+        """Return the relative distance between the clean samples that the process and the scheduler
+        see in an output: for samplers that add noise at every step, so that none can be foretold.
+        """
+        ours = self.model.process.x0(step.sample, step.output, step.level)
+        sigma = step.level.sigma / math.sqrt(1 - step.level.sigma**2)
+        wide = step.sample.float() * math.sqrt(1 + sigma**2)
+        own = self.model.pipe.scheduler.precondition_outputs(wide, step.output.float(), sigma)
+        return _distance(ours, own)
 
 
-def _check_guidance(
-    model: PipelineModel, cond: Conditioning, scale: float, made: Mapping[float, Sequence[Step]]
-) -> None:
-    off, on = made[1.0], made[scale]
-    nothing = all(torch.equal(a.output, b.output) for a, b in zip(off, on, strict=True))
-    if nothing and model.guidance.arguments(scale, cond) != model.guidance.off(cond):
-        raise UserError(
-            f"rollout.guidance_scale: {scale:g} changes nothing in {type(model.pipe).__name__}; "
-            "use 1, which is no guidance, or more"
-        )
-
-
-def _step_errors(model: PipelineModel, cond: Conditioning, samplers: Sequence[Any]) -> list[float]:
-    """The relative distances of first-order steps from the process's own arithmetic.
-
-    With ``x0`` and ``e`` from the output at one level, the sample at the next level is
-    ``corrupt(x0, e)``: that is what one Euler step of a flow, or one step of DDIM, does.
-    """
-    base = model.pipe.scheduler
-    first_order = first_order_sampler(base)
-    if is_continuous(base):
-        return [_x0_error(model, _steps(model, cond, first_order)[0])]
-    checked = {type(one): on_its_schedule(one) for one in samplers if begins_first_order(one)}
-    checked[type(first_order)] = first_order
-    return [
-        _first_order_error(model.process, *_steps(model, cond, one)[:2]) for one in checked.values()
-    ]
-
-
-def _first_order_error(process: Process, first: Step, second: Step) -> float:
-    difference = (_first_order(process, first, second.level) - second.sample.float()).abs().max()
-    return float(difference / second.sample.float().abs().max().clamp_min(1e-6))
-
-
-def _x0_error(model: PipelineModel, step: Step) -> float:
-    """The relative distance between the clean sample that the process sees in an output and the
-    one that the scheduler sees: for samplers that add noise at every step, so that none can be
-    foretold."""
-    ours = model.process.x0(step.sample, step.output, step.level)
-    sigma = step.level.sigma / math.sqrt(1 - step.level.sigma**2)
-    wide = step.sample.float() * math.sqrt(1 + sigma**2)
-    own = model.pipe.scheduler.precondition_outputs(wide, step.output.float(), sigma)
-    return float((ours - own).abs().max() / own.abs().max().clamp_min(1e-6))
-
-
-def _first_order(process: Process, step: Step, to: Level) -> Tensor:
-    x0 = process.x0(step.sample, step.output, step.level)
-    zero, one = torch.zeros_like(x0), torch.ones_like(x0)
-    noise = (step.sample.float() - process.corrupt(x0, zero, step.level)) / process.corrupt(
-        zero, one, step.level
-    )
-    return process.corrupt(x0, noise, to)
+def _distance(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max() / other.abs().max().clamp_min(1e-6))

@@ -14,9 +14,10 @@ from dgpo.models.pipeline.probes import replaced
 
 @contextmanager
 def vae_in_its_precision(pipe: Any) -> Iterator[None]:
-    """Inside the block the VAE is given tensors of its own precision, and encodings come back in
-    that of the picture: some pipelines convert by themselves, others hand on what they have. What
-    is decoded stays as it is.
+    """Inside the block the VAE is given tensors of its own precision.
+
+    Some pipelines convert by themselves, others hand on what they have. Encodings come back in the
+    precision of the picture; what is decoded stays as it is.
     """
     vae = getattr(pipe, "vae", None)
     if not isinstance(vae, nn.Module) or not hasattr(vae, "dtype"):
@@ -25,20 +26,18 @@ def vae_in_its_precision(pipe: Any) -> Iterator[None]:
     own: Any = vae
     methods = {name: getattr(own, name) for name in ("encode", "decode") if hasattr(own, name)}
 
-    def called(name: str, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        keys, dtype = list(named), own.dtype
-        cast = [v.to(dtype) if _floating(v) else v for v in (*given, *named.values())]
-        rest = dict(zip(keys, cast[len(given) :], strict=True))
-        return methods[name](*cast[: len(given)], **rest)
+    def cast(value: Any) -> Any:
+        return value.to(own.dtype) if _floating(value) else value
 
     def decode(*given: Any, **named: Any) -> Any:
-        return called("decode", given, named)
+        return methods["decode"](*map(cast, given), **{n: cast(v) for n, v in named.items()})
 
     def encode(*given: Any, **named: Any) -> Any:
-        made = called("encode", given, named)
+        made = methods["encode"](*map(cast, given), **{n: cast(v) for n, v in named.items()})
         asked = [v.dtype for v in (*given, *named.values()) if _floating(v)]
         return made if not asked or asked[0] == own.dtype else _given_back(made, asked[0])
 
+    # replaced on the instance: the pipeline calls them by name, wherever it does
     every = {"encode": encode, "decode": decode}
     with replaced(own, **{name: every[name] for name in methods}):
         yield
@@ -49,7 +48,8 @@ def _floating(value: Any) -> bool:
 
 
 def _given_back(made: Any, dtype: torch.dtype) -> Any:
-    """An encoding: a distribution to draw from, or the latents themselves."""
+    """Return an encoding in another precision: a distribution to draw from, or the latents
+    themselves."""
     spread = getattr(made, "latent_dist", None)
     if spread is not None:
         sample, mode = spread.sample, spread.mode

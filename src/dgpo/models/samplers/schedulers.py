@@ -2,7 +2,7 @@
 
 Nothing here integrates an ODE: the samplers are diffusers' own. This module chooses the class,
 carries the settings of the pipeline's scheduler over to it (above all the shift of flow matching),
-and reads the noise level that belongs to a step from the scheduler that made the step.
+and reads the noise level of a step from the scheduler that made the step.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from dgpo.registry import SAMPLERS, resolve
 
 _FLOW_SAMPLERS = {name: entry.flow for name, entry in SAMPLERS.items() if entry.flow}
 _NOISE_SAMPLERS = {name: entry.path for name, entry in SAMPLERS.items()}
-# Settings that name a noise schedule or a solver of the OLD scheduler; a new solver has its own.
+# settings that belong to the solver of the OLD scheduler; a new solver has its own
 _SOLVER_SETTINGS = frozenset(
     {"algorithm_type", "solver_type", "solver_order", "solver_p", "disable_corrector", "predict_x0"}
 )
 
 
 def is_flow_matching(scheduler: Any) -> bool:
-    """Whether the scheduler integrates a velocity: ``x_s = (1 - s) x0 + s e``."""
+    """Return whether the scheduler integrates a velocity: ``x_s = (1 - s) x0 + s e``."""
     config = scheduler.config
     return (
         any(kind.__name__.startswith("FlowMatch") for kind in type(scheduler).__mro__)
@@ -40,13 +40,15 @@ def is_flow_matching(scheduler: Any) -> bool:
 
 
 def is_continuous(scheduler: Any) -> bool:
-    """Whether the scheduler holds ``x = x0 + sigma e`` and gives the denoiser ``x / sqrt(1 +
-    sigma^2)``, at any sigma: EDM's preconditioning (arXiv 2206.00364) with ``sigma_data = 1``."""
+    """Return whether the scheduler preconditions as EDM does (arXiv 2206.00364, sigma_data = 1).
+
+    It holds ``x = x0 + sigma e`` and gives the denoiser ``x / sqrt(1 + sigma^2)``.
+    """
     return hasattr(scheduler, "precondition_outputs") and scheduler.config.sigma_data == 1.0
 
 
 def process_of(scheduler: Any) -> Process:
-    """The noising process whose denoiser this scheduler integrates.
+    """Return the noising process whose denoiser this scheduler integrates.
 
     Raises:
         UserError: the scheduler's prediction type is not velocity, epsilon or v.
@@ -69,17 +71,17 @@ def process_of(scheduler: Any) -> Process:
 
 
 def level_of_last_step(scheduler: Any, timestep: Any) -> Level:
-    """The noise level of the step that the scheduler has just taken.
+    """Return the noise level of the step that the scheduler has just taken.
 
     Returns:
-        the timestep as the denoiser was given it (0-dim) and its noise level: the sigma of flow
+        The timestep that the denoiser was given (0-dim), and its noise level: the sigma of flow
         matching as the scheduler counts it, or ``sqrt(1 - alphas_cumprod)`` for noise and v
-        prediction. Both come from the scheduler's own tables: UniPC and DPM-Solver round the
-        timestep, so that it differs from 1000 sigma by up to one unit.
+        prediction. Both come from the scheduler's own tables, because UniPC and DPM-Solver round
+        the timestep: it differs from 1000 sigma by up to one unit.
     """
     time = torch.as_tensor(timestep).detach().reshape(-1)[0].clone()
     index = getattr(scheduler, "step_index", None)
-    # LCM and TCD count their steps, but have a table of alphas alone
+    # LCM and TCD count their steps, but have only a table of alphas
     if index is None or getattr(scheduler, "sigmas", None) is None:
         return Level(time, math.sqrt(1.0 - float(scheduler.alphas_cumprod[int(time)])))
     sigma = float(scheduler.sigmas[index - 1])
@@ -89,8 +91,11 @@ def level_of_last_step(scheduler: Any, timestep: Any) -> Level:
 
 
 def sigmas_around(alphas_cumprod: torch.Tensor, timestep: float) -> tuple[float, float]:
-    """The noise levels ``sqrt(1 - alphas_cumprod)`` of a training schedule one timestep below and
-    one above: some samplers round the timestep, and some take one between two of the schedule."""
+    """Return the noise levels ``sqrt(1 - alphas_cumprod)`` one timestep below and one above.
+
+    A sampler's level lies between them, although some samplers round the timestep, and others take
+    one between two of the training schedule.
+    """
     last = len(alphas_cumprod) - 1
     below, above = math.floor(timestep) - 1, math.ceil(timestep) + 1
     low, high = (
@@ -100,24 +105,30 @@ def sigmas_around(alphas_cumprod: torch.Tensor, timestep: float) -> tuple[float,
 
 
 def middle_timestep(scheduler: Any) -> torch.Tensor:
-    """Some timestep of the schedule, 0-dim: PNDM has a schedule only once it has been run."""
+    """Return a timestep from the middle of the schedule, 0-dim."""
     schedule = scheduler.timesteps
-    if schedule is None:
+    if schedule is None:  # PNDM has a schedule only once it has been run
         return torch.tensor(scheduler.config.num_train_timesteps // 2)
     return schedule[len(schedule) // 2]
 
 
 def fresh(scheduler: Any) -> Any:
-    """A copy whose state is nobody else's.
+    """Return a copy that shares no state.
 
-    Multi-step solvers keep past model outputs, and dynamic shifting writes into the config; a
-    rollout with a copy of a scheduler that has never been run can inherit neither.
+    Multi-step solvers keep past model outputs, and dynamic shifting writes into the config. A
+    rollout with a copy of a scheduler that has never been run inherits neither.
     """
     return copy.deepcopy(scheduler)
 
 
 def make_scheduler(name: str | None, base: Any) -> Any:
-    """The deterministic sampler called ``name``, with the settings of the pipeline's scheduler.
+    """Return the deterministic sampler called ``name``, with the settings of the pipeline's
+    scheduler.
+
+    >>> from dgpo.models import load_pipeline
+    >>> made = make_scheduler("dpmsolver++", load_pipeline("pocket").scheduler)
+    >>> type(made).__name__, made.config.flow_shift
+    ('DPMSolverMultistepScheduler', 1.5)
 
     Args:
         name: ``euler``, ``heun``, ``dpmsolver++`` or ``unipc`` for flow matching; ``ddim``,
@@ -128,18 +139,14 @@ def make_scheduler(name: str | None, base: Any) -> Any:
             kept.
 
     Raises:
-        UserError: the name is unknown, does not fit the pipeline's prediction type, or the sampler
-            cannot carry a setting of the pipeline's.
-
-    >>> base = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    >>> make_scheduler("heun", base).config.shift
-    3.0
+        UserError: the name is unknown or does not fit the pipeline's prediction type, or the
+            sampler cannot carry a setting of the pipeline's scheduler.
     """
     if name is None:
         if "old_pred_original_sample" in inspect.signature(base.step).parameters:
             raise UserError(
                 f"rollout.scheduler: the pipeline's own {type(base).__name__} adds noise at every "
-                "step and is no deterministic sampler; use 'ddim'"
+                "step and is not deterministic; use 'ddim'"
             )
         return fresh(base)
     if is_continuous(base):
@@ -166,8 +173,11 @@ def make_scheduler(name: str | None, base: Any) -> Any:
 
 
 def first_order_sampler(base: Any) -> Any:
-    """A sampler whose every step follows the process from one level of its schedule to the next:
-    Euler for flow matching, DDIM for noise and v prediction."""
+    """Return a sampler whose every step follows the process from one level of its schedule to the
+    next.
+
+    It is Euler for flow matching, and DDIM for noise and v prediction.
+    """
     if is_flow_matching(base):
         return make_scheduler("euler", base)
     if is_continuous(base):
@@ -178,16 +188,20 @@ def first_order_sampler(base: Any) -> Any:
 
 
 def on_its_schedule(scheduler: Any) -> Any:
-    """The same sampler, with a spacing of timesteps by which its first step goes to the second
-    level of its schedule: with others than this one DDIM and PLMS go beside it."""
+    """Return the same sampler, whose first step goes to the second level of its schedule.
+
+    With another spacing of timesteps DDIM and PLMS step to a level beside it.
+    """
     if type(scheduler) not in (diffusers.DDIMScheduler, diffusers.PNDMScheduler):
         return scheduler
     return type(scheduler).from_config(scheduler.config, timestep_spacing="leading")
 
 
 def begins_first_order(scheduler: Any) -> bool:
-    """Whether a rollout begins with a first-order step without noise: all samplers that can be
-    named do, while a pipeline's own may be any."""
+    """Return whether a rollout begins with a first-order step without noise.
+
+    All samplers that can be named do; a pipeline's own may be of any kind.
+    """
     config = scheduler.config
     named = {*_FLOW_SAMPLERS.values(), *_NOISE_SAMPLERS.values()}
     named.add("diffusers:CogVideoXDDIMScheduler")
@@ -214,12 +228,14 @@ def _shifts_snr(base: Any) -> bool:
 
 
 def _own_settings(base: Any) -> dict[str, Any]:
-    return {k: v for k, v in base.config.items() if not k.startswith("_")}
+    """Return the settings of a scheduler that a new solver can take over."""
+    own = {k: v for k, v in base.config.items() if not k.startswith("_")}
+    return {k: v for k, v in own.items() if k not in _SOLVER_SETTINGS}
 
 
 def _flow_settings(base: Any, accepted: Mapping[str, Any]) -> dict[str, Any]:
-    settings = {k: v for k, v in _own_settings(base).items() if k not in _SOLVER_SETTINGS}
-    # the same number under two names: FlowMatch* calls it shift, the multi-step solvers flow_shift
+    settings = _own_settings(base)
+    # one number has two names: FlowMatch* calls it shift, the multi-step solvers flow_shift
     shift = settings.get("flow_shift", settings.get("shift", 1.0))
     settings.update(shift=shift, flow_shift=shift)
     if "use_flow_sigmas" in accepted:  # a solver of several processes
@@ -229,7 +245,7 @@ def _flow_settings(base: Any, accepted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sampler_class(name: str, base: Any, flow: bool) -> Any:
-    """The class behind a name; CogVideoX, which shifts its signal-to-noise ratio, has a DDIM."""
+    """Return the class behind a name; CogVideoX, whose SNR is shifted, has a DDIM of its own."""
     if ":" in name:
         found = resolve("sampler", name)
         if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
@@ -252,7 +268,7 @@ def _sampler_class(name: str, base: Any, flow: bool) -> Any:
 
 
 def _refuse_another_process(name: str, base: Any, made: Any) -> None:
-    """A sampler of other noise levels, or one that no longer clips, must not take over in silence.
+    """Refuse a sampler that has other noise levels, or that no longer clips.
 
     Raises:
         UserError: with the setting of the pipeline's scheduler that is lost.
@@ -273,8 +289,8 @@ def _refuse_another_process(name: str, base: Any, made: Any) -> None:
 
 
 def _noise_settings(name: str, base: Any) -> dict[str, Any]:
-    settings = {k: v for k, v in _own_settings(base).items() if k not in _SOLVER_SETTINGS}
-    # clipping x0 is made for pixels; in latent space it would cut the picture
+    settings = _own_settings(base)
+    # clipping x0 suits pixels; in latent space it would cut the picture
     settings.setdefault("clip_sample", False)
     if name == "ddim":
         settings.setdefault("set_alpha_to_one", False)
@@ -284,7 +300,7 @@ def _noise_settings(name: str, base: Any) -> dict[str, Any]:
 
 
 def _refuse_lost_settings(name: str, config: Any, settings: dict[str, Any], accepted: Any) -> None:
-    """A schedule that the new sampler cannot follow must not be dropped in silence."""
+    """Refuse a sampler that cannot follow the schedule of the pipeline's scheduler."""
     neutral = {"use_dynamic_shifting": False, "invert_sigmas": False, "shift_terminal": None}
     for key, value in neutral.items():
         if settings.get(key, value) not in (value, 0) and key not in accepted:

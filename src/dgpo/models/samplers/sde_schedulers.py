@@ -1,8 +1,8 @@
-"""Stochastic samplers as diffusers schedulers, thin over :mod:`dgpo.core.sde`.
+"""Stochastic samplers as diffusers schedulers: a thin layer over :mod:`dgpo.core.sde`.
 
-A pipeline drives them like any scheduler. Only ``step`` is theirs: schedule, shift and timesteps
-stay diffusers' own. Pipelines hand no generator to ``step``, so the schedulers hold the seed of
-every row, and a picture depends neither on its batch nor on which other steps add noise.
+A pipeline drives them like any scheduler. Only ``step`` is written here; schedule, shift and
+timesteps stay diffusers' own. Pipelines hand no generator to ``step``, so the schedulers hold a
+seed for every row. A picture depends neither on its batch nor on which other steps add noise.
 """
 
 from __future__ import annotations
@@ -21,19 +21,13 @@ from dgpo.core.process import Level, Process
 from dgpo.core.sde import DDIM, Sde
 from dgpo.core.seeds import stream
 from dgpo.errors import UserError
-from dgpo.models.samplers.schedulers import (
-    fresh,
-    is_continuous,
-    is_flow_matching,
-    make_scheduler,
-    process_of,
-)
+from dgpo.models.samplers import schedulers
 
 _ELSE = "use an algorithm on noised samples, such as dgpo"
 
 
 class _Noisy:
-    """What both schedulers add to diffusers' own: the sampler, the noisy steps and the seeds."""
+    """``_Noisy`` is what both schedulers add to diffusers' own: sampler, noisy steps and seeds."""
 
     sde: Sde
     process: Process
@@ -43,8 +37,10 @@ class _Noisy:
     def _noised(
         self, output: Tensor, sample: Tensor, index: int, level: Level, next_level: Level
     ) -> Tensor:
-        """The end of a step that adds noise, in the dtype of ``output``: what is returned here is
-        what its density is computed of later."""
+        """Return the sample after a step that adds noise, in the dtype of ``output``.
+
+        Training computes the density of exactly this sample, rounding included.
+        """
         if len(self.seeds) != len(sample):
             raise UserError(
                 f"{type(self).__name__} holds the seeds of {len(self.seeds)} rows and was given "
@@ -55,49 +51,40 @@ class _Noisy:
             torch.randn(sample.shape[1:], generator=stream(seed, "step", index))
             for seed in self.seeds
         ]
+        # drawn on the CPU, row by row: the same numbers on any device and in any batch
         noise = torch.stack(drawn).to(moments.mean)
         return (moments.mean + moments.std * noise).to(output.dtype)
 
 
 class FlowMatchSdeScheduler(_Noisy, FlowMatchEulerDiscreteScheduler):
-    """Flow-SDE, Dance-SDE or CPS at the noisy steps, Euler at the others and at the last."""
+    """The noisy steps are Flow-SDE, Dance-SDE or CPS; the others, and the last, are Euler's."""
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        *args: Any,
-        return_dict: bool = True,
-        **kwargs: Any,
+        self, model_output: Tensor, timestep: Any, sample: Tensor, *_: Any, **how: Any
     ) -> Any:
         if self.step_index is None:
             self._init_step_index(timestep)
         index = self.step_index
         assert index is not None and self.timesteps is not None and self.sigmas is not None
         s, s_next = (float(sigma) for sigma in self.sigmas[index : index + 2])
+        # the last step has no noise: its density would be a point
         if index not in self.noisy or s_next == 0:
-            return super().step(model_output, timestep, sample, return_dict=return_dict)  # pyright: ignore
+            dictionary = how.get("return_dict", True)
+            return super().step(model_output, timestep, sample, return_dict=dictionary)  # pyright: ignore
         self._step_index = index + 1
         now = Level(torch.as_tensor(timestep), s)
         then = Level(torch.as_tensor(self.timesteps[index + 1]), s_next)
-        return _answer(self._noised(model_output, sample, index, now, then), return_dict)
+        return _answer(self._noised(model_output, sample, index, now, then), **how)
 
 
 class DdimSdeScheduler(_Noisy, DDIMScheduler):
-    """DDIM, with noise at the noisy steps; every step goes to the next level of the schedule.
+    """All steps are DDIM's, and the noisy ones add noise.
 
-    x0 is not clipped.
+    Every step goes to the next level of the schedule, and x0 is not clipped.
     """
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        *args: Any,
-        return_dict: bool = True,
-        **kwargs: Any,
+        self, model_output: Tensor, timestep: Any, sample: Tensor, *_: Any, **how: Any
     ) -> Any:
         time = torch.as_tensor(timestep).to(self.timesteps.device)
         index = int((self.timesteps == time).nonzero()[0])
@@ -105,23 +92,23 @@ class DdimSdeScheduler(_Noisy, DDIMScheduler):
         if index + 1 < len(self.timesteps):
             then = self._level(index + 1)
             if index in self.noisy:
-                made = self._noised(model_output, sample, index, now, then)
-                return _answer(made, return_dict)
+                return _answer(self._noised(model_output, sample, index, now, then), **how)
             a_next = 1 - then.sigma**2
         else:
             a_next = float(self.final_alpha_cumprod)
+        # written here and not taken from DDIM's step, which looks up another next level
         clean = self.process.x0(sample, model_output, now)
         noise = (widen(sample) - math.sqrt(1 - now.sigma**2) * clean) / now.sigma
         mean = math.sqrt(a_next) * clean + math.sqrt(1 - a_next) * noise
-        return _answer(mean.to(model_output.dtype), return_dict)
+        return _answer(mean.to(model_output.dtype), **how)
 
     def _level(self, index: int) -> Level:
         time = self.timesteps[index]
         return Level(time, math.sqrt(1.0 - float(self.alphas_cumprod[int(time)])))
 
 
-def _answer(sample: Tensor, return_dict: bool) -> Any:
-    """A step's sample in the form that the pipeline asks for; AudioLDM2 wants the object."""
+def _answer(sample: Tensor, return_dict: bool = True, **_: Any) -> Any:
+    """Return a step's sample in the form that the pipeline asks for: AudioLDM2 wants the object."""
     return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
 
 
@@ -129,33 +116,36 @@ SdeScheduler = FlowMatchSdeScheduler | DdimSdeScheduler
 
 
 def make_sde_scheduler(sde: Sde, base: Any, key: str = "algorithm.sde") -> SdeScheduler:
-    """The stochastic sampler with the schedule of a pipeline's scheduler (above all its shift).
+    """Return the stochastic sampler with the schedule of a pipeline's scheduler (above all its
+    shift).
 
     It adds no noise until :func:`with_noise` says at which steps.
 
     Args:
         sde: the sampler's settings.
         base: the scheduler of the pipeline.
-        key: the recipe's, for errors.
+        key: the recipe's key, for errors.
 
     Raises:
         UserError: the sampler does not fit the pipeline's prediction type, or the scheduler has
             inverted sigmas (Mochi) or other settings that the sampler cannot carry.
     """
-    kind, process = getattr(sde, "kind", type(sde).__name__), process_of(base)
+    kind, process = getattr(sde, "kind", type(sde).__name__), schedulers.process_of(base)
     if base.config.get("invert_sigmas"):
         raise UserError(
             f"{key}: {type(base).__name__} has inverted sigmas (Mochi), for which no "
             f"stochastic sampler is defined here; {_ELSE}"
         )
     if not sde.fits(process):
-        fitting = "flow, dance or cps" if is_flow_matching(base) else "ddim (algorithm ddpo)"
+        fitting = (
+            "flow, dance or cps" if schedulers.is_flow_matching(base) else "ddim (algorithm ddpo)"
+        )
         raise UserError(
             f"{key}.kind = {kind!r} does not fit a pipeline whose denoiser answers "
             f"{type(process).__name__}: use {fitting}"
         )
     if not isinstance(sde, DDIM):
-        made = FlowMatchSdeScheduler.from_config(make_scheduler("euler", base).config)
+        made = FlowMatchSdeScheduler.from_config(schedulers.make_scheduler("euler", base).config)
     else:
         made = DdimSdeScheduler.from_config(_ddim_config(base, key))
     assert isinstance(made, SdeScheduler)
@@ -164,14 +154,14 @@ def make_sde_scheduler(sde: Sde, base: Any, key: str = "algorithm.sde") -> SdeSc
 
 
 def with_noise(scheduler: SdeScheduler, steps: Container[int], seeds: Sequence[int]) -> Any:
-    """A fresh copy that adds noise at some steps, for one batch.
+    """Return a fresh copy that adds noise at some steps, for one batch.
 
     Args:
         scheduler: from :func:`make_sde_scheduler`.
         steps: positions in the schedule; the last step stays deterministic.
-        seeds: one a row. A row's noise at a step is a function of its seed and the step alone.
+        seeds: one a row. The noise of a row at a step depends on its seed and the step alone.
     """
-    made = fresh(scheduler)
+    made = schedulers.fresh(scheduler)
     made.noisy, made.seeds = steps, tuple(seeds)
     return made
 
@@ -182,7 +172,7 @@ def _ddim_config(base: Any, key: str) -> dict[str, Any]:
         raise UserError(
             f"{key}: DDIM with noise cannot carry snr_shift_scale of {type(base).__name__}; {_ELSE}"
         )
-    if is_continuous(base):
+    if schedulers.is_continuous(base):
         raise UserError(
             f"{key}: DDIM with noise does not know the noise levels of {type(base).__name__}; "
             f"{_ELSE}"
@@ -193,4 +183,4 @@ def _ddim_config(base: Any, key: str) -> dict[str, Any]:
                 f"{key}: {type(base).__name__} clips x0 ({clips}), and a clipped step has no "
                 "Gaussian density: the sampler of the trained model must not clip"
             )
-    return dict(make_scheduler("ddim", base).config)
+    return dict(schedulers.make_scheduler("ddim", base).config)

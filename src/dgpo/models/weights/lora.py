@@ -24,9 +24,20 @@ from torch import Tensor, nn
 
 from dgpo.distributed.sharding import is_sharded
 from dgpo.errors import UserError
-from dgpo.models.weights.restoring import put_back
+from dgpo.models.weights.restoring import restoring
 
 ADAPTER = "default"
+JOINT_ATTENTION = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+"""The eight joint-attention projections of Stable Diffusion 3 that the published runs train."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The projections of an attention layer, as nearly all denoisers of diffusers call them."""
 _SECOND = "transformer_2"
@@ -35,21 +46,22 @@ _TRAINABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class LoraSettings(Protocol):
-    """What a recipe says about the LoRA."""
+    """``LoraSettings`` are what a recipe says about the LoRA."""
 
-    @property
-    def rank(self) -> int: ...
-    @property
-    def alpha(self) -> float: ...
-    @property
-    def targets(self) -> Sequence[str]: ...
-    @property
-    def init(self) -> Literal["gaussian", "default"]: ...
+    rank: int
+    """The rank of every ``A`` and ``B``."""
+    alpha: float
+    """The LoRA is scaled by ``alpha / rank``."""
+    targets: Literal["auto"] | list[str]
+    """How the names of the adapted layers end."""
+    init: Literal["gaussian", "default"]
+    """How ``A`` begins; ``B`` begins at zero."""
 
 
 def refuse_adapted(denoisers: Mapping[str, nn.Module]) -> None:
-    """Refuse denoisers that carry a LoRA already: it would be trained, or hide the layers that
-    ``lora.targets`` name.
+    """Refuse denoisers that carry a LoRA already.
+
+    It would be trained, or hide the layers that ``lora.targets`` names.
 
     Raises:
         UserError: one does.
@@ -64,29 +76,31 @@ def refuse_adapted(denoisers: Mapping[str, nn.Module]) -> None:
 
 
 def attach(
-    denoisers: Mapping[str, nn.Module], settings: LoraSettings, seed: int
+    denoisers: Mapping[str, nn.Module], settings: LoraSettings, targets: Sequence[str], seed: int
 ) -> list[LoraLayer]:
-    """Add a LoRA to every denoiser; its weights are float32 and alone trainable.
+    """Add a LoRA to every denoiser; its weights are float32, and nothing else is trainable.
 
-    Raises:
-        UserError: a target names no layer of the denoisers.
+    Args:
+        denoisers: the networks, by name.
+        settings: rank, alpha and initialisation.
+        targets: from :func:`resolve_targets`.
+        seed: seeds the initialisation. The global random state is left alone.
     """
-    _check_targets(denoisers, settings.targets)
     for denoiser in denoisers.values():
         config = peft.LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,  # pyright: ignore[reportArgumentType]
-            target_modules=list(settings.targets),
+            target_modules=list(targets),
             init_lora_weights="gaussian" if settings.init == "gaussian" else True,
         )
+        # peft draws from the global generator, in the order of the layers
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             if hasattr(denoiser, "add_adapter"):
                 denoiser.add_adapter(config, adapter_name=ADAPTER)  # pyright: ignore[reportCallIssue]
             else:
                 peft.inject_adapter_in_model(config, denoiser, ADAPTER)
-    modules = (m for denoiser in denoisers.values() for m in denoiser.modules())
-    layers: list[LoraLayer] = [m for m in modules if isinstance(m, LoraLayer)]
+    layers = list(_layers_in(denoisers))
     for layer in layers:
         for weights in (layer.lora_A, layer.lora_B):
             # a step of 3e-4 on a bfloat16 weight would mostly round to nothing
@@ -94,29 +108,47 @@ def attach(
     return layers
 
 
-def _check_targets(denoisers: Mapping[str, nn.Module], targets: Sequence[str]) -> None:
+def resolve_targets(
+    denoisers: Mapping[str, nn.Module], targets: Literal["auto"] | Sequence[str]
+) -> list[str]:
+    """Return the layers that ``lora.targets`` means in these denoisers, as endings of their names.
+
+    Raises:
+        UserError: a target names no layer of the denoisers, or ``auto`` finds none.
+    """
+    if targets == "auto":
+        return fitting_targets(denoisers)
     names = _layer_names(denoisers)
     for target in targets:
-        if _is_one_of(target, names):
-            continue
-        raise UserError(
-            f"lora.targets: no layer of {' or '.join(denoisers)} is called {target!r}; "
-            f"nearest: {', '.join(_nearest(target, names)) or 'none'}"
-        )
+        if not _is_one_of(target, names):
+            raise UserError(
+                f"lora.targets: no layer of {' or '.join(denoisers)} is called {target!r}; "
+                f"nearest: {', '.join(_nearest(target, names)) or 'none'}"
+            )
+    return list(targets)
 
 
 def fitting_targets(denoisers: Mapping[str, nn.Module]) -> list[str]:
-    """Those of :data:`ATTENTION` that the denoisers have.
+    """Return the layers that ``lora.targets: auto`` adapts.
+
+    All of :data:`JOINT_ATTENTION` if the denoisers have them all; else those of :data:`ATTENTION`
+    that they have.
+
+    >>> from dgpo.models import PipelineModel, load_pipeline
+    >>> fitting_targets(PipelineModel(load_pipeline("pocket-sd")).denoisers)
+    ['to_q', 'to_k', 'to_v', 'to_out.0']
 
     Raises:
-        UserError: none of them.
+        UserError: they have none of them.
     """
     names = _layer_names(denoisers)
+    if all(_is_one_of(target, names) for target in JOINT_ATTENTION):
+        return list(JOINT_ATTENTION)
     found = [target for target in ATTENTION if _is_one_of(target, names)]
     if not found:
         raise UserError(
-            f"no layer is called {', '.join(ATTENTION)}: name lora.targets yourself; "
-            f"the first layers are {', '.join(names[:8])}"
+            f"lora.targets: no layer is called {', '.join(ATTENTION)}: name layers yourself; "
+            f"the first are {', '.join(names[:8])}"
         )
     return found
 
@@ -135,7 +167,7 @@ def _is_one_of(target: str, names: Sequence[str]) -> bool:
 
 
 def _nearest(target: str, names: Sequence[str]) -> list[str]:
-    """Endings of layer names, as long as ``target`` is, that resemble it."""
+    """Return endings of layer names, as long as ``target`` is, that resemble it."""
     depth = target.count(".") + 1
     endings = {
         ".".join(parts[-length:])
@@ -148,28 +180,30 @@ def _nearest(target: str, names: Sequence[str]) -> list[str]:
 
 
 def adapted_layers(denoisers: Mapping[str, nn.Module]) -> int:
-    """The number of layers that have a LoRA."""
-    return len(list(_layers_in(denoisers)))
+    """Return the number of layers that have a LoRA."""
+    return sum(1 for _ in _layers_in(denoisers))
 
 
 @contextmanager
 def disabled(layers: Sequence[LoraLayer]) -> Iterator[None]:
-    """The layers answer as if they had no LoRA, for the time of the block."""
+    """Inside the block the layers answer as if they had no LoRA."""
 
     def restore() -> None:
         for layer in layers:
             layer.enable_adapters(True)
 
-    with put_back(restore):
+    with restoring(restore):
         for layer in layers:
             layer.enable_adapters(False)
         yield
 
 
 def can_merge(layers: Sequence[LoraLayer]) -> bool:
-    """Whether ``W + scale B A`` can be written without loss worth speaking of: not in half
-    precision, where rounding the sum would lose small updates. Nor where ``W`` is sharded or
-    quantised."""
+    """Return whether ``W + scale B A`` can be written without a loss that matters.
+
+    It cannot in half precision, where rounding the sum would lose small updates, nor where ``W`` is
+    sharded or quantised.
+    """
     bases = [_base(layer) for layer in layers]
     return bool(bases) and all(
         b.dtype.itemsize >= 4 and not is_sharded(b) and type(b.data) is Tensor for b in bases
@@ -178,43 +212,36 @@ def can_merge(layers: Sequence[LoraLayer]) -> bool:
 
 @torch.no_grad()
 def merged(layers: Sequence[LoraLayer]) -> tuple[list[nn.Parameter], list[Tensor]]:
-    """The base weights of the layers, and what they are with the LoRA written in."""
+    """Return the base weights of the layers, and their values with the LoRA written in."""
     bases = [_base(layer) for layer in layers]
-    values = [
-        base + layer.get_delta_weight(ADAPTER).to(base.dtype)  # pyright: ignore[reportAttributeAccessIssue]
-        for base, layer in zip(bases, layers, strict=True)
-    ]
-    return bases, values
+    return bases, [_sum(base, layer) for base, layer in zip(bases, layers, strict=True)]
 
 
 @contextmanager
 def blended(layers: Sequence[LoraLayer]) -> Iterator[None]:
-    """The base weights are ``W + scale B A`` inside the block, as part of the autograd graph.
+    """Inside the block the base weights are ``W + scale B A``, as part of the autograd graph.
 
-    For a batch of many tokens this is cheaper than the LoRA's own two products of every token: one
-    small product for each layer, and gradients of ``A`` and ``B`` by way of that of the sum.
-    Backward may run after the block.
+    For a batch of many tokens this is cheaper than the LoRA's own two products for every token: it
+    costs one small product a layer, and ``A`` and ``B`` get their gradients from the gradient of
+    the sum. Backward may run after the block.
     """
     holders = [layer.get_base_layer() for layer in layers]
     kept = [holder._parameters["weight"] for holder in holders]
-    values = [
-        weight + layer.get_delta_weight(ADAPTER).to(weight.dtype)  # pyright: ignore
-        for weight, layer in zip(kept, layers, strict=True)
-    ]
+    values = [_sum(weight, layer) for weight, layer in zip(kept, layers, strict=True)]
 
-    def restore() -> None:
-        for holder, weight in zip(holders, kept, strict=True):
+    def hold(weights: Sequence[Any]) -> None:
+        # into the module's table: assigning to ``weight`` would refuse what is no parameter
+        for holder, weight in zip(holders, weights, strict=True):
             holder._parameters["weight"] = weight
 
-    with disabled(layers), put_back(restore):
-        for holder, value in zip(holders, values, strict=True):
-            holder._parameters["weight"] = value  # pyright: ignore[reportArgumentType]
+    with disabled(layers), restoring(lambda: hold(kept)):
+        hold(values)
         yield
 
 
 @torch.no_grad()
 def rounded(denoisers: Mapping[str, nn.Module]) -> None:
-    """Round every LoRA to the precision of its denoiser, as it is when a pipeline loads it."""
+    """Round every LoRA to the precision of its denoiser, as a pipeline does that loads it."""
     for layer in _layers_in(denoisers):
         dtype = _base(layer).dtype
         for weight in _own(layer):
@@ -223,7 +250,7 @@ def rounded(denoisers: Mapping[str, nn.Module]) -> None:
 
 @torch.no_grad()
 def widened(denoisers: Mapping[str, nn.Module]) -> None:
-    """Compute with every LoRA in float32, as in training, whatever a pipeline has made of it."""
+    """Make every LoRA float32 again, as it is in training, whatever a pipeline has made of it."""
     for layer in _layers_in(denoisers):
         for weight in _own(layer):
             weight.data = weight.data.float()
@@ -235,7 +262,8 @@ def _layers_in(denoisers: Mapping[str, nn.Module]) -> Iterator[LoraLayer]:
 
 
 def _own(layer: LoraLayer) -> Iterator[nn.Parameter]:
-    """The weights of a layer's LoRA."""
+    """Yield the weights of a layer's LoRA."""
+    # by identity: the base weights are parameters of the layer, too
     base = {id(weight) for weight in layer.get_base_layer().parameters()}
     module: Any = layer
     yield from (weight for weight in module.parameters() if id(weight) not in base)
@@ -247,39 +275,45 @@ def _base(layer: LoraLayer) -> nn.Parameter:
     return weight
 
 
+def _sum(base: Any, layer: Any) -> Tensor:
+    """Return ``W + scale B A``, in the precision of ``W``."""
+    return base + layer.get_delta_weight(ADAPTER).to(base.dtype)
+
+
 def save(pipe: Any, denoisers: Mapping[str, nn.Module], folder: Path) -> None:
     """Write the LoRA of every denoiser; see :meth:`dgpo.models.policy.Policy.save`."""
     save_weights = getattr(type(pipe), "save_lora_weights", None)
     for name, denoiser in denoisers.items():
         place = folder / name if name == _SECOND else folder
         place.mkdir(exist_ok=True)
-        config: Any = vars(denoiser)["peft_config"][ADAPTER]
         weights = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
+        # safetensors writes contiguous tensors only
         weights = {key: value.detach().contiguous() for key, value in weights.items()}
+        # peft holds names in sets, which every process orders differently
+        config = {
+            key: sorted(value) if isinstance(value, set) else value
+            for key, value in vars(denoiser)["peft_config"][ADAPTER].to_dict().items()
+        }
         if save_weights is None:
             _save_for_peft(weights, config, place)
             continue
         stem = "unet" if name == "unet" else "transformer"
         arguments: dict[str, Any] = {f"{stem}_lora_layers": weights}
-        metadata = f"{stem}_lora_adapter_metadata"
-        if metadata in inspect.signature(save_weights).parameters:
-            # peft holds names in sets, which every process orders differently
-            arguments[metadata] = {
-                key: sorted(value) if isinstance(value, set) else value
-                for key, value in config.to_dict().items()
-            }
+        if (key := f"{stem}_lora_adapter_metadata") in inspect.signature(save_weights).parameters:
+            arguments[key] = config
         save_weights(place, **arguments)
 
 
 def load(pipe: Any, folder: Path) -> Literal["diffusers", "peft"]:
-    """Put a saved LoRA into a pipeline, that of a second expert included.
+    """Put a saved LoRA into a pipeline, the LoRA of a second expert included.
 
     Returns:
-        what read it: ``load_lora_weights`` of the pipeline, or peft where it has none.
+        What read it: ``load_lora_weights`` of the pipeline, or peft where it has none.
 
     Raises:
         UserError: the folder holds a LoRA that was written for the other of the two.
     """
+    # the file tells who wrote it: peft where the pipeline has no loader
     by_peft = (folder / _PEFT_FILE).is_file()
     if by_peft == hasattr(pipe, "load_lora_weights"):
         raise UserError(f"{folder}: not a LoRA that {type(pipe).__name__} can read")
@@ -294,16 +328,16 @@ def load(pipe: Any, folder: Path) -> Literal["diffusers", "peft"]:
     return "peft"
 
 
-def _save_for_peft(weights: dict[str, Tensor], config: Any, folder: Path) -> None:
-    """For pipelines without a LoRA loader (PixArt): the two files that peft's own tools read."""
+def _save_for_peft(weights: dict[str, Tensor], config: Mapping[str, Any], folder: Path) -> None:
+    """Write the two files that peft's own tools read, for pipelines without a LoRA loader
+    (PixArt)."""
     save_file(weights, str(folder / _PEFT_FILE))
-    settings = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    text = json.dumps(settings, indent=2, default=str)
+    text = json.dumps(config, indent=2, default=str)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def lora_folder(given: Path) -> Path:
-    """A folder with a LoRA: the one given, or `lora` in it.
+    """Return the folder that holds a LoRA: the one given, or ``lora`` in it.
 
     Raises:
         UserError: neither holds one.

@@ -1,4 +1,4 @@
-"""What a pipeline can do to need less memory; none of it changes what is trained."""
+"""Ways in which a pipeline needs less memory. None of them changes what is trained."""
 
 from __future__ import annotations
 
@@ -12,21 +12,18 @@ from dgpo.errors import UserError
 
 
 class MemorySettings(Protocol):
-    """What a recipe says about memory, as far as the pipeline is concerned."""
+    """``MemorySettings`` are what a recipe says about the memory of the pipeline."""
 
-    @property
-    def gradient_checkpointing(self) -> bool: ...
-    @property
-    def vae_slicing(self) -> bool: ...
-    @property
-    def vae_tiling(self) -> bool: ...
+    gradient_checkpointing: bool
+    vae_slicing: bool
+    vae_tiling: bool
 
 
 def save_memory(pipe: Any, denoisers: Mapping[str, nn.Module], settings: MemorySettings) -> None:
     """Switch on what the recipe's ``memory`` asks of the denoisers and the autoencoder.
 
     Raises:
-        UserError: the denoiser or the autoencoder has no such thing.
+        UserError: the denoiser or the autoencoder does not have it.
     """
     if settings.gradient_checkpointing:
         for name, denoiser in denoisers.items():
@@ -42,7 +39,7 @@ def save_memory(pipe: Any, denoisers: Mapping[str, nn.Module], settings: MemoryS
             continue
         try:
             getattr(vae, f"enable_{key}")()
-        except (AttributeError, NotImplementedError) as error:
+        except (AttributeError, NotImplementedError) as error:  # no VAE, or one without the method
             raise UserError(
                 f"memory.vae_{key}: {type(vae).__name__} of {type(pipe).__name__} has none; "
                 "use false, and a smaller rollout.batch"
@@ -50,7 +47,7 @@ def save_memory(pipe: Any, denoisers: Mapping[str, nn.Module], settings: MemoryS
 
 
 class FreedEncoder:
-    """Stands where a text encoder was, for pipelines that ask for its precision or settings."""
+    """A ``FreedEncoder`` takes the place of a text encoder, and tells its precision and config."""
 
     def __init__(self, name: str, module: Any) -> None:
         self._name = name
@@ -59,7 +56,7 @@ class FreedEncoder:
         self.config: Any = module.config
 
     def __call__(self, *given: Any, **named: Any) -> Any:
-        """There is nothing left to call.
+        """Refuse the call: the encoder is gone.
 
         Raises:
             UserError: always.
@@ -71,7 +68,7 @@ class FreedEncoder:
 
 
 def text_encoders(pipe: Any) -> dict[str, nn.Module]:
-    """The networks of a pipeline that read text, by the name of their component."""
+    """Return the networks of a pipeline that read text, by the name of their component."""
     return {
         name: module
         for name, module in pipe.components.items()
@@ -80,9 +77,9 @@ def text_encoders(pipe: Any) -> dict[str, nn.Module]:
 
 
 def free_text_encoders(pipe: Any) -> None:
-    """Let go of the text encoders: their memory is free once nobody else holds them."""
+    """Let go of the text encoders. Their memory is free once nobody else holds them."""
     for name, module in text_encoders(pipe).items():
-        # past __setattr__: the pipeline's config goes on to say which encoders it was made with
+        # past __setattr__: the pipeline's config still says which encoders it was made with
         vars(pipe)[name] = FreedEncoder(name, module)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What is changed for the time of a block, and back after it, whatever cuts the block off."""
+"""Change something for the time of a block and restore it afterwards, whatever cuts it off."""
 
 from __future__ import annotations
 
@@ -7,34 +7,35 @@ from contextlib import contextmanager
 
 from dgpo.interrupts import all_or_nothing
 
-_changed: list[Callable[[], None]] = []
-"""What puts back what is changed now, the newest last."""
+_to_restore: list[Callable[[], None]] = []
+"""Restores what is changed now, the newest change last."""
 
 
 @contextmanager
-def put_back(restore: Callable[[], None]) -> Iterator[None]:
-    """``restore`` is called once after the block, or by :func:`bring_back`, and as a whole: a stop
-    halfway would save the weights of two models as one.
+def restoring(restore: Callable[[], None]) -> Iterator[None]:
+    """Call ``restore`` once after the block, or in :func:`restore_now`, and always as a whole.
 
     Args:
-        restore: brings back what the block changes; nothing is lost by it where it has not yet.
+        restore: brings back what the block changes. It must be harmless before the change.
     """
-    _changed.append(restore)
+    # noted before the block changes anything: a signal may come between any two lines
+    _to_restore.append(restore)
     try:
         yield
     finally:
+        # a stop halfway would save the weights of two models as one
         with all_or_nothing():
-            if restore in _changed:
+            if restore in _to_restore:
                 restore()
-                _changed.remove(restore)
+                _to_restore.remove(restore)
 
 
-def bring_back() -> None:
-    """Put back what blocks have changed that were cut off between their last line and their end.
+def restore_now() -> None:
+    """Restore what blocks have changed that were cut off between their last line and their end.
 
-    A signal may be heard there too, and what the block would have undone is then left to whenever
-    its frame is forgotten, which is after a stop has saved the weights.
+    A signal may arrive there too. Python then runs the block's ``finally`` only when it forgets the
+    frame, which is after a stop has saved the weights.
     """
-    while _changed:
-        _changed[-1]()
-        _changed.pop()
+    while _to_restore:
+        _to_restore[-1]()  # taken off only once it is done: a second signal may cut this off
+        _to_restore.pop()

@@ -1,8 +1,9 @@
 """Copies of weights that lag behind: frozen references and exponential moving averages.
 
-Weights are put in place by exchanging storage, not by copying: what was there before comes back
-bit for bit, and a graph built before the exchange still finds its own tensors at backward. Pieces
-of sharded weights are copied, as the sharding keeps their storage; its graphs gather them anew.
+Weights are put in place by exchanging storage, not by copying. What was there before comes back
+bit for bit, and a graph that was built before the exchange still finds its own tensors at backward.
+Pieces of sharded weights are copied, because the sharding keeps their storage; its graphs gather
+the weights again at backward.
 """
 
 from __future__ import annotations
@@ -17,23 +18,24 @@ from torch import Tensor, nn
 
 from dgpo.distributed.sharding import is_sharded, local
 from dgpo.errors import UserError
-from dgpo.models.weights.restoring import put_back
+from dgpo.models.weights.restoring import restoring
 
 
 @contextmanager
 def exchanged(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
-    """``parameters`` hold ``values`` for the time of the block, and their own storage after it.
+    """Inside the block ``parameters`` hold ``values``; after it they hold their own storage again.
 
     Nothing is copied where device and dtype agree and nothing is sharded. Do not train inside the
     block.
     """
+    # a piece is overwritten and so is cloned; other storage is only put aside
     own = [local(p).clone() if is_sharded(p) else p.data for p in parameters]
 
     def restore() -> None:
         for parameter, data in zip(parameters, own, strict=True):
             _hold(parameter, data)
 
-    with put_back(restore):
+    with restoring(restore):
         for parameter, value in zip(parameters, values, strict=True):
             _hold(parameter, local(value).to(device=parameter.device, dtype=parameter.dtype))
         yield
@@ -41,13 +43,13 @@ def exchanged(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> I
 
 def _hold(parameter: nn.Parameter, value: Tensor) -> None:
     if is_sharded(parameter):
-        local(parameter).copy_(value)
+        local(parameter).copy_(value)  # the sharding gathers from the storage it was given
     else:
         parameter.data = value
 
 
 class Snapshot:
-    """A moving average of ``parameters``, equal to them when it is made.
+    """A ``Snapshot`` is a moving average of ``parameters``, which begins as a copy of them.
 
     ``shadow <- decay * shadow + (1 - decay) * parameter``
 
@@ -64,12 +66,12 @@ class Snapshot:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The averaged weights, in the order of the parameters; sharded as they are."""
+        """Return the averaged weights, in the order of the parameters and sharded as they are."""
         return self._shadow
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
-        """Move towards the parameters: 0 makes the snapshot equal to them, 1 leaves it alone.
+        """Move towards the parameters: a decay of 0 copies them, a decay of 1 changes nothing.
 
         Raises:
             UserError: ``decay`` is outside [0, 1].
@@ -86,14 +88,20 @@ class Snapshot:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """The parameters hold the averaged weights inside the block, and their own after it."""
+        """Inside the block the parameters hold the averaged weights."""
         with exchanged(self._parameters, self._shadow):
             yield
 
 
 def fingerprints(modules: Iterable[Any], left_out: Sequence[Tensor]) -> dict[str, int]:
-    """The sum of the bits of every weight and buffer of ``modules`` but those that are
-    ``left_out``: to see that none has moved, without a copy as large as the model."""
+    """Return the sum of the bits of every weight and buffer of ``modules``, by name.
+
+    It shows whether one has moved, without a copy as large as the model.
+
+    Args:
+        modules: networks; anything else is passed over.
+        left_out: tensors of theirs that may move.
+    """
     known = {id(tensor) for tensor in left_out}
     return {
         f"{type(module).__name__}.{name}": _bits(tensor)
@@ -105,11 +113,11 @@ def fingerprints(modules: Iterable[Any], left_out: Sequence[Tensor]) -> dict[str
 
 
 def base_fingerprints(components: Mapping[str, Any]) -> dict[str, str]:
-    """A short text for every component's weights, by its name: the same on any device, another
-    after training, with a LoRA inside, or in another precision.
+    """Return a short text for the weights of every component, by its name.
 
-    Buffers are left out: some are computed where the module lies. So are weights that lie nowhere
-    (``meta``, as offloading leaves them).
+    It is the same on any device, and another one after training, with a LoRA inside, or in another
+    precision. Buffers are left out, because some are computed on the device. The numbers of weights
+    on ``meta``, where offloading leaves them, are left out too.
     """
     found = {}
     for name, module in components.items():
@@ -123,9 +131,10 @@ def base_fingerprints(components: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _bits(tensor: Tensor) -> int:
-    if hasattr(tensor, "__tensor_flatten__"):  # quantised: a wrapper around numbers and scales
+    if hasattr(tensor, "__tensor_flatten__"):  # a quantised weight wraps numbers and scales
         names, _ = tensor.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
         return sum(_bits(getattr(tensor, name)) for name in names)
+    # integers add up alike in any order, which floats do not
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     values = tensor.detach().contiguous().reshape(-1)
     return int(values.view(whole[values.element_size()]).sum(dtype=torch.int64))
