@@ -11,6 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.dgpo-installed
+TRACKERS := $(VENV)/.dgpo-trackers
 RUN := runs/quickstart
 comma := ,
 
@@ -25,7 +26,7 @@ help:
 	@echo 'make install      create $(VENV) with the pinned versions (1 to 4 minutes the first time, then nothing)'
 	@echo 'make quickstart   post-train the small model for 15 minutes; results in $(RUN) (under 30 minutes in all)'
 	@echo 'make test         ruff, pyright and the quick tests (under 12 minutes, install included)'
-	@echo 'make test-all     make test, and the slow tests'
+	@echo 'make test-all     make test, and the slow tests, with the trackers installed (wandb, trackio, swanlab)'
 	@echo 'make lint         ruff and pyright alone'
 	@echo 'make format       let ruff rewrite the files'
 	@echo 'make fuzz         1000 odd recipes, files, answers and requests each (slow)'
@@ -68,7 +69,12 @@ lint: $(STAMP)
 test: lint
 	$(call step,the quick tests (4 to 9 minutes on two cores),OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' --durations=5)
 
-test-all: lint
+# The trackers' tests are skipped where these are not installed, as after make install
+$(TRACKERS): $(STAMP)
+	$(call step,installing the trackers (1 minute),$(BIN)/python -m pip install --progress-bar off --constraint constraints.txt --no-build-isolation --editable '.[trackers]')
+	@touch $(TRACKERS)
+
+test-all: lint $(TRACKERS)
 	$(call step,all tests,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10)
 
 format: $(STAMP)
