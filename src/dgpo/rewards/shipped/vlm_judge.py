@@ -98,7 +98,7 @@ class VLMJudge(Reward):
                         f"reward {self.name!r} shows the column {source!r}, and "
                         f"{prompt.place(row)} ({prompt.text!r:.80}) has no picture there"
                     )
-        self._setting(self.model, "MODEL", "the served model's name")
+        self._setting(self.model, "MODEL")
         with self._client() as client:
             import httpx
 
@@ -117,13 +117,14 @@ class VLMJudge(Reward):
             RewardFailure: the server gave no answer after all tries.
             UserError: no answer could be read, and there is no ``fallback``.
         """
+        model = self._setting(self.model, "MODEL")
         shown = [
             [*(columns[source][row] for source in self.sources), image]
             for row, image in enumerate(images)
         ]
         with self._client() as client, ThreadPoolExecutor(self.workers) as pool:
             jobs = [
-                pool.submit(self._score, client, row, pictures, text)
+                pool.submit(self._score, client, model, row, pictures, text)
                 for row, (pictures, text) in enumerate(zip(shown, prompts, strict=True))
             ]
             try:
@@ -134,25 +135,28 @@ class VLMJudge(Reward):
                 raise
 
     def _client(self) -> Any:
-        url = self._setting(self.url, "URL", "http://localhost:8000/v1")
+        url = self._setting(self.url, "URL")
         key = self.key or os.environ.get(f"{self.variable}_KEY", "")
         # as many connections as may be asked at once: httpx's own limit would make others too late
         return connect(f"reward {self.name!r}", url, key, self.timeout, self.workers)
 
-    def _setting(self, given: str | None, what: str, example: str) -> str:
+    def _setting(self, given: str | None, what: str) -> str:
         variable = f"{self.variable}_{what}"
         value = given or os.environ.get(variable, "")
         if not value:
+            example = "http://localhost:8000/v1" if what == "URL" else "the served model's name"
             raise UserError(f"reward {self.name!r} asks a server: set {variable} to {example}")
         return value
 
-    def _score(self, client: Any, row: int, pictures: Sequence[Image.Image], text: str) -> float:
+    def _score(
+        self, client: Any, model: str, row: int, pictures: Sequence[Image.Image], text: str
+    ) -> float:
         content = [
             *map(_shown, pictures),
             {"type": "text", "text": self.template.replace("{prompt}", text)},
         ]
         body = {
-            "model": self._setting(self.model, "MODEL", "the served model's name"),
+            "model": model,
             "messages": [{"role": "user", "content": content}],
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
