@@ -19,8 +19,7 @@ def prompts(
     n: Annotated[int, Option("--n", min=1, metavar="N", help="Prompts to write.")] = 1000,
     seed: Annotated[int, Option("--seed", min=0, metavar="S", help="Seed of the choice.")] = 0,
     without: Annotated[
-        list[str] | None,
-        Option("--without", metavar="FILE", help="Prompts to avoid, e.g. a benchmark's."),
+        list[str] | None, Option("--without", metavar="FILE", help="Prompts to leave out.")
     ] = None,
 ) -> None:
     """Write distinct prompts, with what a reward needs to know about each."""

@@ -20,6 +20,7 @@ from dgpo.recipe.sections import SampleSettings
 
 Sampler = Callable[[Sequence[str], Sequence[int]], Any]
 """Takes texts and a seed for each, and returns what the pipeline made of them."""
+_SEED = "Row i gets seed S + i."
 _GUIDANCE = "As rollout.guidance_scale; 1: no guidance. Default: the pipeline's own arguments."
 _CALL = "Another argument of the pipeline's call, as rollout.call; may be repeated."
 
@@ -47,9 +48,7 @@ def sample(
     guidance_scale: Annotated[
         float | None, Option(min=0, metavar="G", callback=_finite, help=_GUIDANCE)
     ] = None,
-    seed: Annotated[
-        int, Option(min=0, max=2**63 - 1, metavar="S", help="Row i gets seed S+i.")
-    ] = 0,
+    seed: Annotated[int, Option(min=0, max=2**63 - 1, metavar="S", help=_SEED)] = 0,
     height: Annotated[int | None, Option(min=1, metavar="PX", help="In pixels.")] = None,
     width: Annotated[int | None, Option(min=1, metavar="PX", help="In pixels.")] = None,
     call: Annotated[list[str] | None, Option("--call", metavar="KEY=VALUE", help=_CALL)] = None,

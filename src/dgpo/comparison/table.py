@@ -100,14 +100,28 @@ def cell(figure: Figure, digits: int | None = None, sign: bool = False) -> str:
 
 def as_json(summary: Summary) -> dict[str, Any]:
     """Return everything that is known of a recipe."""
+    made = asdict(summary)
+    to_target, ratios = (
+        {f"{target:g}": costs for target, costs in made[name].items()}
+        for name in ("to_target", "ratios")
+    )
+    runs = [
+        {
+            "seed": record.seed,
+            "finished": record.finished,
+            "best": None if record.best is None else asdict(record.best),
+            "evaluations": own["points"],
+        }
+        for record, own in zip(summary.records, made["records"], strict=True)
+    ]
     return {
         "name": summary.name,
         "algorithm": summary.algorithm,
-        "best_score": asdict(summary.best),
-        "change_at_best": {name: asdict(figure) for name, figure in summary.change.items()},
-        "to_target": _by_target(summary.to_target),
-        "ratio_to_first": _by_target(summary.ratios),
-        "runs": [_run(record) for record in summary.records],
+        "best_score": made["best"],
+        "change_at_best": made["change"],
+        "to_target": to_target,
+        "ratio_to_first": ratios,
+        "runs": runs,
     }
 
 
@@ -179,20 +193,3 @@ def _number(value: float, digits: int | None, sign: bool, towards: int = 0) -> s
     scaled = round(value * scale, 6)
     rounded = {-1: math.floor, 0: round, 1: math.ceil}[towards](scaled) / scale
     return f"{rounded:{'+' if sign else ''},.{max(0, digits)}f}"
-
-
-def _by_target(found: dict[float, dict[str, Figure]]) -> dict[str, Any]:
-    return {
-        f"{target:g}": {cost: asdict(figure) for cost, figure in costs.items()}
-        for target, costs in found.items()
-    }
-
-
-def _run(record: Record) -> dict[str, Any]:
-    best = record.best
-    return {
-        "seed": record.seed,
-        "finished": record.finished,
-        "best": None if best is None else asdict(best),
-        "evaluations": [asdict(point) for point in record.points],
-    }
