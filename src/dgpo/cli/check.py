@@ -6,30 +6,23 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
-from dgpo.cli.options import Device, Precision, VaePrecision
+from dgpo.cli.options import MODEL, Device, Precision, VaePrecision
 from dgpo.errors import UserError
 from dgpo.recipe.files import apply_overrides
 
+_CALL = "Arguments of the pipeline's call, such as height=512."
+
 
 def check(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="pocket, a hub id, or the folder of a pipeline."),
-    ],
-    call: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE", help="Arguments of the pipeline's call, such as height=512."
-        ),
-    ] = None,
+    model: Annotated[str, Argument(metavar="MODEL", help=MODEL)],
+    call: Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help=_CALL)] = None,
     image: Annotated[
-        Path | None,
-        typer.Option("--image", metavar="FILE", help="A picture, if the pipeline starts from one."),
+        Path | None, Option("--image", metavar="FILE", help="If it starts from a picture.")
     ] = None,
     mask: Annotated[
-        Path | None,
-        typer.Option("--mask", metavar="FILE", help="A mask, if the pipeline paints inside one."),
+        Path | None, Option("--mask", metavar="FILE", help="If it paints inside a mask.")
     ] = None,
     precision: Precision = "float32",
     vae_precision: VaePrecision = None,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from dgpo.cli.checks import check_folder, check_lora, load_recipe
 from dgpo.cli.options import Device, Lora, Overrides, RecipeName
@@ -14,8 +15,8 @@ from dgpo.preferences import refuse_existing_groups
 
 def collect(
     recipe: RecipeName,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder of the groups.")],
-    groups: Annotated[int, typer.Option(min=1, metavar="N", help="Groups to sample.")],
+    out: Annotated[Path, Option("--out", metavar="DIR", help="The folder of the groups.")],
+    groups: Annotated[int, Option(min=1, metavar="N", help="Groups to sample.")],
     overrides: Overrides = None,
     lora: Lora = None,
     device: Device = None,

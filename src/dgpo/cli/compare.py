@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from dgpo.cli.checks import check_folder, check_sources
 from dgpo.cli.common import INTERRUPTED
@@ -17,49 +18,32 @@ if TYPE_CHECKING:
     from dgpo.comparison.report import Comparison
 
 
+_RECIPES = "Files or names, then settings for all of them. Ratios are over the first one's costs."
+_SEEDS = "Runs of each recipe, with the seeds 0 to N-1."
+_RESULTS = "Keep the metrics of finished runs here, as small files to commit, and use those kept."
+
+
 def compare(
-    recipes: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="RECIPE... [KEY=VALUE...]",
-            help="Files or names, then settings to change in all of them. Ratios are over the "
-            "costs of the first recipe.",
-        ),
-    ],
-    seeds: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Runs of each recipe, with seeds 0 to N-1.")
-    ] = 1,
+    recipes: Annotated[list[str], Argument(metavar="RECIPE... [KEY=VALUE...]", help=_RECIPES)],
+    seeds: Annotated[int, Option(min=1, metavar="N", help=_SEEDS)] = 1,
     target: Annotated[
-        list[float] | None,
-        typer.Option("--target", metavar="X", help="A held-out score; may be repeated."),
+        list[float] | None, Option("--target", metavar="X", help="A held-out score; repeatable.")
     ] = None,
     budget: Annotated[
         float | None,
-        typer.Option(
-            metavar="MINUTES", help="Training minutes of each run. Default: the recipe's."
-        ),
+        Option(metavar="MINUTES", help="Training time of each run. Default: the recipe's."),
     ] = None,
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", help="The folder of runs and results.")
-    ] = Path("runs/compare"),
+    out: Annotated[Path, Option(metavar="DIR", help="Runs and results.")] = Path("runs/compare"),
     stop_at_target: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--stop-at-target",
             help="End a run once two evaluations in a row reach the highest target.",
         ),
     ] = False,
-    results: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="A folder for the metrics of finished runs: small files to commit. The runs that "
-            "it holds count as finished.",
-        ),
-    ] = None,
+    results: Annotated[Path | None, Option(metavar="DIR", help=_RESULTS)] = None,
     redraw: Annotated[
-        bool,
-        typer.Option("--redraw", help="Train nothing: write the files from the runs there are."),
+        bool, Option("--redraw", help="Train nothing: write the files from the runs there are.")
     ] = False,
 ) -> None:
     """Train recipes one after the other, and say which is faster and by how much.

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from dgpo.errors import UserError
 
 
 def detect(
-    image: Annotated[Path, typer.Argument(metavar="PICTURE", help="A picture file.")],
+    image: Annotated[Path, Argument(metavar="PICTURE", help="A picture file.")],
     least: Annotated[
-        float,
-        typer.Option("--least", min=0, max=1, metavar="P", help="The least confidence to list."),
+        float, Option("--least", min=0, max=1, metavar="P", help="The least confidence to list.")
     ] = 0.3,
 ) -> None:
     """Check GenEval's detector: list the objects in a picture and what CLIP calls their colours.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Option
 
 from dgpo import registry
 from dgpo.cli.checks import check_file, check_lora
@@ -19,15 +20,14 @@ if TYPE_CHECKING:
 def evaluate(
     model: Model,
     benchmark: Annotated[
-        str, typer.Option("--benchmark", metavar="B", help="A name of `dgpo list benchmarks`.")
+        str, Option("--benchmark", metavar="B", help="A name of `dgpo list benchmarks`.")
     ],
     lora: Lora = None,
     prompts: Annotated[
-        Path | None,
-        typer.Option("--prompts", metavar="FILE", help="Prompts, if the benchmark has none."),
+        Path | None, Option("--prompts", metavar="FILE", help="If the benchmark has none.")
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the report to this file.")
+        Path | None, Option("--json", metavar="FILE", help="Write the report to this file.")
     ] = None,
     batch: Batch = 128,
     precision: Precision = "float32",

@@ -5,66 +5,36 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, BadParameter, Option
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 def _precision(value: str | None) -> str | None:
     if value is not None and value not in PRECISIONS:
-        raise typer.BadParameter(f"{value!r} is not one of {', '.join(PRECISIONS)}")
+        raise BadParameter(f"{value!r} is not one of {', '.join(PRECISIONS)}")
     return value
 
 
-RecipeName = Annotated[
-    str,
-    typer.Argument(
-        metavar="RECIPE", help="A file, a recipe's name, or the run.json of a run folder."
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as train.lr=1e-4."),
-]
-Model = Annotated[
-    str,
-    typer.Option("--model", metavar="M", help="pocket, a hub id, or the folder of a pipeline."),
-]
-Lora = Annotated[
-    Path | None,
-    typer.Option("--lora", metavar="DIR", help="A trained LoRA: a run folder, or its lora/."),
-]
-Precision = Annotated[
-    str,
-    typer.Option(metavar="P", callback=_precision, help="float32, bfloat16 or float16."),
-]
-VaePrecision = Annotated[
-    str | None,
-    typer.Option(
-        metavar="P",
-        callback=_precision,
-        help="The precision of the autoencoder, as memory.vae_precision; a Wan VAE is meant for "
-        "float32. Default: as --precision.",
-    ),
-]
-Device = Annotated[
-    str | None, typer.Option(metavar="D", help="Default: cuda if there is a GPU, else cpu.")
-]
-Rewards = Annotated[
-    list[str],
-    typer.Option("--reward", metavar="R", help="A name of `dgpo list rewards`; may be repeated."),
-]
-Batch = Annotated[int, typer.Option(min=1, metavar="N", help="Pictures made at once.")]
-Host = Annotated[
-    str,
-    typer.Option(
-        "--host", metavar="H", help="The address to listen at; 0.0.0.0 (all) needs a token."
-    ),
-]
-Port = Annotated[int, typer.Option("--port", min=0, max=65535, metavar="N", help="The port.")]
-TokenFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--token-file", metavar="F", help="A file that holds the token which others must know."
-    ),
-]
+_RECIPE = "A file, a recipe's name, or the run.json of a run folder."
+_SETTINGS = "Settings to change, such as train.lr=1e-4."
+MODEL = "pocket, a hub id, or the folder of a pipeline."
+_LORA = "A trained LoRA: a run folder, or its lora/."
+_FLOATS = "float32, bfloat16 or float16."
+_VAE = "The autoencoder's precision; Wan's is meant for float32. Default: as --precision."
+_DEVICE = "Default: cuda if there is a GPU, else cpu."
+_REWARDS = "A name of `dgpo list rewards`; may be repeated."
+_HOST = "The address to listen at; 0.0.0.0, which all can reach, needs a token."
+_TOKEN = "A file that holds the token which others must know."
+RecipeName = Annotated[str, Argument(metavar="RECIPE", help=_RECIPE)]
+Overrides = Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help=_SETTINGS)]
+Model = Annotated[str, Option("--model", metavar="M", help=MODEL)]
+Lora = Annotated[Path | None, Option("--lora", metavar="DIR", help=_LORA)]
+Precision = Annotated[str, Option(metavar="P", callback=_precision, help=_FLOATS)]
+VaePrecision = Annotated[str | None, Option(metavar="P", callback=_precision, help=_VAE)]
+Device = Annotated[str | None, Option(metavar="D", help=_DEVICE)]
+Rewards = Annotated[list[str], Option("--reward", metavar="R", help=_REWARDS)]
+Batch = Annotated[int, Option(min=1, metavar="N", help="Pictures made at once.")]
+Host = Annotated[str, Option("--host", metavar="H", help=_HOST)]
+Port = Annotated[int, Option("--port", min=0, max=65535, metavar="N", help="The port.")]
+TokenFile = Annotated[Path | None, Option("--token-file", metavar="F", help=_TOKEN)]

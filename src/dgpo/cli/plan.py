@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from dgpo.cli.checks import load_recipe
 from dgpo.cli.options import Overrides, RecipeName
@@ -14,8 +15,7 @@ def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
     memory: Annotated[
-        float | None,
-        typer.Option("--memory", min=0, metavar="GB", help="Refuse a run that needs more."),
+        float | None, Option("--memory", min=0, metavar="GB", help="Refuse a run that needs more.")
     ] = None,
 ) -> None:
     """Say what a run will cost: parameters, passes, memory. No weights are loaded."""

@@ -6,26 +6,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from dgpo.cli.checks import check_file
 
 
 def prompts(
-    kind: Annotated[
-        str, typer.Argument(metavar="geneval|ocr|pocket", help="What the prompts ask for.")
-    ],
+    kind: Annotated[str, Argument(metavar="geneval|ocr|pocket", help="What they ask for.")],
     out: Annotated[
-        Path, typer.Option("--out", metavar="FILE", help=".jsonl, or .txt for the prompts alone.")
+        Path, Option("--out", metavar="FILE", help=".jsonl, or .txt for the prompts alone.")
     ],
-    n: Annotated[int, typer.Option("--n", min=1, metavar="N", help="Prompts to write.")] = 1000,
-    seed: Annotated[
-        int, typer.Option("--seed", min=0, metavar="S", help="The seed of the choice.")
-    ] = 0,
+    n: Annotated[int, Option("--n", min=1, metavar="N", help="Prompts to write.")] = 1000,
+    seed: Annotated[int, Option("--seed", min=0, metavar="S", help="Seed of the choice.")] = 0,
     without: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--without", metavar="FILE", help="Prompts to leave out, such as the benchmark's."
-        ),
+        list[str] | None, Option("--without", metavar="FILE", help="Prompts to leave out.")
     ] = None,
 ) -> None:
     """Write distinct prompts, with what a reward needs to know about each."""

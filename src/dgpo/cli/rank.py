@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
 
 from dgpo.cli.checks import check_folder, check_lora, load_recipe
 from dgpo.cli.options import Host, Lora, Overrides, Port, RecipeName, TokenFile
@@ -28,24 +29,16 @@ FAREWELL = 3.0
 def rank(
     recipe: RecipeName,
     overrides: Overrides = None,
-    train: Annotated[
-        bool, typer.Option("--train", help="Train by the recipe while people rank.")
-    ] = False,
+    train: Annotated[bool, Option("--train", help="Train by the recipe meanwhile.")] = False,
     out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="DIR", help="Default: ranking in the recipe's run.dir."),
+        Path | None, Option("--out", metavar="DIR", help="Default: ranking in the run's folder.")
     ] = None,
     groups: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Groups to rank. Default: until Ctrl-C."),
+        int | None, Option(min=1, metavar="N", help="Groups to rank. Default: until Ctrl-C.")
     ] = None,
-    ask: Annotated[
-        str, typer.Option(metavar="HOW", help="How to answer: likes, order or stars.")
-    ] = "likes",
-    raters: Annotated[int, typer.Option(min=1, metavar="N", help="People for each group.")] = 1,
-    ahead: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Groups to draw before anyone asks for them.")
-    ] = 8,
+    ask: Annotated[str, Option(metavar="HOW", help="likes, order or stars.")] = "likes",
+    raters: Annotated[int, Option(min=1, metavar="N", help="People for each group.")] = 1,
+    ahead: Annotated[int, Option(min=1, metavar="N", help="Groups to draw ahead of people.")] = 8,
     lora: Lora = None,
     host: Host = "127.0.0.1",
     port: Port = PORT,

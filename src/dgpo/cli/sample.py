@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from dgpo.cli.checks import check_folder, check_lora, prompt_rows
 from dgpo.cli.options import Batch, Device, Lora, Model, Precision, VaePrecision
@@ -19,6 +20,9 @@ from dgpo.recipe.sections import SampleSettings
 
 Sampler = Callable[[Sequence[str], Sequence[int]], Any]
 """Takes texts and a seed for each, and returns what the pipeline made of them."""
+_SEED = "Row i gets seed S + i."
+_GUIDANCE = "As rollout.guidance_scale; 1: no guidance. Default: the pipeline's own arguments."
+_CALL = "Another argument of the pipeline's call, as rollout.call; may be repeated."
 
 
 def _finite(value: float | None) -> float | None:
@@ -29,44 +33,25 @@ def _finite(value: float | None) -> float | None:
 
 def sample(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder of the files.")],
+    out: Annotated[Path, Option("--out", metavar="DIR", help="The folder of the files.")],
     prompt: Annotated[
-        list[str] | None,
-        typer.Option("--prompt", metavar="TEXT", help="A prompt; may be repeated."),
+        list[str] | None, Option("--prompt", metavar="TEXT", help="A prompt; may be repeated.")
     ] = None,
-    more: Annotated[list[str] | None, typer.Argument(metavar="TEXT", hidden=True)] = None,
+    more: Annotated[list[str] | None, Argument(metavar="TEXT", hidden=True)] = None,
     prompts: Annotated[
-        str | None,
-        typer.Option("--prompts", metavar="FILE", help=".txt, .jsonl, or a built-in set."),
+        str | None, Option("--prompts", metavar="FILE", help=".txt, .jsonl, or a built-in set.")
     ] = None,
     lora: Lora = None,
     steps: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Sampling steps. Default: the pipeline's."),
+        int | None, Option(min=1, metavar="N", help="Sampling steps. Default: the pipeline's.")
     ] = None,
     guidance_scale: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            metavar="G",
-            callback=_finite,
-            help="The scale of classifier-free guidance, as rollout.guidance_scale; 1: none. "
-            "Default: the pipeline's own arguments.",
-        ),
+        float | None, Option(min=0, metavar="G", callback=_finite, help=_GUIDANCE)
     ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**63 - 1, metavar="S", help="Row i gets seed S + i.")
-    ] = 0,
-    height: Annotated[int | None, typer.Option(min=1, metavar="PX", help="In pixels.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, metavar="PX", help="In pixels.")] = None,
-    call: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--call",
-            metavar="KEY=VALUE",
-            help="Another argument of the pipeline's call, as rollout.call; may be repeated.",
-        ),
-    ] = None,
+    seed: Annotated[int, Option(min=0, max=2**63 - 1, metavar="S", help=_SEED)] = 0,
+    height: Annotated[int | None, Option(min=1, metavar="PX", help="In pixels.")] = None,
+    width: Annotated[int | None, Option(min=1, metavar="PX", help="In pixels.")] = None,
+    call: Annotated[list[str] | None, Option("--call", metavar="KEY=VALUE", help=_CALL)] = None,
     batch: Batch = 8,
     precision: Precision = "float32",
     vae_precision: VaePrecision = None,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Option
 
 from dgpo.cli.checks import check_file, check_rewards
 from dgpo.cli.options import Rewards
@@ -19,27 +20,19 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SHOWN = 20
 """Pictures in the printed table; the file of --json has all."""
+_PROMPTS = ".txt or .jsonl: one row for all, or a row for each picture in the order of their names."
 
 
 def score(
     reward: Rewards,
     images: Annotated[
-        Path, typer.Option("--images", metavar="DIR|FILE", help="A folder of pictures, or one.")
+        Path, Option("--images", metavar="DIR|FILE", help="A folder of pictures, or one.")
     ],
-    prompts: Annotated[
-        str,
-        typer.Option(
-            "--prompts",
-            metavar="FILE",
-            help=".txt or .jsonl: one row for all pictures, or a row for each, in the order of "
-            "their names.",
-        ),
-    ],
+    prompts: Annotated[str, Option("--prompts", metavar="FILE", help=_PROMPTS)],
     json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="OUT", help="A .jsonl to write: a line for each picture."),
+        Path | None, Option("--json", metavar="OUT", help="A .jsonl to write, a line a picture.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures read at once.")] = 64,
+    batch: Annotated[int, Option(min=1, metavar="N", help="Pictures read at once.")] = 64,
 ) -> None:
     """Score pictures that exist already, such as those of `dgpo sample`."""
     from dgpo.prompts import load_prompts

@@ -6,6 +6,7 @@ import importlib.util
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from dgpo.cli.checks import check_rewards
 from dgpo.cli.options import Host, Port, Rewards, TokenFile
@@ -21,18 +22,11 @@ def serve(
     host: Host = "127.0.0.1",
     port: Port = 8765,
     token_file: TokenFile = None,
-    batch: Annotated[
-        int,
-        typer.Option(min=1, metavar="N", help="Pictures scored at once, of several requests."),
-    ] = 64,
-    max_images: Annotated[
-        int, typer.Option(min=1, metavar="N", help="The most pictures in a request.")
-    ] = 64,
-    max_mb: Annotated[
-        int, typer.Option(min=1, metavar="N", help="The largest body of a request.")
-    ] = 64,
+    batch: Annotated[int, Option(min=1, metavar="N", help="Pictures scored at once.")] = 64,
+    max_images: Annotated[int, Option(min=1, metavar="N", help="Most pictures in a request.")] = 64,
+    max_mb: Annotated[int, Option(min=1, metavar="N", help="Largest body of a request.")] = 64,
     max_megapixels: Annotated[
-        int, typer.Option(min=1, metavar="N", help="The most pixels in all pictures of a request.")
+        int, Option(min=1, metavar="N", help="Most pixels in the pictures of a request.")
     ] = 64,
 ) -> None:
     """Serve rewards over HTTP; the reward `http` is the client."""

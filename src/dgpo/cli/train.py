@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Option
 
 from dgpo.cli.checks import check_folder, load_recipe
 from dgpo.cli.common import INTERRUPTED, is_main_process
@@ -21,8 +22,7 @@ def train(
     recipe: RecipeName,
     overrides: Overrides = None,
     resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on with the run in run.dir, or in the folder given."),
+        bool, Option("--resume", help="Go on with the run in run.dir, or in the folder given.")
     ] = False,
 ) -> None:
     """Train by a recipe, and write everything to its run folder.

@@ -1,1 +1,1 @@
-"""Recipes against each other: the same prompts, the same evaluation, the same machine."""
+"""Compare recipes with the same prompts and the same evaluation, on the same machine."""

@@ -1,7 +1,7 @@
-"""What the runs of a comparison show: cost to a target, best scores, and intervals over seeds.
+"""Work out what runs show: the cost to a target, the best scores, and intervals over seeds.
 
 A run arrives at a target with its first evaluation at or above it; nothing is interpolated. A run
-that has not arrived has cost at least what it had cost at its last evaluation.
+that has not arrived costs at least what it had cost at its last evaluation.
 """
 
 from __future__ import annotations
@@ -16,73 +16,100 @@ from typing import Any, Literal
 from dgpo.run.tracking import read_jsonl
 
 COSTS = ("minutes", "images", "forwards", "backwards")
-"""Training time; pictures; samples that a denoiser evaluated; samples it was differentiated for."""
+"""Training time; pictures; samples through the denoiser forwards; and backwards."""
 PHASES = ("seconds_iteration", "seconds_rollout", "seconds_reward", "seconds_train")
-"""Of an iteration: all of it; sampling; the rewards; the update."""
+"""The seconds of an iteration: in all, for sampling, for the rewards, for the update."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation and what training had cost by then."""
+    """An evaluation, and what training had cost by then.
+
+    Args:
+        iteration: the iterations done; 0 for the base model.
+        score: the held-out score.
+        metrics: all metrics; the first is the score.
+        cost: the cost by :data:`COSTS`; None where the run did not count it.
+    """
 
     iteration: int
     score: float
     metrics: dict[str, float]
-    """All metrics; the first is the score."""
     cost: dict[str, float | None]
-    """By :data:`COSTS`; None where a run did not count."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """The evaluations of one run."""
+    """The evaluations of a run.
+
+    Args:
+        seed: the run's seed.
+        points: its evaluations in order.
+        finished: whether the run has ended.
+        phases: medians over its iterations, by those of :data:`PHASES` that the run noted.
+    """
 
     seed: int
     points: list[Point]
     finished: bool = True
     phases: dict[str, float] = field(default_factory=dict)
-    """Medians over the iterations, by :data:`PHASES`; without those that a run did not note."""
 
     @property
     def best(self) -> Point | None:
-        """The first of the highest scores."""
+        """The first evaluation with the highest score."""
         return max(self.points, key=lambda point: point.score, default=None)
 
     def arrival(self, target: float) -> Point | None:
+        """Return the first evaluation at or above a target, if there is one."""
         return next((point for point in self.points if point.score >= target), None)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over seeds with its interval (:func:`mean`), or a bound of it."""
+    """A mean over seeds with its interval (:func:`mean`), or a bound of the mean.
+
+    Args:
+        value: the mean or bound; None where nothing can be said.
+        low, high: the ends of the interval, if there is one.
+        bound: whether the value is exact or a bound.
+        seeds: the number of seeds.
+        arrived: how many of them reached the target, if there is one.
+    """
 
     value: float | None
-    """None: nothing can be said."""
     low: float | None = None
     high: float | None = None
     bound: Literal["exact", "at least", "at most"] = "exact"
     seeds: int = 0
     arrived: int | None = None
-    """Seeds that reached the target, where there is one."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """All figures of one recipe."""
+    """All figures of a recipe.
+
+    Args:
+        name: the recipe's name.
+        algorithm: the name of its algorithm.
+        records: its runs.
+        to_target: the cost to each target, by :data:`COSTS`.
+        ratios: these costs over those of the comparison's first recipe.
+        best: the best score.
+        change: how the other metrics changed from the base model to the evaluation with the best
+            score.
+    """
 
     name: str
     algorithm: str
     records: list[Record]
     to_target: dict[float, dict[str, Figure]] = field(default_factory=dict)
     ratios: dict[float, dict[str, Figure]] = field(default_factory=dict)
-    """Cost to a target over that of the comparison's first recipe."""
     best: Figure = Figure(None)
     change: dict[str, Figure] = field(default_factory=dict)
-    """Of the other metrics, from the base model to the evaluation with the best score."""
 
 
 def read_record(folder: Path, seed: int, finished: bool = True) -> Record:
-    """The evaluations of a run folder, with the costs of its ``metrics.jsonl``."""
+    """Read the evaluations of a run folder, with the costs in its ``metrics.jsonl``."""
     rows = {row["iteration"]: row for row in read_jsonl(folder / "metrics.jsonl")}
     nothing: dict[str, Any] = dict.fromkeys(COSTS, 0)
     points = []
@@ -99,10 +126,11 @@ def read_record(folder: Path, seed: int, finished: bool = True) -> Record:
 def summarize(
     recipes: Mapping[str, tuple[str, Sequence[Record]]], targets: Sequence[float]
 ) -> list[Summary]:
-    """The figures of all recipes.
+    """Return the figures of all recipes.
 
     Args:
-        recipes: name to algorithm and records; ratios are over the first one's costs.
+        recipes: the algorithm and records of each recipe by its name; ratios are over the costs of
+            the first recipe.
         targets: held-out scores.
     """
     summaries, base = [], list(next(iter(recipes.values()))[1])
@@ -117,12 +145,17 @@ def summarize(
 
 
 def mean(values: Sequence[float], least: float = -math.inf) -> Figure:
-    """Mean and Student's 95% interval; of two values, for which that says next to nothing, the two;
-    of one value there is no interval, of none no mean.
+    """Return the mean and Student's 95% interval.
+
+    For two values that interval says next to nothing, so the two values are given instead. One
+    value has no interval, and no value has no mean.
 
     Args:
-        values: one a seed.
-        least: no value can be below it.
+        values: one value for each seed.
+        least: the least possible value.
+
+    >>> mean([1.0, 3.0])
+    Figure(value=2.0, low=1.0, high=3.0, bound='exact', seeds=2, arrived=None)
     """
     if not values:
         return Figure(None)
@@ -136,7 +169,7 @@ def mean(values: Sequence[float], least: float = -math.inf) -> Figure:
 
 
 def to_target(records: Sequence[Record], target: float, cost: str) -> Figure:
-    """Mean cost to the target; a bound where a seed has not arrived."""
+    """Return the mean cost to a target, or a bound of it where a seed has not arrived."""
     ends = [_end(run, target, cost) for run in records]
     values = [value for value, _ in ends if value is not None]
     count = sum(there for _, there in ends)
@@ -149,10 +182,10 @@ def to_target(records: Sequence[Record], target: float, cost: str) -> Figure:
 
 
 def ratio(records: Sequence[Record], base: Sequence[Record], target: float, cost: str) -> Figure:
-    """Cost to the target over that of ``base``: geometric mean over the seeds that both have.
+    """Return the cost to a target over that of ``base``, as a geometric mean over common seeds.
 
-    Where a run above has not arrived it is a lower bound, where one below has not an upper bound,
-    and where both are so, nothing.
+    It is a lower bound where a run of ``records`` has not arrived, and an upper bound where a run
+    of ``base`` has not. Where neither has arrived nothing can be said.
     """
     below = {run.seed: _end(run, target, cost) for run in base}
     pairs = [(_end(run, target, cost), below[run.seed]) for run in records if run.seed in below]
@@ -160,7 +193,7 @@ def ratio(records: Sequence[Record], base: Sequence[Record], target: float, cost
         return Figure(None, seeds=len(pairs))
     open_above = any(not there for (_, there), _ in pairs)
     open_below = any(not there for _, (_, there) in pairs)
-    logs = [math.log(_known(above) / _known(under)) for (above, _), (under, _) in pairs]
+    logs = [math.log(above / under) for (above, _), (under, _) in pairs if above and under]
     if open_above and open_below:
         return Figure(None, seeds=len(logs))
     if open_above or open_below:
@@ -172,7 +205,7 @@ def ratio(records: Sequence[Record], base: Sequence[Record], target: float, cost
 
 
 def _end(run: Record, target: float, cost: str) -> tuple[float | None, bool]:
-    """The cost at which the run arrived, or of all that it did; and whether it arrived."""
+    """Return the cost at which a run arrived, or ended, and whether it arrived."""
     there = run.arrival(target)
     point = there or (run.points[-1] if run.points else None)
     return (None if point is None else point.cost[cost]), there is not None
@@ -182,7 +215,7 @@ def _changes(records: Sequence[Record]) -> dict[str, Figure]:
     values: dict[str, list[float]] = {}
     for run in records:
         if run.best is None or run.points[0].iteration != 0:
-            continue  # the base model was not measured
+            continue  # the base model was not evaluated
         base, best = run.points[0].metrics, run.best.metrics
         for name in list(base)[1:]:
             if name in best:
@@ -191,12 +224,7 @@ def _changes(records: Sequence[Record]) -> dict[str, Figure]:
 
 
 def _student(count: int) -> float:
-    """The 97.5% point of Student's distribution for ``count`` values."""
+    """Return the 97.5% point of Student's distribution for ``count`` values."""
     from scipy.special import stdtrit
 
     return float(stdtrit(count - 1, 0.975))
-
-
-def _known(value: Any) -> float:
-    assert value is not None
-    return float(value)

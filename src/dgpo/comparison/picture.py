@@ -1,4 +1,4 @@
-"""compare.png: held-out score against time, against pictures, against denoiser evaluations."""
+"""Draw compare.png: the held-out score against time, against pictures and against passes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dgpo.comparison.table import TITLES
 
 PANELS = ("minutes", "images", "forwards")
 WIDE = 8
-"""Ratio of the recipes' costs from which on the axes are logarithmic."""
+"""The axes are logarithmic where the recipes' costs differ by this factor or more."""
 
 
 def draw(summaries: Sequence[Summary], targets: Sequence[float], metric: str, file: Path) -> None:
     """Draw the three panels.
 
-    A recipe's line is the mean over its seeds as far as all of them go, with a band from the lowest
-    to the highest; thin lines are single seeds, with a dot for each evaluation.
+    A recipe's line is the mean over its seeds as far as all of them go. A band goes from the lowest
+    to the highest. Thin lines are single seeds, with a dot for each evaluation.
     """
-    # the object interface needs no display and leaves pyplot's global state alone
+    # unlike pyplot, this interface needs no display and has no global state
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -101,7 +101,7 @@ def _recipe(panel: Any, name: str, lines: Sequence[Any], color: str, dashes: str
 
 
 def _levels(panel: Any, summaries: Sequence[Summary], targets: Sequence[float]) -> None:
-    """Lines at the targets, and at the base model's score."""
+    """Draw lines at the targets, and at the base model's score."""
     for target in targets:
         panel.axhline(target, color="0.4", linewidth=0.8, linestyle=(0, (4, 3)))
         panel.annotate(

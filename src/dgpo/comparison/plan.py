@@ -1,4 +1,4 @@
-"""Which runs a comparison is made of, and whether it would be fair."""
+"""Which runs a comparison consists of, and whether it would be fair."""
 
 from __future__ import annotations
 
@@ -14,31 +14,34 @@ from dgpo.recipe import Recipe
 from dgpo.recipe.files import find_recipe
 from dgpo.recipe.plain_yaml import parse_yaml
 
-OWNED = {
-    "seed": "use --seeds N",
-    "run.dir": "use --out DIR",
-}
-"""Settings that a comparison sets itself."""
+OWNED = {"seed": "use --seeds N", "run.dir": "use --out DIR"}
+"""Settings that a comparison sets itself, and what sets them."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: a recipe with a seed, in a folder of its own."""
+    """One training run: a recipe with a seed, in a folder of its own.
+
+    Args:
+        name: the recipe's name.
+        seed: the seed.
+        recipe: the recipe with seed, folder and budget.
+        command: the command that trains the same run on its own.
+    """
 
     name: str
-    """Of the recipe."""
     seed: int
     recipe: Recipe
     command: str
-    """What trains the same on its own."""
 
     @property
     def folder(self) -> Path:
+        """The run's folder."""
         return Path(self.recipe.run.dir)
 
 
 def protocol(recipe: Recipe) -> dict[str, Any]:
-    """What has to be equal for two held-out scores to be comparable, by the recipe's keys."""
+    """Return what must be equal for two held-out scores to be comparable, by the recipe's keys."""
     own = recipe.eval_sampling
     return {
         "model": recipe.model,
@@ -56,9 +59,11 @@ def protocol(recipe: Recipe) -> dict[str, Any]:
 
 
 def lag(recipe: Recipe) -> float:
-    """By how many iterations the weights that are evaluated lag behind those that are trained: the
-    memory ``every / (1 - decay)`` of the slow average, which counts optimiser steps. With
-    ``ema.warmup`` it is less at first."""
+    """Return how many iterations the evaluated weights lag behind the trained ones.
+
+    The slow average remembers ``every / (1 - decay)`` optimiser steps. With ``ema.warmup`` it
+    remembers fewer at first.
+    """
     return recipe.ema.every / (1 - recipe.ema.decay) / recipe.updates_per_iteration
 
 
@@ -69,18 +74,18 @@ def plan(
     budget: float | None = None,
     overrides: Sequence[str] = (),
 ) -> list[Run]:
-    """All runs, in the order in which they are made: every recipe with seed 0, then with seed 1.
+    """Plan all runs in the order in which they are made: every recipe with seed 0, then seed 1.
 
     Args:
         sources: files or names of recipes.
-        seeds: how many; they count from 0.
-        out: folder of the comparison; a run's is ``NAME-seedK`` in it.
-        budget: minutes of training for each run, instead of ``train.max_minutes``.
-        overrides: ``a.b=c``, for all recipes.
+        seeds: the number of seeds, which count from 0.
+        out: the folder of the comparison; a run's folder is ``NAME-seedK`` in it.
+        budget: the training minutes of each run, instead of ``train.max_minutes``.
+        overrides: settings to change in all recipes, each ``a.b=c``.
 
     Raises:
-        UserError: a recipe is wrong or named twice, an override is the comparison's own, or the
-            recipes differ in what has to be equal.
+        UserError: a recipe is wrong or named twice, an override belongs to the comparison, or the
+            recipes differ in what must be equal.
     """
     for item in overrides:
         key = item.partition("=")[0].strip()
@@ -92,33 +97,22 @@ def plan(
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"recipe {name!r} is named twice: give the files different names")
-    runs = [
-        _run(source, name, seed, out, budget, overrides)
-        for seed in range(seeds)
-        for source, name in zip(sources, names, strict=True)
-    ]
-    _refuse_unfair([run for run in runs if run.seed == 0])
+
+    def run(source: str, name: str, seed: int) -> Run:
+        own = {"seed": seed, "run.dir": str(out / f"{name}-seed{seed}")}
+        own |= {} if budget is None else {"train.max_minutes": budget}
+        items = [*overrides, *(_override(key, value) for key, value in own.items())]
+        command = shlex.join(["dgpo", "train", source, *items])
+        return Run(name, seed, Recipe.load(source, items), command)
+
+    pairs = list(zip(sources, names, strict=True))
+    runs = [run(source, name, seed) for seed in range(seeds) for source, name in pairs]
+    _refuse_unfair(runs[: len(pairs)])
     return runs
 
 
-def _run(
-    source: str,
-    name: str,
-    seed: int,
-    out: Path,
-    budget: float | None,
-    overrides: Sequence[str],
-) -> Run:
-    own = {"seed": seed, "run.dir": str(out / f"{name}-seed{seed}")}
-    if budget is not None:
-        own["train.max_minutes"] = budget
-    items = [*overrides, *(_override(key, value) for key, value in own.items())]
-    command = shlex.join(["dgpo", "train", source, *items])
-    return Run(name, seed, Recipe.load(source, items), command)
-
-
 def _override(key: str, value: Any) -> str:
-    """``key=value``, quoted where YAML would take a text for something else."""
+    """Return ``key=value``, quoted where YAML would not read a text as a text."""
     plain = isinstance(value, str) and parse_yaml(value, key) == value
     return f"{key}={value if plain else json.dumps(value)}"
 
@@ -127,7 +121,9 @@ def _refuse_unfair(runs: Sequence[Run]) -> None:
     first, *others = runs
     wanted = protocol(first.recipe)
     if wanted["prompts.eval"] is None:
-        raise UserError(f"recipe {first.name!r}: prompts.eval is missing: what shall be compared?")
+        raise UserError(
+            f"recipe {first.name!r}: prompts.eval is missing: name the prompts to compare on"
+        )
     lines = [
         f"  {key}: {first.name} has {wanted[key]!r}, {other.name} has {value!r}"
         for other in others
@@ -138,5 +134,5 @@ def _refuse_unfair(runs: Sequence[Run]) -> None:
         raise UserError(
             "these recipes cannot be compared, since their prompts or evaluations differ:\n"
             + "\n".join(lines)
-            + "\nmake them equal in the files, or for all by an override such as eval.steps=10"
+            + "\nmake them equal in the files, or in all by an override such as eval.steps=10"
         )

@@ -1,33 +1,33 @@
-"""What finished runs have measured, as small files that can be committed: with them every figure
-can be drawn again, anywhere, without training."""
+"""Keep what finished runs have measured as small files to commit.
+
+With these files every figure can be drawn again, anywhere and without training.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dgpo.comparison.plan import Run
-from dgpo.comparison.runs import ENDED
+from dgpo.comparison.runs import ENDED, starts_of
 from dgpo.errors import UserError
 from dgpo.recipe.files import read_recipe
 from dgpo.run.manifest import FILE
 from dgpo.run.tracking import read_jsonl
 
 SETTINGS_UNKNOWN = "settings-unknown"
-"""In a run's folder: its measurements were kept without the recipe that they were made with."""
-_LEFT_OUT = ("command",)
-"""Of what ``run.json`` says of a start: it names folders of one machine."""
+"""A file in a run's folder: the recipe of its measurements was not kept."""
 
 
 def keep(run: Run, results: Path) -> None:
-    """Write a finished run's recipe, machine, metrics and evaluations to ``RESULTS/NAME-seedK-*``;
-    not one whose settings are unknown, which came from there.
+    """Write a finished run's recipe, machine, metrics and evaluations to ``RESULTS/NAME-seedK-*``.
 
-    Numbers of the metrics have six digits; those of the evaluations are as they were.
+    A run whose settings are unknown came from there, and is left alone. Metrics are written with
+    six digits, evaluations as they are.
     """
     if settings_unknown(run):
         return
@@ -39,16 +39,15 @@ def keep(run: Run, results: Path) -> None:
     _write_jsonl(_file(run, results, "metrics.jsonl"), rows)
     evaluations = read_jsonl(run.folder / "evaluations.jsonl")
     _write_jsonl(_file(run, results, "evaluations.jsonl"), evaluations)
-    if (run.folder / FILE).exists():
-        starts = json.loads((run.folder / FILE).read_text(encoding="utf-8"))["starts"]
-        kept = [_public(start) for start in starts]
-        text = json.dumps({"starts": kept}, indent=1) + "\n"
-        _write(_file(run, results, FILE), text)
+    if kept := [_public(start) for start in starts_of(run.folder)]:
+        _write(_file(run, results, FILE), json.dumps({"starts": kept}, indent=1) + "\n")
 
 
 def take(run: Run, results: Path) -> bool:
-    """Make the folder of a run from what was kept of it, as that of a finished run; returns
-    whether that was done. A folder that is there already stays as it is.
+    """Make the folder of a finished run from what was kept of it.
+
+    Returns:
+        Whether that was done; a folder that exists already stays as it is.
 
     Raises:
         UserError: only a part was kept, or parts of different runs.
@@ -89,18 +88,19 @@ def _file(run: Run, results: Path, name: str) -> Path:
 
 
 def _public(start: Mapping[str, Any]) -> dict[str, Any]:
-    """What others need of a start: of the machine's system its kind alone."""
+    """Return what others need of a start, without its command and with only the kind of its
+    system: these name folders and versions of one machine."""
     machine = dict(start["machine"])
     if "system" in machine:
         machine["system"] = machine["system"].partition("-")[0]
-    return {**{k: v for k, v in start.items() if k not in _LEFT_OUT}, "machine": machine}
+    return {**{k: v for k, v in start.items() if k != "command"}, "machine": machine}
 
 
 def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
     return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
 
 
-def _write_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
+def _write_jsonl(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     _write(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,21 +16,25 @@ from dgpo.run.tracking import read_jsonl
 
 State = Literal["new", "interrupted", "finished"]
 ENDED = "ended"
-"""In a run's folder: the iteration at which the trainer ended it for a reason of its own."""
+"""A file in a run's folder: the iteration at which the trainer ended it for a reason of its own."""
 
 
 def arrived(evaluations: Sequence[Mapping[str, Any]], stop_at: float | None) -> bool:
-    """Whether the last two evaluations both reach the score."""
+    """Whether the last two evaluations both reach the score; never if that is None."""
     if stop_at is None or len(evaluations) < 2:
         return False
     return all(row["overall"] >= stop_at for row in evaluations[-2:])
 
 
 def state(run: Run, stop_at: float | None) -> State:
-    """What the run's folder holds.
+    """Find out what the run's folder holds.
+
+    Args:
+        run: the run.
+        stop_at: the score that ends it once two evaluations in a row reach it, or None.
 
     Raises:
-        UserError: a run by another recipe, or one that has been trained beyond the budget.
+        UserError: the folder holds a run by another recipe, or one that trained beyond the budget.
     """
     if not (run.folder / "recipe.yaml").exists():
         return "new"
@@ -46,19 +50,16 @@ def state(run: Run, stop_at: float | None) -> State:
         )
     if not rows or not evaluations or evaluations[-1]["iteration"] != rows[-1]["iteration"]:
         return "interrupted"
-    last = rows[-1]["iteration"]
-    late = train.time_is_up(rows[-1]["seconds"])
-    mark = run.folder / ENDED
-    ended = mark.exists() and mark.read_text(encoding="utf-8").strip() == str(last)
-    done = late or ended or last >= train.iterations
+    last, mark = rows[-1]["iteration"], run.folder / ENDED
+    done = last >= train.iterations or train.time_is_up(rows[-1]["seconds"])
+    done = done or (mark.exists() and mark.read_text(encoding="utf-8").strip() == str(last))
     return "finished" if done or arrived(evaluations, stop_at) else "interrupted"
 
 
-def read_machines(folder: Path) -> list[dict[str, Any]]:
-    """The machines that a run was made on, one a start, by its ``run.json``."""
+def starts_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the starts of a run by its ``run.json``; none without that file."""
     file = folder / FILE
-    starts = json.loads(file.read_text(encoding="utf-8"))["starts"] if file.exists() else []
-    return [start["machine"] for start in starts]
+    return json.loads(file.read_text(encoding="utf-8"))["starts"] if file.exists() else []
 
 
 def _refuse_other_recipe(run: Run) -> None:
@@ -75,14 +76,13 @@ def _refuse_other_recipe(run: Run) -> None:
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
-    """Settings by dotted key; without the run's folder and the budget, which may grow."""
-    flat = dict(_walk(recipe.to_dict(), ""))
-    return {k: v for k, v in flat.items() if k not in ("run.dir", "train.max_minutes")}
+    """Return settings by dotted key, without the run's folder and the budget, which may grow."""
 
+    def walk(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for key, item in value.items():
+            if isinstance(item, Mapping) and item:
+                yield from walk(item, f"{prefix}{key}.")
+            elif f"{prefix}{key}" not in ("run.dir", "train.max_minutes"):
+                yield f"{prefix}{key}", item
 
-def _walk(value: Mapping[str, Any], prefix: str) -> Any:
-    for key, item in value.items():
-        if isinstance(item, Mapping) and item:
-            yield from _walk(item, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", item
+    return dict(walk(recipe.to_dict()))

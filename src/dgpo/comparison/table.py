@@ -1,4 +1,4 @@
-"""The figures of a comparison in words: Markdown, HTML's cells, and JSON."""
+"""Write the figures of a comparison as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -21,21 +21,24 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Table:
+    """A table whose first column names its rows."""
+
     title: str
     header: list[str]
     rows: list[list[str]]
 
     def markdown(self) -> str:
+        """Return the table in Markdown, below its title."""
         ruler = ["---", *["---:"] * (len(self.header) - 1)]
         lines = [" | ".join(row) for row in (self.header, ruler, *self.rows)]
         return "\n".join([f"## {self.title}", "", *(f"| {line} |" for line in lines), ""])
 
 
 def tables(summaries: Sequence[Summary], metric: str) -> list[Table]:
-    """One table for each target, one of the best scores, and one of what an iteration costs.
+    """Return a table for each target, one of the best scores, and one of an iteration's costs.
 
     Args:
-        summaries: of all recipes; ratios are over the first one's.
+        summaries: the figures of all recipes; ratios are over the first recipe's.
         metric: the name of the held-out score.
     """
     made = [_target(summaries, metric, target) for target in summaries[0].to_target]
@@ -43,21 +46,21 @@ def tables(summaries: Sequence[Summary], metric: str) -> list[Table]:
 
 
 def notes(summaries: Sequence[Summary]) -> list[str]:
-    """How to read the tables."""
+    """Say how to read the tables."""
     gaps = [f"{summary.name} {_widest_gap(summary.records):.1f}" for summary in summaries]
     lines = [
-        "Means over seeds; in brackets Student's 95% interval over seeds, and of two seeds the two "
-        "values. Training time, images and denoiser evaluations are those of rollouts, "
-        "rewards and updates; evaluations do not count. A denoiser evaluation is one sample: "
-        "guidance costs two, and snapshots and training passes count; backward passes are apart.",
+        "Figures are means over seeds. Brackets hold Student's 95% interval over seeds, or the two "
+        "values of two seeds. Training time, images and denoiser passes are those of rollouts, "
+        "rewards and updates; evaluations do not count. A denoiser pass is one sample: guidance "
+        "costs two, snapshots and training passes count, and backward passes are apart.",
         "A run arrives at a target with its first evaluation at or above it; nothing is "
         f"interpolated. Ratios are over the costs of {summaries[0].name}: geometric means over "
-        "seeds. Where a run has not arrived by its end, what it had cost by then is a lower bound "
-        'and is written ">=" (a ratio over a run that has not arrived is an upper bound, "<=").',
-        f"An arrival is so rounded up to the next evaluation, by up to: {', '.join(gaps)} minutes.",
-        "Changes of the other metrics are from the base model to the evaluation with the best "
-        "score.",
-        "An iteration: means over seeds of each run's median time and of its mean counts.",
+        "seeds. Where a run has not arrived by its end, its cost until then is a lower bound, "
+        'written ">="; a ratio over a run that has not arrived is an upper bound, "<=".',
+        "This rounds an arrival up to the next evaluation, by up to so many minutes: "
+        f"{', '.join(gaps)}.",
+        "The other metrics' changes are from the base model to the evaluation with the best score.",
+        "An iteration shows the means over seeds of each run's median time and mean counts.",
     ]
     partial = [
         f"{summary.name} seed {run.seed}"
@@ -71,12 +74,15 @@ def notes(summaries: Sequence[Summary]) -> list[str]:
 
 
 def cell(figure: Figure, digits: int | None = None, sign: bool = False) -> str:
-    """A figure as text; bounds are rounded away from what is not known.
+    """Write a figure as text; a bound is never rounded to say more than is known.
 
     Args:
-        figure: what to write.
-        digits: after the point; None for three significant ones.
+        figure: the figure.
+        digits: the digits after the point; None for three significant digits.
         sign: whether to write a plus.
+
+    >>> cell(Figure(19.99, bound="at least"))
+    '>= 19.9'
     """
     if figure.value is None:
         return "not known"
@@ -93,15 +99,29 @@ def cell(figure: Figure, digits: int | None = None, sign: bool = False) -> str:
 
 
 def as_json(summary: Summary) -> dict[str, Any]:
-    """Everything that is known of a recipe."""
+    """Return everything that is known of a recipe."""
+    made = asdict(summary)
+    to_target, ratios = (
+        {f"{target:g}": costs for target, costs in made[name].items()}
+        for name in ("to_target", "ratios")
+    )
+    runs = [
+        {
+            "seed": record.seed,
+            "finished": record.finished,
+            "best": None if record.best is None else asdict(record.best),
+            "evaluations": own["points"],
+        }
+        for record, own in zip(summary.records, made["records"], strict=True)
+    ]
     return {
         "name": summary.name,
         "algorithm": summary.algorithm,
-        "best_score": asdict(summary.best),
-        "change_at_best": {name: asdict(figure) for name, figure in summary.change.items()},
-        "to_target": _by_target(summary.to_target),
-        "ratio_to_first": _by_target(summary.ratios),
-        "runs": [_run(record) for record in summary.records],
+        "best_score": made["best"],
+        "change_at_best": made["change"],
+        "to_target": to_target,
+        "ratio_to_first": ratios,
+        "runs": runs,
     }
 
 
@@ -154,7 +174,7 @@ def _iterations(summaries: Sequence[Summary]) -> Table:
 
 
 def _widest_gap(records: Sequence[Record]) -> float:
-    """The longest training time between two evaluations, in minutes."""
+    """Return the longest training time between two evaluations, in minutes."""
     times = [[point.cost["minutes"] or 0.0 for point in run.points] for run in records]
     return max((b - a for own in times for a, b in pairwise(own)), default=0.0)
 
@@ -164,7 +184,7 @@ def _minutes(run: Record) -> float:
 
 
 def _number(value: float, digits: int | None, sign: bool, towards: int = 0) -> str:
-    """Rounded to the nearest, or down (``towards`` -1), or up (1)."""
+    """Round a number to the nearest (``towards`` 0), down (-1) or up (1), and write it."""
     if digits is None:
         size = math.floor(math.log10(abs(value))) if value else 0
         digits = 2 - size
@@ -173,20 +193,3 @@ def _number(value: float, digits: int | None, sign: bool, towards: int = 0) -> s
     scaled = round(value * scale, 6)
     rounded = {-1: math.floor, 0: round, 1: math.ceil}[towards](scaled) / scale
     return f"{rounded:{'+' if sign else ''},.{max(0, digits)}f}"
-
-
-def _by_target(found: dict[float, dict[str, Figure]]) -> dict[str, Any]:
-    return {
-        f"{target:g}": {cost: asdict(figure) for cost, figure in costs.items()}
-        for target, costs in found.items()
-    }
-
-
-def _run(record: Record) -> dict[str, Any]:
-    best = record.best
-    return {
-        "seed": record.seed,
-        "finished": record.finished,
-        "best": None if best is None else asdict(best),
-        "evaluations": [asdict(point) for point in record.points],
-    }
