@@ -25,6 +25,7 @@ from dgpo.models.weights.restoring import restore_now
 from dgpo.prompts import Prompt, PromptSampler
 from dgpo.recipe import Recipe
 from dgpo.rewards import RewardSet
+from dgpo.run.loggers.composite import make_loggers
 from dgpo.run.tracking import plain, read_history, refuse_existing_run
 from dgpo.training.agreement import join
 from dgpo.training.arguments import (
@@ -96,8 +97,10 @@ class Trainer:
         self.callbacks = checked_callbacks(options.get("callbacks", ()))
         self.callbacks += load_callbacks(recipe.run.callbacks)
         self._checkpoints = RunCheckpoints(recipe, bool(resume), processes)
-        if not resume and processes.main:
-            refuse_existing_run(self.folder)
+        if processes.main:
+            make_loggers(recipe.run.loggers)  # a missing package is told before a model is loaded
+            if not resume:
+                refuse_existing_run(self.folder)
         self.data = data = load_data(recipe, given)
         self.sampler = PromptSampler(data.prompts, recipe.groups_per_iteration, recipe.seed)
         join(recipe, processes, data.rewards, data.prompts)

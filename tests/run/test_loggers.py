@@ -3,8 +3,10 @@
 import csv
 import inspect
 import json
+import re
 import signal
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -148,6 +150,19 @@ def test_a_logger_of_ones_own_is_told_everything(tmp_path, own):
         ("image", "samples/before_after", "RGB", 2),
         ("end", False),
     ]
+
+
+def test_the_logger_of_the_documentation(tmp_path, monkeypatch):
+    page = Path(__file__).parents[2] / "docs/logging.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    (words,) = re.findall(r"(run\.loggers=)'(.*best\.py.*)'", page.read_text())
+    monkeypatch.chdir(tmp_path)
+    Path("best.py").write_text(code)
+    with Tracker(Recipe.load("pocket-geneval", ["".join(words), "run.dir=run"])) as tracker:
+        for iteration, score in ((0, 0.5), (2, 0.75), (4, 0.6)):
+            tracker.evaluation(iteration, 0.0, report(score))
+    assert Path("run/best.txt").read_text() == "0.75 after iteration 2\n"
+    assert Path("run/tensorboard").is_dir()
 
 
 def test_a_resumed_run_has_the_same_id_and_a_name_of_its_own(tmp_path, own):
@@ -365,7 +380,7 @@ def test_csv_has_a_column_for_every_figure_whenever_it_comes(tmp_path):
         tracker.evaluation(0, 0.0, report(0.5))
         tracker.log(row(1, loss=0.1))
         tracker.log(row(2, clipped=0.5))
-        tracker.log({key: value for key, value in row(3).items()} | {"loss": None})
+        tracker.log({**row(3), "loss": None})
         tracker.log(row(4))
     train = tmp_path / "run/train.csv"
     assert [tuple(one.values()) for one in table(train)] == [

@@ -134,7 +134,7 @@ def test_swanlab(trained):
     for file, losses in zip(files, (2, 1), strict=True):
         read = records(file)
         assert any(b"dgpo" in one and run_id.encode() in one for one in read)
-        tags = TAGS + ("rollouts",)
+        tags = (*TAGS, "rollouts")
         counts = {tag: sum(tag.encode() in one for one in read) for tag in tags}
         assert all(counts.values()) and counts["train/loss"] >= losses, counts
     assert list((folder / "swanlog").glob("*/media/image/*.png"))

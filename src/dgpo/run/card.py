@@ -1,4 +1,4 @@
-"""The model card of a run, written from what the run measured."""
+"""The model card of a run, written from what the run has measured."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def model_card(
     evaluations: Sequence[Mapping[str, Any]],
     folder: Path,
 ) -> str:
-    """Markdown with the hub's front matter.
+    """Write the card as Markdown with the hub's front matter.
 
     Args:
-        recipe: of the run.
-        rows: of ``metrics.jsonl``.
-        evaluations: of ``evaluations.jsonl``; the one of iteration 0 is the base model.
-        folder: the run's; pictures that are not in it are not shown.
+        recipe: the run's settings.
+        rows: the rows of ``metrics.jsonl``.
+        evaluations: the rows of ``evaluations.jsonl``; iteration 0 is the base model.
+        folder: the run folder; pictures that are not in it are not shown.
     """
     parts = [
         _front_matter(recipe, evaluations),
@@ -59,7 +59,7 @@ def _lead(
 ) -> str:
     kind = "Full fine-tuning" if recipe.lora is None else f"A LoRA of rank {recipe.lora.rank}"
     rewards = ", ".join(f"{name} (weight {w:g})" for name, w in recipe.reward_weights.items())
-    goal = f"to raise: {rewards or 'a custom reward'}"
+    goal = f"to raise {rewards or 'a custom reward'}"
     if recipe.data.preferences is not None:
         goal = f"on the ranked groups of pictures in `{recipe.data.preferences}`"
     text = f"{kind} for `{recipe.model}`, trained {goal}."
@@ -81,7 +81,7 @@ def _scores(evaluations: Sequence[Mapping[str, Any]]) -> str:
     heads = [_when(first)] if single else [_when(first), _when(last)]
     lines = [
         "## Measured\n",
-        f"On {last['n']} held-out prompts, the averaged weights; in brackets 95% intervals.\n",
+        f"The averaged weights on {last['n']} held-out prompts, with 95% intervals in brackets.\n",
         "| | " + " | ".join(heads) + " |",
         "|---|" + "---|" * len(heads),
     ]

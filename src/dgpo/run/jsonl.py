@@ -17,9 +17,10 @@ def read_jsonl(file: str | Path) -> list[dict[str, Any]]:
 
     A last line that a crash cut short is left out.
 
-    >>> from pathlib import Path
-    >>> _ = Path("metrics.jsonl").write_text('{"iteration": 1, "loss": 0.5}\\n{"iter')
-    >>> read_jsonl("metrics.jsonl")
+    >>> from tempfile import mkdtemp
+    >>> file = Path(mkdtemp(), "metrics.jsonl")
+    >>> _ = file.write_text('{"iteration": 1, "loss": 0.5}\\n{"iter')
+    >>> read_jsonl(file)
     [{'iteration': 1, 'loss': 0.5}]
 
     Raises:

@@ -1,4 +1,4 @@
-"""``run.json``: on what, with what, and by which command a run was made, and what differs here."""
+"""``run.json``: the command, versions and machine that made a run, and what differs here."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from dgpo.secrets import masked_words
 FILE = MANIFEST
 _PACKAGES = ("dgpo", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy")
 _MACHINE = ("processor", "cpu_capability", "torch_threads", "gpus")
-"""Of a machine, what may move the last bits of a number."""
+"""The facts of a machine that may change the last bits of a number."""
 
 
 def record_start(folder: Path, seed: int, iteration: int) -> None:
-    """Add a start of the run (the first, or one that goes on) to ``run.json``.
+    """Add a start of the run (the first one, or a resume) to ``run.json``.
 
     Args:
-        folder: of the run.
-        seed: of the recipe; every random number of the run comes from it.
-        iteration: done before this start.
+        folder: the run folder.
+        seed: the recipe's seed; every random number of the run comes from it.
+        iteration: iterations done before this start.
 
     Raises:
-        UserError: ``run.json`` is there and is not what was written.
+        UserError: ``run.json`` is there and is damaged.
     """
     file = folder / FILE
     try:
         starts = json.loads(file.read_text(encoding="utf-8"))["starts"] if file.exists() else []
         if not isinstance(starts, list):
-            raise ValueError("its starts are no list")
+            raise ValueError("its starts are not a list")
     except DAMAGED as error:
         raise UserError(f"{file} is damaged ({error}); delete it, it is a record only") from error
     starts.append({"iteration": iteration, "seed": seed, **facts()})
@@ -49,10 +49,10 @@ def record_start(folder: Path, seed: int, iteration: int) -> None:
 
 
 def read_starts(file: Path) -> list[dict[str, Any]]:
-    """The starts of the run that a ``run.json`` is of, the first one first.
+    """Read the starts of a run from its ``run.json``, the first one first.
 
     Raises:
-        UserError: it is no such file.
+        UserError: the file is missing or is no ``run.json``.
     """
     if not file.is_file():
         raise UserError(f"{str(file)!r} is no file; give the {FILE} of a run folder, or a recipe")
@@ -73,8 +73,10 @@ def read_starts(file: Path) -> list[dict[str, Any]]:
 
 
 def differences(starts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One sentence for each version, and for each thing of the machine on which the last bits
-    depend, that is another here than at some start of a run."""
+    """Say what differs here from the starts of a run, in one sentence for each difference.
+
+    Versions are compared, and the facts of the machine that may change the last bits of a number.
+    """
     here = _compared(facts())
     had: dict[str, list[Any]] = {}
     for start in starts:
@@ -104,7 +106,7 @@ def _said(value: Any) -> str:
 
 
 def facts() -> dict[str, Any]:
-    """Time, command, versions, commit and machine; what looks like a secret is left out."""
+    """Collect time, command, versions, commit and machine, without what looks like a secret."""
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": masked_words(sys.argv),
@@ -132,7 +134,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that dgpo runs from, ``+changes`` if files differ from it."""
+    """Find the commit of the checkout that dgpo runs from; ``+changes`` if files differ from it."""
     place = Path(__file__).resolve().parents[1]
     if not any((parent / ".git").exists() for parent in place.parents[:2]):
         return None  # installed: another project's checkout may lie around it

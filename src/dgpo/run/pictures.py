@@ -19,10 +19,10 @@ _FONT_SIZE = 12
 
 
 def thumbnail(image: Any, side: int = 160) -> Image.Image:
-    """A picture whose longer edge is fitted to ``side`` pixels; of a video its key frames in a row,
-    of a sound its waveform.
+    """Fit a picture's longer edge to ``side`` pixels.
 
-    Small pictures are enlarged by a whole factor without smoothing, so that their pixels are seen.
+    A video becomes its key frames in a row, a sound its waveform. Small pictures are enlarged by a
+    whole factor without smoothing, so that their pixels are seen.
     """
     picture = _still(image, side).convert("RGB")
     longest = max(picture.size)
@@ -48,14 +48,14 @@ def _still(made: Any, side: int) -> Image.Image:
 
 
 def grid(images: Sequence[Any], captions: Sequence[str], side: int = 160) -> Image.Image:
-    """Pictures in rows, each with its caption below it."""
+    """Lay pictures out in rows, each with its caption below it."""
     return _sheet([[image] for image in images], captions, side, header=None)
 
 
 def before_after(
     before: Sequence[Any], after: Sequence[Any], captions: Sequence[str], side: int = 160
 ) -> Image.Image:
-    """Pairs of pictures of the same prompt and seed, the base model's on the left."""
+    """Lay out pairs of the same prompt and seed, the base model's picture on the left."""
     pairs = [list(pair) for pair in zip(before, after, strict=True)]
     return _sheet(pairs, captions, side, header="each pair: before | after, same prompt and seed")
 
@@ -93,7 +93,7 @@ def _sheet(
 
 
 def _columns(count: int, across: int) -> int:
-    """About square, and of two choices the one whose last row is fuller."""
+    """Choose a nearly square layout; of two choices, the one with the fuller last row."""
     near = max(1, math.ceil(math.sqrt(count / across)))
     return min((near, near + 1), key=lambda columns: (-count % columns, columns > near))
 
@@ -117,9 +117,9 @@ def curve(
     """Draw the training reward by iteration and the held-out scores by training minutes.
 
     Args:
-        rows: of ``metrics.jsonl``.
-        evaluations: of ``evaluations.jsonl``.
-        file: the PNG.
+        rows: the rows of ``metrics.jsonl``.
+        evaluations: the rows of ``evaluations.jsonl``.
+        file: the PNG to write.
     """
     # the object interface needs no display and leaves pyplot's global state alone
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,4 +1,4 @@
-"""Where a run is trained again."""
+"""The folder in which a run is trained again."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from dgpo.recipe.files import MANIFEST
 
 
 def free_folder(manifest: Path) -> Path:
-    """A folder that does not exist, for the repetition of a run: ``RUN-repeat`` beside the folder
-    ``RUN``, or ``RUN-repeat-2``, ...; of ``NAME-run.json`` in ``runs``.
+    """Choose a folder that does not exist for the repetition of a run.
+
+    It is ``RUN-repeat`` beside the folder ``RUN``, or ``RUN-repeat-2``, and so on. For a
+    ``NAME-run.json``, which lies in no run folder, it is in ``runs``.
 
     Args:
         manifest: the run's ``run.json``.

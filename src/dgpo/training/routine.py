@@ -147,7 +147,7 @@ def limit_of(state: TrainerState) -> str | None:
     train = state.recipe.train
     if state.iteration >= train.iterations:
         return f"train.iterations = {train.iterations}"
-    if train.max_minutes is not None and state.seconds >= 60 * train.max_minutes:
+    if train.time_is_up(state.seconds):
         return f"train.max_minutes = {train.max_minutes:g}"
     return None
 
@@ -334,9 +334,7 @@ class Checkpointing(OwnCallback):
 
     def on_iteration_end(self, state: TrainerState, control: Control, **what: Any) -> None:
         asked, control.should_save = control.should_save, False
-        keep = state.recipe.checkpoint
-        due = asked or (bool(keep.every) and state.iteration % keep.every == 0)
-        due = due or (keep.keep_best > 0 and state.is_best)
+        due = asked or state.recipe.checkpoint.due(state.iteration, state.is_best)
         if due and not control.should_stop:  # the end saves too
             self._save(state)
 
@@ -396,10 +394,8 @@ class Grids(OwnCallback):
             self._before = self._draw("before")
 
     def on_iteration_end(self, state: TrainerState, control: Control, **what: Any) -> None:
-        recipe, done = state.recipe, state.iteration
-        every = recipe.eval.every if recipe.samples.every is None else recipe.samples.every
-        if every and done % every == 0 and not control.should_stop:
-            self._draw(f"{done:06d}")
+        if state.recipe.grid_due(state.iteration) and not control.should_stop:
+            self._draw(f"{state.iteration:06d}")
 
     def on_train_end(self, state: TrainerState, control: Control, **what: Any) -> None:
         after = self._draw("after")
