@@ -22,7 +22,7 @@ from dgpo.models.policy import Policy
 from dgpo.prompts import PromptSampler, load_prompts
 from dgpo.recipe import Recipe
 from dgpo.rewards import load_rewards
-from dgpo.training.collector import collect
+from dgpo.training.collector import Collector
 
 
 class Waiting:
@@ -66,7 +66,7 @@ def main() -> None:
 
     def seconds(overlap: bool) -> tuple[float, float]:
         began = time.perf_counter()
-        made = collect(policy, rewards, recipe.algorithm, rows, both[overlap], 0, None)
+        made = Collector(both[overlap], policy, rewards, lambda _: rows)(0)
         hidden = made.figures.get("seconds_reward_hidden", 0.0)
         return time.perf_counter() - began, hidden
 

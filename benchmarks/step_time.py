@@ -29,13 +29,20 @@ from typing import Any
 import torch
 
 import dgpo.trainer
-import dgpo.training.collection
+import dgpo.training.collector
+from dgpo import Callback
 from dgpo.models.weights.lora import blended, disabled
 from dgpo.recipe import Recipe
 from dgpo.trainer import Trainer
 
 clock = perf_counter
-QUIET = ["eval.every=0", "eval.at_start=false", "samples.count=0", "checkpoint.every=0"]
+QUIET = [
+    "eval.every=0",
+    "eval.at_start=false",
+    "eval.limit=1",
+    "samples.count=0",
+    "checkpoint.every=0",
+]
 
 
 @dataclass(frozen=True)
@@ -48,19 +55,27 @@ class Call:
     gradient: bool
 
 
-class TimedTrainer(Trainer):
-    """The loop with a stop-watch: the bare compute after each iteration."""
+class Stopwatch(Callback):
+    """Times the parts of each iteration, and the bare compute after it.
 
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__(recipe=recipe)
+    Args:
+        iterations: of the run; the last one is profiled instead.
+    """
+
+    def __init__(self, iterations: int) -> None:
         self.profile = cProfile.Profile(clock)  # of the last iteration
         self.parts: list[dict[str, float]] = []
+        self._iterations = iterations
         self._spent: dict[str, float] = defaultdict(float)
-        pipe = self.model.pipe
+        self._calls: list[Call] = []
+        self._hooks: list[Any] = []
+
+    def watch(self, run: Trainer) -> None:
+        """Time what a trainer calls."""
+        self._run, pipe, optimizer = run, run.model.pipe, run.updater.optimizer
         pipe.vae.decode = self._timed("decode", pipe.vae.decode)
         pipe.image_processor.postprocess = self._timed("pictures", pipe.image_processor.postprocess)
-        self.updater.update = self._begins_training(self.updater.update)
-        self.updater._optimize = self._timed("optimizer", self.updater._optimize)
+        optimizer.step = self._timed("optimizer", optimizer.step)
 
     def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -71,39 +86,33 @@ class TimedTrainer(Trainer):
 
         return timed
 
-    def _begins_training(self, update: Callable[..., Any]) -> Callable[..., Any]:
-        def updating(*args: Any) -> Any:
-            self._collecting = False
-            return update(*args)
-
-        return updating
-
-    def train(self) -> Any:
-        # the end of a run (evaluation, grids, checkpoint) is no part of an iteration
-        self._end = lambda: None
-        return super().train()
-
-    def _iterate(self) -> None:
+    def on_iteration_begin(self, state: Any, control: Any, **what: Any) -> None:
+        """Start the watch, or the profile."""
         self._spent.clear()
-        self._collecting = True
-        calls: list[Call] = []
+        self._calls, self._part = [], "bare rollout"
+        if state.iteration == self._iterations - 1:
+            self.profile.enable()
+            return
 
         def note(module: Any, inputs: tuple[()], named: dict[str, Any]) -> None:
-            part = "bare rollout" if self._collecting else "bare train"
-            calls.append(Call(part, module, named, torch.is_grad_enabled()))
+            self._calls.append(Call(self._part, module, named, torch.is_grad_enabled()))
 
-        if self.iteration == self.recipe.train.iterations - 1:
-            self.profile.runcall(super()._iterate)
+        denoisers = self._run.model.denoisers.values()
+        self._hooks = [d.register_forward_pre_hook(note, with_kwargs=True) for d in denoisers]
+        self._began = clock()
+
+    def on_rollout(self, state: Any, control: Any, **what: Any) -> None:
+        """The passes from here on are those of the update."""
+        self._part = "bare train"
+
+    def on_iteration_end(self, state: Any, control: Any, *, row: Any, **what: Any) -> None:
+        """Stop the watch, and make the same passes again."""
+        self.profile.disable()
+        if state.iteration == self._iterations:
             return
-        denoisers = self.model.denoisers.values()
-        hooks = [d.register_forward_pre_hook(note, with_kwargs=True) for d in denoisers]
-        began = clock()
-        super()._iterate()
-        total = clock() - began
-        for hook in hooks:
+        total, spent = clock() - self._began, self._spent
+        for hook in self._hooks:
             hook.remove()
-        row = self._tracker.rows[-1]
-        spent = self._spent
         self.parts.append(
             {
                 "rollout": row["seconds_rollout"] - spent["decode"] - spent["pictures"],
@@ -114,14 +123,14 @@ class TimedTrainer(Trainer):
                 "optimizer": spent["optimizer"],
                 "logging": total - row["seconds_iteration"],
                 "total": total,
-                **self._bare(calls),
+                **self._bare(self._calls),
             }
         )
 
     def _bare(self, calls: list[Call]) -> dict[str, float]:
         """The seconds that the same calls of the denoiser take again."""
         spent = {"bare rollout": 0.0, "bare train": 0.0}
-        layers = self.policy._layers
+        layers = self._run.policy._layers
         for call in calls:
             # what the loop does with a LoRA: merged for good, or merged within the graph
             with blended(layers) if call.gradient else disabled(layers):
@@ -131,7 +140,7 @@ class TimedTrainer(Trainer):
                 if call.gradient:
                     answer.square().mean().backward()
                 spent[call.part] += clock() - began
-        self.updater.optimizer.zero_grad()
+        self._run.updater.optimizer.zero_grad()
         return spent
 
 
@@ -216,7 +225,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.cpu_time:
         global clock
-        clock = dgpo.training.collection.monotonic = dgpo.trainer.monotonic = process_time
+        clock = dgpo.training.collector.monotonic = dgpo.trainer.monotonic = process_time
     with tempfile.TemporaryDirectory() as folder:
         if given.peak:
             Trainer(recipe=load(given.recipe, given.overrides, 2, folder)).train()
@@ -227,10 +236,12 @@ def main() -> None:
         if given.only != "memory":
             # one more to warm up, and one under the profiler
             recipe = load(given.recipe, given.overrides, given.iterations + 2, folder)
-            run = TimedTrainer(recipe)
+            watch = Stopwatch(recipe.train.iterations)
+            run = Trainer(recipe=recipe, callbacks=[watch])
+            watch.watch(run)
             run.train()
-            show(run.parts[1:])
-            show_profile(run.profile)
+            show(watch.parts[1:])
+            show_profile(watch.profile)
     if given.only != "time":
         show_memory(given.recipe, given.overrides)
 
