@@ -70,7 +70,7 @@ def place(
         denoisers: of it.
         recipe: ``train.sharding`` and ``lora`` are read.
         moves: whether it goes to this process's device; else it stays where it is.
-        texts: of all prompt rows.
+        texts: the texts of all prompt rows.
 
     Raises:
         UserError: such a pipeline cannot be sharded.
@@ -100,7 +100,7 @@ def refuse_unshardable(recipe: Recipe, pipe: Any, texts: Iterable[str]) -> None:
     Args:
         recipe: ``train.sharding`` is read.
         pipe: the pipeline, with or without weights.
-        texts: of all prompt rows.
+        texts: the texts of all prompt rows.
 
     Raises:
         UserError: processes would make different numbers of passes.

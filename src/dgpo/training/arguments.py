@@ -23,7 +23,7 @@ from dgpo.training.callbacks import Callback
 
 
 def is_pipeline(model: Any) -> bool:
-    """Whether ``model`` is a pipeline itself rather than what a recipe calls one."""
+    """Return whether ``model`` is a pipeline itself rather than what a recipe calls one."""
     return model is not None and not isinstance(model, (str, Path))
 
 

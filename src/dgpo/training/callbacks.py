@@ -79,7 +79,7 @@ class TrainerState:
 
     @property
     def is_best(self) -> bool:
-        """Whether the present score beats all before it whose weights may have been saved."""
+        """True if the present score beats all before it whose weights may have been saved."""
         scores = {done: one for done, one in self._scores().items() if done not in self.not_saved}
         mine = scores.pop(self.iteration, None)
         return mine is not None and mine > max(scores.values(), default=float("-inf"))
@@ -192,7 +192,7 @@ class Callbacks:
 
     Args:
         callbacks: the trainer's own and the user's.
-        state: of the run.
+        state: the state of the run.
         processes: agree on what is asked for.
     """
 

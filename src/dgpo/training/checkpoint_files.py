@@ -39,7 +39,7 @@ from dgpo.training.updater import Updater
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-"""Of a checkpoint's files: it counts up when other code is needed to read them."""
+"""The format of a checkpoint's files; it counts up when other code is needed to read them."""
 _STATE = "state.json"
 _TENSORS = "tensors.safetensors"
 _AHEAD = "ahead.safetensors"
@@ -78,7 +78,7 @@ def save_checkpoint(
     is whole. Of several processes, all of which call this, the main one writes.
 
     Args:
-        folder: of all checkpoints of the run.
+        folder: the folder of all checkpoints.
         updater: holds what is saved, gathered where it is sharded over processes.
         counters: JSON values, at least ``iteration``.
         score: of the held-out prompts at this iteration, if it is known.
@@ -120,7 +120,7 @@ def prune(folder: Path, keep_last: int, keep_best: int, saved: Path | None = Non
     To be called once a checkpoint was saved: what is left of replaced ones is deleted as well.
 
     Args:
-        folder: of all checkpoints of the run.
+        folder: the folder of all checkpoints.
         keep_last, keep_best: how many.
         saved: the one that was just saved, which is kept although others may be later: a run that
             went back to an earlier iteration is safe by it alone.
@@ -144,7 +144,7 @@ def find_checkpoint(folder: Path, best: bool = False) -> Found:
     """The last whole checkpoint of a run, or the one with the best score.
 
     Args:
-        folder: of all checkpoints of the run.
+        folder: the folder of all checkpoints.
 
     Raises:
         UserError: there is none; damaged files are named.
@@ -178,7 +178,7 @@ def find_checkpoint(folder: Path, best: bool = False) -> Found:
 
 
 def any_checkpoint(folder: Path) -> bool:
-    """Whether a checkpoint of the run was ever finished, whatever has become of its files."""
+    """Return whether a checkpoint was ever finished, whatever has become of its files."""
     return bool(_places(folder))
 
 

@@ -31,7 +31,7 @@ class RunCheckpoints:
     Of several processes, all of which call the same methods, the main one reads and writes.
 
     Args:
-        recipe: of the run.
+        recipe: the settings of the run.
         resume: whether to go on from the last whole checkpoint. A run that was stopped before its
             first was finished begins again.
         processes: of the run. Collective.
@@ -137,7 +137,7 @@ class RunCheckpoints:
         return "there is no checkpoint yet, and the run begins again"
 
     def _was_never_saved(self) -> bool:
-        """Whether there is a run, but neither a checkpoint nor the model that follows each."""
+        """Return whether there is a run with neither a checkpoint nor the model that follows it."""
         saved = any_checkpoint(self._folder) or (self._run / self._model).exists()
         return (self._run / "recipe.yaml").exists() and not saved
 

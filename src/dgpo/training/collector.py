@@ -332,7 +332,7 @@ def rollout_scheduler(recipe: Recipe, base: Any) -> Any:
     stochastic, else ``rollout.scheduler``.
 
     Args:
-        recipe: of the run.
+        recipe: the settings of the run.
         base: the scheduler of the pipeline.
 
     Raises:

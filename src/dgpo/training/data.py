@@ -24,7 +24,7 @@ class Data:
     prompts: Sequence[Prompt]
     eval_prompts: list[Prompt]
     offline: bool
-    """Whether the prompts are those of groups that were ranked before."""
+    """True if the prompts belong to groups that were ranked before the run."""
 
     @property
     def texts(self) -> list[str]:
@@ -35,7 +35,7 @@ def load_data(recipe: Recipe, given: Given) -> Data:
     """Load rewards, metrics and prompts, and let the first two refuse the third.
 
     Args:
-        recipe: of the run.
+        recipe: the settings of the run.
         given: rewards and prompts of the trainer's arguments, which go before the recipe's.
 
     Raises:

@@ -181,8 +181,11 @@ class ForwardRounds:
 
 
 def old_is_policy(algorithm: Algorithm, iteration: int) -> bool:
-    """Whether the old policy is the policy when an iteration's update begins, so that one pass
-    serves both: before the first, and where it becomes the policy after every iteration."""
+    """Return whether the old policy is the policy when an iteration's update begins.
+
+    One pass serves both then: before the first iteration, and where the old policy becomes the
+    policy after every iteration.
+    """
     if algorithm.old_moves != "iteration":
         return False
     return iteration == 0 or algorithm.old_decay(iteration - 1) == 0

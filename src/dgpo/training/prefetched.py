@@ -31,13 +31,13 @@ class PrefetchedRollout:
 
 
 class Prefetched(NamedTuple):
-    """Pending pictures as tensors and JSON."""
+    """Prefetched pictures as tensors and JSON."""
 
     tensors: dict[str, Tensor]
-    """By ``ITERATION.x0``, ``ITERATION.images`` and ``ITERATION.timesteps``; rows of all processes,
+    """Tensors by ``ITERATION.x0``, ``ITERATION.images`` and ``ITERATION.timesteps``; rows of all processes,
     in the order of their places, on the CPU."""
     facts: dict[str, Any]
-    """By the iteration's number."""
+    """Facts by the iteration's number."""
 
 
 NOTHING = Prefetched({}, {})

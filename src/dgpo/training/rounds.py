@@ -24,7 +24,7 @@ class MicroLoss(NamedTuple):
     """What the loss counts in the optimiser step: the weights of a round add up to the share of
     its pictures that are trained."""
     last: bool = False
-    """Whether the optimiser step comes next."""
+    """True if the optimiser step comes next."""
 
 
 def idle(points: Forward | Trajectory | None, last: bool) -> MicroLoss:

@@ -34,11 +34,11 @@ class Tools:
 
     Args:
         held_out: scores and draws the prompts that are not trained on.
-        checkpoints: of the run.
+        checkpoints: the checkpoints of the run.
         updater: holds weights and optimiser.
         collector: may hold pictures that a checkpoint has to keep.
         rewards: the names of the rewards that are trained.
-        processes: of the run.
+        processes: the processes of the run.
     """
 
     held_out: HeldOut
@@ -53,7 +53,7 @@ class Outputs:
     """The run folder and the progress bar, which the main process alone has.
 
     Args:
-        recipe: of the run.
+        recipe: the settings of the run.
         resume_after: as of :class:`Tracker`.
         main: whether this is the main process; in the others nothing is written or shown.
     """
@@ -104,7 +104,7 @@ def routine(
 
     Args:
         users: the callbacks that the user gave.
-        state: of the run.
+        state: the state of the run.
         outputs: the run folder and the progress bar.
         tools: what evaluation and checkpoints work with.
     """

@@ -35,11 +35,11 @@ def load_model(
     """The pipeline where this process computes, sharded and saving memory as the recipe says.
 
     Args:
-        recipe: of the run.
+        recipe: the settings of the run.
         model: a pipeline, which stays where it is, or anything else for the recipe's.
         checkpoints: see the weights before anything is done to them.
-        processes: of the run.
-        texts: of all prompt rows.
+        processes: the processes of the run.
+        texts: the texts of all prompt rows.
 
     Raises:
         UserError: it cannot be loaded, or not be trained.
@@ -68,7 +68,7 @@ def check_model(recipe: Recipe, model: PipelineModel, data: Data, scheduler: Any
     """See that training would train what samples: with the run's own samplers and guidance.
 
     Args:
-        recipe: of the run.
+        recipe: the settings of the run.
         model: before any weight is trained.
         data: its prompts, with a few of which the model is tried.
         scheduler: the deterministic sampler.
@@ -93,7 +93,7 @@ def make_policy(recipe: Recipe, model: PipelineModel, texts: Sequence[str]) -> P
     """The model with the weights that are trained.
 
     Args:
-        recipe: of the run.
+        recipe: the settings of the run.
         model: the untrained one.
         texts: all prompts, for which its text encoders are asked before they are freed, if they
             shall be.
@@ -111,7 +111,7 @@ def try_rewards(recipe: Recipe, data: Data, held_out: HeldOut) -> None:
     """Score two pictures: a reward that answers nonsense must not cost the first rollouts.
 
     Args:
-        recipe: of the run.
+        recipe: the settings of the run.
         data: its rewards, metrics and prompts.
         held_out: makes the pictures.
 
@@ -140,12 +140,12 @@ def make_collector(
     """What gives each iteration its batch: the policy's own pictures, or ranked ones.
 
     Args:
-        recipe: of the run.
+        recipe: the settings of the run.
         data: its rewards.
         sampler: draws each iteration's prompts.
         policy: samples.
         scheduler: the deterministic sampler.
-        processes: of the run.
+        processes: the processes of the run.
 
     Raises:
         UserError: a sampler or the engine does not fit.

@@ -40,7 +40,7 @@ def read(
     Args:
         file: None but in the main process.
         facts: what :func:`described` says there.
-        processes: of the run.
+        processes: the processes of the run.
     """
     with ExitStack() as stack:
         opened: Any = None

@@ -24,7 +24,7 @@ from dgpo.training.trajectory_rounds import TrajectoryRounds
 from dgpo.training.update_backup import UpdateBackup
 
 FIRST_SCALE = 2.0**16
-"""Of losses in float16, at first. It is halved after a step with an overflow, and doubled after
+"""The first scale of losses in float16. It is halved after a step with an overflow, and doubled after
 SCALE_GROWS steps without one, as is usual for mixed precision (arXiv 1710.03740, section 3.2)."""
 SCALE_GROWS = 2000
 
@@ -105,7 +105,7 @@ class Updater:
         self.scaled = 0
         """Steps taken since it changed."""
         self.at_rest = True
-        """Whether everything is as it was when an update began, or as it is when one is done."""
+        """True if the weights belong to an iteration: no update is half done."""
         self._all_steps = train.iterations * recipe.updates_per_iteration
         self._rounds = rounds_of(policy, recipe)
         self._denoisers = list(policy.model.denoisers.values())
