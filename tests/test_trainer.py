@@ -265,7 +265,7 @@ def test_a_folder_in_use_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr(dgpo.training.setup, "load_pipeline", load)
     with pytest.raises(UserError, match="holds no checkpoint"):
         trainer(tmp_path, model="pocket", resume=True)
-    with pytest.raises(UserError, match=r"no prompts"):
+    with pytest.raises(UserError, match="prompts: it is empty"):
         trainer(tmp_path, model="pocket", train_dataset=[])
     (tmp_path / "recipe.yaml").write_text("")
     with pytest.raises(UserError, match=r"already holds a run.*--resume"):

@@ -34,8 +34,8 @@ class Prefetched(NamedTuple):
     """Prefetched pictures as tensors and JSON."""
 
     tensors: dict[str, Tensor]
-    """Tensors by ``ITERATION.x0``, ``ITERATION.images`` and ``ITERATION.timesteps``; rows of all processes,
-    in the order of their places, on the CPU."""
+    """Tensors by ``ITERATION.x0``, ``ITERATION.images`` and ``ITERATION.timesteps``: the rows of
+    all processes, in the order of their places, on the CPU."""
     facts: dict[str, Any]
     """Facts by the iteration's number."""
 

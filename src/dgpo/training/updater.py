@@ -24,8 +24,9 @@ from dgpo.training.trajectory_rounds import TrajectoryRounds
 from dgpo.training.update_backup import UpdateBackup
 
 FIRST_SCALE = 2.0**16
-"""The first scale of losses in float16. It is halved after a step with an overflow, and doubled after
-SCALE_GROWS steps without one, as is usual for mixed precision (arXiv 1710.03740, section 3.2)."""
+"""The first scale of losses in float16. It is halved after a step with an overflow, and doubled
+after SCALE_GROWS steps without one, as is usual for mixed precision (arXiv 1710.03740, section
+3.2)."""
 SCALE_GROWS = 2000
 
 
