@@ -18,8 +18,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import yaml
-
 from dgpo.errors import UserError, told
 
 try:
@@ -87,7 +85,7 @@ class Entry:
 
 
 def _read(file: Path) -> tuple[dict[str, dict[str, Entry]], dict[str, str]]:
-    kinds = yaml.load(file.read_text(encoding="utf-8"), Loader=SafeLoader)
+    kinds = SafeLoader(file.read_text(encoding="utf-8")).get_single_data()
     moved = kinds.pop("moved")
     tables = {
         kind: {name: Entry(**facts) for name, facts in rows.items()} for kind, rows in kinds.items()

@@ -308,10 +308,10 @@ def test_a_recipe_of_a_policy_gradient() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rollout": {"scheduler": "unipc"}}, "rollout.scheduler = 'unipc'.*null or euler"),
+        ({"rollout": {"scheduler": "unipc"}}, "rollout.scheduler = 'unipc'.*null, or euler"),
         (
             {"algorithm": "ddpo", "rollout": {"scheduler": "euler"}},
-            "rollout.scheduler = 'euler'.*null or ddim",
+            "rollout.scheduler = 'euler'.*null, or ddim",
         ),
         ({"rollout": {"switch_to_old_after": 3}}, "rollout.switch_to_old_after = 3.*null"),
         ({"train": {"optimizer_step": "timestep"}}, "train.optimizer_step = 'timestep'.*iteration"),

@@ -59,9 +59,10 @@ class Outputs:
     """
 
     def __init__(self, recipe: Recipe, resume_after: int | None, main: bool) -> None:
-        limits = recipe.train.iterations, recipe.train.max_minutes
-        self.progress = Progress(*limits) if main else None
+        self.progress: Progress | None = None
         self.tracker = Tracker(recipe, resume_after, self.say) if main else None
+        if main:
+            self.progress = Progress(recipe.train.iterations, recipe.train.max_minutes)
         self.lost = self.tracker.lost if self.tracker is not None else []
         """What a resumed run has no longer of what was measured before it."""
 
