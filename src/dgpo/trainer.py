@@ -116,7 +116,6 @@ class Trainer:
         self._held_out = HeldOut(recipe, self.policy, self.scheduler, data, processes)
         self.counter = Counter(loaded.denoisers.values())
         self.state = self._restored()
-        self.last_report: Report | None = None
 
     @classmethod
     def from_run(cls, folder: str | Path, overrides: Sequence[str] = (), **given: Any) -> Trainer:
@@ -209,6 +208,11 @@ class Trainer:
     def seconds(self) -> float:
         """Training time spent; evaluation does not count."""
         return self.state.seconds
+
+    @property
+    def last_report(self) -> Report | None:
+        """The last evaluation's report, if there was one."""
+        return self.state.last_report
 
     @property
     def folder(self) -> Path:

@@ -31,6 +31,8 @@ def again(folder: Path, overrides: Any = (), **given: Any) -> Trainer:
 def test_train_after_the_end_says_why_nothing_is_trained(tmp_path: Path, capsys: Any) -> None:
     run = trainer(tmp_path, eval_dataset=PROMPTS[:2])
     report = run.train()
+    assert report is not None and report is run.last_report
+    assert report.overall == rows(tmp_path, "evaluations.jsonl")[-1]["overall"]
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
     capsys.readouterr()
     assert run.train() is report

@@ -44,6 +44,7 @@ class TrainerState:
         delivered: the iteration whose weights are the run's result; None for the last.
         log_history: every row of ``metrics.jsonl`` and ``evaluations.jsonl`` so far, in order.
         news: what has to be said when training begins.
+        last_report: the last evaluation since this object was made; None if there was none.
     """
 
     recipe: Recipe
@@ -56,6 +57,7 @@ class TrainerState:
     delivered: int | None = None
     log_history: list[dict[str, Any]] = field(default_factory=list)
     news: list[str] = field(default_factory=list)
+    last_report: Report | None = None
 
     @property
     def folder(self) -> Path:

@@ -201,6 +201,7 @@ class Records(OwnCallback):
     def on_evaluate(
         self, state: TrainerState, control: Control, *, report: Report, **what: Any
     ) -> None:
+        state.last_report = report
         state.log_history.append(evaluation_row(state.iteration, state.seconds, report))
         if self._tracker is not None:
             self._tracker.evaluation(state.iteration, state.seconds, report)
