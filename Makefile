@@ -25,7 +25,7 @@ endef
 help:
 	@echo 'make install      create $(VENV) with the pinned versions (1 to 4 minutes the first time, then nothing)'
 	@echo 'make quickstart   post-train the small model for 15 minutes; results in $(RUN) (under 30 minutes in all)'
-	@echo 'make test         ruff, pyright and the quick tests (under 12 minutes, install included)'
+	@echo 'make test         ruff, pyright and the quick tests (7 to 18 minutes, install included)'
 	@echo 'make test-all     make test, and the slow tests, with the trackers installed (wandb, trackio, swanlab)'
 	@echo 'make lint         ruff and pyright alone'
 	@echo 'make format       let ruff rewrite the files'
@@ -67,7 +67,7 @@ lint: $(STAMP)
 	$(call step,pyright (1 minute),$(BIN)/pyright)
 
 test: lint
-	$(call step,the quick tests (4 to 9 minutes on two cores),OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' --durations=5)
+	$(call step,the quick tests (4 to 13 minutes on two cores),OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' --durations=5)
 
 # The trackers' tests are skipped where these are not installed, as after make install
 $(TRACKERS): $(STAMP)
