@@ -17,7 +17,7 @@ from dgpo.evaluation import Sampling, sample_images
 from dgpo.evaluation.benchmarks import POCKET_GENEVAL
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.samplers.schedulers import make_scheduler
-from dgpo.models.weights.lora import load as load_lora
+from dgpo.models.weights.lora_files import load as load_lora
 from dgpo.pocket import load_pocket
 from dgpo.pocket.scenes import COLORS
 from dgpo.pocket.verifier import find_objects

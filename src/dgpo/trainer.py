@@ -11,12 +11,11 @@ from typing import Any
 from typing_extensions import Unpack
 
 from dgpo.algorithms.base import Algorithm, BaseAlgorithm
-from dgpo.disk import says_disk_full
 from dgpo.distributed.processes import current_processes
-from dgpo.distributed.signals import deferred
+from dgpo.distributed.signals import unharmed
 from dgpo.errors import UserError
 from dgpo.evaluation import Report
-from dgpo.interrupts import Terminated, all_or_nothing, terminable
+from dgpo.interrupts import Terminated, all_or_nothing
 from dgpo.models.counting import Counter
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.policy import RollingWeights
@@ -26,7 +25,7 @@ from dgpo.prompts import Prompt, PromptSampler
 from dgpo.recipe import Recipe
 from dgpo.rewards import RewardSet
 from dgpo.run.loggers.composite import make_loggers
-from dgpo.run.tracking import plain, read_history, refuse_existing_run
+from dgpo.run.tracking import plain, refuse_existing_run
 from dgpo.training.agreement import join
 from dgpo.training.arguments import (
     Given,
@@ -37,7 +36,7 @@ from dgpo.training.arguments import (
     refuse_unknown,
 )
 from dgpo.training.batch import Batch
-from dgpo.training.callbacks import Callbacks, TrainerState, checked_callbacks, load_callbacks
+from dgpo.training.callbacks import Callbacks, make_callbacks
 from dgpo.training.checkpoints import RunCheckpoints
 from dgpo.training.collector import Collected
 from dgpo.training.data import load_data
@@ -49,6 +48,7 @@ from dgpo.training.setup import (
     load_model,
     make_collector,
     make_policy,
+    restored_state,
     try_rewards,
 )
 from dgpo.training.updater import NonFinite, Updater
@@ -72,7 +72,7 @@ class Trainer:
             the folder beside it that was written to last, a path in exactly that run folder. A run
             that was stopped before its first checkpoint begins again. A pipeline given as
             ``model`` must be the untrained one.
-        callbacks: :class:`dgpo.Callback` objects, beside those of ``run.callbacks``.
+        callbacks: :class:`dgpo.Callback` objects, classes or names, beside ``run.callbacks``.
         report_to: what other trainers call ``run.loggers``: a name, several, or ``"none"``.
 
     Raises:
@@ -94,8 +94,8 @@ class Trainer:
         given = Given(model, reward_funcs, train_dataset, eval_dataset, algorithm, report_to)
         self.recipe = recipe = full_recipe(going_on(recipe, resume), given)
         self.processes = processes = current_processes()
-        self.callbacks = checked_callbacks(options.get("callbacks", ()))
-        self.callbacks += load_callbacks(recipe.run.callbacks)
+        self.callbacks = make_callbacks(options.get("callbacks", ()), "callbacks")
+        self.callbacks += make_callbacks(recipe.run.callbacks, "run.callbacks")
         self._checkpoints = RunCheckpoints(recipe, bool(resume), processes)
         if processes.main:
             make_loggers(recipe.run.loggers)  # a missing package is told before a model is loaded
@@ -115,7 +115,7 @@ class Trainer:
         )
         self._held_out = HeldOut(recipe, self.policy, self.scheduler, data, processes)
         self.counter = Counter(loaded.denoisers.values())
-        self.state = self._restored()
+        self.state = restored_state(self._checkpoints, self.updater, self._collect)
 
     @classmethod
     def from_run(cls, folder: str | Path, overrides: Sequence[str] = (), **given: Any) -> Trainer:
@@ -146,9 +146,10 @@ class Trainer:
         """
         self.updater.refuse_half_an_update()
         if self.state.phase == "ended":
-            print(nothing_to_train(self.state))
+            if self.processes.main:
+                print(nothing_to_train(self.state))
             return self.last_report
-        with self._whole_or_resumable():
+        with unharmed(self.processes, self.folder):
             try_rewards(self.recipe, self.data, self._held_out)
             with self._opened() as hooks:
                 try:
@@ -267,7 +268,8 @@ class Trainer:
             ended = monotonic()
             state.iteration += 1
             state.seconds += ended - began
-            state.counted = self.counter.end(self.recipe.images_sampled, self.processes)
+            counted = self.counter.end(self.recipe.images_sampled, self.processes)
+            state.counted = {name: state.counted[name] + n for name, n in counted.items()}
             row = plain(
                 {
                     "iteration": state.iteration,
@@ -306,18 +308,6 @@ class Trainer:
             raise UserError(f"{error}. The batch is in {file}") from error
 
     @contextmanager
-    def _whole_or_resumable(self) -> Iterator[None]:
-        """Errors end all processes, signals are heard where they do no harm, and a full disk is
-        told as such."""
-        with (
-            self.processes.ending_together(),
-            terminable(),
-            deferred(self.processes),
-            says_disk_full(self.folder),
-        ):
-            yield
-
-    @contextmanager
     def _opened(self) -> Iterator[Callbacks]:
         """The run folder, the progress bar and the callbacks of one ``train()``."""
         state = self.state
@@ -339,22 +329,6 @@ class Trainer:
         )
         with outputs, self.counter:
             yield routine(self.callbacks, state, outputs, tools)
-
-    def _restored(self) -> TrainerState:
-        """The state of the run, with weights and optimiser, if it goes on."""
-        checkpoints = self._checkpoints
-        state = TrainerState(self.recipe, self.processes.main, phase=checkpoints.start)
-        counters, early = checkpoints.restore(self.updater)
-        if counters:
-            state.read_json(counters)
-            self.counter.totals = dict(state.counted)
-
-            def history() -> list[dict[str, Any]]:
-                return read_history(self.folder, state.iteration)
-
-            state.log_history = self.processes.broadcast_object(history, "the run's history")
-        state.news = [*self.policy.news, *self._collect.restore(early)]
-        return state
 
     def _refuse_no_old(self, what: str, weights: RollingWeights) -> None:
         if weights == "old" and not isinstance(self.algorithm, Algorithm):

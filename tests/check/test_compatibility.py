@@ -14,7 +14,7 @@ from dgpo.check.compatibility import QUESTIONS, Examination, examine
 from dgpo.core.sde import FlowSDE
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.policy import Policy
-from dgpo.models.weights import lora
+from dgpo.models.weights import lora_files
 from dgpo.training.updater import Updater
 from families.tiny import build, tiny_model
 
@@ -125,14 +125,14 @@ def test_a_reference_that_is_not_the_base(monkeypatch: Any) -> None:
 
 def read_weaker(monkeypatch: Any) -> None:
     """LoRA files are read with nine tenths of their strength."""
-    own = lora.load
+    own = lora_files.load
 
     def weaker(pipe: Any, folder: Any) -> Any:
         how = own(pipe, folder)
         pipe.set_adapters(pipe.get_active_adapters(), [0.9])
         return how
 
-    monkeypatch.setattr(lora, "load", weaker)
+    monkeypatch.setattr(lora_files, "load", weaker)
 
 
 def test_a_lora_that_is_read_with_another_strength(monkeypatch: Any) -> None:
@@ -182,7 +182,7 @@ def test_a_reference_of_one_expert_that_is_not_the_base(monkeypatch: Any) -> Non
 
 
 def test_a_lora_of_one_expert_that_is_lost(monkeypatch: Any) -> None:
-    own = lora.load
+    own = lora_files.load
 
     def careless(pipe: Any, folder: Any) -> Any:
         how = own(pipe, folder)
@@ -191,7 +191,7 @@ def test_a_lora_of_one_expert_that_is_lost(monkeypatch: Any) -> None:
                 tensor.zero_()
         return how
 
-    monkeypatch.setattr(lora, "load", careless)
+    monkeypatch.setattr(lora_files, "load", careless)
     found = examine(partial(build, "wan22"), partial(tiny_model, "wan22"))
     assert verdicts(found) == {**dict.fromkeys(QUESTIONS, "yes"), "LoRA file": "no"}
 

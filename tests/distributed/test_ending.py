@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from datetime import timedelta
@@ -38,6 +39,26 @@ def test_a_reward_that_raises_in_one_ends_all(tmp_path: Path) -> None:
     took = ended.gone - float(raised[1])
     print(f"all had ended {took:.1f} s after the exception")  # docs/scaling.md quotes it
     assert took < SOON
+
+
+def test_a_callback_that_raises_in_one_ends_all_with_its_name(tmp_path: Path) -> None:
+    ended = world(2, together.train_with_callback, tmp_path, tmp_path, "raise")
+    check_all_ended(ended)
+    for told in ended.errors:
+        assert "callback OneOf.on_iteration_end raised LookupError: no such shelf" in told
+
+
+@pytest.mark.parametrize(
+    ("what", "history"),
+    [
+        ("should_stop", [[False, 1], [True, 1]]),
+        ("should_evaluate", [[False, 1], [True, 1], [False, 2], [False, 3], [True, 3]]),
+    ],
+)
+def test_what_one_process_asks_for_all_do(what: str, history: Any, tmp_path: Path) -> None:
+    together.all_well(2, together.train_with_callback, tmp_path, tmp_path, what)
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"history-{rank}.json").read_text()) == history
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])

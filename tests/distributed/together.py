@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import dgpo.distributed.watch
 from algorithms.table import predicts_noise
+from dgpo import Callback
 from dgpo.cli import main
 from dgpo.distributed.processes import current_processes, leave
 from dgpo.evaluation.benchmarks import Benchmark
@@ -128,6 +129,7 @@ def run(
     reward: Any = patchy,
     dtype: torch.dtype = torch.float64,
     resume: bool = False,
+    callbacks: Any = (),
     **changes: Any,
 ) -> Trainer:
     """A trainer by a registered algorithm whose groups no number of processes divides."""
@@ -157,6 +159,7 @@ def run(
         eval_dataset=eval_dataset,
         recipe=recipe,
         resume=resume,
+        callbacks=callbacks,
     )
 
 
@@ -194,6 +197,30 @@ def train_ragged(folder: Path, changes: dict[str, Any]) -> None:
 
 def train_with(folder: Path, reward: Any, changes: dict[str, Any]) -> None:
     run(folder, "dgpo", reward, **{"rollout": {"batch": None}, **changes}).train()
+
+
+class OneOf(Callback):
+    """A callback of which only process 1 does something, after the first iteration."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def on_iteration_end(self, state: Any, control: Any, **what: Any) -> None:
+        if state.is_main_process or state.iteration != 1:
+            return
+        if self.what == "raise":
+            raise LookupError("no such shelf")
+        setattr(control, self.what, True)
+
+
+def train_with_callback(folder: Path, what: str) -> None:
+    """Train three iterations; the history of each process goes to a file."""
+    changes: dict[str, Any] = {"train": {"iterations": 3}, "eval_dataset": PROMPTS[:2]}
+    trainer = run(folder, "dgpo", callbacks=[OneOf(what)], **changes)
+    trainer.train()
+    done = [("overall" in row, row["iteration"]) for row in trainer.state.log_history]
+    rank = os.environ.get("RANK", "0")
+    (folder / f"history-{rank}.json").write_text(json.dumps(done))
 
 
 def on_training_pass(trainer: Trainer, number: int, act: Callable[[], Any]) -> None:

@@ -19,7 +19,7 @@ from dgpo.interrupts import Terminated
 from dgpo.recipe import Recipe
 from dgpo.run.jsonl import read_jsonl
 from dgpo.run.loggers import Logger
-from dgpo.run.tracking import Tracker
+from dgpo.run.tracking import Tracker, evaluation_row
 from dgpo.training.routine import Outputs
 
 OWN = """
@@ -128,7 +128,7 @@ def test_a_logger_of_ones_own_is_told_everything(tmp_path, own):
     name, calls = own
     made = recipe(tmp_path, {name: {"color": "blue"}}, seed=3, samples={"every": 2})
     with Tracker(made) as tracker:
-        tracker.evaluation(0, 0.0, report(0.5))
+        tracker.evaluation(evaluation_row(0, 0.0, report(0.5)))
         tracker.grid("before", REDS, CAPTIONS)
         rewards = {"redness": torch.tensor([0.5, float("nan")])}
         for iteration in (1, 2):
@@ -161,7 +161,7 @@ def test_the_logger_of_the_documentation(tmp_path, monkeypatch):
     Path("best.py").write_text(code)
     with Tracker(Recipe.load("pocket-geneval", ["".join(words), "run.dir=run"])) as tracker:
         for iteration, score in ((0, 0.5), (2, 0.75), (4, 0.6)):
-            tracker.evaluation(iteration, 0.0, report(score))
+            tracker.evaluation(evaluation_row(iteration, 0.0, report(score)))
     assert Path("run/best.txt").read_text() == "0.75 after iteration 2\n"
     assert Path("run/tensorboard").is_dir()
 
@@ -357,7 +357,7 @@ def test_tensorboard_has_pictures_and_tables_if_asked(tmp_path):
 
 def test_jsonl_has_flat_figures_and_drops_what_is_done_again(tmp_path):
     with Tracker(recipe(tmp_path, "jsonl")) as tracker:
-        tracker.evaluation(0, 0.0, report(0.5))
+        tracker.evaluation(evaluation_row(0, 0.0, report(0.5)))
         for iteration in (1, 2, 3):
             tracker.log(row(iteration, rewards={"a": 1.5}))
     with Tracker(recipe(tmp_path, "jsonl"), resume_after=1) as tracker:
@@ -378,7 +378,7 @@ def table(file):
 
 def test_csv_has_a_column_for_every_figure_whenever_it_comes(tmp_path):
     with Tracker(recipe(tmp_path, "csv")) as tracker:
-        tracker.evaluation(0, 0.0, report(0.5))
+        tracker.evaluation(evaluation_row(0, 0.0, report(0.5)))
         tracker.log(row(1, loss=0.1))
         tracker.log(row(2, clipped=0.5))
         tracker.log({**row(3), "loss": None})

@@ -15,7 +15,7 @@ from dgpo.errors import UserError
 from dgpo.recipe import Recipe
 from dgpo.run.pictures import before_after, grid, thumbnail
 from dgpo.run.progress import Progress
-from dgpo.run.tracking import Tracker, read_jsonl, refuse_existing_run
+from dgpo.run.tracking import Tracker, evaluation_row, read_jsonl, refuse_existing_run
 
 
 @pytest.fixture
@@ -74,8 +74,8 @@ def test_resuming_drops_what_came_after_and_a_line_cut_short(recipe):
     with Tracker(recipe) as tracker:
         for iteration in range(1, 6):
             tracker.log(row(iteration, value=iteration / 3))
-        tracker.evaluation(2, 4.0, report(0.6))
-        tracker.evaluation(4, 8.0, report(0.7))
+        tracker.evaluation(evaluation_row(2, 4.0, report(0.6)))
+        tracker.evaluation(evaluation_row(4, 8.0, report(0.7)))
     metrics = tracker.folder / "metrics.jsonl"
     kept = metrics.read_bytes().splitlines(keepends=True)[:3]
     with metrics.open("a") as stream:
@@ -137,7 +137,7 @@ def test_events_hold_the_same_figures(recipe):
 
     with Tracker(recipe) as tracker:
         tracker.log(row(1, reward_mean=0.25))
-        tracker.evaluation(0, 0.0, report(0.6))
+        tracker.evaluation(evaluation_row(0, 0.0, report(0.6)))
     events = EventAccumulator(str(tracker.folder / "tensorboard"))
     events.Reload()
     assert events.Scalars("train/reward_mean")[0].value == 0.25
@@ -149,11 +149,11 @@ def test_card_curve_and_grids_tell_what_was_measured(recipe):
     blues = [Image.new("RGB", (32, 32), "blue")] * 4
     captions = ["a photo of a red circle"] * 4
     with Tracker(recipe) as tracker:
-        tracker.evaluation(0, 0.0, report(0.612))
+        tracker.evaluation(evaluation_row(0, 0.0, report(0.612)))
         tracker.grid("before", blues, captions)
         for iteration in range(1, 41):
             tracker.log(row(iteration, seconds=30.0 * iteration))
-        tracker.evaluation(40, 1200.0, report(0.934))
+        tracker.evaluation(evaluation_row(40, 1200.0, report(0.934)))
         tracker.compare(blues, reds, captions)
         tracker.summarize()
     card = (tracker.folder / "README.md").read_text()

@@ -209,14 +209,15 @@ def test_callbacks_are_named_in_a_recipe(tmp_path: Path) -> None:
             named(name)
 
 
-@pytest.mark.parametrize("given", [3, [3], [Callback, "name"]])
+@pytest.mark.parametrize("given", [3, [3], [Callback, "name"], "json:loads"])
 def test_what_is_no_callback_is_refused(given: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"callbacks.*"):
         trainer(tmp_path, callbacks=given)
 
 
 def test_a_class_or_a_single_object_will_do(tmp_path: Path) -> None:
-    for given in (Callback, Callback(), [Callback, Notes()]):
+    named = "dgpo.training.callbacks:Callback"
+    for given in (Callback, Callback(), [Callback, Notes()], named, (c for c in [Notes()])):
         assert all(
             isinstance(one, Callback) for one in trainer(tmp_path, callbacks=given).callbacks
         )

@@ -24,7 +24,7 @@ from dgpo.models.pipeline.self_check import CheckReport, is_narrow, self_check
 from dgpo.models.policy import Policy
 from dgpo.models.samplers.schedulers import is_flow_matching
 from dgpo.models.samplers.sde_schedulers import make_sde_scheduler, with_noise
-from dgpo.models.weights import lora
+from dgpo.models.weights import lora, lora_files
 from dgpo.models.weights.snapshots import fingerprints
 from dgpo.prompts import Prompt
 from dgpo.prompts.caption import Caption
@@ -220,7 +220,7 @@ class Case:
             self._trained = None
             del self.model  # room for another pipeline
             fresh = self.wrap(self.make())
-            how = lora.load(fresh.pipe, Path(folder))
+            how = lora_files.load(fresh.pipe, Path(folder))
         _freeze(fresh.pipe)
 
         def off() -> float:

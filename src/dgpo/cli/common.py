@@ -10,7 +10,7 @@ INTERRUPTED = 130
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks for all that a launcher started; it connects them if so."""
+    """Return whether this process speaks for all that a launcher started, and connect them."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True  # without the seconds that importing torch takes
     from dgpo.distributed import current_processes

@@ -66,7 +66,7 @@ def rank(
     check_lora(lora)
     page = PageServer(host, port, token_file)
     from dgpo.models.load import quiet
-    from dgpo.models.weights.lora import lora_folder
+    from dgpo.models.weights.lora_files import lora_folder
     from dgpo.ranking.desk import Desk
     from dgpo.ranking.drawing import Artist
     from dgpo.ranking.store import Store

@@ -79,7 +79,7 @@ def take(run: Run, results: Path) -> bool:
 
 
 def settings_unknown(run: Run) -> bool:
-    """Whether a run was taken from files without a recipe."""
+    """Return whether a run was taken from files without a recipe."""
     return (run.folder / SETTINGS_UNKNOWN).exists()
 
 

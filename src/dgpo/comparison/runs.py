@@ -20,7 +20,7 @@ ENDED = "ended"
 
 
 def arrived(evaluations: Sequence[Mapping[str, Any]], stop_at: float | None) -> bool:
-    """Whether the last two evaluations both reach the score; never if that is None."""
+    """Return whether the last two evaluations both reach the score; never if that is None."""
     if stop_at is None or len(evaluations) < 2:
         return False
     return all(row["overall"] >= stop_at for row in evaluations[-2:])

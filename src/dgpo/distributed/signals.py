@@ -6,10 +6,12 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from dgpo.disk import says_disk_full
 from dgpo.distributed.processes import Processes
-from dgpo.interrupts import RaiseTerminated
+from dgpo.interrupts import RaiseTerminated, terminable
 
 
 @contextmanager
@@ -40,3 +42,23 @@ def deferred(processes: Processes) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def unharmed(processes: Processes, folder: Path) -> Iterator[None]:
+    """Inside the block nothing that ends a run leaves others waiting or a file half written.
+
+    An exception ends all processes, signals are heard where they do no harm, and a full disk is
+    told as such.
+
+    Args:
+        processes: the processes of the run.
+        folder: where it writes.
+    """
+    with (
+        processes.ending_together(),
+        terminable(),
+        deferred(processes),
+        says_disk_full(folder),
+    ):
+        yield

@@ -14,7 +14,7 @@ COUNTED = ("images", "forwards", "backwards")
 
 
 class Counter:
-    """A ``Counter`` adds up a run's pictures, denoiser evaluations and backward passes, in samples.
+    """A ``Counter`` counts an iteration's pictures, denoiser evaluations and backward passes.
 
     ``forwards`` adds up the batch sizes of all calls of the denoisers while training: rollouts and
     training passes, snapshots, and both halves of guidance. ``backwards`` adds up the batch sizes
@@ -29,8 +29,6 @@ class Counter:
     """
 
     def __init__(self, denoisers: Iterable[nn.Module]) -> None:
-        self.totals: dict[str, int] = dict.fromkeys(COUNTED, 0)
-        """The totals of the iterations that are done."""
         self._denoisers = list(denoisers)
         self._hooks: list[Any] = []
         self._now = dict.fromkeys(COUNTED, 0)
@@ -51,14 +49,10 @@ class Counter:
         """End an iteration that made ``images`` pictures. Collective.
 
         Returns:
-            The totals of all processes.
+            What was counted in all processes together.
         """
-        # the counts of one iteration: sums of earlier totals would be added once a process
         every = processes.all_gather_object(self._now, "the end of an iteration")
-        self._now = {name: sum(one[name] for one in every) for name in COUNTED}
-        self._now["images"] = images
-        self.totals = {name: self.totals[name] + self._now[name] for name in COUNTED}
-        return self.totals
+        return {name: sum(one[name] for one in every) for name in COUNTED} | {"images": images}
 
     def _note(self, module: nn.Module, inputs: Any, output: Any) -> None:
         made = output[0]  # from a tuple, or from an output class of diffusers

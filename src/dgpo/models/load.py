@@ -12,8 +12,8 @@ from torch import nn
 
 from dgpo.errors import UserError
 from dgpo.models.quantization import Quantization, quantized
-from dgpo.models.weights.lora import load as load_lora
-from dgpo.models.weights.lora import lora_folder
+from dgpo.models.weights.lora_files import load as load_lora
+from dgpo.models.weights.lora_files import lora_folder
 from dgpo.registry import MODELS, resolve
 
 Precision = Literal["float32", "bfloat16", "float16"]

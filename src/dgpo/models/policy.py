@@ -16,6 +16,7 @@ from dgpo.errors import UserError
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.pipeline.prompt_encoder import Conditioning
 from dgpo.models.weights import lora as lora_weights
+from dgpo.models.weights import lora_files
 from dgpo.models.weights.lora import LoraSettings
 from dgpo.models.weights.snapshots import Snapshot, exchanged
 
@@ -199,7 +200,7 @@ class Policy:
         with nullcontext() if snapshot is None else snapshot.swapped():
             if self.lora is not None:
                 if writes:
-                    lora_weights.save(self.model.pipe, self.model.denoisers, folder)
+                    lora_files.save(self.model.pipe, self.model.denoisers, folder)
                 return
             for name, denoiser in self.model.denoisers.items():
                 complete = _complete(denoiser, writes)

@@ -96,8 +96,9 @@ def calls_of(scheduler: Any, steps: int, strength: float = 1.0) -> int:
 
 
 def _splits_groups(recipe: Recipe) -> bool:
-    """Whether micro-batches split groups whose weights need the whole group, so that the policy is
-    asked once more without gradients."""
+    """Return whether micro-batches split groups whose weights need the whole group.
+
+    The policy is asked once more then, without gradients."""
     algorithm, size = recipe.algorithm, recipe.train.micro_batch
     if not isinstance(algorithm, Algorithm) or type(algorithm).weights is Algorithm.weights:
         return False

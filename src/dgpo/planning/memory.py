@@ -82,7 +82,7 @@ class Estimate:
 
     @property
     def has_guidance(self) -> bool:
-        """Whether the pipeline has classifier-free guidance; true where that cannot be seen."""
+        """Return whether the pipeline has guidance; true where that cannot be seen."""
         cond = self._cond
         return cond is None or self._try(lambda: self.model.has_guidance(cond), True)
 

@@ -90,7 +90,7 @@ class Said(BaseModel):
 
 class Kept(BaseModel):
     in_time: bool
-    """Whether training learns from it; the dataset has it in any case."""
+    """True if training learns from it; the dataset has it in any case."""
 
 
 def make_app(desk: Desk, ask: Kind = "likes", token: str | None = None) -> Any:

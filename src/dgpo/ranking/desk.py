@@ -64,7 +64,7 @@ class Desk:
         """Put a group into the queue, unless enough people have answered it before.
 
         Raises:
-            UserError: as :meth:`Store.add`.
+            UserError: see :meth:`Store.add`.
         """
         group = self.store.add(prompt, images, metadata, place)
         self._queue(group)
@@ -130,6 +130,7 @@ class Desk:
             return id not in self._used
 
     def state(self) -> State:
+        """Return what the page shows of the queue and of the raters."""
         with self._changed:
             together = sum(self._agreement.values(), Agreement())
             return State(self.store.counts(), len(self._open), together, self.note)

@@ -11,7 +11,7 @@ from dgpo.core.seeds import stream
 from dgpo.models.load import load_pipeline
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.samplers.schedulers import make_scheduler
-from dgpo.models.weights.lora import load as load_lora
+from dgpo.models.weights.lora_files import load as load_lora
 from dgpo.prompts import Prompt, PromptSampler, load_prompts, refuse_sizes
 from dgpo.recipe import Recipe
 

@@ -64,7 +64,7 @@ class HumanReward(Reward):
         """Take the port, so that it is not found taken when the first pictures are there.
 
         Raises:
-            UserError: as :class:`PageServer`, or the run has several processes.
+            UserError: see :class:`PageServer`, or the run has several processes.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError(

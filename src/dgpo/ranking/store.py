@@ -89,6 +89,7 @@ class Store:
             raise UserError(f"rankings in {self.folder}: {error}; choose another folder") from error
 
     def close(self) -> None:
+        """Close the database of groups and answers."""
         with self._lock:
             self._database.close()
 

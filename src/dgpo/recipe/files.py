@@ -61,7 +61,7 @@ def find_recipe(path_or_name: str | Path) -> Path:
 
 
 def is_manifest(path_or_name: str | Path) -> bool:
-    """Whether a name is the ``run.json`` of a run folder, or the ``NAME-run.json`` that
+    """Return whether a name is the ``run.json`` of a run folder, or the ``NAME-run.json`` that
     ``dgpo compare --results`` keeps."""
     name = Path(path_or_name).name
     return name == MANIFEST or name.endswith(f"-{MANIFEST}")

@@ -221,7 +221,7 @@ class Recipe(Settings):
 
     @property
     def overlaps_rewards(self) -> bool:
-        """Whether rewards are asked while the next pictures are sampled."""
+        """Return whether rewards are asked while the next pictures are sampled."""
         asked, batch = self.rollout.overlap_rewards, self.rollout.batch
         if self.rollout.ahead:
             return False
@@ -240,7 +240,7 @@ class Recipe(Settings):
         )
 
     def grid_due(self, iteration: int) -> bool:
-        """Whether to draw a grid of pictures after an iteration; iterations count from 1."""
+        """Return whether to draw a grid of pictures after an iteration; iterations count from 1."""
         own = self.samples.every
         return sections.is_multiple(iteration, self.eval.every if own is None else own)
 

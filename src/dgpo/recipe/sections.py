@@ -20,7 +20,7 @@ MOST_PIXELS = 100_000
 
 
 def is_multiple(iteration: int, every: int) -> bool:
-    """Whether something that happens every so many iterations (0: never) is due after this one."""
+    """Return whether what happens every so many iterations (0: never) is due after this one."""
     return every > 0 and iteration % every == 0
 
 
@@ -81,7 +81,7 @@ class RolloutSettings(Settings):
     """The number of pictures in one call of the pipeline, in each process; null: all pictures of an
     iteration."""
     overlap_rewards: bool | None = None
-    """Whether to score one batch while the next is sampled; null: yes where rollout.batch makes
+    """Score one batch while the next is sampled; null: yes where rollout.batch makes
     several batches. It changes no result."""
     ahead: int = Field(default=0, ge=0)
     """How many iterations to sample ahead of training, so that slow rewards, such as people who
@@ -146,7 +146,7 @@ class TrainSettings(Settings):
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the learning rate falls to 0 by the end of the run; constant: not at all."""
     optimizer_step: Literal["iteration", "timestep"] = "iteration"
-    """Whether an optimiser step uses all trained noise levels of an iteration, or a single one."""
+    """The noise levels of an optimiser step: all that an iteration trains, or a single one."""
     inner_epochs: int = Field(default=1, ge=1, le=1000)
     """How often an iteration trains on its pictures, each time at new noise levels and with new
     noise. More needs fewer rollouts, but these come from an older policy. Policy gradients divide
@@ -160,7 +160,7 @@ class TrainSettings(Settings):
     and needs less memory."""
 
     def time_is_up(self, seconds: float) -> bool:
-        """Whether a run of so many seconds of training has spent its ``max_minutes``."""
+        """Return whether a run of so many seconds of training has spent its ``max_minutes``."""
         return self.max_minutes is not None and seconds >= 60 * self.max_minutes
 
 
@@ -178,12 +178,12 @@ class LoraSettings(Settings):
 
 class MemorySettings(Settings):
     gradient_checkpointing: bool = False
-    """Whether to compute the denoiser's activations again in the backward pass, which needs less
+    """Compute the denoiser's activations again in the backward pass, which needs less
     memory and more time."""
     vae_slicing: bool = False
-    """Whether to decode the samples of a batch one after the other."""
+    """Decode the samples of a batch one after the other."""
     vae_tiling: bool = False
-    """Whether to decode large pictures in overlapping tiles; the seams differ a little."""
+    """Decode large pictures in overlapping tiles; the seams differ a little."""
     vae_precision: Literal["float32", "bfloat16", "float16"] | None = None
     """The precision of the autoencoder's weights; null: as precision. Wan's autoencoder is meant
     for float32."""
@@ -191,9 +191,9 @@ class MemorySettings(Settings):
     """A folder of prompt embeddings, which other runs may share; null: no folder, or one inside the
     run's folder where text encoders are freed."""
     free_text_encoders: bool = False
-    """Whether to encode all prompts first and then drop the text encoders."""
+    """Encode all prompts first and then drop the text encoders."""
     offload_rewards: bool = False
-    """Whether to move reward models off the device while nothing is scored."""
+    """Move reward models off the device while nothing is scored."""
     snapshot_device: Literal["cpu"] | None = None
     """Where the averages of the trained weights are kept; null: on the device of the weights."""
     quantization: Literal["bitsandbytes_4bit", "bitsandbytes_8bit", "torchao_int8"] | None = None
@@ -207,7 +207,7 @@ class EmaSettings(Settings):
     every: int = Field(default=8, ge=1)
     """The number of optimiser steps between updates of the slow average."""
     warmup: bool = False
-    """Whether to limit the decay of the nth update to (1 + n) / (10 + n), so that a young average
+    """Limit the decay of the nth update to (1 + n) / (10 + n), so that a young average
     does not remember the base model."""
 
     def decay_of(self, update: int) -> float:
@@ -233,10 +233,10 @@ class EvalSettings(Settings):
     batch: int = Field(default=256, ge=1)
     """The number of pictures in one call of the pipeline, in each process."""
     at_start: bool = True
-    """Whether to evaluate the base model before training."""
+    """Evaluate the base model before training."""
 
     def due(self, iteration: int) -> bool:
-        """Whether to evaluate after an iteration; iterations count from 1."""
+        """Return whether to evaluate after an iteration; iterations count from 1."""
         return iteration in self.at or is_multiple(iteration, self.every)
 
     def count(self, iterations: int) -> int:
@@ -273,7 +273,7 @@ class CheckpointSettings(Settings):
     it makes a checkpoint."""
 
     def due(self, iteration: int, is_best: bool = False) -> bool:
-        """Whether to save after an iteration.
+        """Return whether to save after an iteration.
 
         Args:
             iteration: counted from 1.
@@ -300,7 +300,7 @@ class GuardSettings(Settings):
     """How many minutes a process may keep the others waiting; then the run ends and names it.
     0: forever."""
     stop: bool = False
-    """Whether collapsed rewards or a falling measure end the run early, with the best checkpoint's
+    """Let collapsed rewards or a falling measure end the run early, with the best checkpoint's
     weights as its result."""
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as Late
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from dgpo.errors import UserError
+from dgpo.errors import UserError, told
 from dgpo.rewards.reward import RewardFailure
 from dgpo.rewards.settings import RewardSettings
 
@@ -89,7 +87,7 @@ class CallLimits:
         except UserError as error:
             raise RewardFailure(str(error), skips=self._skips) from error
         except (Exception, SystemExit) as error:
-            raise Again(f"reward {self._name!r} raised {_told(error)}") from error
+            raise Again(f"reward {self._name!r} raised {told(error)}") from error
 
     def _in_time(self, call: Callable[[], T]) -> T:
         limit = self._settings.timeout
@@ -129,10 +127,3 @@ def in_thread(call: Callable[[], T]) -> Future[T]:
 
     threading.Thread(target=run, daemon=True, name="reward").start()
     return future
-
-
-def _told(error: BaseException) -> str:
-    """An error and where it came from: the report shows no traceback."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{where}"

@@ -117,7 +117,7 @@ def loading(reward: str, given: str | None, variable: str, published: str = "") 
 
     Args:
         reward: what errors call the reward.
-        given, variable, published: as of :func:`chosen`.
+        given, variable, published: see :func:`chosen`.
 
     Raises:
         UserError: with the model, the library's reason, and the variable that names a folder.

@@ -67,11 +67,11 @@ class Reward:
     media: str = "pictures"
     """What it scores: ``pictures``, ``videos`` or ``sounds``."""
     group_wise: bool = False
-    """Whether it compares the pictures of a group, and so is called once for each group."""
+    """True if it compares the pictures of a group, and so is called once for each group."""
     asks_people: bool = False
-    """Whether people answer: the trial before a run does not ask them."""
+    """True if people answer: the trial before a run does not ask them."""
     of_set: bool = False
-    """Whether it is a metric of all pictures together: it then returns ``(value, low, high)``, and
+    """True if it is a metric of all pictures together: it then returns ``(value, low, high)``, and
     stands under ``eval.metrics`` alone."""
     columns: frozenset[str] | None = None
     """The metadata columns that ``__call__`` is given, None for all; by default those it names."""

@@ -36,7 +36,7 @@ class RowReward(Reward):
         """Refuse rows without a wish.
 
         Raises:
-            UserError: as :meth:`wish`.
+            UserError: see :meth:`wish`.
         """
         for number, prompt in enumerate(prompts):
             self.wish(prompt.place(number), prompt.text, prompt.metadata)
@@ -45,7 +45,7 @@ class RowReward(Reward):
         """One score for each picture.
 
         Raises:
-            UserError: as :meth:`wish`.
+            UserError: see :meth:`wish`.
         """
         wishes = []
         for number, text in enumerate(prompts):

@@ -118,7 +118,7 @@ class RewardSet:
         its ``check`` is asked about none.
 
         Raises:
-            UserError: as the reward says.
+            UserError: the reason that the reward gives.
         """
         for entry in self._entries:
             entry.reward.check([])
@@ -127,7 +127,7 @@ class RewardSet:
         """Let every reward refuse prompts that it cannot score, before the run starts.
 
         Raises:
-            UserError: as the reward says, or a row names rewards that are not there.
+            UserError: the reason that the reward gives, or a row names rewards that are not there.
         """
         for entry, rows in self._asked(prompts, routed(prompts, self.weights)):
             if rows:
@@ -180,10 +180,10 @@ class RewardSet:
         """Let rewards that take their time see whole groups before they are asked about them.
 
         Args:
-            images, prompts, groups: as of :meth:`score`.
+            images, prompts, groups: see :meth:`score`.
 
         Raises:
-            UserError: as the reward says.
+            UserError: the reason that the reward gives.
         """
         every = _Rows(images, prompts)
         for entry, rows in self._asked(prompts, routed(prompts, self.weights)):
@@ -269,7 +269,7 @@ def _values(
 
     Args:
         entry, every, rows: the reward, all rows, and those that ask it.
-        groups: as of :meth:`RewardSet.score`.
+        groups: see :meth:`RewardSet.score`.
         lost: groups that are not asked about any more; those that fail now are added.
     """
     values = torch.full((len(every),), math.nan)

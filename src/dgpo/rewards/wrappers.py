@@ -102,7 +102,7 @@ class Lazy(Wrapper):
 
     @property
     def built(self) -> bool:
-        """Whether the reward has been built."""
+        """Return whether the reward has been built."""
         return "inner" in vars(self)
 
     def run_in(self, folder: Path) -> None:

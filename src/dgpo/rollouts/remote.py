@@ -18,7 +18,7 @@ from dgpo.errors import UserError
 from dgpo.models.pipeline.rollout import Rollout
 from dgpo.models.policy import Policy, RollingWeights
 from dgpo.prompts.caption import Caption
-from dgpo.rewards.loading import need
+from dgpo.rewards.http_client import connect
 from dgpo.rollouts.engine import LocalEngine, RolloutEngine, RolloutRequest
 from dgpo.rollouts.wire import Ask, hash_of, unpack
 
@@ -53,15 +53,7 @@ class RemoteEngine(RolloutEngine):
                 "rollout.engine: the server gets a LoRA, and lora: null trains none; set lora or "
                 "rollout.engine: null"
             )
-        need("rollout.engine", "httpx", "pip install httpx")
-        import httpx
-
-        token = os.environ.get(TOKEN, "")
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        try:
-            self._client = httpx.Client(base_url=url, timeout=timeout, headers=headers)
-        except httpx.InvalidURL as error:
-            raise UserError(f"rollout.engine = {url!r}: {error}") from error
+        self._client = connect("rollout.engine", url, os.environ.get(TOKEN, ""), timeout)
         self._policy, self._url, self._scheduler = policy, url, scheduler
         self._sent: str | None = None
         self._checked = False

@@ -24,7 +24,7 @@ from dgpo.errors import UserError
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.pipeline.rollout import Rollout
 from dgpo.models.samplers.schedulers import make_scheduler
-from dgpo.models.weights import lora
+from dgpo.models.weights import lora, lora_files
 from dgpo.models.weights.snapshots import exchanged
 from dgpo.registry import SAMPLERS
 from dgpo.rollouts.wire import Ask, hash_of, pack
@@ -75,7 +75,7 @@ class Sampler:
             self._weights, self._layers = None, []  # until the new ones are known to be in place
             (Path(folder) / "pytorch_lora_weights.safetensors").write_bytes(data)
             try:
-                lora.load(self._pipe, Path(folder))
+                lora_files.load(self._pipe, Path(folder))
             except Exception as error:  # diffusers and peft raise many kinds
                 raise UserError(f"this is no LoRA for the pipeline: {error}") from error
             parts = self._pipe.components.values()

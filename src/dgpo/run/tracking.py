@@ -49,7 +49,9 @@ def refuse_existing_run(folder: str | Path) -> None:
 
 
 class Tracker:
-    """Writes a run folder, and hands the same figures to the loggers of ``run.loggers``::
+    """Writes a run folder, and hands the same figures to the loggers of ``run.loggers``.
+
+    The folder holds::
 
         recipe.yaml         every setting, defaults included
         run.json            versions, seed, commit, machine and command of every start
@@ -137,18 +139,11 @@ class Tracker:
         self._iteration = values["iteration"]
         self.loggers.scalars(dict(_scalars("train", values)), self._iteration)
 
-    def evaluation(self, iteration: int, seconds: float, report: Any) -> None:
-        """Write an evaluation's :class:`dgpo.evaluation.Report` (or a mapping like it).
-
-        Args:
-            iteration: iterations done when it was made; 0 is the base model.
-            seconds: training time spent by then.
-            report: the evaluation's outcome.
-        """
-        row = evaluation_row(iteration, seconds, report)
-        append_row(self._evaluations, row)
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        """Write an evaluation: what :func:`evaluation_row` returns."""
+        append_row(self._evaluations, dict(row))
         scores = {key: value for key, value in row.items() if key != "seconds"}
-        self.loggers.scalars(dict(_scalars("eval", scores)), iteration)
+        self.loggers.scalars(dict(_scalars("eval", scores)), row["iteration"])
 
     def warning(self, iteration: int, text: str) -> None:
         """Write what the user should know after an iteration; only once, because a run that goes on
@@ -237,7 +232,13 @@ class Tracker:
 
 
 def evaluation_row(iteration: int, seconds: float, report: Any) -> dict[str, Any]:
-    """Build a line of ``evaluations.jsonl`` from the arguments of :meth:`Tracker.evaluation`."""
+    """Build a line of ``evaluations.jsonl``.
+
+    Args:
+        iteration: iterations done when the evaluation was made; 0 is the base model.
+        seconds: training time spent by then.
+        report: a :class:`dgpo.evaluation.Report`, or a mapping like it.
+    """
     body: dict[str, Any] = dict(report) if isinstance(report, Mapping) else asdict(report)
     return plain({"iteration": iteration, "seconds": seconds, **body})
 
@@ -247,7 +248,7 @@ def read_history(folder: str | Path, last: int) -> list[dict[str, Any]]:
     they were made.
 
     Raises:
-        UserError: as :func:`read_jsonl`.
+        UserError: see :func:`read_jsonl`.
     """
     rows = [row for name in FILES for row in read_jsonl(Path(folder) / name)]
     known = [row for row in rows if type(row.get("iteration")) is int]

@@ -24,7 +24,7 @@ def read_token(file: Path) -> str:
 
 
 def loopback(host: str) -> bool:
-    """Whether an address, or the name ``localhost``, is reached from this machine alone."""
+    """Return whether an address, or the name ``localhost``, is reached from this machine alone."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -99,7 +99,7 @@ def make_app(
 
     @app.get("/health")
     async def health() -> Health:
-        """Whether the server runs; needs no token."""
+        """Return whether the server runs; needs no token."""
         return Health(status="ok", version=VERSION)
 
     @app.get("/v1/rewards", responses={401: REFUSALS[401]})

@@ -67,7 +67,7 @@ def place(
 
     Args:
         pipe: the pipeline.
-        denoisers: of it.
+        denoisers: the pipeline's denoisers.
         recipe: ``train.sharding`` and ``lora`` are read.
         moves: whether it goes to this process's device; else it stays where it is.
         texts: the texts of all prompt rows.

@@ -6,7 +6,7 @@ path under which they can be imported, and nothing for data that has no name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -43,7 +43,7 @@ class Options(TypedDict, total=False):
     """The arguments of a trainer that are given by name alone."""
 
     resume: bool | Literal["last"] | str | Path
-    callbacks: Sequence[Callback | type[Callback]]
+    callbacks: Callback | type[Callback] | str | Iterable[Callback | type[Callback] | str]
     report_to: str | Sequence[Any]
 
 
@@ -64,10 +64,10 @@ def refuse_unknown(options: Mapping[str, Any]) -> None:
 
 
 def going_on(recipe: Any, resume: bool | str | Path) -> Any:
-    """The recipe of the run that is gone on with.
+    """Find the recipe of the run that goes on.
 
     Args:
-        recipe: as it was given to the trainer.
+        recipe: what was given to the trainer.
         resume: True: in the recipe's run folder; ``"last"``: in the folder beside it that was
             written to last; a path: in exactly that run folder, whose recipe is read if none is
             given.
@@ -93,7 +93,7 @@ def recipe_of_run(folder: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a run folder. It may lack what was given in Python and has no name.
 
     Args:
-        folder: of a run.
+        folder: a run folder.
         overrides: ``a.b=c``, the values in YAML.
 
     Raises:
@@ -134,7 +134,7 @@ def full_recipe(recipe: Any, given: Given) -> Recipe:
         given: what goes before it.
 
     Raises:
-        UserError: as :meth:`Recipe.from_dict`.
+        UserError: see :meth:`Recipe.from_dict`.
     """
     recipe, model = _recipe_of(recipe), given.model
     if is_pipeline(model) and not isinstance(getattr(model, "components", None), Mapping):

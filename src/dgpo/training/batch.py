@@ -85,10 +85,6 @@ class Batch:
         local = Groups(self.groups.index, self.groups.size, self.groups.count)
         return local.subset(torch.arange(len(self.positions)))
 
-    def parts(self, size: int) -> list[Tensor]:
-        """This process's rows, at most ``size`` at once."""
-        return [rows for rows in torch.arange(len(self.x0)).split(size) if len(rows)]
-
     def conditioning(self, rows: Tensor) -> Conditioning:
         """The conditioning of some rows."""
         return self.prompts.rows(self.local_groups.index[rows])

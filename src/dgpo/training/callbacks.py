@@ -6,9 +6,8 @@ Everything that the trainer does beside collecting and updating is a callback to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from torch import Tensor
@@ -16,90 +15,8 @@ from torch import Tensor
 from dgpo.distributed.processes import Processes
 from dgpo.errors import UserError, told
 from dgpo.evaluation import Report
-from dgpo.models.counting import COUNTED
-from dgpo.recipe import Recipe
 from dgpo.registry import resolve
-
-Phase = Literal["new", "tried", "again", "between", "updating", "ended"]
-"""Where a run stands: its folder is not made (``new``), a first attempt to make it may have failed
-(``tried``), it was stopped before its first checkpoint and begins again (``again``), it is between
-two iterations, within an update, or has ended."""
-
-
-@dataclass
-class TrainerState:
-    """All that a run knows of itself, beside weights and optimiser; checkpoints save it as one.
-
-    A callback is given a read-only view of it.
-
-    Args:
-        recipe: every setting of the run.
-        is_main_process: whether this process writes the run folder and speaks for all.
-        iteration: iterations done.
-        seconds: training time spent: rollouts, rewards and updates; evaluation does not count.
-        counted: totals of pictures, forward and backward passes (docs/comparing.md).
-        not_saved: iterations whose weights were not saved, so that their scores are no bar for
-            others.
-        phase: where the run stands.
-        delivered: the iteration whose weights are the run's result; None for the last.
-        log_history: every row of ``metrics.jsonl`` and ``evaluations.jsonl`` so far, in order.
-        news: what has to be said when training begins.
-        last_report: the last evaluation since this object was made; None if there was none.
-    """
-
-    recipe: Recipe
-    is_main_process: bool = True
-    iteration: int = 0
-    seconds: float = 0.0
-    counted: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
-    not_saved: set[int] = field(default_factory=set)
-    phase: Phase = "new"
-    delivered: int | None = None
-    log_history: list[dict[str, Any]] = field(default_factory=list)
-    news: list[str] = field(default_factory=list)
-    last_report: Report | None = None
-
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
-        return Path(self.recipe.run.dir)
-
-    @property
-    def evaluations(self) -> list[dict[str, Any]]:
-        """The rows of ``log_history`` that are evaluations: ``overall``, ``rewards``, ``ci95``."""
-        return [row for row in self.log_history if "overall" in row]
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows of ``log_history`` that are iterations."""
-        return [row for row in self.log_history if "overall" not in row]
-
-    @property
-    def score(self) -> float | None:
-        """The held-out score after the present iteration, if there is one."""
-        return self._scores().get(self.iteration)
-
-    @property
-    def is_best(self) -> bool:
-        """True if the present score beats all before it whose weights may have been saved."""
-        scores = {done: one for done, one in self._scores().items() if done not in self.not_saved}
-        mine = scores.pop(self.iteration, None)
-        return mine is not None and mine > max(scores.values(), default=float("-inf"))
-
-    def _scores(self) -> dict[int, float]:
-        rows = self.evaluations
-        return {r["iteration"]: r["overall"] for r in rows if r["overall"] is not None}
-
-    def to_json(self) -> dict[str, Any]:
-        """What a checkpoint keeps; the history is in files of its own."""
-        counters = {"iteration": self.iteration, "seconds": self.seconds, **self.counted}
-        return {**counters, "not_saved": sorted(self.not_saved)}
-
-    def read_json(self, saved: Mapping[str, Any]) -> None:
-        """Take over what :meth:`to_json` gave, of this version or an earlier one."""
-        self.iteration, self.seconds = saved["iteration"], saved["seconds"]
-        self.counted = {name: saved.get(name, 0) for name in COUNTED}
-        self.not_saved = set(saved.get("not_saved", ()))
+from dgpo.training.state import TrainerState
 
 
 @dataclass
@@ -190,18 +107,16 @@ class Callback:
 
 
 class Callbacks:
-    """The callbacks of a run, called in order.
+    """The callbacks of a run, the trainer's own and the user's, called in order.
 
     Args:
-        callbacks: the trainer's own and the user's.
         state: the state of the run.
         processes: agree on what is asked for.
     """
 
-    def __init__(
-        self, callbacks: Sequence[Callback], state: TrainerState, processes: Processes
-    ) -> None:
-        self._callbacks, self._state, self._processes = list(callbacks), state, processes
+    def __init__(self, state: TrainerState, processes: Processes) -> None:
+        self._callbacks: list[Callback] = []
+        self._state, self._processes = state, processes
         self._view: Any = _ReadOnly(state)
         self.control = Control()
 
@@ -267,26 +182,25 @@ class _ReadOnly:
         )
 
 
-def load_callbacks(names: Sequence[str]) -> list[Callback]:
-    """The callbacks that ``run.callbacks`` names, made without arguments.
+def make_callbacks(given: Any, where: str) -> list[Callback]:
+    """Make the callbacks of a trainer or of ``run.callbacks``.
 
     Args:
-        names: ``package.module:Class`` or ``path/to/file.py:Class``, or an object made already.
+        given: one or several: objects, classes that need no arguments, or their names as
+            ``package.module:Class`` or ``path/to/file.py:Class``.
+        where: what errors call the place.
 
     Raises:
         UserError: one cannot be imported or made, or is no :class:`Callback`.
     """
-    return [_callback(resolve("callback", name), f"run.callbacks: {name!r}") for name in names]
-
-
-def checked_callbacks(given: Any) -> list[Callback]:
-    """The callbacks that a trainer was given: objects, or classes that need no arguments.
-
-    Raises:
-        UserError: one is no :class:`Callback`.
-    """
-    several = isinstance(given, (list, tuple))
-    return [_callback(one, "callbacks") for one in (given if several else [given])]
+    if not isinstance(given, Iterable) or isinstance(given, (str, type)):
+        given = [given]
+    return [
+        _callback(resolve("callback", one), f"{where}: {one!r}")
+        if isinstance(one, str)
+        else _callback(one, where)
+        for one in given
+    ]
 
 
 def _callback(found: Any, where: str) -> Callback:

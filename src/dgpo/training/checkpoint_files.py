@@ -62,6 +62,7 @@ class Found:
 
     @property
     def iteration(self) -> int:
+        """The iterations that were done when it was saved."""
         return self.manifest["iteration"]
 
 
@@ -75,13 +76,13 @@ def save_checkpoint(
     ahead: Prefetched = NOTHING,
 ) -> Path:
     """Write the checkpoint of an iteration; one of the same iteration is replaced once the new one
-    is whole. Of several processes, all of which call this, the main one writes.
+    is whole. All processes call this; the main one writes.
 
     Args:
         folder: the folder of all checkpoints.
         updater: holds what is saved, gathered where it is sharded over processes.
         counters: JSON values, at least ``iteration``.
-        score: of the held-out prompts at this iteration, if it is known.
+        score: the score on the held-out prompts at this iteration, if it is known.
         base: :func:`dgpo.models.weights.snapshots.base_fingerprints` before training.
         ahead: pictures of later iterations.
 
@@ -222,7 +223,7 @@ def load_ahead(
     """The pictures of later iterations that a checkpoint holds. Collective.
 
     Args:
-        folder: as of :func:`load_checkpoint`.
+        folder: see :func:`load_checkpoint`.
         state: what that one has returned.
     """
     if not state.get("ahead"):

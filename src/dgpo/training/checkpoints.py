@@ -28,13 +28,13 @@ from dgpo.training.updater import Updater
 class RunCheckpoints:
     """Saves a run and finds what it goes on from.
 
-    Of several processes, all of which call the same methods, the main one reads and writes.
+    All processes call the same methods; the main one reads and writes.
 
     Args:
         recipe: the settings of the run.
         resume: whether to go on from the last whole checkpoint. A run that was stopped before its
             first was finished begins again.
-        processes: of the run. Collective.
+        processes: the processes of the run. Collective.
 
     Raises:
         UserError: there is no run, or none of its checkpoints is whole.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from dgpo.errors import UserError
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.pipeline.prompt_encoder import Conditioning
 from dgpo.models.pipeline.rollout import Rollout
+from dgpo.models.pipeline.row_groups import joined
 from dgpo.models.policy import RollingWeights
 from dgpo.models.samplers.schedulers import make_scheduler
 from dgpo.models.samplers.sde_schedulers import make_sde_scheduler, with_noise
@@ -43,7 +44,7 @@ class Sampler(Protocol):
 
     @property
     def sharded(self) -> bool:
-        """Whether every process must take part in every pass."""
+        """Return whether every process must take part in every pass."""
         ...
 
     def rolling(self, weights: RollingWeights = "policy") -> AbstractContextManager[None]:
@@ -255,6 +256,7 @@ class Collector:
     def _roll(self, iteration: int, asked: Asked) -> Rollout:
         """This process's pictures, batch by batch."""
         parts: list[Rollout] = []
+        rows: list[Tensor] = []
         with self._engine.holding(self._weights(iteration)):
             batches = asked.assignment.batches(self._recipe.rollout.batch)
             for turn in turns(batches, self._policy.sharded):
@@ -263,8 +265,9 @@ class Collector:
                 part = self._engine.rollout(self._request(iteration, asked, turn.rows))
                 if turn.counts:
                     parts.append(part)
+                    rows.append(turn.rows)
                     asked.scoring.add(part.images or ())
-        rollout = _joined(parts)
+        rollout = joined(parts, rows)
         if not bool(torch.isfinite(rollout.x0).all()):
             raise UserError(
                 f"iteration {iteration + 1}: the sampler returned numbers that are not finite, so "
@@ -350,18 +353,3 @@ def _of_all(scored: Scored, assignment: Assignment) -> Scored:
     values, lost = assignment.gather({**scored.by_name, "": scored.weights}, scored.lost)
     weights = values.pop("")
     return Scored(values, weights, lost)
-
-
-def _joined(parts: Sequence[Rollout]) -> Rollout:
-    """Rollouts of one schedule as one."""
-    steps = [
-        replace(
-            same[0],
-            sample=torch.cat([step.sample for step in same]),
-            output=torch.cat([step.output for step in same]),
-            previous=torch.cat([step.previous for step in same]),
-        )
-        for same in zip(*(part.steps for part in parts), strict=True)
-    ]
-    images = [image for part in parts for image in part.images or ()]
-    return Rollout(torch.cat([part.x0 for part in parts]), images, parts[0].levels, steps)

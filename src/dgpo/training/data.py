@@ -28,6 +28,7 @@ class Data:
 
     @property
     def texts(self) -> list[str]:
+        """The texts of all rows, the held-out ones included."""
         return [prompt.text for prompt in (*self.prompts, *self.eval_prompts)]
 
 

@@ -12,6 +12,7 @@ from dgpo.algorithms.base import Algorithm
 from dgpo.core.points import Forward
 from dgpo.core.process import Level
 from dgpo.core.seeds import stream
+from dgpo.distributed.lockstep import Turn, pieces, turns
 from dgpo.models.policy import Policy, Weights
 from dgpo.recipe import Recipe
 from dgpo.training.batch import Batch
@@ -89,49 +90,49 @@ class ForwardRounds:
         left; None stands for no points, and for a pause between two predictions.
         """
         size = self.recipe.train.micro_batch or batch.largest_share
-        parts = batch.parts(size)
-        slots = -(-batch.largest_share // size)
-        at_once = slots == 1
+        rows = torch.arange(len(batch.x0))
+        passes = list(turns(pieces(rows, size, batch.largest_share), self.policy.sharded))
+        at_once, last = len(passes) == 1, passes[-1]
         whole_groups = not batch.split and (at_once or size % batch.groups.size == 0)
         if whole_groups or type(self.algorithm).weights is Algorithm.weights:
-            for slot in range(slots):
-                if counts := slot < len(parts):
-                    points = self._points(batch, level, noise, parts[slot], with_gradient=True)
-                else:
-                    points = self._dummy(batch, level, with_gradient=True)
-                yield points, counts, slot == slots - 1
+            for turn in passes:
+                yield self._pass(batch, level, noise, turn), turn.counts, turn is last
             return
         # A part of a group cannot weigh the group, whose weight is a function of all its members.
         # So all parts are predicted first, without gradients if there are several; then the policy
         # alone runs a second time, with gradients. Snapshots are not asked again.
-        seen: list[Forward] = []
-        dummy = None
-        for slot in range(slots):
-            if slot < len(parts):
-                seen.append(self._points(batch, level, noise, parts[slot], with_gradient=at_once))
-            else:
-                dummy = self._dummy(batch, level, with_gradient=at_once)
+        seen: list[Forward | None] = []
+        for turn in passes:
+            seen.append(self._pass(batch, level, noise, turn, with_gradient=at_once))
             if not at_once:
                 yield None, False, False
+        found = [p for p, turn in zip(seen, passes, strict=True) if p is not None and turn.counts]
         # also a process without rows takes part in the sums over groups, which are collective
         nothing = torch.arange(0)
-        every = seen or [self._points(batch, level, noise, nothing, with_gradient=False)]
+        every = found or [self._points(batch, level, noise, nothing, with_gradient=False)]
         weights = self.algorithm.weights(_joined(every, batch))
         assert weights is not None
-        for slot in range(slots):
-            last = slot == slots - 1
-            if slot < len(parts):
-                points, rows = seen[slot], parts[slot]
-                pred = points.pred
-                if not at_once:
-                    pred = self.policy.predict(points.xt, level, batch.conditioning(rows))
-                yield replace(points, pred=pred, weights=weights[rows]), True, last
-            else:
-                if dummy is not None and not at_once:
-                    assert batch.dummy is not None
-                    pred = self.policy.predict(dummy.xt, level, batch.dummy.prompts)
-                    dummy = replace(dummy, pred=pred)
-                yield dummy, False, last
+        for points, turn in zip(seen, passes, strict=True):
+            if points is not None and not at_once:
+                own = batch if turn.counts else batch.dummy
+                assert own is not None
+                pred = self.policy.predict(points.xt, level, own.conditioning(turn.rows))
+                points = replace(points, pred=pred)
+            if points is not None and turn.counts:
+                points = replace(points, weights=weights[turn.rows])
+            yield points, turn.counts, turn is last
+
+    def _pass(
+        self, batch: Batch, level: Level, noise: Tensor, turn: Turn, with_gradient: bool = True
+    ) -> Forward | None:
+        """The points of a turn; None where this process makes no pass."""
+        if turn.counts:
+            return self._points(batch, level, noise, turn.rows, with_gradient)
+        if not turn.dummy:
+            return None
+        assert batch.dummy is not None
+        noise = torch.zeros_like(batch.dummy.x0)
+        return self._points(batch.dummy, level, noise, turn.rows, with_gradient)
 
     def _points(
         self, batch: Batch, level: Level, noise: Tensor, rows: Tensor, with_gradient: bool
@@ -169,15 +170,6 @@ class ForwardRounds:
             advantages=batch.advantages[rows],
             groups=batch.local_groups.subset(rows),
         )
-
-    def _dummy(self, batch: Batch, level: Level, with_gradient: bool) -> Forward | None:
-        """A dummy micro-batch: with sharded weights every process must make the same passes. None
-        where each process is free to make its own."""
-        if not self.policy.sharded:
-            return None
-        assert batch.dummy is not None
-        noise, first = torch.zeros_like(batch.dummy.x0), torch.arange(1)
-        return self._points(batch.dummy, level, noise, first, with_gradient)
 
 
 def old_is_policy(algorithm: Algorithm, iteration: int) -> bool:

@@ -24,7 +24,7 @@ class HeldOut:
         scheduler: the deterministic sampler, unless ``eval.scheduler`` names another.
         data: the held-out rows and what is measured on them; where nothing is held out, grids are
             drawn of the training rows.
-        processes: of the run. Scores are made by all of them, grids by the main one.
+        processes: the processes of the run. Scores are made by all of them, grids by the main one.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ def ranked_prompts(recipe: Recipe) -> list[RankedGroup]:
     """The groups of ``data.preferences``, whose pictures have the recipe's size.
 
     Raises:
-        UserError: as :func:`dgpo.preferences.read_groups`, or a group whose pictures are fewer than
+        UserError: see :func:`dgpo.preferences.read_groups`; or a group has fewer pictures than
             ``group_size``, or more and ``data.pick`` does not say which.
     """
     folder, call = recipe.data.preferences, recipe.rollout.call
@@ -57,10 +57,10 @@ def picked(
     """Which ``size`` pictures of a group are compared.
 
     Args:
-        rewards: of all its pictures, ``size`` or more.
+        rewards: the rewards of all its pictures, ``size`` or more.
         size: how many.
         pick: ``data.pick``.
-        generator: of the draw.
+        generator: what draws.
 
     Returns:
         their places: in the group's own order, or from both ends inwards (``extremes``: best,
@@ -87,7 +87,7 @@ class RankedCollector:
     one's loss, and is not the policy's own any more once that has moved.
 
     Args:
-        model: of the pipeline, not yet trained.
+        model: the pipeline's, not yet trained.
         recipe: ``algorithm``, ``group_size``, ``data`` and ``rollout.steps``.
         prompts: draws each iteration's groups among those of :func:`ranked_prompts`.
         scheduler: the sampler whose noise levels are trained.

@@ -21,7 +21,7 @@ class PrefetchedRollout:
 
     Args:
         made: this process's share of them.
-        seconds: that sampling took.
+        seconds: the time that sampling took.
         during: the iteration before whose update they were sampled.
     """
 
@@ -84,7 +84,7 @@ def unpack(
     Args:
         iteration: whose pictures are wanted.
         assignment: this process's part; the number of processes may be another than before.
-        device: of the model.
+        device: the model's.
     """
     facts = packed.facts[str(iteration)]
     x0, images, timesteps = (

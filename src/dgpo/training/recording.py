@@ -53,7 +53,7 @@ def record(
         recipe: prompts, rewards, ``rollout``, ``group_size`` and ``seed`` are read.
         pipe: the pipeline, with the weights that shall sample; its modules are frozen.
         folder: new, or without ``groups.jsonl``.
-        count: of groups that are sampled.
+        count: how many groups are sampled.
         say: told how far it is.
 
     Returns:

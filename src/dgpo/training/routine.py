@@ -19,12 +19,13 @@ from dgpo.rewards import RewardFailure
 from dgpo.run.manifest import record_start
 from dgpo.run.progress import Progress, clock
 from dgpo.run.tracking import Tracker, evaluation_row
-from dgpo.training.callbacks import Callback, Callbacks, Control, OwnCallback, TrainerState
+from dgpo.training.callbacks import Callback, Callbacks, Control, OwnCallback
 from dgpo.training.checkpoints import RunCheckpoints
 from dgpo.training.collector import Collector
 from dgpo.training.held_out import HeldOut
 from dgpo.training.offline import RankedCollector
 from dgpo.training.run_guards import Guards
+from dgpo.training.state import TrainerState
 from dgpo.training.updater import Updater
 
 
@@ -54,7 +55,7 @@ class Outputs:
 
     Args:
         recipe: the settings of the run.
-        resume_after: as of :class:`Tracker`.
+        resume_after: see :class:`Tracker`.
         main: whether this is the main process; in the others nothing is written or shown.
     """
 
@@ -109,7 +110,7 @@ def routine(
         outputs: the run folder and the progress bar.
         tools: what evaluation and checkpoints work with.
     """
-    callbacks = Callbacks([], state, tools.processes)
+    callbacks = Callbacks(state, tools.processes)
     callbacks.add(
         Limits(outputs),
         Records(outputs),
@@ -202,9 +203,10 @@ class Records(OwnCallback):
         self, state: TrainerState, control: Control, *, report: Report, **what: Any
     ) -> None:
         state.last_report = report
-        state.log_history.append(evaluation_row(state.iteration, state.seconds, report))
+        row = evaluation_row(state.iteration, state.seconds, report)
+        state.log_history.append(row)
         if self._tracker is not None:
-            self._tracker.evaluation(state.iteration, state.seconds, report)
+            self._tracker.evaluation(row)
 
 
 class RunGuards(OwnCallback):

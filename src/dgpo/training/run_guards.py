@@ -33,7 +33,7 @@ class Guards:
 
     Args:
         settings: the recipe's ``guards``.
-        groups: of an iteration.
+        groups: how many groups an iteration has.
         trained: names of the rewards; every other measure of an evaluation is out of the domain of
             what is optimised.
         rows: all iterations so far.

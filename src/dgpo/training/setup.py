@@ -16,6 +16,7 @@ from dgpo.models.samplers.sde_schedulers import SdeScheduler
 from dgpo.models.weights.memory import save_memory
 from dgpo.prompts import PromptSampler
 from dgpo.recipe import Recipe
+from dgpo.run.tracking import read_history
 from dgpo.training.agreement import place
 from dgpo.training.arguments import is_pipeline
 from dgpo.training.checkpoints import RunCheckpoints
@@ -23,6 +24,8 @@ from dgpo.training.collector import Collector, rollout_scheduler
 from dgpo.training.data import Data
 from dgpo.training.held_out import HeldOut, eval_sampler
 from dgpo.training.offline import RankedCollector
+from dgpo.training.state import TrainerState
+from dgpo.training.updater import Updater
 
 
 def load_model(
@@ -158,3 +161,29 @@ def make_collector(
 
         engine = RemoteEngine(policy, recipe.rollout.engine, recipe.rollout.scheduler)
     return Collector(recipe, policy, data.rewards, sampler.at, engine, processes)
+
+
+def restored_state(
+    checkpoints: RunCheckpoints, updater: Updater, collector: Collector | RankedCollector
+) -> TrainerState:
+    """The state that a run begins or goes on with. Weights and optimiser are put back. Collective.
+
+    Args:
+        checkpoints: the checkpoints of the run.
+        updater: gets weights and moments.
+        collector: gets the pictures that were sampled early.
+
+    Raises:
+        UserError: the checkpoint belongs to other settings.
+    """
+    recipe, processes = updater.recipe, updater.processes
+    state = TrainerState(recipe, processes.main, phase=checkpoints.start)
+    counters, early = checkpoints.restore(updater)
+    if counters:
+        state.read_json(counters)
+        # only the main process can read the folder, and all must decide by the same figures
+        state.log_history = processes.broadcast_object(
+            lambda: read_history(state.folder, state.iteration), "the run's history"
+        )
+    state.news = [*updater.policy.news, *collector.restore(early)]
+    return state

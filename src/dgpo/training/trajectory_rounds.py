@@ -10,8 +10,10 @@ from torch import Tensor
 
 from dgpo.algorithms.base import TrajectoryAlgorithm
 from dgpo.core.points import Trajectory
+from dgpo.distributed.lockstep import pieces, turns
 from dgpo.errors import UserError
 from dgpo.models.pipeline.probes import Step
+from dgpo.models.pipeline.self_check import is_narrow
 from dgpo.models.policy import Policy
 from dgpo.recipe import Recipe
 from dgpo.training.batch import Batch
@@ -37,9 +39,7 @@ class TrajectoryRounds:
     def __init__(self, policy: Policy, recipe: Recipe) -> None:
         assert isinstance(recipe.algorithm, TrajectoryAlgorithm)
         self.policy, self.algorithm, self.recipe = policy, recipe.algorithm, recipe
-        parameters = (p for d in policy.model.denoisers.values() for p in d.parameters())
-        narrow = any(p.dtype.itemsize < 4 for p in parameters)
-        self.tolerance = RATIO_TOLERANCE_HALF if narrow else RATIO_TOLERANCE
+        self.tolerance = RATIO_TOLERANCE_HALF if is_narrow(policy.model) else RATIO_TOLERANCE
 
     def __call__(self, batch: Batch, iteration: int) -> Iterator[Round]:
         """Part after part of the iteration's groups; one of which no group is left is skipped.
@@ -81,23 +81,20 @@ class TrajectoryRounds:
             fresh: whether no optimiser step of this iteration has been taken.
         """
         share = sum(counts) / whole
-        size = self.recipe.train.micro_batch or max(counts)
-        parts = [some for some in rows.split(size) if len(some)]
-        slots = -(-max(counts) // size)
-        for place, slot in itertools.product(range(len(batch.steps)), range(slots)):
-            step, last = batch.steps[place], (place, slot) == (len(batch.steps) - 1, slots - 1)
-            if slot < len(parts):
-                some = parts[slot]
-                points = self._points(batch, step, some)
+        parts = pieces(rows, self.recipe.train.micro_batch, max(counts))
+        passes = list(itertools.product(range(len(batch.steps)), turns(parts, self.policy.sharded)))
+        for number, (place, turn) in enumerate(passes, start=1):
+            last = number == len(passes)
+            if turn.counts:
+                points = self._points(batch, batch.steps[place], turn.rows)
                 if fresh:
                     self._refuse_other_policy(points, iteration)
-                part = len(some) / sum(counts)
+                part = len(turn.rows) / sum(counts)
                 weight = part * share / len(batch.steps)
                 yield MicroLoss(*self.algorithm.loss(points), part, weight, last)
-            elif self.policy.sharded:
+            elif turn.dummy:
                 assert batch.dummy is not None
-                dummy = batch.dummy
-                yield idle(self._points(dummy, dummy.steps[place], torch.arange(1)), last)
+                yield idle(self._points(batch.dummy, batch.dummy.steps[place], turn.rows), last)
             else:
                 yield idle(None, last)
 

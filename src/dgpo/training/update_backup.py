@@ -14,7 +14,7 @@ class UpdateBackup:
 
     Args:
         policy: what is trained.
-        optimizer: of it.
+        optimizer: its optimiser.
     """
 
     def __init__(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:

@@ -38,6 +38,7 @@ class Means:
     weights: dict[str, float] = field(default_factory=dict)
 
     def add(self, figures: Mapping[str, Tensor], weight: float) -> None:
+        """Add figures, each with the same weight."""
         for name, value in figures.items():
             self.totals[name] = self.totals.get(name, 0.0) + weight * float(value)
             self.weights[name] = self.weights.get(name, 0.0) + weight
@@ -62,6 +63,7 @@ class Means:
         return means, first
 
     def result(self) -> dict[str, float]:
+        """Return the means."""
         return {name: total / self.weights[name] for name, total in self.totals.items()}
 
 
@@ -123,7 +125,7 @@ class Updater:
         being counted towards ``guards.nonfinite``.
 
         Args:
-            batch: of the iteration.
+            batch: what the iteration trains on.
             iteration: counted from 0.
             pause: called in every micro-batch but the last of an optimiser step, and between two
                 steps, equally often in every process. It may raise

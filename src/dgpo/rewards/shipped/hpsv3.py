@@ -119,7 +119,7 @@ class HPSv3(ModelReward):
         """One score for each picture.
 
         Raises:
-            UserError: as :meth:`check`.
+            UserError: see :meth:`check`.
         """
         self._refuse((f"prompt row {row}", text) for row, text in enumerate(prompts))
         return super().__call__(images, prompts)

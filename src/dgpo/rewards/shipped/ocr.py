@@ -204,7 +204,7 @@ class OCR(RowReward):
         """The text that should be read.
 
         Raises:
-            UserError: as :func:`wanted_text`.
+            UserError: see :func:`wanted_text`.
         """
         return wanted_text(self.name, where, prompt, row.get("text"))
 

@@ -35,7 +35,7 @@ class PaddleReader:
     """Reads text anywhere in a picture, lines from top to bottom.
 
     Raises:
-        UserError: as :func:`engine`.
+        UserError: see :func:`engine`.
     """
 
     def __init__(self) -> None:

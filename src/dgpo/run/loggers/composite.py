@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from dgpo.errors import UserError
+from dgpo.errors import UserError, told
 from dgpo.registry import resolve
 from dgpo.run.loggers.base import LoggedRun, Logger
 
@@ -78,7 +78,7 @@ class Loggers(Logger):
                 except FAILURES as error:
                     if run.resumed_after is None:
                         raise UserError(
-                            f"run.loggers: {name!r} could not begin: {_said(error)}. Put it right, "
+                            f"run.loggers: {name!r} could not begin: {told(error)}. Put it right, "
                             "or leave the logger out"
                         ) from error
                     self._leave(name, error)
@@ -112,11 +112,7 @@ class Loggers(Logger):
                 self._leave(name, error)
 
     def _leave(self, name: str, error: BaseException) -> None:
-        self.tell(f"logger {name!r} failed, and the run goes on without it: {_said(error)}")
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+        self.tell(f"logger {name!r} failed, and the run goes on without it: {told(error)}")
 
 
 @contextmanager
