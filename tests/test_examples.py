@@ -27,8 +27,8 @@ def test_own_reward(tmp_path, monkeypatch, capsys) -> None:
 
 def test_offline(tmp_path, monkeypatch) -> None:
     rows = run(
-        "offline.py", tmp_path / "run", monkeypatch, "--groups", "8", "--iterations", "1",
-        "--limit", "6",
+        "offline.py", tmp_path / "run", monkeypatch, "--groups", "2", "--iterations", "1",
+        "--limit", "2",
     )  # fmt: skip
     assert rows[0]["reward_mean"] == pytest.approx(0.5)
     assert rows[0]["images"] == 0  # nothing was sampled to train on

@@ -12,8 +12,8 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -47,6 +47,8 @@ class Entry:
         weights: how much a reward downloads at its first use, or where else its weights lie; empty
             if nothing is downloaded.
         hub: where a reward's weights come from.
+        models: the networks that a reward holds, each with its millions of parameters, and ``half``
+            where they lie in half precision on a GPU. Rewards share a network of one name.
         variables: the environment variables that a reward reads.
         needs: what else a reward needs.
         package: a module that must be importable.
@@ -64,6 +66,7 @@ class Entry:
     licence: str = "own"
     weights: str = ""
     hub: str = ""
+    models: Mapping[str, str] = field(default_factory=dict)
     variables: str = ""
     needs: str = ""
     package: str = ""

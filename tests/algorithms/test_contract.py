@@ -223,7 +223,7 @@ def reports_a_ratio(row: Row) -> bool:
 
 
 @pytest.mark.parametrize(
-    "row", filter(reports_a_ratio, FORWARD.values()), ids=lambda row: row.algorithm.name
+    "row", list(filter(reports_a_ratio, FORWARD.values())), ids=lambda row: row.algorithm.name
 )
 def test_the_ratio_is_exactly_one_for_the_policy_of_the_rollouts(row: Row) -> None:
     case = Case(row.algorithm)

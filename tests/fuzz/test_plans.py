@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 
 from dgpo.errors import UserError
-from dgpo.planning import Plan, make_plan
+from dgpo.planning import Machine, Plan, make_plan
 from dgpo.recipe import Recipe
 from dgpo.recipe.files import PACKAGED, apply_overrides
 from dgpo.registry import MODELS
@@ -30,7 +30,7 @@ def planned(data: dict[str, Any]) -> Plan | None:
         recipe = Recipe.from_dict(data)
         if recipe.model in ON_HUB:
             recipe = recipe.model_copy(update={"model": "pocket"})
-        made = make_plan(recipe, 0)
+        made = make_plan(recipe, Machine("cuda"))
         assert str(made) and made.memory.peak > 0 and made.counts.forwards > 0
         return made
 
@@ -70,7 +70,7 @@ def test_odd_values_are_one_error(override: str, words: str) -> None:
     data = yaml.safe_load((PACKAGED / "pocket-geneval-turbo.yaml").read_text())
     changed = apply_overrides(data, [override])
     with pytest.raises(UserError, match=f"(?s){words}") as error:
-        make_plan(Recipe.from_dict(changed), 0)
+        make_plan(Recipe.from_dict(changed), Machine("cuda"))
     assert "Traceback" not in str(error.value)
 
 

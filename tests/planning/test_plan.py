@@ -18,10 +18,10 @@ from dgpo.cli import app
 from dgpo.errors import UserError
 from dgpo.models import PipelineModel
 from dgpo.models.load import load_pipeline
-from dgpo.planning import make_plan
+from dgpo.planning import Machine, make_plan
 from dgpo.planning.counts import calls_of
 from dgpo.planning.memory import Estimate, Memory
-from dgpo.planning.meta_memory import peak_bytes
+from dgpo.planning.meta_memory import needs
 from dgpo.planning.skeleton import bytes_of, skeleton
 from dgpo.preferences import GroupWriter
 from dgpo.prompts import load_prompts
@@ -30,6 +30,7 @@ from dgpo.trainer import Trainer
 from families.tiny import TINY, build
 from tiny_runs import light, settings
 
+GPU = Machine("cuda")
 WORDS = ["a photo of cat", "red dog", "the small house", "big table"]
 
 
@@ -65,7 +66,7 @@ CALLS = {"wan": TINY["wan"].call, "sd15": TINY["sd15"].call, "sd3": TINY["sd3"].
 @pytest.mark.parametrize("name", ["sd3", "sd15", "wan"])
 def test_sizes_come_from_configs_alone(name: str, tmp_path: Path, prompts: Path) -> None:
     folder = saved(name, tmp_path / name)
-    made = make_plan(recipe(str(folder), prompts, rollout={"steps": 3, "call": CALLS[name]}), 0)
+    made = make_plan(recipe(str(folder), prompts, rollout={"steps": 3, "call": CALLS[name]}), GPU)
     pipe = build(name)
     real = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
     assert made.parameters == {n: sum(p.numel() for p in m.parameters()) for n, m in real.items()}
@@ -90,8 +91,8 @@ def test_guidance_that_is_set_in_a_guider_is_counted(prompts: Path) -> None:
             if isinstance(module, nn.Module):
                 module.to("meta")
         rollout = {"guidance_scale": scale, "call": TINY["hunyuan_video15"].call}
-        estimate = Estimate(recipe("tiny", prompts, rollout=rollout), pipe, WORDS[0], 0)
-        made = estimate.memory(0, 1)
+        estimate = Estimate(recipe("tiny", prompts, rollout=rollout), pipe, WORDS[0], 0, GPU)
+        made = estimate.memory(1)
         assert not made.notes
         peaks.append(made.phases["rollout"])
     assert peaks[0] < peaks[1]
@@ -111,9 +112,9 @@ def test_half_precision_is_what_loading_makes_of_it(tmp_path: Path) -> None:
     planned, loaded = skeleton(folder, "bfloat16"), load_pipeline(folder, "bfloat16")
     for name, module in loaded.components.items():
         if isinstance(module, nn.Module):
-            own = dict(planned.components[name].named_parameters())
-            for key, parameter in module.named_parameters():
-                assert own[key].dtype == parameter.dtype, (name, key)
+            own = planned.components[name].state_dict()
+            for key, value in module.state_dict().items():
+                assert own[key].dtype == value.dtype, (name, key)
     kept = {parameter.dtype for parameter in loaded.transformer.parameters()}
     assert kept == {torch.bfloat16, torch.float32}
 
@@ -121,8 +122,8 @@ def test_half_precision_is_what_loading_makes_of_it(tmp_path: Path) -> None:
 def test_a_vae_of_its_own_precision_is_planned(tmp_path: Path, prompts: Path) -> None:
     folder = str(saved("sd3", tmp_path / "sd3"))
     call = {"rollout": {"steps": 3, "call": CALLS["sd3"]}, "precision": "bfloat16"}
-    half = make_plan(recipe(folder, prompts, **call), 0)
-    own = make_plan(recipe(folder, prompts, **call, memory={"vae_precision": "float32"}), 0)
+    half = make_plan(recipe(folder, prompts, **call), GPU)
+    own = make_plan(recipe(folder, prompts, **call, memory={"vae_precision": "float32"}), GPU)
     assert own.memory.parts["vae"] == 2 * half.memory.parts["vae"]
     assert own.memory.parts["transformer"] == half.memory.parts["transformer"]
     assert own.memory.phases["rollout"] > half.memory.phases["rollout"]
@@ -133,14 +134,14 @@ def test_a_row_with_a_size_of_its_own_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "red dog", "height": 32}')
     with pytest.raises(UserError, match=r"height = 32.*rollout\.call\.height"):
-        make_plan(recipe("pocket", file), 0)
+        make_plan(recipe("pocket", file), GPU)
 
 
 def test_without_tokenizers_sizes_are_still_there(tmp_path: Path, prompts: Path) -> None:
     folder = saved("sd3", tmp_path / "sd3")
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         shutil.rmtree(folder / name)
-    made = make_plan(recipe(str(folder), prompts, rollout={"steps": 3, "call": CALLS["sd3"]}), 0)
+    made = make_plan(recipe(str(folder), prompts, rollout={"steps": 3, "call": CALLS["sd3"]}), GPU)
     assert made.trained > 0 and made.memory.phases == {}
     assert "activations are not counted" in str(made)
 
@@ -180,7 +181,7 @@ def test_passes_are_those_of_the_run(
     plain = Recipe.from_dict(
         {**base, **given, **changes, "model": str(folder), "run": {"dir": str(tmp_path / "run")}}
     )
-    planned = make_plan(plain, 0).counts
+    planned = make_plan(plain, GPU).counts
     Trainer(recipe=plain).train()
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert row["groups_dropped"] == 0
@@ -231,14 +232,14 @@ def test_what_cannot_be_is_one_error(
     if "lora" in changes:
         changes["lora"] = {"rank": 4, "alpha": 8, **changes["lora"]}
     with pytest.raises(UserError, match=message):
-        make_plan(recipe(rows=prompts, **changes), 0)
+        make_plan(recipe(rows=prompts, **changes), GPU)
 
 
 def test_a_row_that_names_another_reward_is_refused(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "red dog", "rewards": ["rednes"]}')
     with pytest.raises(UserError, match=r"'red dog'.*rednes.*brightness"):
-        make_plan(recipe("families.tiny:sd3_small", rows), 0)
+        make_plan(recipe("families.tiny:sd3_small", rows), GPU)
 
 
 def test_groups_that_were_ranked_before_are_not_sampled(tmp_path: Path, prompts: Path) -> None:
@@ -250,11 +251,11 @@ def test_groups_that_were_ranked_before_are_not_sampled(tmp_path: Path, prompts:
         "group_size": 2,
         "rollout": {"steps": 3, "call": {"height": 16, "width": 16}},
     }
-    made = make_plan(recipe("families.tiny:sd3_small", prompts, **given), 0)
+    made = make_plan(recipe("families.tiny:sd3_small", prompts, **given), GPU)
     assert made.counts.rollout == 0 and "rollout" not in made.memory.phases
     assert made.counts.backward == 2 * 2 * 2 and "groups of 2, ranked before" in str(made)
     with pytest.raises(UserError, match=r"group 1 .* has 2 pictures and group_size = 3"):
-        make_plan(recipe("families.tiny:sd3_small", prompts, **{**given, "group_size": 3}), 0)
+        make_plan(recipe("families.tiny:sd3_small", prompts, **{**given, "group_size": 3}), GPU)
 
 
 def test_peaks_are_those_of_tensors_that_live_together() -> None:
@@ -264,7 +265,7 @@ def test_peaks_are_those_of_tensors_that_live_together() -> None:
             x = x + 1
         return x
 
-    assert peak_bytes(chain) == 2 * 4000
+    assert needs(chain).memory == 2 * 4000
 
     def kept() -> None:
         layer = torch.empty(100, 100, device="meta", requires_grad=True)
@@ -274,7 +275,7 @@ def test_peaks_are_those_of_tensors_that_live_together() -> None:
         x.sum().backward()
 
     # x, and of each layer what relu keeps; at backward gradients of the weight
-    assert 40000 + 4 * 4000 <= peak_bytes(kept) <= 4 * 40000 + 8 * 4000
+    assert 40000 + 4 * 4000 <= needs(kept).memory <= 4 * 40000 + 8 * 4000
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -289,7 +290,7 @@ def test_attention_holds_no_matrix_of_weights(again: bool) -> None:
         made.sum().backward()
 
     own = nn.functional.scaled_dot_product_attention
-    assert peak_bytes(attend) < 4096 * 4096
+    assert needs(attend).memory < 4096 * 4096
     assert nn.functional.scaled_dot_product_attention is own
 
 
@@ -299,7 +300,7 @@ def test_checkpointing_holds_less(prompts: Path, tmp_path: Path) -> None:
     for again in (False, True):
         memory = {"gradient_checkpointing": again}
         rollout = {"steps": 3, "call": CALLS["sd3"]}
-        made = make_plan(recipe(folder, prompts, rollout=rollout, memory=memory), 0).memory
+        made = make_plan(recipe(folder, prompts, rollout=rollout, memory=memory), GPU).memory
         assert not made.notes
         needs.append(made.phases["training"])
     assert needs[1] < 0.8 * needs[0]
@@ -330,5 +331,5 @@ def test_a_part_of_the_noise_is_a_part_of_the_steps(strength: float | None, tmp_
     model = PipelineModel(load_pipeline(folder, "float32"), call=call)
     cond = model.encode([load_prompts(str(rows))[0].text], guidance=False)
     taken = model.rollout(cond, steps=6, generators=[torch.Generator()], decode=False).levels
-    planned = make_plan(recipe(folder, rows, rollout={"steps": 6, "call": call}), 0)
+    planned = make_plan(recipe(folder, rows, rollout={"steps": 6, "call": call}), GPU)
     assert planned.counts.rollout == planned.counts.images * len(taken)

@@ -37,7 +37,7 @@ def small_stage(folder, steps):
 
 
 def go(stage, layer, optimizer, stop=None):
-    for step in stage.run(lambda: {"weight": float(layer.weight.sum())}, every=2):
+    for step in stage.run(lambda: {"weight": float(layer.weight.detach().sum())}, every=2):
         x = torch.randn(8, 3, generator=stage.generator(step))
         loss = (layer(x) - x.sum(1, keepdim=True)).square().mean()
         optimizer.zero_grad()

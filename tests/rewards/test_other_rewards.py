@@ -155,7 +155,7 @@ def clap(tmp_path_factory):
     model.save_pretrained(place)
     ClapFeatureExtractor(
         feature_size=16, sampling_rate=8000, max_length_s=1, fft_window_size=256, hop_length=80,
-        truncation="rand_trunc", padding="repeatpad",
+        frequency_max=4000, truncation="rand_trunc", padding="repeatpad",
     ).save_pretrained(place)  # fmt: skip
     word_tokenizer(["a", "dog", "barks", "rain"]).save_pretrained(place)
     return str(place)

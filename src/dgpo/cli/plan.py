@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer import Option
 
 from dgpo.cli.checks import load_recipe
 from dgpo.cli.options import Overrides, RecipeName
+from dgpo.errors import UserError
 
 
 def plan(
@@ -17,14 +18,30 @@ def plan(
     memory: Annotated[
         float | None, Option("--memory", min=0, metavar="GB", help="Refuse a run that needs more.")
     ] = None,
+    gpu_memory: Annotated[
+        float | None,
+        Option("--gpu-memory", min=0, metavar="GB", help="The same, of each GPU."),
+    ] = None,
+    device: Annotated[
+        Literal["cuda", "cpu"] | None,
+        Option("--device", help="Where the run is to be; default: as here."),
+    ] = None,
+    gpus: Annotated[
+        int | None, Option("--gpus", min=1, help="Plan for so many GPUs, one process each.")
+    ] = None,
 ) -> None:
-    """Say what a run will cost: parameters, passes, memory. No weights are loaded."""
+    """Say what a run will cost: parameters, passes, memory, time. No weights are loaded."""
     settings = load_recipe(recipe, overrides)
+    if device == "cpu" and (gpus or gpu_memory is not None):
+        raise UserError("--device cpu: it has no GPUs; leave --gpus and --gpu-memory out")
     from dgpo.models.load import quiet
-    from dgpo.planning import make_plan
+    from dgpo.planning import Machine, make_plan
 
     quiet()
-    made = make_plan(settings)
+    on_gpus = device == "cuda" or gpus or gpu_memory is not None
+    machine = Machine("cuda", gpus or 1) if on_gpus else None
+    made = make_plan(settings, Machine("cpu") if device == "cpu" else machine)
     typer.echo(str(made))
-    if memory is not None:
-        made.refuse_beyond(int(memory * 1e9))
+    limit = memory if gpu_memory is None else gpu_memory
+    if limit is not None:
+        made.refuse_beyond(int(limit * 1e9))

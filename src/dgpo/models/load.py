@@ -108,7 +108,7 @@ def _read(
     place = place_of(name)
     # the autoencoder is read in its own precision: weights rounded once cannot be widened again
     by_part = {"default": dtype, "vae": vae_dtype}
-    how: dict[str, Any] = {"torch_dtype": dtype if vae_dtype is None else by_part}
+    how: dict[str, Any] = {"dtype": dtype if vae_dtype is None else by_part}
     # a folder can be broken in as many ways as it has files
     broken = Exception if isinstance(place, Path) else OSError
     try:
@@ -125,10 +125,21 @@ def _read(
                 f"({type(error).__name__}: {said}); give a whole folder that pipe.save_pretrained "
                 "wrote"
             ) from error
-        raise UserError(
-            f"model: cannot load {name!r} from the Hugging Face hub ({said}). Is the name right, "
-            "the licence accepted and `hf auth login` done? No folder of that name exists either"
-        ) from error
+        raise UserError(of_the_hub(name, said)) from error
+
+
+def of_the_hub(name: str, said: str) -> str:
+    """Return what to say when the hub does not give a model.
+
+    Args:
+        name: the model's id.
+        said: the first line of the error.
+    """
+    return (
+        f"model: cannot load {name!r} from the Hugging Face hub ({said}). Is the network there, "
+        "the name right, the licence accepted and `hf auth login` done? No folder of that name "
+        "exists either"
+    )
 
 
 def dtype_of(precision: Precision, setting: str = "precision") -> torch.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import re
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,9 @@ from dgpo.models.pipeline.probes import StandIn
 from dgpo.models.pipeline.prompt_encoder import CACHE_BYTES, Conditioning
 from dgpo.models.policy import Policy
 from dgpo.models.weights.memory import save_memory, text_encoders
-from dgpo.planning.meta_memory import Numbers, peak_bytes
+from dgpo.planning.machine import Machine
+from dgpo.planning.meta_memory import needs, without_numbers
+from dgpo.planning.process import libraries
 from dgpo.planning.skeleton import bytes_of, first_line
 from dgpo.recipe import Recipe
 from dgpo.registry import REWARDS
@@ -27,6 +29,19 @@ from dgpo.registry import REWARDS
 _STEPS = 4  # with fewer some pipelines have no step at all
 _QUANTISED = {"bitsandbytes_4bit": 0.52, "bitsandbytes_8bit": 1.0, "torchao_int8": 1.0}
 """The bytes of a quantised weight, including its share of the scales."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """The floating-point operations of one sample in one pass of the denoiser.
+
+    Args:
+        forward: without a gradient.
+        backward: what the gradient of the trained weights costs beside it.
+    """
+
+    forward: int
+    backward: int
 
 
 @dataclass(frozen=True)
@@ -63,17 +78,32 @@ class Estimate:
         pipe: the pipeline that :func:`dgpo.planning.skeleton.skeleton` returns.
         text: a prompt of the run.
         held_out: the number of prompts in an evaluation.
+        machine: where the run is to be; the memory is that of one process.
+
+    Attributes:
+        flops: the operations of a pass, once :meth:`memory` has counted them; None where the
+            denoiser cannot run without numbers.
 
     Raises:
         UserError: the run itself would refuse the recipe before it starts.
     """
 
-    def __init__(self, recipe: Recipe, pipe: Any, text: str, held_out: int) -> None:
-        self.recipe, self._pipe, self._held_out = recipe, pipe, held_out
+    def __init__(
+        self, recipe: Recipe, pipe: Any, text: str, held_out: int, machine: Machine
+    ) -> None:
+        self.recipe, self._pipe, self._machine = recipe, pipe, machine
+        self._groups = math.ceil(recipe.groups_per_iteration / machine.gpus)
+        self._held_out = math.ceil(held_out / machine.gpus)
+        self._images = self._groups * recipe.group_size
+        self._sampled: dict[tuple[int, bool], int] = {}
+        self.flops: Flops | None = None
         self.model = PipelineModel(pipe, call=recipe.rollout.call)
         save_memory(pipe, self.model.denoisers, recipe.memory)
         networks = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
         self._weights = {name: _weights(name, part, recipe) for name, part in networks.items()}
+        if recipe.train.sharding == "fsdp2":
+            for name in self.model.denoisers:
+                self._weights[name] //= machine.gpus
         self.policy = Policy(self.model, recipe.lora, recipe.seed)
         self.trained = sum(p.numel() * p.element_size() for p in self.policy.parameters())
         self._notes: list[str] = []
@@ -86,18 +116,18 @@ class Estimate:
         cond = self._cond
         return cond is None or self._try(lambda: self.model.has_guidance(cond), True)
 
-    def memory(self, libraries: int, prompts: int) -> Memory:
+    def memory(self, prompts: int) -> Memory:
         """Return the estimate.
 
         Args:
-            libraries: the bytes that the process holds before anything is loaded; 0 on a GPU.
             prompts: the number of distinct prompts, whose embeddings are kept.
         """
         recipe, trained = self.recipe, self.trained
+        on_cpu = self._machine.device == "cpu"
         freed = text_encoders(self._pipe) if recipe.memory.free_text_encoders else {}
         copies = 2 if recipe.lora is not None else 3
         parts = {
-            "libraries": libraries,
+            "libraries": libraries() if on_cpu else 0,
             **{name: size for name, size in self._weights.items() if name not in freed},
             "LoRA": 0 if recipe.lora is None else trained,  # without one the denoiser counts it
             "gradients": trained,
@@ -118,14 +148,14 @@ class Estimate:
             {name: size for name, size in parts.items() if size},
             {name: size for name, size in phases.items() if size},
             self._notes,
-            kept=libraries > 0,
+            kept=on_cpu,
         )
 
     def _try(self, run: Callable[[], Any], otherwise: Any, note: str = "") -> Any:
         """Run code without numbers. Where it needs numbers or files that are not there, note that
         and return something else."""
         try:
-            with Numbers():
+            with without_numbers():
                 return run()
         except UserError:
             raise
@@ -141,15 +171,21 @@ class Estimate:
 
     def _rollout(self, cond: Conditioning) -> int:
         recipe = self.recipe
-        rows = min(recipe.rollout.batch or recipe.images_per_iteration, recipe.images_per_iteration)
-        return self._sampling(_rows(cond, rows), recipe.rollout.guidance_scale)
+        rows = min(recipe.rollout.batch or self._images, self._images)
+        return self._sampling(cond, rows, recipe.rollout.guidance_scale)
 
     def _evaluation(self, cond: Conditioning) -> int:
         own = self.recipe.eval_sampling
-        return self._sampling(_rows(cond, min(own.batch, self._held_out)), own.guidance_scale)
+        return self._sampling(cond, min(own.batch, self._held_out), own.guidance_scale)
 
-    def _sampling(self, cond: Conditioning, guidance: float) -> int:
-        with Numbers():
+    def _sampling(self, one: Conditioning, rows: int, guidance: float) -> int:
+        key = rows, guidance != 1
+        if key not in self._sampled:
+            self._sampled[key] = self._sample(_rows(one, rows), guidance)
+        return self._sampled[key]
+
+    def _sample(self, cond: Conditioning, guidance: float) -> int:
+        with without_numbers():
             arguments = self.model.arguments(cond, guidance)
         scheduler = _passing(self._pipe.scheduler)
 
@@ -164,12 +200,12 @@ class Estimate:
                     return_dict=False,
                 )
 
-        return peak_bytes(call)
+        return needs(call).memory
 
     def _training(self, cond: Conditioning) -> int:
         recipe = self.recipe
         trained = recipe.algorithm.trained_per_group or recipe.group_size
-        whole = recipe.groups_per_iteration * trained
+        whole = self._groups * trained
         rows = _rows(cond, min(recipe.train.micro_batch or whole, whole))
         level, xt = self._point(rows)
 
@@ -177,13 +213,16 @@ class Estimate:
             made = self.policy.predict(xt, level, rows)
             made.float().square().mean().backward()
 
-        peak = peak_bytes(call)
+        both = needs(call)
         for parameter in self.policy.parameters():
             parameter.grad = None
-        return peak - self.trained  # the gradients are counted as a part
+        with torch.no_grad():
+            forward = needs(lambda: self.policy.predict(xt, level, rows)).flops
+        self.flops = Flops(forward // rows.size, (both.flops - forward) // rows.size)
+        return both.memory - self.trained  # the gradients are counted as a part
 
     def _point(self, cond: Conditioning) -> tuple[Level, Tensor]:
-        with torch.no_grad(), Numbers():
+        with torch.no_grad(), without_numbers():
             level = Level(torch.zeros((), device="meta"), 0.5)
             arguments = self.model.arguments(cond, 1.0)
             made = self.model.evaluate(None, level.timestep, arguments, rows=cond.size)
@@ -204,13 +243,17 @@ class Estimate:
         call = self.recipe.rollout.call
         height, width, frames = (call.get(name) for name in ("height", "width", "num_frames"))
         pixels = 3 * (height or 0) * (width or 0) * (frames or 1)
-        return self.recipe.images_per_iteration * (_size(x0) + pixels)
+        return self._images * (_size(x0) + pixels)
 
     def _rewards(self) -> int:
-        """Estimate the weights of rewards by the size of their downloads, in bytes."""
+        """Estimate the weights of rewards, in bytes; rewards share a model that two of them use."""
         names = {*self.recipe.rewards, *self.recipe.eval.metrics}
-        sizes = (re.match(r"([\d.]+) GB$", REWARDS[n].weights) for n in names if n in REWARDS)
-        return sum(int(float(size.group(1)) * 1e9) for size in sizes if size)
+        models = {k: v for n in names if n in REWARDS for k, v in REWARDS[n].models.items()}
+        half = 4 if self._machine.device == "cpu" else 2
+        return sum(
+            int(float(text.removesuffix(" half")) * 1e6 * (half if text.endswith(" half") else 4))
+            for text in models.values()
+        )
 
 
 def _weights(name: str, module: nn.Module, recipe: Recipe) -> int:

@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from dgpo.errors import UserError
 from dgpo.evaluation import Metrics
+from dgpo.models.pipeline.arguments import DENOISERS
 from dgpo.models.pipeline.call_encoders import check_text_is_given_once
 from dgpo.models.samplers.schedulers import make_scheduler
 from dgpo.models.weights.lora import adapted_layers
 from dgpo.planning.counts import Counts, Samplers, count
-from dgpo.planning.memory import Estimate, Memory
-from dgpo.planning.process import libraries
+from dgpo.planning.machine import GPUS, SHARE_OF_PEAK, Gpu, Machine
+from dgpo.planning.memory import Estimate, Flops, Memory
 from dgpo.planning.skeleton import parameters_in, skeleton
 from dgpo.prompts import Prompt, load_prompts, refuse_sizes
 from dgpo.recipe import Recipe
@@ -28,14 +28,14 @@ from dgpo.training.collector import rollout_scheduler
 from dgpo.training.held_out import eval_sampler
 from dgpo.training.offline import ranked_prompts
 
-_WAYS_OUT = {
-    "training": "train.micro_batch, memory.gradient_checkpointing",
-    "rollout": "rollout.batch, memory.vae_slicing",
-    "evaluation": "eval.batch, memory.vae_slicing",
-    "text_encoder": "memory.free_text_encoders",
-    "rewards": "memory.offload_rewards, or the reward http on another machine",
-    "AdamW": "lora.rank",
+_SMALLER = {
+    "training": "half of train.micro_batch",
+    "rollout": "half of rollout.batch",
+    "evaluation": "half of eval.batch",
 }
+"""The setting that bounds what each phase holds."""
+_MUCH = 0.3
+"""Evaluations that take a larger share of all passes are told of."""
 _MEGA = 1e6
 
 
@@ -51,7 +51,9 @@ class Plan:
         layers: the number of layers that a LoRA adapts; 0 without a LoRA.
         prompts: the number of training prompts and of held-out prompts.
         counts: the pictures and passes.
-        memory: the bytes, by part and phase.
+        memory: the bytes of one process, by part and phase.
+        flops: the operations of a pass; None where they cannot be counted.
+        machine: where the run is to be.
     """
 
     recipe: Recipe
@@ -62,26 +64,53 @@ class Plan:
     prompts: tuple[int, int]
     counts: Counts
     memory: Memory
+    flops: Flops | None
+    machine: Machine
 
     def refuse_beyond(self, limit: int) -> None:
         """Refuse a plan that needs more memory than there is.
 
         Args:
-            limit: the memory there is, in bytes.
+            limit: the memory of one process, in bytes.
 
         Raises:
-            UserError: names the largest part, and the settings that make it smaller.
+            UserError: names the largest part, and the settings that make the plan smaller.
         """
         if self.memory.peak <= limit:
             return
         every = {**self.memory.parts, **self.memory.phases}
         largest = max(every, key=lambda name: every[name])
-        keys = [way for name, way in _WAYS_OUT.items() if largest.startswith(name)]
-        way = keys[0] if keys else "precision, memory.quantization"
+        ways = "; ".join(self._ways_out()) or "a smaller model"
         raise UserError(
             f"the plan needs {self.memory.peak / 1e9:.1f} GB, and there are {limit / 1e9:.1f}: the "
-            f"largest part is {largest} ({every[largest] / 1e9:.1f} GB); see {way}"
+            f"largest part is {largest} ({every[largest] / 1e9:.1f} GB). What makes it smaller: "
+            f"{ways}"
         )
+
+    def _ways_out(self) -> list[str]:
+        """Return the settings that lower the peak, the largest saving first."""
+        recipe, parts, phases = self.recipe, self.memory.parts, self.memory.phases
+        ordered = sorted(phases.values(), reverse=True)
+        next_phase = ordered[1] if len(ordered) > 1 else 0
+        ways: dict[str, int] = {}
+        for name, way in _SMALLER.items():
+            # what is left of the largest phase does not show below the second largest
+            ways[way] = ways.get(way, 0) + max(phases.get(name, 0) - next_phase, 0) // 2
+        if not recipe.memory.gradient_checkpointing:
+            ways["memory.gradient_checkpointing=true"] = (
+                max(phases.get("training", 0) - next_phase, 0) * 2 // 3
+            )
+        if not recipe.memory.free_text_encoders:
+            ways["memory.free_text_encoders=true"] = sum(
+                size for name, size in parts.items() if name.startswith("text_encoder")
+            )
+        ways["memory.offload_rewards=true"] = parts.get("rewards", 0)
+        ways["memory.snapshot_device=cpu"] = parts.get("averages", 0)
+        if recipe.memory.quantization is None:
+            weights = sum(size for name, size in parts.items() if name in DENOISERS)
+            ways["memory.quantization"] = weights // 2
+        first = sorted(ways, key=lambda way: -ways[way])[:4]
+        return [f"{way} (about {ways[way] / 1e9:.1f} GB)" for way in first if ways[way] > 0]
 
     def __str__(self) -> str:
         return "\n".join(
@@ -90,6 +119,7 @@ class Plan:
                 *self._about_parameters(),
                 *self._about_counts(),
                 *self._about_memory(),
+                *self._about_time(),
             ]
         )
 
@@ -113,6 +143,10 @@ class Plan:
             "the whole run": f"{run + c.evaluations * c.evaluation:,}  forward passes: "
             f"{c.iterations} iterations, {c.evaluations} evaluations",
         }
+        share = c.evaluations * c.evaluation / (run + c.evaluations * c.evaluation)
+        if share > _MUCH:
+            rows["evaluations"] = f"{share:.0%}  of all forward passes; eval.limit and eval.every "
+            rows["evaluations"] += "make them fewer"
         return ["", "samples in an iteration", *_table(rows, str)]
 
     def _about_memory(self) -> list[str]:
@@ -124,7 +158,42 @@ class Plan:
         }
         lines = _table(rows, lambda size: f"{size / _MEGA:,.1f}")
         notes = [f"  {note}" for note in memory.notes]
-        return ["", "memory in MB; only one of the lines with a + at a time", *lines, *notes]
+        where = "on a GPU" if self.machine.device == "cuda" else "on the CPU"
+        what = f"memory {where} in MB; only one of the lines with a + at a time"
+        return ["", what, *lines, *notes]
+
+    def _about_time(self) -> list[str]:
+        """Tell the seconds that GPUs need for the passes of the denoiser."""
+        if self.flops is None or self.machine.device == "cpu":
+            return []
+        rows = {}
+        for name, gpu in GPUS.items():
+            rollout, training, evaluation = (size / self._pace(gpu) for size in self._work())
+            fits = "" if self.memory.peak <= gpu.memory * 1e9 else "  does not fit"
+            rows[name] = (
+                f"{rollout + training:.3g}  {rollout:.3g} rollout, {training:.3g} training; an "
+                f"evaluation {evaluation:.3g}{fits}"
+            )
+        number = "1 GPU" if self.machine.gpus == 1 else f"{self.machine.gpus} GPUs"
+        what = (
+            f"seconds of an iteration on {number}: the passes of the denoiser alone, at "
+            f"{SHARE_OF_PEAK:.0%} of the peak, which is an assumption"
+        )
+        return ["", what, *_table(rows, str)]
+
+    def _work(self) -> tuple[float, float, float]:
+        """Return the operations of rollout, training and an evaluation."""
+        c, flops = self.counts, self.flops
+        assert flops is not None
+        return (
+            c.rollout * flops.forward,
+            c.training * flops.forward + c.backward * flops.backward,
+            c.evaluation * flops.forward,
+        )
+
+    def _pace(self, gpu: Gpu) -> float:
+        peak = gpu.single if self.recipe.precision == "float32" else gpu.half
+        return peak * 1e12 * SHARE_OF_PEAK * self.machine.gpus
 
 
 def _table(rows: Mapping[str, Any], show: Any) -> list[str]:
@@ -137,13 +206,12 @@ def _table(rows: Mapping[str, Any], show: Any) -> list[str]:
     ]
 
 
-def make_plan(recipe: Recipe, process: int | None = None) -> Plan:
+def make_plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
     """Plan a run without loading a weight.
 
     Args:
         recipe: the run.
-        process: the bytes that a process holds before anything is loaded. None measures them here,
-            or takes 0 where the run would use a GPU.
+        machine: where the run is to be; None for this machine.
 
     Raises:
         UserError: the run would refuse the recipe before it starts, for a reason that can be seen
@@ -153,6 +221,7 @@ def make_plan(recipe: Recipe, process: int | None = None) -> Plan:
     >>> plan.pipeline, plan.counts.images, plan.prompts
     ('StableDiffusion3Pipeline', 128, (1152, 660))
     """
+    machine = machine or Machine.here()
     rows, held_out = _prompts(recipe)
     pipe = skeleton(recipe.model, recipe.precision, recipe.memory.vae_precision)
     texts = [row.text for row in (*rows, *held_out)]
@@ -163,12 +232,11 @@ def make_plan(recipe: Recipe, process: int | None = None) -> Plan:
         if isinstance(part, nn.Module)
     }
     rollout, evaluation = _schedulers(recipe, pipe.scheduler)
-    estimate = Estimate(recipe, pipe, texts[0], len(held_out))
+    estimate = Estimate(recipe, pipe, texts[0], len(held_out), machine)
     samplers = Samplers(rollout, evaluation, _strength(recipe, pipe), estimate.has_guidance)
     if recipe.memory.free_text_encoders:
         check_text_is_given_once(pipe)
-    if process is None:
-        process = 0 if torch.cuda.is_available() else libraries()
+    memory = estimate.memory(len(set(texts)))
     return Plan(
         recipe,
         type(pipe).__name__,
@@ -177,7 +245,9 @@ def make_plan(recipe: Recipe, process: int | None = None) -> Plan:
         adapted_layers(estimate.model.denoisers),
         (len(rows), len(held_out)),
         count(recipe, samplers, len(held_out)),
-        estimate.memory(process, len(set(texts))),
+        memory,
+        estimate.flops,
+        machine,
     )
 
 

@@ -14,7 +14,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
 from dgpo.errors import UserError
-from dgpo.models.load import Precision, dtype_of, load_pipeline, place_of
+from dgpo.models.load import Precision, dtype_of, load_pipeline, of_the_hub, place_of
 from dgpo.pocket import WEIGHTS
 from dgpo.registry import MODELS, nearest
 
@@ -42,7 +42,9 @@ def skeleton(name: str, precision: Precision, vae_precision: Precision | None = 
         index: Any = DiffusionPipeline.load_config(place)
     except (OSError, ValueError) as error:
         why = f"model: {name!r} has no model_index.json that can be read: {first_line(error)}"
-        raise UserError(why) from error
+        raise UserError(
+            why if isinstance(place, Path) else of_the_hub(name, first_line(error))
+        ) from error
     wanted = str(index.get("_class_name"))
     kind = getattr(diffusers, wanted, None)
     if kind is None:
@@ -110,13 +112,13 @@ def _empty(make: Callable[[], Any]) -> Any:
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the weights as loading does: some stay in float32."""
+    """Cast the weights and the buffers that are saved as loading does: some stay in float32."""
     kept = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
     if isinstance(module, diffusers.ModelMixin) or dtype == torch.float16:
         kept.update(getattr(module, "_keep_in_fp32_modules", None) or ())
-    for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and not kept.intersection(name.split(".")):
-            parameter.data = parameter.data.to(dtype)
+    for name, value in module.state_dict(keep_vars=True).items():
+        if value.is_floating_point() and not kept.intersection(name.split(".")):
+            value.data = value.data.to(dtype)
 
 
 def first_line(error: Exception) -> str:

@@ -172,4 +172,5 @@ def _score_panel(panel: Any, evaluations: Sequence[Mapping[str, Any]]) -> None:
         linewidth=2,
         label="overall, 95% interval",
     )
-    panel.legend(frameon=False, fontsize="small", loc="best")
+    # a long list of categories would leave the axes no room
+    panel.legend(frameon=False, fontsize="small", loc="best").set_in_layout(False)

@@ -85,7 +85,7 @@ class DeQA(ModelReward):
                 place,
                 trust_remote_code=True,
                 attn_implementation="eager",  # the files know no other
-                torch_dtype=precision(torch.float16),
+                dtype=precision(torch.float16),
                 **fixed,
             )
         with loading(self.name, place, VARIABLE):

@@ -68,7 +68,7 @@ class VQAScore(ModelReward):
 
         with loading(self.name, weights, VARIABLE, WEIGHTS) as place:
             model: Any = AutoModelForImageTextToText.from_pretrained(
-                place, torch_dtype=dtype or precision()
+                place, dtype=dtype or precision()
             )
             self._processor: Any = AutoProcessor.from_pretrained(place, use_fast=False)
         if not getattr(self._processor, "chat_template", None):

@@ -1,0 +1,78 @@
+"""Plans of published models, from their configs alone, beside sizes that were counted by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dgpo.planning import Machine, Plan, make_plan
+from dgpo.recipe import Recipe
+from tiny_runs import settings
+
+CONFIGS = Path(__file__).with_name("configs")
+FILE = CONFIGS / "prompts.txt"
+PICTURE = {"height": 512, "width": 512}
+# billions of parameters, as the models' cards and papers give them
+PUBLISHED = {
+    "sd35m": {"transformer": 2.24, "text_encoder": 0.124, "text_encoder_2": 0.695, "vae": 0.084},
+    "flux": {"transformer": 11.9, "text_encoder": 0.123, "text_encoder_2": 4.76, "vae": 0.084},
+    "qwen": {"transformer": 20.4, "text_encoder": 8.29, "vae": 0.127},
+    "wan22": {"transformer": 14.3, "transformer_2": 14.3, "text_encoder": 5.68, "vae": 0.127},
+}
+CALLS = {"wan22": {"height": 64, "width": 64, "num_frames": 5}}
+LAYERS = {"sd35m": 191, "flux": 266, "qwen": 480, "wan22": 640}
+
+
+def planned(name: str, machine: Machine, **changes: Any) -> Plan:
+    given: dict[str, Any] = {
+        "model": str(CONFIGS / name),
+        "rewards": {"brightness": 1.0},
+        "prompts": {"train": str(FILE)},
+        "precision": "bfloat16",
+        "lora": {"rank": 32, "alpha": 64},
+        "group_size": 8,
+        "groups_per_iteration": 2,
+        "rollout": {"steps": 4, "batch": 2, "call": CALLS.get(name, PICTURE if name else {})},
+        "train": {"micro_batch": 2, "iterations": 2},
+    }
+    return make_plan(Recipe.from_dict(settings(**{**given, **changes})), machine)
+
+
+@pytest.mark.parametrize(
+    "name", ["sd35m", *(pytest.param(name, marks=pytest.mark.slow) for name in list(PUBLISHED)[1:])]
+)
+def test_a_published_model_has_its_published_size(name: str, tmp_path: Path) -> None:
+    made = planned(name, Machine("cuda"))
+    for part, billions in PUBLISHED[name].items():
+        assert made.parameters[part] == pytest.approx(billions * 1e9, rel=0.02)
+        # two bytes each; SD3's table of positions, 384 x 384 x 1536, is no parameter
+        table = 2 * 384 * 384 * 1536 if (name, part) == ("sd35m", "transformer") else 0
+        assert made.memory.parts[part] - table == pytest.approx(2e9 * billions, rel=0.02)
+    assert made.layers == LAYERS[name]
+    assert not made.memory.notes
+    # float32: the LoRA, its gradient, Adam's two moments and two averages
+    trained = sum(made.memory.parts[part] for part in ("LoRA", "gradients", "AdamW", "averages"))
+    assert trained == 6 * 4 * made.trained
+
+
+def test_a_pass_costs_what_was_counted_by_hand() -> None:
+    made = planned("sd35m", Machine("cuda"))
+    # a product of every weight with the 1,024 tokens of a picture or the 333 of its text, and
+    # attention; the LoRA of rank 32 adds 1 %
+    assert made.flops is not None
+    assert made.flops.forward == pytest.approx(2.46e12, rel=0.1)
+    assert 1.0 < made.flops.backward / made.flops.forward < 1.5
+    # what a phase makes is small beside the weights, which it only reads
+    assert made.memory.phases["rollout"] < 0.5 * made.memory.parts["transformer"]
+
+
+def test_gpus_share_the_pictures_and_pieces_of_the_weights() -> None:
+    small: dict[str, Any] = {"model": "pocket", "precision": "float32"}
+    one, two = (planned("", Machine("cuda", gpus), **small) for gpus in (1, 2))
+    assert two.memory.parts["samples"] * 2 == one.memory.parts["samples"]
+    assert "2 GPUs" in str(two)
+    pieces = {"sharding": "fsdp2", "micro_batch": 2, "iterations": 2}
+    sharded = planned("", Machine("cuda", 2), **small, train=pieces)
+    assert sharded.memory.parts["transformer"] == two.memory.parts["transformer"] // 2
