@@ -161,7 +161,7 @@ def test_pages_of_elsewhere_cannot_answer_for_a_person(client, desk):
     text = '{"rater": "ann", "answer": {"kind": "likes", "liked": [0]}}'
     # a form or a simple request of another origin: it is no JSON, and no preflight is answered
     plain = client.post(path, content=text, headers={"content-type": "text/plain"})
-    assert plain.status_code == 422
+    assert plain.status_code == 415
     asked = {"origin": "http://evil.example", "access-control-request-method": "POST"}
     preflight = client.request("OPTIONS", path, headers=asked)
     assert "access-control-allow-origin" not in preflight.headers

@@ -34,8 +34,8 @@ from rewards.tiny import pictures
 pytest.importorskip("fastapi")
 import uvicorn
 
-from dgpo.serve.app import make_app
-from dgpo.serve.limits import Limits
+from dgpo.serve.app import Limits, make_app
+from dgpo.serve.guard import uvicorn_settings
 
 TOKEN = "correct-horse"
 REDS = [Image.new("RGB", (8, 8), (red, 10, 0)) for red in range(0, 250, 10)]
@@ -66,7 +66,7 @@ class Picky:
 def served(*rewards, **limits):
     sets = [load_rewards([one]) for one in rewards]
     app = make_app(sets, TOKEN, Limits(**limits), batch=16, linger=0.05, waiting=20)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", **uvicorn_settings()))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -270,8 +270,8 @@ def test_requests_that_are_none(client, question, status):
 
 
 def test_bodies_that_are_none(client):
-    assert client.post("/v1/score").status_code == 422
-    assert client.post("/v1/score", json={"prompts": ["a"]}).status_code == 422
+    assert client.post("/v1/score").status_code == 415
+    assert client.post("/v1/score", json={"prompts": ["a"]}).status_code == 415
     broken = {"Content-Type": "multipart/form-data; boundary=x"}
     assert client.post("/v1/score", content=b"--x\r\nno", headers=broken).status_code in (400, 422)
     assert ask(client, [picture()] * 9).status_code == 413

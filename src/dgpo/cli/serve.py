@@ -13,9 +13,6 @@ from dgpo.cli.options import Host, Port, Rewards, TokenFile
 from dgpo.errors import UserError
 from dgpo.serve.access import token_for
 
-CONNECTIONS = 64
-"""The most connections at a time; a client keeps up to four."""
-
 
 def serve(
     reward: Rewards,
@@ -37,8 +34,8 @@ def serve(
     check_rewards(reward)
     import uvicorn
 
-    from dgpo.serve.app import make_app
-    from dgpo.serve.limits import Limits
+    from dgpo.serve.app import Limits, make_app
+    from dgpo.serve.guard import uvicorn_settings
     from dgpo.serve.ready import ready
 
     sets = ready(reward)
@@ -47,5 +44,4 @@ def serve(
     typer.echo(
         f"serving {', '.join(own.names[0] for own in sets)}; the interface is described at /docs"
     )
-    # with more at a time, too many pictures would be unpacked in memory: they are told to try again
-    uvicorn.run(app, host=host, port=port, access_log=False, limit_concurrency=CONNECTIONS)
+    uvicorn.run(app, host=host, port=port, **uvicorn_settings())

@@ -10,6 +10,7 @@ from PIL import Image
 from dgpo.errors import UserError
 from dgpo.rewards.call_limits import Again
 from dgpo.rewards.loading import need
+from dgpo.secrets import without
 
 if TYPE_CHECKING:
     import httpx
@@ -61,8 +62,14 @@ def send(client: httpx.Client, method: str, path: str, **body: Any) -> httpx.Res
         gone = isinstance(error, httpx.TransportError)
         raise Again(f"{type(error).__name__} {error}", gone) from error
     if response.status_code in AWAY:
-        raise Again(f"status {response.status_code}: {response.text[:160]}", gone=True)
+        raise Again(f"status {response.status_code}: {text_of(response)[:160]}", gone=True)
     return response
+
+
+def text_of(response: httpx.Response) -> str:
+    """Return the text of an answer, without the token if the server repeats it."""
+    sent = response.request.headers.get("Authorization", "").removeprefix("Bearer ")
+    return without(sent, response.text)
 
 
 def png(image: Image.Image) -> bytes:
