@@ -17,7 +17,7 @@ from dgpo.errors import UserError
 from dgpo.models.pipeline.rollout import Rollout
 from dgpo.models.policy import Policy, RollingWeights
 from dgpo.prompts.caption import Caption
-from dgpo.rewards.http_client import connect, text_of
+from dgpo.rewards.http_client import connect, text_of, told_by
 from dgpo.rollouts.engine import LocalEngine, RolloutEngine, RolloutRequest
 from dgpo.rollouts.wire import Ask, hash_of, unpack
 from dgpo.secrets import token_in
@@ -153,9 +153,9 @@ class RemoteEngine(RolloutEngine):
             response = self._client.request(method, path, **body)
         except httpx.HTTPError as error:
             raise UserError(
-                f"rollout.engine = {self._url!r}: no answer ({type(error).__name__} {error}); "
+                f"rollout.engine = {self._url!r}: no answer ({told_by(self._client, error)}); "
                 "start it with: python -m dgpo.rollouts.server MODEL"
-            ) from error
+            ) from None
         if response.status_code != 200:
             hint = f"; set {TOKEN}" if response.status_code == 401 else ""
             raise UserError(

@@ -217,7 +217,7 @@ def _check_page(headers: dict[str, str]) -> None:
 
 
 def _too_large(most: int) -> Refusal:
-    return Refusal(413, f"the body is over {most} bytes: send fewer pictures at once")
+    return Refusal(413, f"the body is over {most} bytes: send less at once")
 
 
 async def _invalid(request: Any, error: Any) -> JSONResponse:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from dgpo.errors import UserError
 from dgpo.rewards.call_limits import Again, persist
-from dgpo.rewards.http_client import connect, png, send, text_of
+from dgpo.rewards.http_client import connect, png, send, text_of, told_by
 from dgpo.rewards.reward import Media, Reward, RewardFailure, Texts
 from dgpo.secrets import token, token_in
 
@@ -108,9 +108,9 @@ class VLMJudge(Reward):
                 client.get("/models")
             except httpx.HTTPError as error:
                 raise UserError(
-                    f"reward {self.name!r}: no server at {client.base_url} ({error}); start "
-                    f"one, or set {self.variable}_URL"
-                ) from error
+                    f"reward {self.name!r}: no server at {client.base_url} "
+                    f"({told_by(client, error)}); start one, or set {self.variable}_URL"
+                ) from None
 
     def __call__(self, images: Media, prompts: Texts, **columns: Any) -> list[float]:
         """One score for each picture.
