@@ -149,10 +149,13 @@ def test_a_server_refuses_what_it_cannot_do_and_goes_on(url: str) -> None:
             {"seeds": [1, 2]}, {"seeds": [-1]}, {"texts": []}, {"steps": 0}, {"scheduler": "eular"},
             {"scheduler": "diffusers:DDIMScheduler"},  # a path would let the asker import anything
             {"call": {"hight": 16}}, {"guidance_scale": "x"}, {"more": 1}, {"call": {"height": 7}},
+            {"call": {"height": "x"}}, {"call": {"height": 1e308}}, {"call": {"height": {}}},
         ):  # fmt: skip
             response = client.post("/v1/rollout", json={**ask, **wrong})
             assert response.status_code == 422, (wrong, response.text)
-        assert client.post("/v1/rollout", content=b"\x80\x04").status_code == 422
+        assert client.post("/v1/rollout", content=b"\x80\x04").status_code == 415
+        plain = {"content": b"\x80\x04", "headers": {"Content-Type": "application/json"}}
+        assert client.post("/v1/rollout", **plain).status_code == 422
         made = unpack(client.post("/v1/rollout", json=ask).raise_for_status().content, 1)
     assert made.images is not None and made.images[0].size == (16, 16)
 
