@@ -117,9 +117,9 @@ def carry_out(comparison: Comparison) -> list[Summary]:
             write(comparison)
             typer.echo("\nstopped; the same command goes on", err=True)
             raise typer.Exit(INTERRUPTED) from None
-        if found == "finished":
-            typer.echo(f"{where}: found finished")
         if results is not None:
             keep(run, results)
         write(comparison)
+        if found == "finished":
+            typer.echo(f"{where}: found finished")
     return write(comparison)

@@ -71,10 +71,11 @@ def evaluate(
     report, _ = run(policy, rows, metrics, sampling, protocol.name, processes)
     if not processes.main:
         return
-    typer.echo(_table(report))
-    if json_file is not None:
+    if json_file is not None:  # before anything is printed, which may fail
         json_file.parent.mkdir(parents=True, exist_ok=True)
         report.write(json_file)
+    typer.echo(_table(report))
+    if json_file is not None:
         typer.echo(f"written to {json_file}")
 
 

@@ -174,7 +174,7 @@ class Connection(H11Protocol):
 
     @property
     def waits(self) -> bool:
-        """Whether no request is being read or answered."""
+        """Return whether no request is being read or answered."""
         return self.cycle is None or self.cycle.response_complete
 
     def _wait(self, last: Any) -> None:
