@@ -35,10 +35,10 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except UserError as error:
             tell_the_others(error)
-            typer.echo(str(error), err=True)
+            print(error, file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            typer.echo("\nstopped", err=True)
+            print("\nstopped", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from typer import Option
 
 from dgpo import registry
@@ -74,9 +73,9 @@ def evaluate(
     if json_file is not None:  # before anything is printed, which may fail
         json_file.parent.mkdir(parents=True, exist_ok=True)
         report.write(json_file)
-    typer.echo(_table(report))
+    print(_table(report))
     if json_file is not None:
-        typer.echo(f"written to {json_file}")
+        print(f"written to {json_file}")
 
 
 def _table(report: Report) -> str:

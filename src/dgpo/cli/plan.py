@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
 from typer import Option
 
 from dgpo.cli.checks import load_recipe
@@ -25,6 +24,6 @@ def plan(
 
     quiet()
     made = make_plan(settings)
-    typer.echo(str(made))
+    print(made)
     if memory is not None:
         made.refuse_beyond(int(memory * 1e9))

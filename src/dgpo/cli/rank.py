@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from typer import Option
 
 from dgpo.cli.checks import check_folder, check_lora, load_recipe
@@ -76,7 +75,7 @@ def rank(
     desk = Desk(Store(folder), raters)
     desk.reopen()
     page.start(desk, ask)
-    typer.echo(f"{page.invitation}; kept in {folder}")
+    print(f"{page.invitation}; kept in {folder}")
     stopped = ""
     try:
         _draw(artist, desk, groups, ahead)
@@ -121,6 +120,6 @@ def _export(desk: Desk, folder: Path, stopped: str) -> None:
 
     done, agreement = export(desk.store), desk.state().agreement
     desk.store.close()
-    typer.echo(f"{stopped}{done} ranked groups in {folder}/groups.jsonl; the same command goes on")
+    print(f"{stopped}{done} ranked groups in {folder}/groups.jsonl; the same command goes on")
     if agreement.share is not None:
-        typer.echo(f"raters agree on {agreement.share:.0%} of {agreement.pairs} pairs")
+        print(f"raters agree on {agreement.share:.0%} of {agreement.pairs} pairs")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from typer import Option
 
 from dgpo.cli.checks import check_file, check_rewards
@@ -63,7 +62,7 @@ def score(
         _write(json_file, files, rows, scores)
     _print(files, rows, scores)
     if json_file is not None:
-        typer.echo(f"written to {json_file}")
+        print(f"written to {json_file}")
 
 
 def picture_files(place: Path) -> list[Path]:

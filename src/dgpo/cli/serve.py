@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from typing import Annotated
 
-import typer
 from typer import Option
 
 from dgpo.cli.checks import check_rewards
@@ -41,7 +40,5 @@ def serve(
     sets = ready(reward)
     limits = Limits(body=max_mb * 2**20, images=max_images, pixels=max_megapixels * 10**6)
     app = make_app(sets, token, limits, batch=batch)
-    typer.echo(
-        f"serving {', '.join(own.names[0] for own in sets)}; the interface is described at /docs"
-    )
+    print(f"serving {', '.join(own.names[0] for own in sets)}; the interface is described at /docs")
     uvicorn.run(app, host=host, port=port, **uvicorn_settings())
