@@ -108,7 +108,7 @@ def url(tmp_path: Path) -> Iterator[str]:
 
 def opened(url: str, sent: bytes = b"") -> socket.socket:
     place = urlsplit(url)
-    made = socket.create_connection((place.hostname, place.port), timeout=PATIENCE)
+    made = socket.create_connection((place.hostname or "", place.port or 0), timeout=PATIENCE)
     made.sendall(sent)
     return made
 
@@ -179,15 +179,14 @@ def test_a_body_that_does_not_come_is_not_waited_for(
 def test_a_busy_server_says_so_and_is_healthy(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "REQUESTS", 2)
     busy = [opened(url, POST) for _ in range(2)]
-    for _ in range(PATIENCE * 50):
-        answer = httpx.get(f"{url}/v1/rewards")
-        if answer.status_code == 503:
-            break
-    assert answer.status_code == 503 and answer.headers["Retry-After"] == "1"
-    assert healthy(url)
+    answer = asked_until(url, 503)
+    assert answer.headers["Retry-After"] == "1" and healthy(url)
     for one in busy:
         one.close()
-    for _ in range(PATIENCE * 50):
-        if httpx.get(f"{url}/v1/rewards").status_code == 200:
-            return
-    pytest.fail("what was busy has gone, and the server is still busy")
+    asked_until(url, 200)
+
+
+def asked_until(url: str, status: int) -> httpx.Response:
+    """The first answer of this status."""
+    every = (httpx.get(f"{url}/v1/rewards") for _ in range(PATIENCE * 50))
+    return next(answer for answer in every if answer.status_code == status)

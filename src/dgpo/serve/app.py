@@ -215,7 +215,7 @@ def _question(text: str) -> Question:
     try:
         return Question.model_validate_json(text)
     except ValidationError as error:
-        raise HTTPException(400, f"request: {why(error)}") from None
+        raise HTTPException(400, why(error)) from None
 
 
 def _rows(question: Question, count: int) -> list[Prompt]:
