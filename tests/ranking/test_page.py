@@ -173,6 +173,14 @@ def test_pages_of_elsewhere_cannot_answer_for_a_person(client, desk):
     assert desk.store.answers(group) == {}
 
 
+def test_connections_that_say_nothing_keep_nobody_out(client):
+    place = (client.base_url.host, client.base_url.port)
+    idle = [socket.create_connection(place) for _ in range(70)]
+    assert client.get("/v1/groups", params={"rater": "ann"}).status_code == 200
+    for one in idle:
+        one.close()
+
+
 def test_with_a_token_nothing_of_the_run_is_seen_without_it(desk, tmp_path):
     (tmp_path / "token").write_text("correct-horse\n")
     page = serve(desk, token_file=tmp_path / "token")

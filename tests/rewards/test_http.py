@@ -35,6 +35,7 @@ pytest.importorskip("fastapi")
 import uvicorn
 
 from dgpo.serve.app import Limits, make_app
+from dgpo.serve.guard import Connection
 
 TOKEN = "correct-horse"
 REDS = [Image.new("RGB", (8, 8), (red, 10, 0)) for red in range(0, 250, 10)]
@@ -382,7 +383,7 @@ def test_rewards_are_ready_before_the_port_is_taken(tmp_path, monkeypatch):
     from dgpo.cli import commands
 
     listens = []
-    monkeypatch.setattr(uvicorn, "run", lambda *given, **more: listens.append(more["port"]))
+    monkeypatch.setattr(uvicorn, "run", lambda *given, **more: listens.append(more["http"]))
     monkeypatch.setenv("DGPO_CLIP", str(tmp_path / "none"))
     (tmp_path / "own.py").write_text(
         "class Loads:\n    loaded = 0\n"
@@ -410,7 +411,8 @@ def test_rewards_are_ready_before_the_port_is_taken(tmp_path, monkeypatch):
         assert answer.exit_code == 2 and reason in answer.stderr, (name, answer.output)
         assert not listens
     answer = serve(mine, mine, "redness")
-    assert answer.exit_code == 0 and f"serving {mine}, redness;" in answer.output and listens
+    assert answer.exit_code == 0 and f"serving {mine}, redness;" in answer.output
+    assert listens == [Connection]
 
 
 def free_port():

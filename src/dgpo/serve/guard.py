@@ -100,7 +100,7 @@ class Guard:
         if counted:
             self._check_asker(scope["method"], headers)
         length = headers.get("content-length", "0")
-        if length.isdigit() and int(length[:20]) > self._body:
+        if length.isdecimal() and int(length[:20]) > self._body:
             raise _too_large(self._body)
         if counted and self._busy > REQUESTS:
             detail = f"busy: {REQUESTS} requests are being answered"
