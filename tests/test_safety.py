@@ -7,20 +7,18 @@ import ast
 import logging
 import os
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
 from dgpo.errors import UserError
 from dgpo.recipe import Recipe
 from dgpo.rewards import load_rewards
 from dgpo.rewards.shipped.http import HttpReward
 from dgpo.serve.app import make_app
+from serving import serving
 from tiny_runs import trainer
 
 SOURCES = sorted((Path(__file__).parents[1] / "src").rglob("*.py"))
@@ -72,14 +70,8 @@ IN_COMMAND = "token-on-the-command-line"
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[str]:
     app = make_app([load_rewards(["brightness"])], IN_FILE)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="trace"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    with serving(app, "trace") as url:
+        yield url
 
 
 def test_secrets_are_neither_in_the_run_folder_nor_in_what_is_printed(

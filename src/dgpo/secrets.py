@@ -5,9 +5,13 @@ Recipes are copied into run folders, so no secret may stand in one, however deep
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from dgpo.errors import UserError
 
 _NAME = re.compile(
     r"(?i)(.*[^a-z0-9])?(token|secret|passw(or)?d|passphrase|((api|access|private|secret)[_-]?)?key"
@@ -79,6 +83,60 @@ def masked_words(words: Sequence[str]) -> list[str]:
         else:
             shown.append(word)
     return shown
+
+
+def token(text: str, name: str) -> str:
+    """Return a token without the white space around it.
+
+    Args:
+        text: what a variable, an option or a file holds.
+        name: what the user calls it.
+
+    Raises:
+        UserError: it is no word that the head of a request can hold; the text is not shown.
+
+    >>> token(" abc\\n", "DGPO_REWARD_TOKEN")
+    'abc'
+    """
+    word = text.strip()
+    if not word or not word.isascii() or not word.isprintable() or " " in word:
+        kind = "something else, which is not shown" if word else "nothing"
+        raise UserError(
+            f"{name} should hold one word of ASCII letters, digits and signs; it holds {kind}"
+        )
+    return word
+
+
+def token_in(variable: str) -> str:
+    """Return the token in an environment variable; empty where the variable is not set.
+
+    Raises:
+        UserError: see :func:`token`.
+    """
+    text = os.environ.get(variable)
+    return "" if text is None else token(text, variable)
+
+
+def token_of(file: Path) -> str:
+    """Return the token in a file.
+
+    Raises:
+        UserError: the file cannot be read; or see :func:`token`.
+    """
+    try:
+        text = file.expanduser().read_bytes().decode("utf-8-sig", "replace")
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no such home
+        raise UserError(f"token file {file}: {error}") from error
+    return token(text, f"token file {file}")
+
+
+def without(secret: str, text: str) -> str:
+    """Return a text with :data:`HIDDEN` in place of a secret, however often it is repeated.
+
+    >>> without("abc", "Bearer abc")
+    'Bearer ***'
+    """
+    return text.replace(secret, HIDDEN) if secret else text
 
 
 def _names_one(name: Any, value: Any) -> bool:

@@ -161,7 +161,7 @@ def test_pages_of_elsewhere_cannot_answer_for_a_person(client, desk):
     text = '{"rater": "ann", "answer": {"kind": "likes", "liked": [0]}}'
     # a form or a simple request of another origin: it is no JSON, and no preflight is answered
     plain = client.post(path, content=text, headers={"content-type": "text/plain"})
-    assert plain.status_code == 422
+    assert plain.status_code == 415
     asked = {"origin": "http://evil.example", "access-control-request-method": "POST"}
     preflight = client.request("OPTIONS", path, headers=asked)
     assert "access-control-allow-origin" not in preflight.headers
@@ -171,6 +171,14 @@ def test_pages_of_elsewhere_cannot_answer_for_a_person(client, desk):
     for host in ("localhost:9", "127.0.0.1", "[::1]:8766"):
         assert client.get("/", headers={"host": host}).status_code == 200, host
     assert desk.store.answers(group) == {}
+
+
+def test_connections_that_say_nothing_keep_nobody_out(client):
+    place = (client.base_url.host, client.base_url.port)
+    idle = [socket.create_connection(place) for _ in range(70)]
+    assert client.get("/v1/groups", params={"rater": "ann"}).status_code == 200
+    for one in idle:
+        one.close()
 
 
 def test_with_a_token_nothing_of_the_run_is_seen_without_it(desk, tmp_path):

@@ -8,7 +8,6 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -30,12 +29,13 @@ from dgpo.rewards.shipped.http import HttpReward
 from dgpo.rewards.shipped.stand_in import redness
 from dgpo.rewards.shipped.video import PerFrame
 from rewards.tiny import pictures
+from serving import serving
 
 pytest.importorskip("fastapi")
 import uvicorn
 
-from dgpo.serve.app import make_app
-from dgpo.serve.limits import Limits
+from dgpo.serve.app import Limits, make_app
+from dgpo.serve.guard import Connection
 
 TOKEN = "correct-horse"
 REDS = [Image.new("RGB", (8, 8), (red, 10, 0)) for red in range(0, 250, 10)]
@@ -66,14 +66,8 @@ class Picky:
 def served(*rewards, **limits):
     sets = [load_rewards([one]) for one in rewards]
     app = make_app(sets, TOKEN, Limits(**limits), batch=16, linger=0.05, waiting=20)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    with serving(app) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +132,59 @@ def test_requests_are_cut_to_what_the_server_takes(limits, most):
         reward._score = lambda files, *rest: asked.append(len(files)) or score(files, *rest)
         assert reward(noise, ["a"] * 20, note=notes) == near(noise, None, notes)
     assert sum(asked) == 20 and max(asked) <= most and len(asked) <= -(-20 // most) + 3
+
+
+def body_of(bytes_, files=1):
+    """A request of exactly so many bytes, and its headers."""
+    rest = b"".join(
+        b'--x\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n'
+        + picture(size=(1, 1))
+        + b"\r\n"
+        for _ in range(files)
+    )
+    rest += b'--x\r\nContent-Disposition: form-data; name="request"\r\n\r\n%b\r\n--x--\r\n'
+    asked = {"prompts": [""] * files, "rewards": ["redness"]}
+    asked["prompts"][0] = "a" * (bytes_ - len(rest) + 2 - len(json.dumps(asked)))
+    head = {"Content-Type": "multipart/form-data; boundary=x"}
+    return {"content": rest.replace(b"%b", json.dumps(asked).encode()), "headers": head}
+
+
+def test_what_is_announced_is_taken_and_one_more_is_not():
+    head = {"Authorization": f"Bearer {TOKEN}"}
+    limits = {"images": 2000, "body": 8 * 2**20, "pixels": 4096}
+    with served(redness, **limits) as url, httpx.Client(base_url=url, headers=head) as client:
+        offer = client.get("/v1/rewards").json()
+        assert offer["max_images"] == 2000 and offer["max_bytes"] == 8 * 2**20
+        for size, status in ((offer["max_bytes"], 200), (offer["max_bytes"] + 1, 413)):
+            asked = body_of(size)
+            assert len(asked["content"]) == size
+            assert client.post("/v1/score", **asked).status_code == status, size
+        one = picture(size=(1, 1))
+        assert len(ask(client, [one] * 2000).json()["scores"]["redness"]) == 2000
+        for more in (2001, 2100):
+            answer = ask(client, [one] * more)
+            assert answer.status_code == 413 and "2000" in answer.json()["detail"], answer.text
+        assert ask(client, [picture(size=(64, 64))]).status_code == 200
+        assert ask(client, [picture(size=(241, 17))]).status_code == 413
+        # the client fills a request to the brim
+        asked, reward = [], HttpReward(url, batch=5000)
+        score = reward._score
+        reward._score = lambda files, *rest: asked.append(len(files)) or score(files, *rest)
+        assert reward([Image.new("RGB", (1, 1), "red")] * 4001, ["a"] * 4001) == [1.0] * 4001
+        assert sorted(asked) == [1, 2000, 2000]
+        long = "a" * (2**20 + 2**19)
+        assert reward(REDS[:2], [long] * 2) == near_of(REDS[:2])
+
+
+def near_of(images):
+    return load_rewards(["redness"])(images, [Prompt("a")] * len(images)).total.tolist()
+
+
+def test_a_picture_may_be_as_large_as_is_announced(client, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # Pillow's own bound, twice that is too much
+    for kind in ("PNG", "WEBP"):
+        assert ask(client, [picture(kind, (100, 100))]).status_code == 200, kind
+        assert ask(client, [picture(kind, (101, 100))]).status_code == 413, kind
 
 
 def test_a_picture_that_is_too_large_by_itself_and_what_is_none(url):
@@ -270,8 +317,8 @@ def test_requests_that_are_none(client, question, status):
 
 
 def test_bodies_that_are_none(client):
-    assert client.post("/v1/score").status_code == 422
-    assert client.post("/v1/score", json={"prompts": ["a"]}).status_code == 422
+    assert client.post("/v1/score").status_code == 415
+    assert client.post("/v1/score", json={"prompts": ["a"]}).status_code == 415
     broken = {"Content-Type": "multipart/form-data; boundary=x"}
     assert client.post("/v1/score", content=b"--x\r\nno", headers=broken).status_code in (400, 422)
     assert ask(client, [picture()] * 9).status_code == 413
@@ -336,7 +383,7 @@ def test_rewards_are_ready_before_the_port_is_taken(tmp_path, monkeypatch):
     from dgpo.cli import commands
 
     listens = []
-    monkeypatch.setattr(uvicorn, "run", lambda *given, **more: listens.append(more["port"]))
+    monkeypatch.setattr(uvicorn, "run", lambda *given, **more: listens.append(more["http"]))
     monkeypatch.setenv("DGPO_CLIP", str(tmp_path / "none"))
     (tmp_path / "own.py").write_text(
         "class Loads:\n    loaded = 0\n"
@@ -364,7 +411,8 @@ def test_rewards_are_ready_before_the_port_is_taken(tmp_path, monkeypatch):
         assert answer.exit_code == 2 and reason in answer.stderr, (name, answer.output)
         assert not listens
     answer = serve(mine, mine, "redness")
-    assert answer.exit_code == 0 and f"serving {mine}, redness;" in answer.output and listens
+    assert answer.exit_code == 0 and f"serving {mine}, redness;" in answer.output
+    assert listens == [Connection]
 
 
 def free_port():

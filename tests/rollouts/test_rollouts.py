@@ -140,6 +140,8 @@ def test_a_server_refuses_what_it_cannot_do_and_goes_on(url: str) -> None:
     }  # fmt: skip
     other = save({"transformer.no.such.layer.lora_A.weight": torch.zeros(2, 2)})
     head = {"Authorization": f"Bearer {TOKEN}"}
+    address = httpx.URL(url)  # connections that say nothing keep nobody out
+    idle = [socket.create_connection((address.host, address.port or 0)) for _ in range(70)]
     with httpx.Client(base_url=url, headers=head, timeout=60) as client:
         for data, name in ((b"x", "0" * 64), (b"", "0" * 64), (other, "0" * 64), (other, None)):
             name = name or hash_of(data)
@@ -149,12 +151,17 @@ def test_a_server_refuses_what_it_cannot_do_and_goes_on(url: str) -> None:
             {"seeds": [1, 2]}, {"seeds": [-1]}, {"texts": []}, {"steps": 0}, {"scheduler": "eular"},
             {"scheduler": "diffusers:DDIMScheduler"},  # a path would let the asker import anything
             {"call": {"hight": 16}}, {"guidance_scale": "x"}, {"more": 1}, {"call": {"height": 7}},
+            {"call": {"height": "x"}}, {"call": {"height": 1e308}}, {"call": {"height": {}}},
         ):  # fmt: skip
             response = client.post("/v1/rollout", json={**ask, **wrong})
             assert response.status_code == 422, (wrong, response.text)
-        assert client.post("/v1/rollout", content=b"\x80\x04").status_code == 422
+        assert client.post("/v1/rollout", content=b"\x80\x04").status_code == 415
+        plain = {"content": b"\x80\x04", "headers": {"Content-Type": "application/json"}}
+        assert client.post("/v1/rollout", **plain).status_code == 422
         made = unpack(client.post("/v1/rollout", json=ask).raise_for_status().content, 1)
     assert made.images is not None and made.images[0].size == (16, 16)
+    for one in idle:
+        one.close()
 
 
 def test_what_travels_comes_back_bit_for_bit() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from typer import Argument, Option
 
 from dgpo.cli.options import MODEL, Device, Precision, VaePrecision
@@ -51,4 +50,4 @@ def check(
     )
     if not found.ok:
         raise UserError(str(found))
-    typer.echo(str(found))
+    print(found)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from typer import Option
 
 from dgpo.cli.checks import check_folder, check_lora, load_recipe
@@ -36,5 +35,5 @@ def collect(
     pipe = load_for_sampling(
         settings.model, settings.precision, lora=lora, device=device, vae_precision=own
     )
-    written = record(settings, pipe, out, groups, typer.echo)
-    typer.echo(f"{written} groups in {out}; dgpo train {recipe} data.preferences={out}")
+    written = record(settings, pipe, out, groups, print)
+    print(f"{written} groups in {out}; dgpo train {recipe} data.preferences={out}")

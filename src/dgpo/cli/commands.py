@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Any
@@ -34,10 +35,10 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except UserError as error:
             tell_the_others(error)
-            typer.echo(str(error), err=True)
+            print(error, file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            typer.echo("\nstopped", err=True)
+            print("\nstopped", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
 
 
@@ -70,6 +71,11 @@ def main() -> None:
     # `my_rewards:score` in the current folder is found, as with `python -m`; it comes last in the
     # path, so that it hides nothing that is installed
     sys.path.append(os.getcwd())
+    for stream in (sys.stdout, sys.stderr):
+        # a stream that cannot hold a prompt's letters gets escapes; by lines, so that whoever reads
+        # a pipe is told at once, and a pipe that is closed ends the command here and not at the end
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     # transformers warns of image processors without torchvision as soon as it is imported
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     app()

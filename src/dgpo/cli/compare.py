@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -77,8 +78,8 @@ def compare(
     if not carry_out(Comparison(runs, targets, stop_at, command, out, results, not redraw)):
         places = out if results is None else f"{out} or {results}"
         raise UserError(f"there is no run to draw in {places}: leave out --redraw to train")
-    typer.echo((out / "table.md").read_text(encoding="utf-8"))
-    typer.echo(f"written to {out}: table.md, table.json, compare.png, compare.html, commands.txt")
+    print((out / "table.md").read_text(encoding="utf-8"))
+    print(f"written to {out}: table.md, table.json, compare.png, compare.html, commands.txt")
 
 
 def carry_out(comparison: Comparison) -> list[Summary]:
@@ -98,7 +99,7 @@ def carry_out(comparison: Comparison) -> list[Summary]:
     runs, stop_at, results = comparison.runs, comparison.stop_at, comparison.results
     for run in runs:
         if results is not None and take(run, results):
-            typer.echo(f"{run.name}, seed {run.seed}: taken from {results}")
+            print(f"{run.name}, seed {run.seed}: taken from {results}")
         # what would be refused is refused before hours are spent
         if state(run, stop_at) != "finished" and comparison.train:
             check_sources(run.recipe.to_dict())
@@ -110,16 +111,16 @@ def carry_out(comparison: Comparison) -> list[Summary]:
     quiet()
     for number, run in enumerate(runs, start=1):
         where = f"[{number}/{len(runs)}] {run.name}, seed {run.seed}"
-        typer.echo(f"{where}: {run.folder}")
+        print(f"{where}: {run.folder}")
         try:
             found = make(run, stop_at)
         except KeyboardInterrupt:
             write(comparison)
-            typer.echo("\nstopped; the same command goes on", err=True)
+            print("\nstopped; the same command goes on", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
-        if found == "finished":
-            typer.echo(f"{where}: found finished")
         if results is not None:
             keep(run, results)
         write(comparison)
+        if found == "finished":
+            print(f"{where}: found finished")
     return write(comparison)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from typer import Argument, Option
 
 from dgpo.errors import UserError
@@ -36,7 +35,7 @@ def detect(
     seen = eyes.look(picture, least)
     _print(seen)
     size = f"{picture.width} x {picture.height}"
-    typer.echo(f"{len(seen)} objects in {size} pixels; {eyes.detector.weights}")
+    print(f"{len(seen)} objects in {size} pixels; {eyes.detector.weights}")
 
 
 def _print(seen: list[tuple[Any, str]]) -> None:

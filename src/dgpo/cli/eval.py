@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from typer import Option
 
 from dgpo import registry
@@ -71,11 +70,12 @@ def evaluate(
     report, _ = run(policy, rows, metrics, sampling, protocol.name, processes)
     if not processes.main:
         return
-    typer.echo(_table(report))
-    if json_file is not None:
+    if json_file is not None:  # before anything is printed, which may fail
         json_file.parent.mkdir(parents=True, exist_ok=True)
         report.write(json_file)
-        typer.echo(f"written to {json_file}")
+    print(_table(report))
+    if json_file is not None:
+        print(f"written to {json_file}")
 
 
 def _table(report: Report) -> str:

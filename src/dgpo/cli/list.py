@@ -43,12 +43,12 @@ def names(
         raise UserError(f"nothing is called {kind!r}{near}; one of: {', '.join(tables)}")
     for title in [kind] if kind else tables:
         if kind is None:
-            typer.echo(f"{title}:")
+            print(f"{title}:")
         indent = "" if kind else "  "
         rows = tables[title] or {"none built in": "name your own as FILE.py:ATTRIBUTE"}
         width = max(map(len, rows))
         for name, text in rows.items():
-            typer.echo(f"{indent}{name:<{width}}  {text}".rstrip())
+            print(f"{indent}{name:<{width}}  {text}".rstrip())
 
 
 def _about(table: dict[str, Entry]) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import typer
 from typer import Option
 
 from dgpo.cli.checks import load_recipe
@@ -41,7 +40,7 @@ def plan(
     on_gpus = device == "cuda" or gpus or gpu_memory is not None
     machine = Machine("cuda", gpus or 1) if on_gpus else None
     made = make_plan(settings, Machine("cpu") if device == "cpu" else machine)
-    typer.echo(str(made))
+    print(made)
     limit = memory if gpu_memory is None else gpu_memory
     if limit is not None:
         made.refuse_beyond(int(limit * 1e9))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from typer import Argument, Option
 
 from dgpo.cli.checks import check_file
@@ -30,4 +29,4 @@ def prompts(
     from dgpo.generators import make_rows, write_rows
 
     write_rows(out, make_rows(kind, n, seed, left_out))
-    typer.echo(f"{n} prompts in {out}")
+    print(f"{n} prompts in {out}")

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from typer import Option
 
 from dgpo.cli.checks import check_folder, check_lora, load_recipe
@@ -76,16 +75,17 @@ def rank(
     desk = Desk(Store(folder), raters)
     desk.reopen()
     page.start(desk, ask)
-    typer.echo(f"{page.invitation}; kept in {folder}")
+    print(f"{page.invitation}; kept in {folder}")
+    stopped = ""
     try:
         _draw(artist, desk, groups, ahead)
         desk.note = "All groups are ranked. Thank you!"
         time.sleep(FAREWELL)
     except KeyboardInterrupt:
-        typer.echo("\nstopped")
+        stopped = "\nstopped\n"
     finally:
         page.stop()
-        _export(desk, folder)
+        _export(desk, folder, stopped)
 
 
 def _reward(settings: Any) -> str:
@@ -114,12 +114,12 @@ def _draw(artist: Artist, desk: Desk, groups: int | None, ahead: int) -> None:
     desk.wait_until_empty()
 
 
-def _export(desk: Desk, folder: Path) -> None:
+def _export(desk: Desk, folder: Path, stopped: str) -> None:
     """Write the ranked groups as a dataset, and say how far raters agree."""
     from dgpo.ranking.dataset import export
 
     done, agreement = export(desk.store), desk.state().agreement
     desk.store.close()
-    typer.echo(f"{done} ranked groups in {folder}/groups.jsonl; the same command goes on")
+    print(f"{stopped}{done} ranked groups in {folder}/groups.jsonl; the same command goes on")
     if agreement.share is not None:
-        typer.echo(f"raters agree on {agreement.share:.0%} of {agreement.pairs} pairs")
+        print(f"raters agree on {agreement.share:.0%} of {agreement.pairs} pairs")

@@ -79,7 +79,7 @@ def sample(
         seeds = range(seed + done, seed + done + len(texts))
         made = make(texts, seeds)
         done += len(save_media(made, out, how.video, how.fps, first=done))
-    typer.echo(f"{done} pictures in {out}")
+    print(f"{done} pictures in {out}")
 
 
 def _batches(texts: Sequence[str], size: int) -> list[Sequence[str]]:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from typer import Option
 
 from dgpo.cli.checks import check_file, check_rewards
@@ -59,10 +58,11 @@ def score(
         by_name = rewards(opened, rows[start : start + batch]).by_name
         for name, values in by_name.items():
             scores[name] += values.tolist()
+    if json_file is not None:  # before anything is printed, which may fail
+        _write(json_file, files, rows, scores)
     _print(files, rows, scores)
     if json_file is not None:
-        _write(json_file, files, rows, scores)
-        typer.echo(f"written to {json_file}")
+        print(f"written to {json_file}")
 
 
 def picture_files(place: Path) -> list[Path]:
@@ -123,7 +123,8 @@ def _write(
     out: Path, files: Sequence[Path], rows: Sequence[Prompt], scores: dict[str, list[float]]
 ) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", encoding="utf-8") as stream:
+    # the name of a file may hold bytes that are no text: JSON writes them as escapes
+    with out.open("w", encoding="utf-8", errors="backslashreplace") as stream:
         for place, (file, row) in enumerate(zip(files, rows, strict=True)):
             values = {name: column[place] for name, column in scores.items()}
             line = {"image": str(file), "prompt": row.text, "scores": values}

@@ -5,16 +5,12 @@ from __future__ import annotations
 import importlib.util
 from typing import Annotated
 
-import typer
 from typer import Option
 
 from dgpo.cli.checks import check_rewards
 from dgpo.cli.options import Host, Port, Rewards, TokenFile
 from dgpo.errors import UserError
 from dgpo.serve.access import token_for
-
-CONNECTIONS = 64
-"""The most connections at a time; a client keeps up to four."""
 
 
 def serve(
@@ -37,15 +33,12 @@ def serve(
     check_rewards(reward)
     import uvicorn
 
-    from dgpo.serve.app import make_app
-    from dgpo.serve.limits import Limits
+    from dgpo.serve.app import Limits, make_app
+    from dgpo.serve.guard import uvicorn_settings
     from dgpo.serve.ready import ready
 
     sets = ready(reward)
     limits = Limits(body=max_mb * 2**20, images=max_images, pixels=max_megapixels * 10**6)
     app = make_app(sets, token, limits, batch=batch)
-    typer.echo(
-        f"serving {', '.join(own.names[0] for own in sets)}; the interface is described at /docs"
-    )
-    # with more at a time, too many pictures would be unpacked in memory: they are told to try again
-    uvicorn.run(app, host=host, port=port, access_log=False, limit_concurrency=CONNECTIONS)
+    print(f"serving {', '.join(own.names[0] for own in sets)}; the interface is described at /docs")
+    uvicorn.run(app, host=host, port=port, **uvicorn_settings())

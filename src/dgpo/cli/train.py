@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,12 +51,12 @@ def train(
             raise typer.Exit(INTERRUPTED) from None
         if (folder / "recipe.yaml").exists():
             hint = f"go on with: dgpo train {folder / 'recipe.yaml'} --resume"
-            typer.echo(f"\nstopped; what was done is in {folder}; {hint}", err=True)
+            print(f"\nstopped; what was done is in {folder}; {hint}", file=sys.stderr)
         else:
-            typer.echo("\nstopped before the run began", err=True)
+            print("\nstopped before the run began", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     if main_process:
-        typer.echo(f"done: {folder}/README.md says what was measured, {folder}/curve.png shows it")
+        print(f"done: {folder}/README.md says what was measured, {folder}/curve.png shows it")
 
 
 def check_new_run(settings: Recipe) -> None:
@@ -83,5 +84,5 @@ def _repeated(manifest: Path, overrides: list[str]) -> list[str]:
     )
     if processes.main:
         for difference in differences(starts):
-            typer.echo(f"warning: {difference}", err=True)
+            print(f"warning: {difference}", file=sys.stderr)
     return [f"run.dir={json.dumps(folder, ensure_ascii=False)}", *overrides]

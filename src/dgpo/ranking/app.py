@@ -11,17 +11,15 @@ import sqlite3
 from collections.abc import Callable
 from importlib.resources import files
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI, HTTPException, Path, Query
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from dgpo.ranking.answers import Answer, Kind
 from dgpo.ranking.desk import Desk
 from dgpo.ranking.store import Group, Store
-from dgpo.serve.access import loopback
-from dgpo.serve.limits import Gate
+from dgpo.serve.guard import Guard
 
 BODY = 64 * 1024
 """The most bytes of an answer."""
@@ -149,7 +147,7 @@ def make_app(desk: Desk, ask: Kind = "likes", token: str | None = None) -> Any:
         content = (files("dgpo.ranking") / "page" / name).read_bytes()
         app.get(path)(_static(content, kind))
 
-    return _Headers(_ThisMachine(Gate(app, token, BODY, PAGES), token))
+    return _Headers(Guard(app, token, BODY, "application/json", PAGES))
 
 
 def _serve_pictures(app: FastAPI, store: Store) -> None:
@@ -198,28 +196,3 @@ class _Headers:
             await send(message)
 
         await self._app(scope, receive, answer)
-
-
-class _ThisMachine:
-    """ASGI middleware that answers to names of this machine alone where there is no token, so that
-    a page elsewhere cannot reach it by a name of its own that points here."""
-
-    def __init__(self, app: Any, token: str | None) -> None:
-        self._app, self._token = app, token
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and self._token is None:
-            given = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
-            if not _names_this_machine(given):
-                detail = "open this page as 127.0.0.1 or localhost, or start it with a token file"
-                await JSONResponse({"detail": detail}, 403)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-def _names_this_machine(host: str) -> bool:
-    try:
-        name = urlsplit(f"//{host}").hostname
-    except ValueError:
-        return False
-    return name is not None and loopback(name)

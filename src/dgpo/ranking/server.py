@@ -15,7 +15,6 @@ from dgpo.ranking.desk import Desk
 from dgpo.serve.access import token_for
 
 PORT = 8766
-CONNECTIONS = 64
 
 
 class PageServer:
@@ -70,14 +69,10 @@ class PageServer:
         import uvicorn
 
         from dgpo.ranking.app import make_app
+        from dgpo.serve.guard import uvicorn_settings
 
-        config = uvicorn.Config(
-            make_app(desk, ask, self._token),
-            log_level="error",
-            access_log=False,
-            limit_concurrency=CONNECTIONS,
-        )
-        self._server = uvicorn.Server(config)
+        app = make_app(desk, ask, self._token)
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="error", **uvicorn_settings()))
         self._thread = threading.Thread(
             target=self._server.run, args=([self._socket],), daemon=True, name="ranking page"
         )

@@ -10,6 +10,7 @@ from PIL import Image
 from dgpo.errors import UserError
 from dgpo.rewards.call_limits import Again
 from dgpo.rewards.loading import need
+from dgpo.secrets import without
 
 if TYPE_CHECKING:
     import httpx
@@ -59,10 +60,25 @@ def send(client: httpx.Client, method: str, path: str, **body: Any) -> httpx.Res
         response = client.request(method, path, **body)
     except httpx.HTTPError as error:
         gone = isinstance(error, httpx.TransportError)
-        raise Again(f"{type(error).__name__} {error}", gone) from error
+        raise Again(told_by(client, error), gone) from None
     if response.status_code in AWAY:
-        raise Again(f"status {response.status_code}: {response.text[:160]}", gone=True)
+        raise Again(f"status {response.status_code}: {text_of(response)[:160]}", gone=True)
     return response
+
+
+def text_of(response: httpx.Response) -> str:
+    """Return the text of an answer, without the token if the server repeats it."""
+    return _without_token(response.request, response.text)
+
+
+def told_by(client: httpx.Client, error: Exception) -> str:
+    """Return the type and the message of a broken connection, which may quote what was received,
+    without the token. Raise it ``from None``: the error itself is not without."""
+    return _without_token(client, f"{type(error).__name__} {error}")
+
+
+def _without_token(asked: httpx.Client | httpx.Request, text: str) -> str:
+    return without(asked.headers.get("Authorization", "").removeprefix("Bearer "), text)
 
 
 def png(image: Image.Image) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +17,10 @@ from dgpo.errors import UserError
 from dgpo.models.pipeline.rollout import Rollout
 from dgpo.models.policy import Policy, RollingWeights
 from dgpo.prompts.caption import Caption
-from dgpo.rewards.http_client import connect
+from dgpo.rewards.http_client import connect, text_of, told_by
 from dgpo.rollouts.engine import LocalEngine, RolloutEngine, RolloutRequest
 from dgpo.rollouts.wire import Ask, hash_of, unpack
+from dgpo.secrets import token_in
 
 TOLERANCE = 0.1
 """The largest relative difference (root mean square) that the first sample may have from the
@@ -53,7 +53,7 @@ class RemoteEngine(RolloutEngine):
                 "rollout.engine: the server gets a LoRA, and lora: null trains none; set lora or "
                 "rollout.engine: null"
             )
-        self._client = connect("rollout.engine", url, os.environ.get(TOKEN, ""), timeout)
+        self._client = connect("rollout.engine", url, token_in(TOKEN), timeout)
         self._policy, self._url, self._scheduler = policy, url, scheduler
         self._sent: str | None = None
         self._checked = False
@@ -99,7 +99,7 @@ class RemoteEngine(RolloutEngine):
             call=self._policy.model.call,
             weights=self._sent,
         )
-        data = self._ask("POST", "/v1/rollout", json=ask.model_dump())
+        data = self._ask("POST", "/v1/rollout", json=ask.model_dump()).content
         self.bytes_received += len(data)
         made = unpack(data, len(request.seeds), self._sent)
         if not self._checked:
@@ -111,7 +111,7 @@ class RemoteEngine(RolloutEngine):
     def _send(self, name: str, data: bytes) -> None:
         """Send weights; the server answers with the hash of the tensors that it has read."""
         self._sent = None  # if anything fails now, nobody knows which weights the server has
-        answer = self._ask("PUT", f"/v1/weights/{name}", content=data)
+        answer = text_of(self._ask("PUT", f"/v1/weights/{name}", content=data))
         self.bytes_sent += len(data)
         try:
             there = json.loads(answer)["weights"]
@@ -146,23 +146,23 @@ class RemoteEngine(RolloutEngine):
                 "same sampler and precision, and see that it applies the LoRA"
             )
 
-    def _ask(self, method: str, path: str, **body: Any) -> bytes:
+    def _ask(self, method: str, path: str, **body: Any) -> Any:
         import httpx
 
         try:
             response = self._client.request(method, path, **body)
         except httpx.HTTPError as error:
             raise UserError(
-                f"rollout.engine = {self._url!r}: no answer ({type(error).__name__} {error}); "
+                f"rollout.engine = {self._url!r}: no answer ({told_by(self._client, error)}); "
                 "start it with: python -m dgpo.rollouts.server MODEL"
-            ) from error
+            ) from None
         if response.status_code != 200:
             hint = f"; set {TOKEN}" if response.status_code == 401 else ""
             raise UserError(
                 f"rollout.engine = {self._url!r} refused with status {response.status_code}: "
-                f"{response.text[:300]}{hint}"
+                f"{text_of(response)[:300]}{hint}"
             )
-        return response.content
+        return response
 
 
 def _apart(one: Tensor, other: Tensor) -> float:

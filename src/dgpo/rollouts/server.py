@@ -20,7 +20,7 @@ from fastapi.concurrency import run_in_threadpool
 from peft.tuners.lora import LoraLayer
 from pydantic import ValidationError
 
-from dgpo.errors import UserError
+from dgpo.errors import UserError, told
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.pipeline.rollout import Rollout
 from dgpo.models.samplers.schedulers import make_scheduler
@@ -29,7 +29,7 @@ from dgpo.models.weights.snapshots import exchanged
 from dgpo.registry import SAMPLERS
 from dgpo.rollouts.wire import Ask, hash_of, pack
 from dgpo.serve.access import token_for
-from dgpo.serve.limits import Gate
+from dgpo.serve.guard import Guard, uvicorn_settings, why
 
 LARGEST = 2**32
 """How many bytes a LoRA file may have."""
@@ -93,15 +93,15 @@ class Sampler:
         """
         with self._lock:
             if ask.weights != self._weights:
-                raise Stale(f"weights {self._weights} are in place, not {ask.weights}")
+                raise Stale(f"weights {self._weights} are in place, not {ask.weights!s:.80}")
             if len(ask.seeds) != len(ask.texts):
                 raise UserError(f"{len(ask.seeds)} seeds for {len(ask.texts)} texts")
-            model = self._model(ask.call)
             if ask.scheduler is not None and ask.scheduler not in SAMPLERS:
                 # a path would import what the asker names: code from outside is never run here
                 raise UserError(f"scheduler = {ask.scheduler!r:.80}: only {', '.join(SAMPLERS)}")
-            own = ask.scheduler and make_scheduler(ask.scheduler, self._pipe.scheduler)
-            with self._merged():
+            with self._merged(), _blamed(ask.call):
+                model = self._model(ask.call)
+                own = ask.scheduler and make_scheduler(ask.scheduler, self._pipe.scheduler)
                 return model.rollout(
                     model.encode(ask.texts, guidance=ask.guidance_scale != 1),
                     steps=ask.steps,
@@ -155,13 +155,24 @@ def make_app(pipe: Any, token: str | None = None) -> Any:
         try:
             ask = Ask.model_validate_json(await request.body())
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            where = ".".join(map(str, first["loc"])) or "request"
-            raise HTTPException(422, f"{where}: {first['msg']}") from None
+            raise HTTPException(422, why(error)) from None
         made = await run_in_threadpool(_answered, sampler.sample, ask)
         return Response(pack(made, ask.weights), media_type="application/octet-stream")
 
-    return Gate(app, token, LARGEST)
+    return Guard(app, token, LARGEST, "application/json")
+
+
+@contextmanager
+def _blamed(call: dict[str, Any]) -> Iterator[None]:
+    """Blame the request for whatever a pipeline raises: its arguments are the asker's."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the pipeline cannot sample with {call!r:.200}: {told(error):.500}"
+        ) from error
 
 
 def _answered(call: Any, *arguments: Any) -> Any:
@@ -190,7 +201,7 @@ def main(
         app = make_app(load_for_sampling(model, precision), token)
     except UserError as error:
         raise SystemExit(str(error)) from error
-    uvicorn.run(app, host=host, port=port, access_log=False)
+    uvicorn.run(app, host=host, port=port, **uvicorn_settings())
 
 
 if __name__ == "__main__":

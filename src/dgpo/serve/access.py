@@ -1,4 +1,4 @@
-"""Says who may reach a server: tokens in files, and addresses of this machine alone."""
+"""Says who may reach a server: those who know a token, or this machine alone."""
 
 from __future__ import annotations
 
@@ -6,21 +6,7 @@ import ipaddress
 from pathlib import Path
 
 from dgpo.errors import UserError
-
-
-def read_token(file: Path) -> str:
-    """Read the token in a file.
-
-    Raises:
-        UserError: the file cannot be read, or holds no word that can be a token.
-    """
-    try:
-        token = file.expanduser().read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"token file {file}: {error}") from error
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise UserError(f"token file {file}: should hold one word of ASCII letters and digits")
-    return token
+from dgpo.secrets import token_of
 
 
 def loopback(host: str) -> bool:
@@ -46,7 +32,7 @@ def token_for(
         UserError: others reach the host and there is no token, or its file cannot be read.
     """
     if file is not None:
-        return read_token(file)
+        return token_of(file)
     if not loopback(host):
         raise UserError(f"{names[0]} {host}: anyone who reaches it could ask; give {names[1]} too")
     return None

@@ -3,25 +3,42 @@
 import asyncio
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, File, Form, HTTPException, UploadFile
+from fastapi import APIRouter, FastAPI, File, Form, HTTPException, Request, UploadFile
 from fastapi.concurrency import run_in_threadpool
+from fastapi.routing import APIRoute
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from starlette.exceptions import HTTPException as StarletteError
 
 from dgpo.prompts import Prompt
 from dgpo.rewards import RewardSet
 from dgpo.rewards.mixing import COLUMN
 from dgpo.serve.batching import Batcher, Busy, Failed, Refused
-from dgpo.serve.limits import Gate, Limits
+from dgpo.serve.guard import Guard, why
 from dgpo.serve.pictures import BadPicture, open_picture, size_of
 
 T = TypeVar("T")
 VERSION = version("dgpo")
 _FRAMES = "; a request about videos has 'frames', the number of pictures of each, others have not"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The bounds of one request."""
+
+    body: int = 64 * 2**20
+    """Bytes of the whole request."""
+    images: int = 64
+    """Pictures, frames of videos too."""
+    pixels: int = 2**26
+    """Pixels of all pictures together."""
+    seconds: float = 300.0
+    """Seconds until the answer."""
 
 
 class Question(BaseModel):
@@ -66,8 +83,11 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "a picture or the request cannot be read",
         401: "no valid token",
+        403: "another machine's name or another page's origin, and no token is set",
         404: "no such reward",
+        408: "the body came too slowly",
         413: "too many bytes, pictures or pixels",
+        415: "the body is not multipart/form-data",
         422: "the rows cannot be scored",
         503: "busy, or the reward has failed: try again",
         504: "no score in time",
@@ -97,6 +117,22 @@ def make_app(
         description="Scores of pictures. Send `Authorization: Bearer TOKEN` if a token is set.",
     )
 
+    class Bounded(APIRoute):
+        """A route whose forms are bounded by what is announced, not by starlette's defaults."""
+
+        def get_route_handler(self) -> Any:
+            handle = super().get_route_handler()
+
+            async def bounded(request: Request) -> Any:
+                try:
+                    await request.form(max_files=bounds.images, max_part_size=bounds.body)
+                except StarletteError as error:  # starlette says 400 to all that it cannot read
+                    status = 413 if "aximum" in str(error.detail) else error.status_code
+                    raise HTTPException(status, error.detail) from None
+                return await handle(request)
+
+            return bounded
+
     @app.get("/health")
     async def health() -> Health:
         """Return whether the server runs; needs no token."""
@@ -112,7 +148,9 @@ def make_app(
             max_bytes=bounds.body,
         )
 
-    @app.post("/v1/score", responses=REFUSALS)
+    forms = APIRouter(route_class=Bounded)
+
+    @forms.post("/v1/score", responses=REFUSALS)
     async def score(
         request: Annotated[str, Form(description="JSON: " + ", ".join(Question.model_fields))],
         images: Annotated[
@@ -122,7 +160,8 @@ def make_app(
         """Score pictures or videos, in order, with each of the rewards asked for."""
         return await scorer.score(_question(request), images)
 
-    return Gate(app, token, bounds.body)
+    app.include_router(forms)
+    return Guard(app, token, bounds.body, "multipart/form-data")
 
 
 class _Scorer:
@@ -143,10 +182,6 @@ class _Scorer:
         names = list(dict.fromkeys(question.rewards or self.names))
         for name in names:
             self._check(name, question.frames is not None)
-        if len(images) > self._limits.images:
-            raise HTTPException(
-                413, f"{len(images)} pictures; at most {self._limits.images} at once"
-            )
         rows = _rows(question, len(images))
         data = [await image.read() for image in images]
         pictures: list[Any] = await run_in_threadpool(_opened, data, self._limits.pixels)
@@ -180,9 +215,7 @@ def _question(text: str) -> Question:
     try:
         return Question.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        raise HTTPException(400, f"request: {key + ': ' if key else ''}{first['msg']}") from None
+        raise HTTPException(400, why(error)) from None
 
 
 def _rows(question: Question, count: int) -> list[Prompt]:

@@ -22,10 +22,10 @@ from PIL import Image
 
 from dgpo.errors import UserError
 from dgpo.rewards.call_limits import Again, persist
-from dgpo.rewards.http_client import connect, png, send
+from dgpo.rewards.http_client import connect, png, send, text_of
 from dgpo.rewards.reward import Media, Reward, RewardFailure, Texts
 from dgpo.rewards.shipped.video import frames_of
-from dgpo.secrets import PASSWORD
+from dgpo.secrets import PASSWORD, token_in, token_of
 
 _HEADERS = 512
 """The most bytes that a request has, and each part of it, besides the picture or prompt row."""
@@ -187,11 +187,11 @@ class HttpReward(Reward):
                 gone=True,
             ) from failure
         try:
-            answer = response.json()
+            answer = json.loads(text_of(response))
         except ValueError:
             answer = None
         if response.status_code != 200:
-            detail = answer.get("detail") if isinstance(answer, dict) else response.text[:160]
+            detail = answer.get("detail") if isinstance(answer, dict) else text_of(response)[:160]
             hint = "; set DGPO_REWARD_TOKEN_FILE" if response.status_code == 401 else ""
             raise UserError(
                 f"reward 'http': {address} refused with status {response.status_code}: "
@@ -225,12 +225,7 @@ class HttpReward(Reward):
 
     def _token(self) -> str:
         file = self.token_file or os.environ.get("DGPO_REWARD_TOKEN_FILE")
-        if not file:
-            return os.environ.get("DGPO_REWARD_TOKEN", "")
-        try:
-            return Path(file).expanduser().read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise UserError(f"reward 'http': token file {file}: {error}") from error
+        return token_of(Path(file)) if file else token_in("DGPO_REWARD_TOKEN")
 
 
 def _json_of(given: Any) -> str:

@@ -7,6 +7,7 @@ Answers cost a request for each picture; they are sent in parallel.
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -18,8 +19,9 @@ from PIL import Image
 
 from dgpo.errors import UserError
 from dgpo.rewards.call_limits import Again, persist
-from dgpo.rewards.http_client import connect, png, send
+from dgpo.rewards.http_client import connect, png, send, text_of, told_by
 from dgpo.rewards.reward import Media, Reward, RewardFailure, Texts
+from dgpo.secrets import token, token_in
 
 TEMPLATE = """\
 You are given a picture that was made for this description: "{prompt}"
@@ -106,9 +108,9 @@ class VLMJudge(Reward):
                 client.get("/models")
             except httpx.HTTPError as error:
                 raise UserError(
-                    f"reward {self.name!r}: no server at {client.base_url} ({error}); start "
-                    f"one, or set {self.variable}_URL"
-                ) from error
+                    f"reward {self.name!r}: no server at {client.base_url} "
+                    f"({told_by(client, error)}); start one, or set {self.variable}_URL"
+                ) from None
 
     def __call__(self, images: Media, prompts: Texts, **columns: Any) -> list[float]:
         """One score for each picture.
@@ -136,7 +138,8 @@ class VLMJudge(Reward):
 
     def _client(self) -> Any:
         url = self._setting(self.url, "URL")
-        key = self.key or os.environ.get(f"{self.variable}_KEY", "")
+        variable = f"{self.variable}_KEY"
+        key = token_in(variable) if self.key is None else token(self.key, "the option key")
         # as many connections as may be asked at once: httpx's own limit would make others too late
         return connect(f"reward {self.name!r}", url, key, self.timeout, self.workers)
 
@@ -177,16 +180,16 @@ class VLMJudge(Reward):
     def _ask(self, client: Any, body: dict[str, Any]) -> str:
         response = send(client, "POST", "/chat/completions", json=body)
         if response.status_code >= 500:
-            raise Again(f"status {response.status_code}: {response.text[:160]}")
+            raise Again(f"status {response.status_code}: {text_of(response)[:160]}")
         if response.status_code != 200:
             raise UserError(
                 f"reward {self.name!r}: {client.base_url} refused the request with status "
-                f"{response.status_code}: {response.text[:200]}"
+                f"{response.status_code}: {text_of(response)[:200]}"
             )
         try:
-            return str(response.json()["choices"][0]["message"]["content"])
+            return str(json.loads(text_of(response))["choices"][0]["message"]["content"])
         except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise Again(f"not a chat completion: {response.text[:160]}") from error
+            raise Again(f"not a chat completion: {text_of(response)[:160]}") from error
 
     def _read(self, answer: str) -> float:
         found = list(re.finditer(self.pattern, answer))
