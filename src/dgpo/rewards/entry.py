@@ -43,13 +43,12 @@ class Entry:
             RewardFailure: there is no usable answer after all tries.
         """
 
-        def ask() -> Tensor:
+        def ask() -> list[float]:
             how = self.reward if grouped else self.reward.alone
             pictures, prompts, given = self.given(images, texts, columns)
-            answer = numbers(self.name, how(pictures, prompts, **given), texts)
-            return torch.tensor(answer, dtype=torch.float32)
+            return numbers(self.name, how(pictures, prompts, **given), texts)
 
-        return self.limits(ask)
+        return torch.tensor(self.limits(ask), dtype=torch.float32)
 
     def tell(self, hook: str, /, *given: Any, **columns: Any) -> None:
         """Call one of the reward's other hooks."""
