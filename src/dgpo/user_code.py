@@ -17,7 +17,7 @@ from dgpo.errors import told
 from dgpo.interrupts import Terminated
 
 T = TypeVar("T")
-_PASSED_ON = (Exception, KeyboardInterrupt, SystemExit, GeneratorExit, Terminated)
+_PASSED_ON = (Exception, KeyboardInterrupt, SystemExit, Terminated)
 _ALIKE = (str, bytes, int, float, complex, bool, type(None))
 
 _lock = threading.RLock()
@@ -150,7 +150,7 @@ def own(value: T) -> T:
 def _of_thread() -> tuple[_State, ...]:
     """What each thread has for itself, but for the modes that the guard restores."""
     import numpy as np
-    import torch
+    import torch.utils._device
 
     def handlers() -> Any:
         if threading.current_thread() is threading.main_thread():
@@ -175,13 +175,24 @@ def _of_thread() -> tuple[_State, ...]:
             torch.set_autocast_dtype(kind, dtype)
         torch.set_autocast_cache_enabled(before[-1])
 
-    def device(before: torch.device) -> None:
-        # "cpu" would leave a mode in force that every operation passes
-        torch.set_default_device(None if before.type == "cpu" else before)
+    # of set_default_device, and of a device or another mode that was entered and never left
+    held, modes = torch._GLOBAL_DEVICE_CONTEXT, torch.overrides
+    device: Any = torch.utils._device
+
+    def devices() -> list[Any]:
+        context = getattr(held, "device_context", None)
+        return [context, device.CURRENT_DEVICE, *modes._get_current_function_mode_stack()]
+
+    def place(before: list[Any]) -> None:
+        for _ in modes._get_current_function_mode_stack():
+            modes._pop_mode()
+        held.device_context, device.CURRENT_DEVICE, *stack = before
+        for mode in stack:
+            modes._push_mode(mode)
 
     return (
         _State("autocast", autocast, cast),
-        _State("the default device", torch.get_default_device, device),
+        _State("the default device", devices, place),
         _State("numpy's handling of errors", np.geterr, lambda before: np.seterr(**before)),
         _State("the handlers of Ctrl-C and SIGTERM", handlers, handle),
     )

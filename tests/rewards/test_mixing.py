@@ -80,7 +80,7 @@ def test_large_rewards_are_rewards(combine):
     assert all(math.isfinite(value) for value in large.figures.values())
     merit = GROUPS.normalize(large.merit)
     torch.testing.assert_close(merit, GROUPS.normalize(expected), rtol=1e-4, atol=1e-5)
-    with pytest.raises(UserError, match=r"10 x a 3\S+e\+38, is infinite in float32"):
+    with pytest.raises(UserError, match=r"10 x a 3e\+38, is infinite in float32"):
         mix({"a": torch.full((12,), 3e38)}, both(10.0), GROUPS, combine)
 
 
