@@ -163,9 +163,10 @@ def test_global_random_streams_are_the_users_and_go_on() -> None:
 
 def test_what_is_no_exception_is_one() -> None:
     for error in (asyncio.CancelledError("gone"), BaseException("base")):
-        word = rf"{type(error).__name__}: .*test_user_code\.py"
-        with pytest.raises(RuntimeError, match=word), user_code("x"):
+        word = f"{type(error).__name__}: {error}"
+        with pytest.raises(RuntimeError, match=word) as raised, user_code("x"):
             raise error
+        assert "(test_user_code.py, line" in told(raised.value)
     for stop in (KeyboardInterrupt, SystemExit):
         with pytest.raises(stop), user_code("x"):
             raise stop

@@ -146,7 +146,7 @@ def resolve(kind: str, name: str) -> Any:
     where = MOVED.get(where, where)
     if not colon:
         raise UserError(unknown(kind, name))
-    with nullcontext() if entry else user_code(f"{kind} {name!r}"):
+    with nullcontext() if entry else user_code(f"importing {kind} {name!r}"):
         read = _from_file(kind, where) if where.endswith(".py") else _from_name(kind, name, where)
         found: Any = read
         for part in attribute.split("."):

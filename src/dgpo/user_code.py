@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
 
-from dgpo.errors import told
+from dgpo.errors import message
 from dgpo.interrupts import Terminated
 
 T = TypeVar("T")
@@ -76,7 +76,8 @@ def user_code(who: str) -> Iterator[None]:
         except _PASSED_ON:
             raise
         except BaseException as error:  # it would pass by all that handles failures
-            raise RuntimeError(told(error)) from error
+            said = f"{type(error).__name__}: {message(error)}"
+            raise RuntimeError(said).with_traceback(error.__traceback__) from error
         finally:
             modes = {
                 "the grad mode": torch.is_grad_enabled() != grad,
