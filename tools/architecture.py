@@ -29,6 +29,7 @@ ROOMS: dict[str, str] = {
     "errors": "`UserError`, the one error that users are told.",
     "secrets": "What must not be shown or written: tokens and keys.",
     "interrupts": "Ctrl-C and SIGTERM, held back while something must not be cut off.",
+    "user_code": "Code that is not ours: what it changes of the process is put back.",
     "disk": "Files that are written whole or not at all.",
     "settings": "Frozen settings, and one line that puts a wrong one right.",
     "registry": "The names that recipes take, and where each one lives; it reads `registry.yaml`.",
@@ -61,7 +62,17 @@ ROOMS: dict[str, str] = {
     "cli": "The command `dgpo`.",
 }
 """Every room with a sentence, each after all that it may import."""
-GROUND = ("errors", "secrets", "interrupts", "disk", "settings", "registry", "reserved", "media")
+GROUND = (
+    "errors",
+    "secrets",
+    "interrupts",
+    "user_code",
+    "disk",
+    "settings",
+    "registry",
+    "reserved",
+    "media",
+)
 """Rooms that all others may use; the picture shows them as one."""
 
 

@@ -41,4 +41,12 @@ def told(error: BaseException) -> str:
     raised, because the report shows no traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{where}"
+    return f"{type(error).__name__}: {message(error)}{where}"
+
+
+def message(error: BaseException) -> str:
+    """Return the message of an error, whatever its class makes of it."""
+    try:
+        return str(error)
+    except Exception as broken:
+        return f"its message cannot be read ({type(broken).__name__})"

@@ -13,12 +13,14 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dgpo.errors import UserError, told
+from dgpo.errors import UserError, message, told
+from dgpo.user_code import user_code
 
 try:
     from yaml import CSafeLoader as SafeLoader  # ten times as fast, where libyaml is there
@@ -147,14 +149,15 @@ def resolve(kind: str, name: str) -> Any:
     where = MOVED.get(where, where)
     if not colon:
         raise UserError(unknown(kind, name))
-    module = _from_file(kind, where) if where.endswith(".py") else _from_name(kind, name, where)
-    found: Any = module
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            names = [n for n in vars(module) if not n.startswith("_")]
-            raise UserError(f"{kind} {name!r}: {where} has no {part!r}{nearest(part, names)}")
-        found = getattr(found, part)
-    return found
+    with nullcontext() if entry else user_code(f"importing {kind} {name!r}"):
+        read = _from_file(kind, where) if where.endswith(".py") else _from_name(kind, name, where)
+        found: Any = read
+        for part in attribute.split("."):
+            if not hasattr(found, part):
+                names = [n for n in vars(read) if not n.startswith("_")]
+                raise UserError(f"{kind} {name!r}: {where} has no {part!r}{nearest(part, names)}")
+            found = getattr(found, part)
+        return found
 
 
 def _from_name(kind: str, name: str, where: str) -> ModuleType:
@@ -167,7 +170,7 @@ def _from_name(kind: str, name: str, where: str) -> ModuleType:
 
 def _told(error: Exception) -> str:
     # one line tells a misspelt module from a dependency that is not installed
-    return str(error) if isinstance(error, ImportError) else told(error)
+    return message(error) if isinstance(error, ImportError) else told(error)
 
 
 def _from_file(kind: str, where: str) -> ModuleType:

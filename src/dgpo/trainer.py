@@ -8,6 +8,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import torch
 from typing_extensions import Unpack
 
 from dgpo.algorithms.base import Algorithm, BaseAlgorithm
@@ -149,7 +150,8 @@ class Trainer:
             if self.processes.main:
                 print(nothing_to_train(self.state))
             return self.last_report
-        with unharmed(self.processes, self.folder):
+        # a script may have switched gradients off before
+        with unharmed(self.processes, self.folder), torch.inference_mode(False):
             try_rewards(self.recipe, self.data, self._held_out)
             with self._opened() as hooks:
                 try:

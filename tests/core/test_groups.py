@@ -30,7 +30,9 @@ def test_normalize_by_group_and_by_batch():
     expected = torch.tensor([-1, -1.5, 1, 1.5, 0, 0]) / torch.tensor([1, 1.5, 1, 1.5, 1, 1])
     torch.testing.assert_close(group, expected, rtol=2e-4, atol=0)
     batch = MIXED.normalize(X, "batch")
-    expected = torch.tensor([-1, -1.5, 1, 1.5, 0, 0]) / (X.std(unbiased=False) + 1e-4)
+    expected = torch.tensor([-1, -1.5, 1, 1.5, 0, 0]) / (
+        X.std(unbiased=False) + 1e-4 * (6.5 / 6) ** 0.5
+    )
     torch.testing.assert_close(batch, expected)
     for a in (group, batch):
         torch.testing.assert_close(MIXED.sum(a), torch.zeros(3))
@@ -38,9 +40,26 @@ def test_normalize_by_group_and_by_batch():
         MIXED.normalize(X, "global")  # pyright: ignore
 
 
-def test_eps_is_added_to_the_deviation():
-    a = Groups.contiguous(1, 2).normalize(torch.tensor([0.0, 2e-4]).double())
-    torch.testing.assert_close(a, torch.tensor([-0.5, 0.5]).double())
+@pytest.mark.parametrize("scale", ["group", "batch"])
+@pytest.mark.parametrize("unit", [2.0**-14, 1e-4, 1e-30, 1e20, 1e38])
+def test_the_unit_of_the_rewards_does_not_matter(scale, unit):
+    x = torch.tensor([0.0, 0.2, 0.4, 1.0, 0.5, 0.51])
+    groups = Groups.contiguous(2, 3)
+    found = groups.normalize(unit * x, scale)
+    assert found.dtype == torch.float32 and groups.std(unit * x).isfinite().all()
+    torch.testing.assert_close(found, groups.normalize(x, scale), rtol=1e-5, atol=1e-6)
+    if unit == 2.0**-14:
+        assert torch.equal(found, groups.normalize(x, scale))
+
+
+def test_eps_damps_a_group_whose_rewards_hardly_differ_beside_the_others():
+    x = torch.tensor([0.0, 2.0, 0.0, 2e-4]).double()
+    a = Groups.contiguous(2, 2).normalize(x, eps=1e-4)
+    within = 0.5**0.5  # of deviations 1 and 1e-4
+    expected = torch.tensor([-1, 1, -1e-4, 1e-4]) / torch.tensor([1, 1, 1e-4, 1e-4]).add(
+        1e-4 * within
+    )
+    torch.testing.assert_close(a, expected.double(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bfloat16])

@@ -45,7 +45,7 @@ def test_the_sum_and_the_shares():
     a, b = numbers(0), numbers(1)
     found = mix({"a": a, "b": b}, both(2.0, -1.0), GROUPS)
     torch.testing.assert_close(found.merit, 2 * a - b)
-    assert found.merit is found.total
+    assert torch.equal(found.merit, found.total) and not found.rounded
     shares = [found.figures[f"advantage_share/{name}"] for name in "ab"]
     assert sum(shares) == pytest.approx(1)
     centred = [x - GROUPS.each(GROUPS.mean(x)) for x in (2 * a, 2 * a - b)]
@@ -54,6 +54,40 @@ def test_the_sum_and_the_shares():
     )
     assert found.figures["reward_spread/b"] == pytest.approx(float(GROUPS.std(b).mean()))
     assert set(mix({"a": a}, both(1.0), GROUPS).figures) == {"reward/a"}
+
+
+def test_two_opposite_rewards_have_equal_shares_whatever_their_units():
+    """A deviation of 0.04 and one of 4e-8, beside which 1e-4 was everything."""
+    a = 0.5 + numbers(0, 0.04)
+    for one in (1.0, -1.0):
+        found = mix({"a": a, "b": one * 1e-6 * a}, both(1.0, 1.0), GROUPS, "gdpo")
+        shares = [found.figures[f"advantage_share/{name}"] for name in "ab"]
+        assert shares == pytest.approx([0.5, 0.5], abs=1e-6)
+        # opposite ones leave nothing but rounding, which is no preference
+        assert GROUPS.spread(found.merit).tolist() == [one > 0] * 3
+    summed = mix({"a": a, "b": -1e-6 * a}, both(1.0, 1e6), GROUPS)
+    assert not GROUPS.spread(summed.merit).any() and summed.total.abs().max() > 0
+    one = mix({"a": a}, both(1.0), GROUPS, "gdpo").merit
+    other = mix({"a": 1e-6 * a}, both(1.0), GROUPS, "gdpo").merit
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("combine", ["sum", "gdpo"])
+def test_large_rewards_are_rewards(combine):
+    a = numbers(0)
+    expected = mix({"a": a}, both(1.0), GROUPS, combine).merit
+    large = mix({"a": 1e20 * a, "b": 1e37 * a}, both(1.0, 1.0), GROUPS, combine)
+    assert all(math.isfinite(value) for value in large.figures.values())
+    merit = GROUPS.normalize(large.merit)
+    torch.testing.assert_close(merit, GROUPS.normalize(expected), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match=r"10 x a 3e\+38, is infinite in float32"):
+        mix({"a": torch.full((12,), 3e38)}, both(10.0), GROUPS, combine)
+
+
+def test_a_deviation_that_is_mere_rounding_is_named():
+    a = 1000.0 + 5e-5 * numbers(0)  # neighbours in float32 are 6e-5 apart
+    assert mix({"a": a, "b": a - 1000}, both(1.0, 1.0), GROUPS).rounded == ["a"]
+    assert mix({"a": numbers(0), "b": torch.ones(12)}, both(1.0, 1.0), GROUPS).rounded == []
 
 
 def test_a_prompt_names_its_rewards():

@@ -348,8 +348,8 @@ def test_averages_move_once_for_an_optimiser_step(
         return
     right = Updater._optimize
 
-    def twice(self: Updater, iteration: int) -> Tensor:
-        norm = right(self, iteration)
+    def twice(self: Updater, *given: Any) -> str | None:
+        norm = right(self, *given)
         self.policy.old.update(self.recipe.algorithm.old_decay(self.step))
         return norm
 

@@ -81,7 +81,7 @@ class DGPO(GuidedKl, NormalizedRewards, Algorithm):
     ['ref']
     >>> rewards = torch.tensor([0.0, 1.0, 1.0, 0.0])
     >>> algorithm.advantages(rewards, Groups.contiguous(count=1, size=4))
-    tensor([-0.9998,  0.9998,  0.9998, -0.9998])
+    tensor([-0.9999,  0.9999,  0.9999, -0.9999])
     """
 
     name: ClassVar[str] = "dgpo"

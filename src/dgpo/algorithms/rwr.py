@@ -53,7 +53,7 @@ class RWR(Algorithm):
     """The largest absolute value of a normalised reward; larger ones are clamped."""
 
     def advantages(self, rewards: Tensor, groups: Groups) -> Tensor:
-        normal = groups.normalize(rewards, self.advantage_std, eps=1e-4).double()
+        normal = groups.normalize(rewards, self.advantage_std).double()
         # no largest is subtracted, which sums cannot find: exp(7 / 0.01) is finite in float64
         odds = (normal.clamp(-self.advantage_max, self.advantage_max) / self.temperature).exp()
         weights = odds / groups.each(groups.mean(odds))

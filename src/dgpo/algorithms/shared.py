@@ -32,7 +32,12 @@ def uniform_advantages(advantages: Tensor, groups: Groups) -> Tensor:
 
 
 class NormalizedRewards(Settings):
-    """The advantages are ``A = (r - mean_group) / (std + 1e-4)``, clamped."""
+    """The advantages are ``A = (r - mean_group) / std``, clamped.
+
+    Differs from the papers: published code divides by ``std + 1e-4``; what is added here is 1e-4 of
+    the deviation within all groups, so that the reward's unit does not matter
+    (:meth:`~dgpo.core.groups.Groups.normalize`).
+    """
 
     advantage_std: Literal["group", "batch"] = "batch"
     """Which deviation divides the rewards: the one in their group or in the whole batch."""
@@ -41,7 +46,7 @@ class NormalizedRewards(Settings):
 
     def advantages(self, rewards: Tensor, groups: Groups) -> Tensor:
         """Turn the rewards ``[B]`` of whole groups into advantages ``[B]``."""
-        normal = groups.normalize(rewards, self.advantage_std, eps=1e-4)
+        normal = groups.normalize(rewards, self.advantage_std)
         return normal.clamp(-self.advantage_max, self.advantage_max)
 
 

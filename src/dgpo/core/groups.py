@@ -119,34 +119,46 @@ class Groups:
     def std(self, x: Tensor) -> Tensor:
         """Return the population standard deviation of each group: ``[B] -> [count]``.
 
+        It is computed in float64, in which no square of a float32 number is infinite.
+
         Raises:
             ValueError: a group is only partly here.
         """
-        return self.mean((widen(x) - self.each(self.mean(x))).square()).sqrt()
+        return self._std(widen(x).double()).to(widen(x).dtype)
 
     def normalize(
         self, x: Tensor, scale: Literal["group", "batch"] = "group", eps: float = 1e-4
     ) -> Tensor:
-        """Return advantages ``A = (x - mean_group) / (std + eps)``, which sum to 0 in each group.
+        """Return advantages ``A = (x - mean_group) / (std + eps std_within)``, which sum to 0 in
+        each group.
+
+        ``std_within`` is the deviation of all rewards from the means of their groups, so that the
+        unit of the rewards has no influence: a group whose rewards differ by far less than those of
+        the others gets small advantages, and no other. All is computed in float64.
+
+        Differs from the papers: published code adds 1e-4 itself, which takes 9% of the advantages
+        of rewards with a deviation of 1e-3, and 99.99% at 1e-8.
 
         Args:
             x: rewards ``[B]``.
             scale: ``"group"`` divides by the standard deviation of the group, ``"batch"`` by the
                 one of all rewards of the batch (over all processes). Both are of the population.
-            eps: added to the deviation.
+            eps: the part of ``std_within`` that is added to the deviation.
 
         Returns:
-            ``[B]``, exactly zero in a group whose members are all equal.
+            ``[B]``, float32 (float64 stays), exactly zero in a group whose members are all equal.
 
         Raises:
             ValueError: a group is only partly here, or ``scale`` is neither of the two.
         """
         if scale not in ("group", "batch"):
             raise ValueError(f"scale must be 'group' or 'batch', got {scale!r}")
-        centred = widen(x) - self.each(self.mean(x))
-        std = self.each(self.std(x)) if scale == "group" else self._std_of_all(x)
-        # rounding in the mean of equal rewards leaves a residue that eps does not hide
-        return torch.where(self.each(self.spread(x)), centred / (std + eps), 0)
+        wide = widen(x).double()
+        centred = wide - self.each(self.mean(wide))
+        std = self.each(self._std(wide)) if scale == "group" else self._deviation(wide)
+        normal = centred / (std + eps * self._deviation(centred))
+        # rounding in the mean of equal rewards leaves a residue
+        return torch.where(self.each(self.spread(x)), normal, 0).to(widen(x).dtype)
 
     def spread(self, x: Tensor) -> Tensor:
         """Tell whether the members of each group differ: ``[B] -> bool [count]``.
@@ -201,8 +213,11 @@ class Groups:
         number = present.long().cumsum(0) - 1
         return Groups(number[index], self.size, int(present.sum()), self.reduce)
 
-    def _std_of_all(self, x: Tensor) -> Tensor:
-        x = widen(x)
+    def _std(self, x: Tensor) -> Tensor:
+        return self.mean((x - self.each(self.mean(x))).square()).sqrt()
+
+    def _deviation(self, x: Tensor) -> Tensor:
+        """Return the deviation of all samples from their mean."""
         samples = self.sum(torch.ones_like(x)).sum()
         mean = self.sum(x).sum() / samples
         return (self.sum((x - mean).square()).sum() / samples).sqrt()

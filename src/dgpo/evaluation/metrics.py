@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from PIL import Image
 from torch import Tensor
@@ -12,6 +13,7 @@ from dgpo.errors import UserError
 from dgpo.prompts import Prompt
 from dgpo.rewards import RewardSet, load_rewards
 from dgpo.rewards.entry import Entry, entry_of
+from dgpo.user_code import own
 
 
 class Interval(NamedTuple):
@@ -78,7 +80,7 @@ class Metrics:
         if self._each is not None:
             self._each.check(prompts)
         for metric in self._of_set:
-            metric.reward.check(list(prompts))
+            metric.tell("check", [replace(row, metadata=own(row.metadata)) for row in prompts])
 
     def of_each(
         self, images: Sequence[Image.Image], prompts: Sequence[Prompt]
@@ -103,13 +105,18 @@ class Metrics:
         columns = {key: [prompt.metadata.get(key) for prompt in prompts] for key in keys}
         found = {}
         for metric in self._of_set:
-            wanted = metric.reward.columns
-            own = {key: columns[key] for key in columns if wanted is None or key in wanted}
-            answer = metric.reward(list(images), texts, **own)
-            if not isinstance(answer, (tuple, list)) or len(answer) != 3:
-                raise UserError(
-                    f"metric {metric.name!r} returned {answer!r:.80}; a metric of a whole set "
-                    "returns (value, low, high)"
-                )
-            found[metric.name] = Interval(*map(float, answer))
+            found[metric.name] = metric.limits(
+                lambda metric=metric: _interval(metric, metric.given(images, texts, columns))
+            )
         return found
+
+
+def _interval(metric: Entry, given: tuple[list[Any], list[str], dict[str, list[Any]]]) -> Interval:
+    images, texts, columns = given
+    answer: Any = metric.reward(images, texts, **columns)
+    if not isinstance(answer, (tuple, list)) or len(answer) != 3:
+        raise UserError(
+            f"metric {metric.name!r} returned {answer!r:.80}; a metric of a whole set returns "
+            "(value, low, high)"
+        )
+    return Interval(*map(float, answer))

@@ -10,11 +10,12 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
-from dgpo.errors import UserError
+from dgpo.errors import UserError, told
 from dgpo.models.quantization import Quantization, quantized
 from dgpo.models.weights.lora_files import load as load_lora
 from dgpo.models.weights.lora_files import lora_folder
 from dgpo.registry import MODELS, resolve
+from dgpo.user_code import user_code
 
 Precision = Literal["float32", "bfloat16", "float16"]
 _VAE_PRECISION = "memory.vae_precision (--vae-precision)"
@@ -83,11 +84,12 @@ def _make(
         )
     make: Any = resolve("model", name)
     try:
-        pipe = make()
+        with user_code(f"model {name!r}"):
+            pipe = make()
     except UserError:
         raise
     except Exception as error:  # the user's own code may raise anything
-        raise UserError(f"model {name!r} raised {type(error).__name__}: {error}") from error
+        raise UserError(f"model {name!r} raised {told(error)}") from error
     if not isinstance(getattr(pipe, "components", None), Mapping):
         raise UserError(f"model {name!r} makes {pipe!r:.80}, and not a diffusers pipeline")
     if vae_dtype is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from dgpo.errors import UserError
+from dgpo.errors import UserError, told
 from dgpo.prompts.caption import PICTURES, Caption, pictures_of
 from dgpo.prompts.datasets import PREFIX, dataset_rows, without_gaps
 from dgpo.prompts.files import read_rows
 from dgpo.registry import PROMPTS, resolve
+from dgpo.user_code import user_code
 
 if TYPE_CHECKING:
     import datasets
@@ -125,9 +126,14 @@ def _made_by(name: str) -> Any:
     if not callable(function):
         raise UserError(f"prompts {name!r} is {function!r:.80}, not a function that returns rows")
     try:
-        return function()
+        with user_code(f"prompts {name!r}"):
+            made = function()
+            # a generator is the user's code as well, until its end
+            return list(made) if isinstance(made, Iterator) else made
+    except UserError:
+        raise
     except Exception as error:  # the user's own code may raise anything
-        raise UserError(f"prompts {name!r} raised {type(error).__name__}: {error}") from error
+        raise UserError(f"prompts {name!r} raised {told(error)}") from error
 
 
 def _names_file(source: str) -> bool:

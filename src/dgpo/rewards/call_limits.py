@@ -11,9 +11,10 @@ from typing import TypeVar
 
 import torch
 
-from dgpo.errors import UserError, told
+from dgpo.errors import UserError, message, told
 from dgpo.rewards.reward import RewardFailure
 from dgpo.rewards.settings import RewardSettings
+from dgpo.user_code import user_code
 
 T = TypeVar("T")
 MAX_HANGING = 8
@@ -79,13 +80,14 @@ class CallLimits:
 
     def _tried(self, call: Callable[[], T]) -> T:
         try:
-            return self._in_time(call)
+            with user_code(f"reward {self._name!r}"):  # around a call that is given up, too
+                return self._in_time(call)
         except RewardFailure as error:
             if error.skips:
                 raise
             raise Again(str(error), error.gone) from error
         except UserError as error:
-            raise RewardFailure(str(error), skips=self._skips) from error
+            raise RewardFailure(message(error), skips=self._skips) from error
         except (Exception, SystemExit) as error:
             raise Again(f"reward {self._name!r} raised {told(error)}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from dgpo.rewards.call_limits import CallLimits
 from dgpo.rewards.reward import Reward, RewardFailure, as_reward, name_of
 from dgpo.rewards.settings import RewardSettings, settings_of
 from dgpo.rewards.wrappers import Ranked
+from dgpo.user_code import own, user_code
 
 LARGEST = torch.finfo(torch.float32).max
 
@@ -40,13 +42,38 @@ class Entry:
         Raises:
             RewardFailure: there is no usable answer after all tries.
         """
-        return self.limits(lambda: self._numbers(images, texts, columns, grouped))
 
-    def _numbers(
-        self, images: list[Any], texts: list[str], columns: dict[str, list[Any]], grouped: bool
-    ) -> Tensor:
-        images, columns = given_to_rewards(images, columns)
-        wanted = self.reward.columns
+        def ask() -> list[float]:
+            how = self.reward if grouped else self.reward.alone
+            pictures, prompts, given = self.given(images, texts, columns)
+            return numbers(self.name, how(pictures, prompts, **given), texts)
+
+        return torch.tensor(self.limits(ask), dtype=torch.float32)
+
+    def tell(self, hook: str, /, *given: Any, **columns: Any) -> None:
+        """Call one of the reward's other hooks."""
+        with user_code(f"reward {self.name!r}"):
+            getattr(self.reward, hook)(*given, **columns)
+
+    def given(
+        self,
+        images: Sequence[Any],
+        texts: Sequence[str],
+        columns: Mapping[str, list[Any]],
+        all_columns: bool = False,
+    ) -> tuple[list[Any], list[str], dict[str, list[Any]]]:
+        """What the reward is given for B pictures: copies, which are its own at every try, so that
+        no reward sees what another one has drawn or cleared.
+
+        Args:
+            images, texts, columns: B of each.
+            all_columns: whether it is given the columns that it does not ask for, too.
+
+        Raises:
+            UserError: a column has the name of an argument.
+        """
+        media, columns = given_to_rewards(images, dict(columns))
+        wanted = None if all_columns else self.reward.columns
         if wanted is not None:
             columns = {key: column for key, column in columns.items() if key in wanted}
         # given by position: a metadata column called "images" must not collide with the argument
@@ -55,9 +82,8 @@ class Entry:
             raise UserError(
                 f"prompt rows have a column {min(clash)!r}; rename it: rewards use the name"
             )
-        ask = self.reward if grouped else self.reward.alone
-        answer = numbers(self.name, ask(images, texts, **columns), texts)
-        return torch.tensor(answer, dtype=torch.float32)
+        # a caption would hold its pictures, which the model is given too
+        return own(media), [str(text) for text in texts], own(columns)
 
 
 def entry_of(given: Any, how: Any) -> Entry:
@@ -74,7 +100,8 @@ def entry_of(given: Any, how: Any) -> Entry:
     settings = settings_of(name, how)
     if isinstance(given, str):
         given = resolve("reward", settings.use or name)
-    reward = as_reward(given, name, settings.options)
+    with user_code(f"reward {name!r}"):
+        reward = as_reward(given, name, settings.options)
     if settings.rank:
         if reward.group_wise:
             raise UserError(

@@ -18,6 +18,10 @@ from dgpo.registry import nearest
 COLUMN = "rewards"
 """The key under which a prompt row names its rewards: a list of names, or names and weights."""
 Combine = Literal["sum", "gdpo"]
+CANCELLED = 1e-6
+"""Parts cancel if their sum is smaller than this part of them: float32 rounds to 6e-8."""
+ROUNDING = 2.0**-23
+"""The largest distance of two neighbours in float32, in parts of their size."""
 
 
 def routed(prompts: Sequence[Prompt], weights: Mapping[str, float]) -> Tensor:
@@ -78,29 +82,44 @@ class Mixed:
     figures: dict[str, float]
     """``reward/NAME`` is the mean. Where there are several rewards, ``reward_spread/NAME`` is the
     mean deviation within a group, and ``advantage_share/NAME`` is ``sum A_k A / sum A^2`` with A
-    the sum of the parts A_k: the shares add up to 1, and a reward below 0 was outvoted."""
+    the sum of the parts A_k: the shares add up to 1, and a reward below 0 was outvoted. Where the
+    parts cancel everywhere it is ``sum A_k^2`` over that of all parts."""
+    rounded: list[str]
+    """The rewards that differ within some group by no more than float32 rounds their numbers."""
 
 
 def mix(
     by_name: Mapping[str, Tensor], weights: Tensor, groups: Groups, combine: Combine = "sum"
 ) -> Mixed:
-    """Combine the rewards of whole groups.
+    """Combine the rewards of whole groups, in float64.
 
     ``sum``: the weighted sum. ``gdpo`` (Liu et al., 2026, GDPO): ``A_k`` is reward k standardized
     within its group, ``A = sum_k w_k A_k`` is standardized over the batch. Both leave the sum
-    over each group of what is above its mean at 0.
+    over each group of what is above its mean at 0. A group whose parts cancel, as those of two
+    opposite rewards do, has no spread: what rounding leaves of them is no preference.
 
     Args:
         by_name: each reward's numbers, [B]; NaN where it was not asked.
         weights: [B, K] of :func:`routed`.
         groups: the groups of the rows.
         combine: ``sum`` or ``gdpo``.
+
+    Raises:
+        UserError: a weighted sum is infinite in float32.
     """
     asked = weights != 0
     numbers = torch.stack([value.double() for value in by_name.values()], dim=1)
     numbers = torch.where(asked, numbers, 0.0)
     # one by one and stacked: the rewards are summed in their own order
     total = (weights * numbers).T.contiguous().sum(0).float()
+    if not bool(total.isfinite().all()):
+        row = int((~total.isfinite()).nonzero()[0])
+        named = zip(by_name, weights[row].tolist(), numbers[row].tolist(), strict=True)
+        said = " + ".join(f"{weight:g} x {name} {number:g}" for name, weight, number in named)
+        raise UserError(
+            f"rewards: the weighted sum of a picture, {said}, is infinite in float32; give smaller "
+            "weights, or rewards in larger units"
+        )
     columns = range(len(by_name))
     if combine == "gdpo":
         own = torch.stack([groups.normalize(numbers[:, k]) for k in columns], dim=1)
@@ -108,16 +127,30 @@ def mix(
         own = torch.stack([_centred(numbers[:, k], groups) for k in columns], dim=1)
     parts = weights * own
     whole = parts.sum(1)
-    merit = groups.normalize(whole, "batch").float() if combine == "gdpo" else total
+    cancels = groups.each(
+        groups.sum(whole.square()) <= CANCELLED**2 * groups.sum(parts.square().sum(1))
+    )
+    whole = torch.where(cancels, 0.0, whole)
+    if combine == "gdpo":
+        merit = groups.normalize(whole, "batch").float()
+    else:
+        merit = torch.where(cancels, groups.each(groups.mean(total)), total)
     figures = {}
-    shares = (parts * whole[:, None]).sum(0) / whole.square().sum()
+    with_whole = whole[:, None] if bool(whole.any()) else parts
+    shares = (parts * with_whole).sum(0) / (parts * with_whole).sum()
     for k, (name, value) in enumerate(by_name.items()):
-        figures[f"reward/{name}"] = float(value[asked[:, k]].mean())
+        figures[f"reward/{name}"] = float(value[asked[:, k]].double().mean())
         if len(by_name) > 1:
             with_it = groups.sum(asked[:, k].double()) > 0
             figures[f"reward_spread/{name}"] = float(groups.std(numbers[:, k])[with_it].mean())
             figures[f"advantage_share/{name}"] = float(shares[k])
-    return Mixed(total, merit, figures)
+    rounded = [name for k, name in enumerate(by_name) if _rounded(numbers[:, k], groups)]
+    return Mixed(total, merit, figures, rounded)
+
+
+def _rounded(x: Tensor, groups: Groups) -> bool:
+    size = groups.mean(x.square()).sqrt()
+    return bool((groups.spread(x) & (groups.std(x) <= ROUNDING * size)).any())
 
 
 def _centred(x: Tensor, groups: Groups) -> Tensor:

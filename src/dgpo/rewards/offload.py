@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dgpo.rewards.reward import as_reward
+from dgpo.user_code import user_code
 
 
 class Offload:
@@ -49,5 +50,8 @@ class Offload:
 
 def networks(rewards: Iterable[Any]) -> list[nn.Module]:
     """The networks that rewards hold, each once."""
-    every = (module for reward in rewards for module in as_reward(reward).modules())
+    every: list[nn.Module] = []
+    for reward in map(as_reward, rewards):
+        with user_code(f"reward {reward.name!r}"):
+            every += reward.modules()
     return list({id(module): module for module in every}.values())

@@ -29,7 +29,7 @@ class Scoring:
         rewards: the rewards to ask.
         prompts: the prompt of each group.
         size: how many pictures a group has.
-        overlap: whether to ask in a thread.
+        overlap: whether to ask in a thread; rewards that disturb the process are not.
         groups: the group of each picture that will come, ascending; None for all pictures of all
             groups.
     """
@@ -52,7 +52,8 @@ class Scoring:
         self._ended = False
         self.seconds = 0.0
         """The seconds that rewards have taken."""
-        self._work: Future[None] | None = in_thread(self._run) if overlap else None
+        beside = overlap and not rewards.disturbs
+        self._work: Future[None] | None = in_thread(self._run) if beside else None
 
     def __enter__(self) -> Scoring:
         return self

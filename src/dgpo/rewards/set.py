@@ -19,6 +19,7 @@ from dgpo.rewards.entry import Entry, entry_of
 from dgpo.rewards.mixing import COLUMN, routed
 from dgpo.rewards.offload import Offload
 from dgpo.rewards.reward import RewardFailure, RewardFunction
+from dgpo.user_code import disturbs, own, user_code
 
 
 class Scores(NamedTuple):
@@ -102,13 +103,22 @@ class RewardSet:
         return {entry.name: entry.settings.weight for entry in self._entries}
 
     @property
+    def disturbs(self) -> bool:
+        """Return whether a reward has changed what the whole process shares, so that it must not be
+        asked while something else computes."""
+        return any(disturbs(f"reward {name!r}") for name in self.names)
+
+    @property
     def media(self) -> str:
         """What the rewards score: ``pictures``, ``videos`` or ``sounds``.
 
         Raises:
             UserError: not all score the same.
         """
-        found = {entry.reward.media for entry in self._entries}
+        found = set()
+        for entry in self._entries:
+            with user_code(f"reward {entry.name!r}"):
+                found.add(entry.reward.media)
         if len(found) != 1:
             raise UserError(f"rewards of {' and '.join(sorted(found))} cannot be asked together")
         return found.pop()
@@ -121,7 +131,7 @@ class RewardSet:
             UserError: the reason that the reward gives.
         """
         for entry in self._entries:
-            entry.reward.check([])
+            entry.tell("check", [])
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Let every reward refuse prompts that it cannot score, before the run starts.
@@ -131,12 +141,12 @@ class RewardSet:
         """
         for entry, rows in self._asked(prompts, routed(prompts, self.weights)):
             if rows:
-                entry.reward.check(prompts if len(rows) == len(prompts) else _told(prompts, rows))
+                entry.tell("check", _told(prompts, rows))
 
     def run_in(self, folder: Path) -> None:
         """Tell the rewards where the run's folder is."""
         for entry in self._entries:
-            entry.reward.run_in(folder)
+            entry.tell("run_in", folder)
 
     def offload(self) -> None:
         """Keep the networks of rewards on the CPU from now on, except while they are asked."""
@@ -145,7 +155,7 @@ class RewardSet:
     def close(self) -> None:
         """Let rewards put in order what they have open; they open it again when asked."""
         for entry in self._entries:
-            entry.reward.close()
+            entry.tell("close")
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
         """Score images that are in no group; no failure is passed over.
@@ -188,8 +198,8 @@ class RewardSet:
         every = _Rows(images, prompts)
         for entry, rows in self._asked(prompts, routed(prompts, self.weights)):
             for part in _by_group(rows, groups).values():
-                own, texts, columns = every.part(part)
-                entry.reward.announce(own, texts, **columns)
+                media, texts, columns = entry.given(*every.part(part), all_columns=True)
+                entry.tell("announce", media, texts, **columns)
 
     def score(
         self,
@@ -227,8 +237,17 @@ class RewardSet:
 
 
 def _told(prompts: Sequence[Prompt], rows: Sequence[int]) -> list[Prompt]:
-    """Some of the rows, which know their place among all: a reward counts those it is given."""
-    return [replace(prompts[row], where=prompts[row].place(row)) for row in rows]
+    """Some of the rows, which know their place among all: a reward counts those it is given. What
+    else they say is copied, as for a call."""
+    whole = len(rows) == len(prompts)
+    return [
+        replace(
+            prompts[row],
+            metadata=own(prompts[row].metadata),
+            where=prompts[row].where if whole else prompts[row].place(row),
+        )
+        for row in rows
+    ]
 
 
 class _Rows:

@@ -127,10 +127,17 @@ def build_batch(
     groups = every.subset(rows)
     by_name = {name: value[rows] for name, value in scored.by_name.items()}
     mixed = mix(by_name, scored.weights[rows], groups, recipe.combine)
+    for name in mixed.rounded if assignment.processes.main else ():
+        warnings.warn(
+            f"reward {name!r}: within a group its numbers differ by no more than float32 rounds "
+            "them, and its advantages are made of that: return what differs without what all "
+            "have in common",
+            stacklevel=3,
+        )
     spread = groups.spread(mixed.merit)
     figures = {
-        "reward_mean": float(mixed.total.mean()),
-        "reward_std": float(mixed.total.std(unbiased=False)),
+        "reward_mean": float(mixed.total.double().mean()),
+        "reward_std": float(mixed.total.double().std(unbiased=False)),
         "spread": float(groups.std(mixed.total).mean()),
         "groups_dropped": float((~spread).sum()),
         "groups_skipped": float(len(scored.lost)),

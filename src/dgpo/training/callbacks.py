@@ -13,10 +13,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from dgpo.distributed.processes import Processes
-from dgpo.errors import UserError, told
+from dgpo.errors import UserError, message, told
 from dgpo.evaluation import Report
 from dgpo.registry import resolve
 from dgpo.training.state import TrainerState
+from dgpo.user_code import own, user_code
 
 
 @dataclass
@@ -138,12 +139,15 @@ class Callbacks:
             if isinstance(callback, OwnCallback):
                 method(self._state, self.control, **what)
                 continue
+            if getattr(method, "__func__", None) is getattr(Callback, hook):
+                continue  # not written: nothing has to be copied for it
+            name = f"callback {type(callback).__name__}.{hook}"
             try:
-                method(self._view, self.control, **what)
+                with user_code(name):
+                    method(self._view, self.control, **own(what))
             except Exception as error:
-                name = f"callback {type(callback).__name__}.{hook}"
                 if isinstance(error, UserError):
-                    raise UserError(f"{name}: {error}") from error
+                    raise UserError(f"{name}: {message(error)}") from error
                 raise UserError(f"{name} raised {told(error)}") from error
 
     def agree(self) -> None:
@@ -206,7 +210,8 @@ def make_callbacks(given: Any, where: str) -> list[Callback]:
 def _callback(found: Any, where: str) -> Callback:
     if isinstance(found, type):
         try:
-            found = found()
+            with user_code(f"callback {found.__name__}"):
+                found = found()
         except TypeError as error:
             raise UserError(
                 f"{where}: {error}; a class that takes arguments is given as an object, by "

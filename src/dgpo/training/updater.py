@@ -28,6 +28,8 @@ FIRST_SCALE = 2.0**16
 after SCALE_GROWS steps without one, as is usual for mixed precision (arXiv 1710.03740, section
 3.2)."""
 SCALE_GROWS = 2000
+SATISFIED = 1e-30
+"""Mean weights of groups below it count as 0."""
 
 
 @dataclass
@@ -135,14 +137,16 @@ class Updater:
 
         Raises:
             NonFinite: ``guards.nonfinite`` steps in a row were left out.
-            UserError: the policy of a policy gradient is not the one that its rollouts came from.
+            UserError: the policy of a policy gradient is not the one that its rollouts came from,
+                or the gradient of a step is exactly 0 and the algorithm's figures do not say why.
         """
         undo = None
         if self.recipe.updates_per_iteration > 1 and self.recipe.lora is not None:
             undo = UpdateBackup(self.policy, self.optimizer)
         counters = self.step, self.nonfinite, self.gradient_scale, self.scaled
         try:
-            found = self._update(batch, iteration, pause)
+            with torch.inference_mode(False):  # gradients are on, whatever was left off before
+                found = self._update(batch, iteration, pause)
         except (KeyboardInterrupt, Terminated):
             if undo is not None:
                 undo.back()
@@ -162,7 +166,7 @@ class Updater:
             figures = Means()
             problem = self._backward(losses, figures, pause)
             figures, problem = figures.over(self.processes, problem)
-            problem = problem or self._optimize(figures)
+            problem = problem or self._optimize(figures, iteration)
             if problem is None:
                 self.nonfinite = 0
                 means.join(figures)
@@ -238,7 +242,7 @@ class Updater:
                 figures.add({"loss": term.loss.detach(), **term.figures}, term.share)
         return problem
 
-    def _optimize(self, figures: Means) -> str | None:
+    def _optimize(self, figures: Means, iteration: int) -> str | None:
         """One optimiser step; the averages that move with steps are moved once for it. None is
         taken, and what is not finite is returned, if the gradient is not."""
         train = self.recipe.train
@@ -248,6 +252,8 @@ class Updater:
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm))
         if not math.isfinite(number := norm.item()):
             return f"gradient norm is {number}"
+        if number == 0:
+            self._refuse_still(figures.result(), iteration)
         for group in self.optimizer.param_groups:
             group["lr"] = train.lr * self._factor(self.step)
         self.at_rest = False
@@ -261,6 +267,27 @@ class Updater:
             self.policy.slow.update(ema.decay_of(self.step // ema.every))
         figures.add({"grad_norm": norm}, 1.0)
         return None
+
+    def _refuse_still(self, figures: Mapping[str, float], iteration: int) -> None:
+        """See that there is a reason for a gradient of exactly 0.
+
+        A batch has spread, so there is none but these: a trust region has stopped samples, or the
+        groups are in order already and their weights have come down to 0. A learning rate of 0 is
+        no reason, nor is the KL term, which adds to the gradient.
+
+        Raises:
+            UserError: the algorithm's figures name no reason.
+        """
+        if figures.get("clipped", 0.0) > 0 or figures.get("weight", 1.0) < SATISFIED:
+            return
+        raise UserError(
+            f"iteration {iteration + 1}: the rewards of its groups differ, but the gradient of the "
+            f"loss is exactly 0 over all {len(self.parameters)} trained tensors, so nothing would "
+            "be learned. Look at whether the prediction depends on the trained weights "
+            "(lora.targets; dgpo check MODEL) and whether code of your own detaches it or switches "
+            "gradients off; an algorithm of your own that stops samples says so by its figure "
+            "'clipped'"
+        )
 
     def _unscale(self) -> None:
         """Divide the gradients by the scale of their losses, a power of two."""

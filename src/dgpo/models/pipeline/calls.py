@@ -26,6 +26,7 @@ from dgpo.models.pipeline.prompt_encoder import Conditioning
 from dgpo.models.pipeline.rollout import Rollout
 from dgpo.models.pipeline.vae_precision import vae_in_its_precision
 from dgpo.models.samplers.schedulers import fresh, middle_timestep
+from dgpo.user_code import user_code
 
 _SILENT = {"disable": True}
 # with one step Mochi's schedule is empty, and a pipeline that starts from a noised picture leaves
@@ -126,7 +127,7 @@ class PipelineCalls:
         own = fresh(self.pipe.scheduler if scheduler is None else scheduler)
         recording = probes.Recording(keep=record)
         recording.listen(own)
-        with self.running(arguments, scheduler=own) as given:
+        with self.running(arguments, scheduler=own) as given, user_code(type(self.pipe).__name__):
             result = self.pipe(
                 **given,
                 num_inference_steps=steps,

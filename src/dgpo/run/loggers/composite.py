@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -14,6 +11,7 @@ from PIL import Image
 from dgpo.errors import UserError, told
 from dgpo.registry import resolve
 from dgpo.run.loggers.base import LoggedRun, Logger
+from dgpo.user_code import own, user_code
 
 FAILURES = (Exception, SystemExit)
 """What a logger may raise without ending the run; Ctrl-C and SIGTERM are none of them."""
@@ -42,7 +40,8 @@ def make_loggers(entries: Sequence[str | Mapping[str, Mapping[str, Any]]]) -> di
             inspect.signature(kind).bind(**options)
         except TypeError as error:
             raise UserError(f"run.loggers: {name!r}: {error}") from error
-        made[name] = kind(**options)
+        with user_code(f"logger {name!r}"):
+            made[name] = kind(**options)
     return made
 
 
@@ -72,7 +71,7 @@ class Loggers(Logger):
         try:
             for name, logger in self._loggers.items():
                 try:
-                    with _handlers_kept():
+                    with user_code(f"logger {name!r}"):
                         logger.begin(run)
                     begun[name] = logger
                 except FAILURES as error:
@@ -89,42 +88,27 @@ class Loggers(Logger):
         self._loggers = begun
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        self._each(lambda logger: logger.scalars(values, step))
+        self._each("scalars", values, step)
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
-        self._each(lambda logger: logger.image(name, image, step))
+        self._each("image", name, image, step)
 
     def table(
         self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
     ) -> None:
-        self._each(lambda logger: logger.table(name, columns, rows, step))
+        self._each("table", name, columns, rows, step)
 
     def end(self, failed: bool) -> None:
-        with _handlers_kept():
-            self._each(lambda logger: logger.end(failed))
+        self._each("end", failed)
 
-    def _each(self, call: Callable[[Logger], None]) -> None:
+    def _each(self, hook: str, *given: Any) -> None:
         for name, logger in tuple(self._loggers.items()):
             try:
-                call(logger)
+                with user_code(f"logger {name!r}"):
+                    getattr(logger, hook)(*own(given))
             except FAILURES as error:
                 del self._loggers[name]
                 self._leave(name, error)
 
     def _leave(self, name: str, error: BaseException) -> None:
         self.tell(f"logger {name!r} failed, and the run goes on without it: {told(error)}")
-
-
-@contextmanager
-def _handlers_kept() -> Iterator[None]:
-    """Put the handlers of Ctrl-C and SIGTERM back after the block.
-
-    Some trackers set handlers of their own, which would end the run in the middle of an update.
-    """
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler or signal.SIG_DFL)
