@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +11,8 @@ from typer import Option
 from dgpo.cli.checks import check_folder, load_recipe
 from dgpo.cli.common import INTERRUPTED, is_main_process
 from dgpo.cli.options import Overrides, RecipeName
-from dgpo.recipe.files import is_manifest, resumed
+from dgpo.disk import resume_command
+from dgpo.recipe.files import is_manifest, override, resumed
 
 if TYPE_CHECKING:
     from dgpo.recipe import Recipe
@@ -49,7 +49,7 @@ def train(
         if not main_process:
             raise typer.Exit(INTERRUPTED) from None
         if (folder / "recipe.yaml").exists():
-            hint = f"go on with: dgpo train {folder / 'recipe.yaml'} --resume"
+            hint = f"go on with: {resume_command(folder)}"
             typer.echo(f"\nstopped; what was done is in {folder}; {hint}", err=True)
         else:
             typer.echo("\nstopped before the run began", err=True)
@@ -84,4 +84,4 @@ def _repeated(manifest: Path, overrides: list[str]) -> list[str]:
     if processes.main:
         for difference in differences(starts):
             typer.echo(f"warning: {difference}", err=True)
-    return [f"run.dir={json.dumps(folder, ensure_ascii=False)}", *overrides]
+    return [override("run.dir", folder), *overrides]

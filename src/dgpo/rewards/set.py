@@ -102,6 +102,11 @@ class RewardSet:
         return {entry.name: entry.settings.weight for entry in self._entries}
 
     @property
+    def sources(self) -> dict[str, str]:
+        """The SHA-256 of the file of each reward that is the user's own, by its name."""
+        return {entry.name: entry.source for entry in self._entries if entry.source}
+
+    @property
     def media(self) -> str:
         """What the rewards score: ``pictures``, ``videos`` or ``sounds``.
 
