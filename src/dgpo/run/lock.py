@@ -155,8 +155,8 @@ class RunLock:
         )
 
     def _remove_made(self) -> None:
-        with suppress(OSError):  # what has anything in it stays
-            for folder in self._made:
+        for folder in self._made:
+            with suppress(OSError, ValueError):  # what has anything in it stays
                 folder.rmdir()
         self._made = []
 
