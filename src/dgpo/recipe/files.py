@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -171,13 +172,14 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 def override(key: str, value: Any) -> str:
     """Return ``key=value`` for :func:`apply_overrides`, quoted where it would be read otherwise."""
-    text = isinstance(value, str) and not _quoted(value)
-    plain = text and _value(key, value, key) == value
-    return f"{key}={value if plain else json.dumps(value, ensure_ascii=False)}"
+    with suppress(UserError):  # what cannot be read as it stands is quoted
+        if isinstance(value, str) and not _quoted(value) and _value(key, value, key) == value:
+            return f"{key}={value}"
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"
 
 
 def _value(key: str, value: str, where: str) -> Any:
-    text = value.strip()
+    text = value.strip(" \t\r\n")
     if key not in TEXTS or _quoted(text) or text in ("", "~", "null"):
         return parse_yaml(value, where)
     refuse_unwritable(text, where)
