@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,15 @@ def is_disk_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+def resume_command(folder: Path, *more: str) -> str:
+    """Return the command that goes on with the run in a folder, as a shell takes it.
+
+    >>> resume_command(Path("runs/a #2"), "train.iterations=9")
+    "dgpo train 'runs/a #2/recipe.yaml' --resume train.iterations=9"
+    """
+    return shlex.join(["dgpo", "train", str(folder / "recipe.yaml"), "--resume", *more])
+
+
 @contextmanager
 def says_disk_full(folder: Path) -> Iterator[None]:
     """Turn a full disk during the block into one clear error.
@@ -41,7 +51,7 @@ def says_disk_full(folder: Path) -> Iterator[None]:
         raise UserError(
             f"the disk of {folder} is full, or your quota of it ({error}). The checkpoints that "
             "were saved before are whole: free some space, or lower checkpoint.keep_last and "
-            f"checkpoint.keep_best; then go on with: dgpo train {folder / 'recipe.yaml'} --resume"
+            f"checkpoint.keep_best; then go on with: {resume_command(folder)}"
         ) from error
 
 

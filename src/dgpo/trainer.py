@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,9 @@ from dgpo.models.samplers.schedulers import make_scheduler
 from dgpo.models.weights.restoring import restore_now
 from dgpo.prompts import Prompt, PromptSampler
 from dgpo.recipe import Recipe
+from dgpo.recipe.places import placed
 from dgpo.rewards import RewardSet
+from dgpo.run.lock import RunLock
 from dgpo.run.loggers.composite import make_loggers
 from dgpo.run.tracking import plain, refuse_existing_run
 from dgpo.training.agreement import join
@@ -93,19 +96,33 @@ class Trainer:
         refuse_unknown(options)
         resume, report_to = options.get("resume", False), options.get("report_to")
         given = Given(model, reward_funcs, train_dataset, eval_dataset, algorithm, report_to)
-        self.recipe = recipe = full_recipe(going_on(recipe, resume), given)
+        said = full_recipe(going_on(recipe, resume), given)
+        self.recipe = recipe = placed(said)
         self.processes = processes = current_processes()
         self.callbacks = make_callbacks(options.get("callbacks", ()), "callbacks")
         self.callbacks += make_callbacks(recipe.run.callbacks, "run.callbacks")
-        self._checkpoints = RunCheckpoints(recipe, bool(resume), processes)
         if processes.main:
             make_loggers(recipe.run.loggers)  # a missing package is told before a model is loaded
             if not resume:
                 refuse_existing_run(self.folder)
+        self._lock = RunLock(self.folder, processes.main)
+        weakref.finalize(self, self._lock.release)
+        try:
+            self._lock.take()
+            self._build(said, given, bool(resume))
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _build(self, said: Recipe, given: Given, resume: bool) -> None:
+        """Load and check everything, what costs least first."""
+        recipe, processes = self.recipe, self.processes
+        self._checkpoints = RunCheckpoints(recipe, resume, processes)
         self.data = data = load_data(recipe, given)
         self.sampler = PromptSampler(data.prompts, recipe.groups_per_iteration, recipe.seed)
-        join(recipe, processes, data.rewards, data.prompts)
-        loaded = load_model(recipe, model, self._checkpoints, processes, data.texts)
+        join(said, processes, data.rewards, data.fingerprints)
+        self._checkpoints.compare(data.fingerprints)
+        loaded = load_model(recipe, given.model, self._checkpoints, processes, data.texts)
         self.scheduler = make_scheduler(recipe.rollout.scheduler, loaded.pipe.scheduler)
         """The deterministic sampler: of evaluations, and of rollouts without noise."""
         check_model(recipe, loaded, data, self.scheduler)
@@ -151,7 +168,11 @@ class Trainer:
                 print(nothing_to_train(self.state))
             return self.last_report
         # a script may have switched gradients off before
-        with unharmed(self.processes, self.folder), torch.inference_mode(False):
+        with (
+            unharmed(self.processes, self.folder),
+            self._lock,
+            torch.inference_mode(False),
+        ):
             try_rewards(self.recipe, self.data, self._held_out)
             with self._opened() as hooks:
                 try:

@@ -167,3 +167,11 @@ def test_other_recipes_are_refused(tmp_path: Path) -> None:
     ended = world(2, together.train_unlike, tmp_path, tmp_path)
     check_all_ended(ended)
     assert "process 1 of 2 was given another recipe than process 0" in "".join(ended.errors)
+
+
+@pytest.mark.parametrize("key", ["train", "eval"])
+def test_other_rows_are_refused(key: str, tmp_path: Path) -> None:
+    ended = world(2, together.train_on_other_rows, tmp_path, tmp_path / "run", f"{key}_dataset")
+    words = f"process 1 of 2 was given another set of prompts (prompts.{key}) than process 0"
+    assert 0 not in ended.codes and all(words in told for told in ended.errors)
+    assert not (tmp_path / "run").exists()

@@ -91,3 +91,23 @@ def test_one_of_two_processes_logs_and_saves(launcher: str, alone: tuple[Path, l
     more = said(train(folder, LAUNCHERS[launcher], "--resume", "train.iterations=3"), folder)
     assert [n for line, n in more.items() if line.startswith("goes on after")] == [1]
     assert [row["iteration"] for row in rows(folder)] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_one_process_then_two_then_one(alone: tuple[Path, list[str]]) -> None:
+    """By torchrun as a user starts it, to and fro; the figures are those of one process."""
+    through, changed = (alone[0].with_name(name) for name in ("through", "changed"))
+    train(through, (), "train.iterations=3")
+    train(changed, (), "train.iterations=1")
+    for done, launcher in ((1, TORCHRUN), (2, ())):
+        lines = train(changed, launcher, "--resume", f"train.iterations={done + 1}")
+        assert [line for line in lines if line.startswith(f"goes on after iteration {done}")]
+        assert [line.strip() for line in lines if " -> " in line] == [
+            f"train.iterations: {done} -> {done + 1}"
+        ]
+        assert not (changed / "lock.json").exists()
+    for file, column in (("metrics.jsonl", "reward_mean"), ("evaluations.jsonl", "overall")):
+        here, there = rows(changed, file), rows(through, file)
+        assert [row["iteration"] for row in there] == [*dict.fromkeys(r["iteration"] for r in here)]
+        for one, other in zip(here, there, strict=True):
+            assert one[column] == pytest.approx(other[column], rel=1e-3)

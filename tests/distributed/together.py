@@ -135,6 +135,7 @@ def run(
     """A trainer by a registered algorithm whose groups no number of processes divides."""
     own = steps_twice(name)
     eval_dataset = changes.pop("eval_dataset", None)
+    train_dataset = changes.pop("train_dataset", PROMPTS)
     recipe = settings(
         **{
             "group_size": 5,
@@ -155,7 +156,7 @@ def run(
     return Trainer(
         model=pipe.to(dtype),
         reward_funcs=reward,
-        train_dataset=PROMPTS,
+        train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         recipe=recipe,
         resume=resume,
@@ -221,6 +222,12 @@ def train_with_callback(folder: Path, what: str) -> None:
     done = [("overall" in row, row["iteration"]) for row in trainer.state.log_history]
     rank = os.environ.get("RANK", "0")
     (folder / f"history-{rank}.json").write_text(json.dumps(done))
+
+
+def train_on_other_rows(folder: Path, key: str) -> None:
+    """Each process is given another value in a column of its training or held-out rows."""
+    given = [{"prompt": text, "want": int(os.environ["RANK"])} for text in PROMPTS]
+    run(folder, "dgpo", **{"eval_dataset": PROMPTS, key: given}).train()
 
 
 def on_training_pass(trainer: Trainer, number: int, act: Callable[[], Any]) -> None:

@@ -1,6 +1,7 @@
 """Recipes: they load, they are refused with all that is wrong, they survive a round trip."""
 
 from pathlib import Path
+from typing import get_args, get_origin
 
 import pytest
 import yaml
@@ -8,7 +9,15 @@ import yaml
 from dgpo.algorithms.dgpo import DGPO
 from dgpo.errors import UserError
 from dgpo.recipe import Recipe
-from dgpo.recipe.files import PACKAGED, recipe_names
+from dgpo.recipe.files import (
+    PACKAGED,
+    TEXTS,
+    apply_overrides,
+    override,
+    recipe_names,
+    resumed,
+)
+from dgpo.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"rewards": {"redness": 1.0}, "prompts": {"train": "pocket-geneval/train"}}
@@ -107,6 +116,75 @@ def test_an_override_goes_below_a_section_that_the_file_leaves_out(tmp_path):
     file.write_text(yaml.safe_dump({**SMALL, "algorithm": "dgpo", "lora": None}))
     recipe = Recipe.load(file, ["algorithm.beta=7", "lora.rank=4", "ema.every=1"])
     assert (recipe.algorithm.beta, recipe.lora.rank, recipe.ema.every) == (7.0, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        ("runs/a #2", "runs/a #2"),
+        ("2024", "2024"),
+        ("1e3", "1e3"),
+        ("on", "on"),
+        ("b: c", "b: c"),
+        ("{a", "{a"),
+        ("1:30", "1:30"),
+        ("'90s", "'90s"),
+        (' "b: c" ', "b: c"),
+        ("'2024'", "2024"),
+    ],
+)
+def test_the_override_of_a_text_is_the_text(said, read):
+    keys = {"run.dir": read, "prompts.train": read, "model": read}
+    assert apply_overrides({}, [f"{key}={said}" for key in keys]) == {
+        "run": {"dir": read}, "prompts": {"train": read}, "model": read,
+    }  # fmt: skip
+    for value in (read, said, f'"{read}"', "null", " x "):
+        assert apply_overrides({}, [override("run.dir", value)]) == {"run": {"dir": value}}
+
+
+def test_a_text_may_be_null():
+    for null in ("null", "~", ""):
+        assert apply_overrides({}, [f"prompts.eval={null}"]) == {"prompts": {"eval": None}}
+    with pytest.raises(UserError, match=r"run\.dir=.*leave it out"):
+        apply_overrides({}, ["run.dir=a\0b"])
+
+
+def test_the_texts_are_the_keys_of_texts():
+    def texts(model, prefix=""):
+        for name, field in model.model_fields.items():
+            kinds = set(get_args(field.annotation) or [field.annotation]) - {type(None)}
+            if kinds == {str} and get_origin(field.annotation) is not list:
+                yield prefix + name
+            for kind in kinds:
+                if isinstance(kind, type) and issubclass(kind, Settings):
+                    yield from texts(kind, f"{prefix}{name}.")
+
+    assert sorted(TEXTS) == sorted(texts(Recipe))
+
+
+def test_a_recipe_in_a_run_folder_belongs_to_that_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, beside in (
+        ("copy", "checkpoints/00000002"),
+        ("rows", "metrics.jsonl"),
+        ("on", "run.json"),
+    ):
+        place = tmp_path / name
+        (place / beside).mkdir(parents=True)
+        file = place / "recipe.yaml"
+        file.write_text(yaml.safe_dump({**SMALL, "run": {"dir": "runs/orig", "name": "n"}}))
+        for given in (file, f"{name}/recipe.yaml"):
+            recipe = Recipe.load(given)
+            assert Path(recipe.run.dir).absolute() == place and recipe.run.name == "n"
+        assert Recipe.load(file, ["run.dir=other"]).run.dir == "other"
+        # the folder's name is no YAML either
+        name, overrides = resumed(name, [])
+        assert Recipe.load(name, overrides).run.dir == name.removesuffix("/recipe.yaml")
+    # a folder with a recipe of one's own, and other checkpoints
+    (tmp_path / "checkpoints" / "sd3").mkdir(parents=True)
+    own = tmp_path / "recipe.yaml"
+    own.write_text(yaml.safe_dump({**SMALL, "run": {"dir": "runs/orig"}}))
+    assert Recipe.load(own).run.dir == "runs/orig"
 
 
 @pytest.mark.parametrize("override", ["train.lr", "=3", "train..lr=1", "model.x=1", "train.lr=[1"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dgpo.errors import UserError
-from dgpo.recipe.files import resumed
+from dgpo.recipe.files import apply_overrides, resumed
 from dgpo.run.manifest import facts, record_start
 
 
@@ -60,6 +60,15 @@ def test_what_resume_may_be_given(tmp_path: Path) -> None:
     assert resumed("pocket", ["a.b=1"]) == ("pocket", ["a.b=1"])
     assert resumed("pocket", ["a.b=1", str(run)]) == ("pocket", ["a.b=1", here])
     assert resumed(str(run), []) == (str(run / "recipe.yaml"), [here])
+    odd = [tmp_path / name for name in ("a #2", "2024", "a=b", "'q'")]
+    for folder in odd:
+        folder.mkdir()
+        (folder / "recipe.yaml").write_text("")
+        for words in ([str(folder)], ["a.b=1", str(folder)]):
+            _, overrides = resumed("pocket", words)
+            assert apply_overrides({}, overrides)["run"]["dir"] == str(folder)
+    with pytest.raises(UserError, match=f"one run, got {run} and elsewhere"):
+        resumed(str(run), ["run.dir=elsewhere"])
     with pytest.raises(UserError, match="holds no run"):
         resumed("pocket", [str(empty)])
     with pytest.raises(UserError, match="one run"):

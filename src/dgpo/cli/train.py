@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +12,8 @@ from typer import Option
 from dgpo.cli.checks import check_folder, load_recipe
 from dgpo.cli.common import INTERRUPTED, is_main_process
 from dgpo.cli.options import Overrides, RecipeName
-from dgpo.recipe.files import is_manifest, resumed
+from dgpo.disk import resume_command
+from dgpo.recipe.files import is_manifest, override, resumed
 
 if TYPE_CHECKING:
     from dgpo.recipe import Recipe
@@ -50,7 +50,7 @@ def train(
         if not main_process:
             raise typer.Exit(INTERRUPTED) from None
         if (folder / "recipe.yaml").exists():
-            hint = f"go on with: dgpo train {folder / 'recipe.yaml'} --resume"
+            hint = f"go on with: {resume_command(folder)}"
             print(f"\nstopped; what was done is in {folder}; {hint}", file=sys.stderr)
         else:
             print("\nstopped before the run began", file=sys.stderr)
@@ -85,4 +85,4 @@ def _repeated(manifest: Path, overrides: list[str]) -> list[str]:
     if processes.main:
         for difference in differences(starts):
             print(f"warning: {difference}", file=sys.stderr)
-    return [f"run.dir={json.dumps(folder, ensure_ascii=False)}", *overrides]
+    return [override("run.dir", folder), *overrides]

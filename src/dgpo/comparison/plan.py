@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +10,7 @@ from typing import Any
 
 from dgpo.errors import UserError
 from dgpo.recipe import Recipe
-from dgpo.recipe.files import find_recipe
-from dgpo.recipe.plain_yaml import parse_yaml
+from dgpo.recipe.files import find_recipe, override
 
 OWNED = {"seed": "use --seeds N", "run.dir": "use --out DIR"}
 """Settings that a comparison sets itself, and what sets them."""
@@ -101,7 +99,7 @@ def plan(
     def run(source: str, name: str, seed: int) -> Run:
         own = {"seed": seed, "run.dir": str(out / f"{name}-seed{seed}")}
         own |= {} if budget is None else {"train.max_minutes": budget}
-        items = [*overrides, *(_override(key, value) for key, value in own.items())]
+        items = [*overrides, *(override(key, value) for key, value in own.items())]
         command = shlex.join(["dgpo", "train", source, *items])
         return Run(name, seed, Recipe.load(source, items), command)
 
@@ -109,12 +107,6 @@ def plan(
     runs = [run(source, name, seed) for seed in range(seeds) for source, name in pairs]
     _refuse_unfair(runs[: len(pairs)])
     return runs
-
-
-def _override(key: str, value: Any) -> str:
-    """Return ``key=value``, quoted where YAML would not read a text as a text."""
-    plain = isinstance(value, str) and parse_yaml(value, key) == value
-    return f"{key}={value if plain else json.dumps(value)}"
 
 
 def _refuse_unfair(runs: Sequence[Run]) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from dgpo.comparison.plan import Run
 from dgpo.errors import UserError
-from dgpo.recipe import Recipe
-from dgpo.recipe.files import read_recipe
+from dgpo.recipe.changes import changes_of_run, told_changes
 from dgpo.run.manifest import FILE
 from dgpo.run.tracking import read_jsonl
 
@@ -63,26 +62,11 @@ def starts_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def _refuse_other_recipe(run: Run) -> None:
-    file = run.folder / "recipe.yaml"
-    there, wanted = _flat(Recipe.from_dict(read_recipe(file), str(file))), _flat(run.recipe)
-    differ = [key for key in {**wanted, **there} if wanted.get(key) != there.get(key)]
+    # the budget may grow
+    own = ("run.dir", "train.max_minutes")
+    differ = {key: both for key, both in changes_of_run(run.recipe).items() if key not in own}
     if differ:
-        lines = [f"  {key}: there {there.get(key)!r}, now {wanted.get(key)!r}" for key in differ]
         raise UserError(
-            f"{run.folder} holds a run by another recipe:\n"
-            + "\n".join(lines)
-            + "\nuse another --out, or the recipe and overrides that it was made with"
+            f"{run.folder} holds a run by another recipe (there -> now):\n{told_changes(differ)}\n"
+            "use another --out, or the recipe and overrides that it was made with"
         )
-
-
-def _flat(recipe: Recipe) -> dict[str, Any]:
-    """Return settings by dotted key, without the run's folder and the budget, which may grow."""
-
-    def walk(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-        for key, item in value.items():
-            if isinstance(item, Mapping) and item:
-                yield from walk(item, f"{prefix}{key}.")
-            elif f"{prefix}{key}" not in ("run.dir", "train.max_minutes"):
-                yield f"{prefix}{key}", item
-
-    return dict(walk(recipe.to_dict()))

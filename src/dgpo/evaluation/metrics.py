@@ -62,6 +62,12 @@ class Metrics:
         return [] if self._each is None else self._each.names
 
     @property
+    def sources(self) -> dict[str, str]:
+        """Return the SHA-256 of the file of each metric that is the user's own, by its name."""
+        of_set = {metric.name: metric.source for metric in self._of_set if metric.source}
+        return of_set | ({} if self._each is None else self._each.sources)
+
+    @property
     def has_of_set(self) -> bool:
         """Return whether there is a metric of the whole set."""
         return bool(self._of_set)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dgpo.errors import UserError
-from dgpo.recipe.plain_yaml import parse_yaml
+from dgpo.recipe.plain_yaml import parse_yaml, refuse_unwritable
 from dgpo.registry import nearest
 from dgpo.secrets import masked, masked_words
 
@@ -18,6 +20,11 @@ MANIFEST = "run.json"
 """The file of a run folder that holds the versions, seeds, machine and command of its starts."""
 DEEPEST = 16
 """The most parts that the dotted key of an override may have."""
+TEXTS = (
+    *("model", "prompts.train", "prompts.eval", "data.preferences", "memory.prompt_cache"),
+    *("rollout.scheduler", "rollout.engine", "eval.scheduler", "run.dir", "run.name"),
+)
+"""The keys of a recipe whose values are texts: their overrides are not read as YAML."""
 
 
 def recipe_names() -> dict[str, Path]:
@@ -90,22 +97,31 @@ def resumed(recipe: str, words: Sequence[str]) -> tuple[str, list[str]]:
             f"{recipe!r} repeats its run in a new folder: leave out --resume. To go on with it "
             f"instead: dgpo train {Path(recipe).parent} --resume"
         )
-    folders = [w for w in words if "=" not in w]
-    overrides = [w for w in words if "=" in w]
+    folders = [word for word in words if "=" not in word or _is_run(Path(word))]
+    overrides = [word for word in words if word not in folders]
     if Path(recipe).is_dir():
         folders = [recipe, *folders]
         recipe = str(Path(recipe) / "recipe.yaml")
+    if folders:
+        folders += [w.partition("=")[2] for w in overrides if w.partition("=")[0] == "run.dir"]
     if len(folders) > 1:
         raise UserError(f"--resume goes on with one run, got {' and '.join(folders)}")
     for folder in folders:
-        if not (Path(folder) / "recipe.yaml").is_file():
+        if not _is_run(Path(folder)):
             raise UserError(f"--resume {folder}: this folder holds no run (no recipe.yaml)")
-        overrides.append(f"run.dir={folder}")
+        overrides.append(override("run.dir", folder))
     return recipe, overrides
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "recipe.yaml").is_file()
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """Read a recipe file as plain nested dicts, without validating them.
+
+    The recipe of a run belongs to the folder that it lies in, wherever the run began: copied or
+    moved, it goes on there.
 
     Raises:
         UserError: the file cannot be read, or is not a mapping in YAML and UTF-8.
@@ -119,25 +135,59 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise UserError(f"recipe {path} is empty")
     if not isinstance(data, dict):
         raise UserError(f"recipe {path} holds a {type(data).__name__}, not keys and values")
+    run = data.get("run") or {}
+    if isinstance(run, dict) and _lies_in_run(path):
+        return {**data, "run": {**run, "dir": str(path.parent)}}
     return data
 
 
+def _lies_in_run(file: Path) -> bool:
+    folder = file.parent
+    written = [folder / MANIFEST, folder / "metrics.jsonl", *folder.glob("checkpoints/[0-9]*")]
+    return file.name == "recipe.yaml" and any(path.exists() for path in written)
+
+
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return a copy with dotted keys set by ``a.b=c``, where ``c`` is a value in YAML.
+    """Return a copy with dotted keys set by ``a.b=c``.
+
+    The value is YAML; that of a key in :data:`TEXTS` is the text as it stands, unless it is quoted
+    or null.
 
     Raises:
         UserError: an override has no ``=`` or a broken value, or sets a key below a plain value.
 
     >>> apply_overrides({"train": {"lr": 1}}, ["train.lr=3e-4", "seed=7"])
     {'train': {'lr': 0.0003}, 'seed': 7}
+    >>> apply_overrides({}, ["run.dir=runs/a #2"])
+    {'run': {'dir': 'runs/a #2'}}
     """
     for item in overrides:
         key, equals, value = item.partition("=")
         path, shown = key.strip().split("."), masked_words([item])[0]
         if not equals or not all(path) or len(path) > DEEPEST:
             raise UserError(f"override {shown!r} is not KEY=VALUE, for example train.lr=1e-4")
-        data = _set(data, path, parse_yaml(value, f"override {shown!r}"), key.strip())
+        data = _set(data, path, _value(key.strip(), value, f"override {shown!r}"), key.strip())
     return data
+
+
+def override(key: str, value: Any) -> str:
+    """Return ``key=value`` for :func:`apply_overrides`, quoted where it would be read otherwise."""
+    with suppress(UserError):  # what cannot be read as it stands is quoted
+        if isinstance(value, str) and not _quoted(value) and _value(key, value, key) == value:
+            return f"{key}={value}"
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"
+
+
+def _value(key: str, value: str, where: str) -> Any:
+    text = value.strip(" \t\r\n")
+    if key not in TEXTS or _quoted(text) or text in ("", "~", "null"):
+        return parse_yaml(value, where)
+    refuse_unwritable(text, where)
+    return text
+
+
+def _quoted(text: str) -> bool:
+    return len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
 
 
 def _set(data: Any, path: list[str], value: Any, key: str) -> dict[str, Any]:

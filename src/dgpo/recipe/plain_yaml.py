@@ -84,6 +84,16 @@ def parse_yaml(text: str, where: str) -> Any:
             loader.dispose()
 
 
+def refuse_unwritable(text: str, where: str) -> None:
+    """Refuse a text that no file can hold.
+
+    Raises:
+        UserError: it has a zero byte or half a character; the message begins with ``where``.
+    """
+    if found := _UNWRITABLE.search(text):
+        raise UserError(f"{where}: {found[0]!r} stands in a text; leave it out")
+
+
 def _check(node: yaml.Node, sizes: dict[int, int], above: tuple[int, ...]) -> int:
     """Count the nodes in and below this one, and follow aliases.
 
@@ -98,8 +108,7 @@ def _check(node: yaml.Node, sizes: dict[int, int], above: tuple[int, ...]) -> in
     if node.tag not in _PLAIN:
         raise UserError(f"line {line}: {node.tag.rpartition(':')[2]!r} is no plain value")
     if isinstance(node, yaml.ScalarNode):
-        if found := _UNWRITABLE.search(node.value):
-            raise UserError(f"line {line}: {found[0]!r} stands in a text; leave it out")
+        refuse_unwritable(node.value, f"line {line}")
         return 1
     parts = node.value
     if isinstance(node, yaml.MappingNode):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +32,8 @@ class Entry:
     reward: Reward
     settings: RewardSettings
     limits: CallLimits
+    source: str = ""
+    """The SHA-256 of the file that defines the user's own reward; empty where there is none."""
 
     def ask(
         self, images: list[Any], texts: list[str], columns: dict[str, list[Any]], grouped: bool
@@ -100,6 +105,7 @@ def entry_of(given: Any, how: Any) -> Entry:
     settings = settings_of(name, how)
     if isinstance(given, str):
         given = resolve("reward", settings.use or name)
+    source = _source(given)
     with user_code(f"reward {name!r}"):
         reward = as_reward(given, name, settings.options)
     if settings.rank:
@@ -108,7 +114,19 @@ def entry_of(given: Any, how: Any) -> Entry:
                 f"rewards.{name}.rank: {name!r} compares the group already; leave it out"
             )
         reward = Ranked(reward)
-    return Entry(name, reward, settings, CallLimits(name, settings))
+    return Entry(name, reward, settings, CallLimits(name, settings), source)
+
+
+def _source(given: Any) -> str:
+    made = given if hasattr(given, "__qualname__") else type(given)
+    module = inspect.getmodule(made)
+    file = getattr(module, "__file__", None)
+    if file is None or str(getattr(module, "__name__", "")).partition(".")[0] == "dgpo":
+        return ""  # a notebook's, or the package's, whose version run.json holds
+    try:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except OSError:
+        return ""  # it is gone, and the function is there all the same
 
 
 def numbers(name: str, answer: Any, texts: list[str]) -> list[float]:

@@ -109,6 +109,11 @@ class RewardSet:
         return any(disturbs(f"reward {name!r}") for name in self.names)
 
     @property
+    def sources(self) -> dict[str, str]:
+        """The SHA-256 of the file of each reward that is the user's own, by its name."""
+        return {entry.name: entry.source for entry in self._entries if entry.source}
+
+    @property
     def media(self) -> str:
         """What the rewards score: ``pictures``, ``videos`` or ``sounds``.
 

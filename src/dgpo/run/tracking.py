@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from dgpo.disk import replace_text
+from dgpo.disk import replace_text, resume_command
 from dgpo.errors import UserError
 from dgpo.media import Sound, Video, save_media
 from dgpo.recipe import Recipe
@@ -43,8 +44,7 @@ def refuse_existing_run(folder: str | Path) -> None:
         done = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
         raise UserError(
             f"run.dir = {str(folder)!r} already holds a run ({done} iterations). To go on with it: "
-            f"dgpo train {path / 'recipe.yaml'} --resume. To keep it and start another: "
-            "add run.dir=ANOTHER_FOLDER"
+            f"{resume_command(path)}. To keep it and start another: add run.dir=ANOTHER_FOLDER"
         )
 
 
@@ -53,7 +53,8 @@ class Tracker:
 
     The folder holds::
 
-        recipe.yaml         every setting, defaults included
+        recipe.yaml         every setting, defaults included; recipe-1.yaml, recipe-2.yaml, ... are
+                            those before the run went on with others
         run.json            versions, seed, commit, machine and command of every start
         metrics.jsonl       one object for every iteration
         evaluations.jsonl   one object for every evaluation
@@ -102,7 +103,7 @@ class Tracker:
         self.loggers.tell = self._logger_failed
         self._say = say
         # last: a folder without it holds no run, so that a new run whose logger failed can begin
-        replace_text(self.folder / "recipe.yaml", recipe.to_yaml())
+        self._write_recipe()
 
     def __enter__(self) -> Tracker:
         return self
@@ -219,6 +220,17 @@ class Tracker:
         }
         lost = [text for file, needed in files.items() for text in keep_rows(file, needed, last)]
         return lost + missing_rows(self._metrics, last)
+
+    def _write_recipe(self) -> None:
+        """Write ``recipe.yaml``; an earlier one that differs is kept under the next free number."""
+        file, text = self.folder / "recipe.yaml", self.recipe.to_yaml()
+        if (
+            file.exists()
+            and (earlier := file.read_text(encoding="utf-8", errors="replace")) != text
+        ):
+            names = (self.folder / f"recipe-{number}.yaml" for number in itertools.count(1))
+            replace_text(next(name for name in names if not name.exists()), earlier)
+        replace_text(file, text)
 
     def _save_sheet(self, name: str, sheet: Image.Image, logged_as: str) -> Path:
         file = self.folder / "samples" / f"{name}.png"

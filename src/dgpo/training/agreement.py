@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,18 +15,27 @@ from dgpo.distributed.sharding import shard
 from dgpo.errors import UserError
 from dgpo.models.pipeline.arguments import parameters_of
 from dgpo.models.pipeline.call_encoders import encodes_itself
-from dgpo.prompts import Prompt
 from dgpo.prompts.caption import pictures_of
 from dgpo.recipe import Recipe
 from dgpo.rewards import RewardSet
+from dgpo.training.fingerprints import Fingerprint
 
 
 def join(
-    recipe: Recipe, processes: Processes, rewards: RewardSet, prompts: Sequence[Prompt]
+    recipe: Recipe,
+    processes: Processes,
+    rewards: RewardSet,
+    fingerprints: Mapping[str, Fingerprint],
 ) -> None:
     """See that a run can be divided as its recipe says, and that all processes have the same.
 
     Collective.
+
+    Args:
+        recipe: the settings as they were given, since machines may have it in different places.
+        processes: the processes of the run.
+        rewards: what is learned.
+        fingerprints: those of rows and files.
 
     Raises:
         UserError: it cannot, or they have not.
@@ -49,10 +58,11 @@ def join(
             f"split between {processes.size} processes: let groups_per_iteration = {groups} be a "
             f"multiple of {processes.size * parts}, or start fewer processes"
         )
-    texts = "\n".join(f"{prompt.text}\t{sorted(prompt.metadata)}" for prompt in prompts)
-    facts = {"recipe": recipe.to_yaml(), "set of prompts (prompts.train)": texts}
-    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in facts.items()}
-    processes.refuse_difference(hashes)
+    facts = {"recipe": hashlib.sha256(recipe.to_yaml().encode()).hexdigest()}
+    for key, one in fingerprints.items():
+        what = "file of a reward" if one["rows"] is None else "set of prompts"
+        facts[f"{what} ({key})"] = one["sha256"]
+    processes.refuse_difference(facts)
 
 
 def place(

@@ -77,6 +77,8 @@ def going_on(recipe: Any, resume: bool | str | Path) -> Any:
     """
     if isinstance(resume, bool):
         return recipe
+    if not isinstance(resume, (str, Path)) or not str(resume):
+        raise UserError(f"resume = {resume!r:.80}: give True, False, 'last' or a run folder")
     folder = Path(resume).expanduser()
     if resume == "last":
         beside = Path(_recipe_of(recipe).run.dir).parent

@@ -73,6 +73,7 @@ def save_checkpoint(
     *,
     score: float | None = None,
     base: Mapping[str, str] | None = None,
+    data: Mapping[str, Any] | None = None,
     ahead: Prefetched = NOTHING,
 ) -> Path:
     """Write the checkpoint of an iteration; one of the same iteration is replaced once the new one
@@ -84,6 +85,7 @@ def save_checkpoint(
         counters: JSON values, at least ``iteration``.
         score: the score on the held-out prompts at this iteration, if it is known.
         base: :func:`dgpo.models.weights.snapshots.base_fingerprints` before training.
+        data: the fingerprints of prompt rows and rewards.
         ahead: pictures of later iterations.
 
     Raises:
@@ -108,7 +110,7 @@ def save_checkpoint(
         _write_json(new / _STATE, {**steps, **counters})
         files = {name: _facts(new / name) for name in names}
         manifest = {"format": FORMAT, "iteration": counters["iteration"], "score": score}
-        manifest |= {"base": dict(base or {}), "files": files}
+        manifest |= {"base": dict(base or {}), "data": dict(data or {}), "files": files}
         _write_json(new / MANIFEST, {**manifest, "sha256": _hash_of(manifest)})
 
     replace_folder(place, write)

@@ -11,6 +11,7 @@ from dgpo.distributed.processes import SINGLE, Processes
 from dgpo.models.policy import Policy
 from dgpo.models.weights.snapshots import base_fingerprints
 from dgpo.recipe import Recipe
+from dgpo.recipe.changes import changes_of_run, refuse_changes, told_changes
 from dgpo.training.checkpoint_files import (
     Found,
     any_checkpoint,
@@ -21,6 +22,7 @@ from dgpo.training.checkpoint_files import (
     refuse_other_base,
     save_checkpoint,
 )
+from dgpo.training.fingerprints import Fingerprint, compared
 from dgpo.training.prefetched import NOTHING, Prefetched
 from dgpo.training.updater import Updater
 
@@ -37,7 +39,8 @@ class RunCheckpoints:
         processes: the processes of the run. Collective.
 
     Raises:
-        UserError: there is no run, or none of its checkpoints is whole.
+        UserError: there is no run, none of its checkpoints is whole, or the recipe changes what
+            gives its tensors their meaning.
     """
 
     def __init__(self, recipe: Recipe, resume: bool, processes: Processes = SINGLE) -> None:
@@ -46,6 +49,8 @@ class RunCheckpoints:
         self._recipe, self._processes = recipe, processes
         self._model = "model" if recipe.lora is None else "lora"
         self._base: dict[str, str] = {}
+        self._data: Mapping[str, Fingerprint] = {}
+        self._news: list[str] = []
         self.start: Literal["new", "again", "between"] = "new"
         """How the run begins: in a new folder, again since it was stopped before its first
         checkpoint, or between two iterations of an earlier run."""
@@ -56,6 +61,20 @@ class RunCheckpoints:
         """What the main process goes on from; None in a run that begins."""
         if self.start == "between" and processes.main:
             self.found = find_checkpoint(self._folder)
+        if resume and processes.main:
+            self._compare_recipes()
+
+    def compare(self, data: Mapping[str, Fingerprint]) -> None:
+        """Compare what is trained on with that of the checkpoint, and remember it for the next.
+
+        Raises:
+            UserError: see :func:`dgpo.training.fingerprints.compared`.
+        """
+        self._data = data
+        if self.found is not None:
+            # checkpoints of earlier versions hold none
+            saved = self.found.manifest.get("data", {})
+            self._news += compared(saved, data, self.found.folder)
 
     def look_at(self, components: Mapping[str, Any]) -> None:
         """Remember the weights of a pipeline before anything is trained or added.
@@ -87,15 +106,16 @@ class RunCheckpoints:
         those that are saved from now on would be deleted as older.
         """
         found, self.found = self.found, None
+        told, self._news = self._news, []
         if found is None:
             again, self.start = self.start == "again", "new"
             why = f"no checkpoint was finished in {self._folder} before the run was stopped"
-            return [f"begins again: {why}"] if again else []
+            return [f"begins again: {why}", *told] if again else []
         left = [
             f"left aside: {problem}; its folder is now {set_aside(place).name}"
             for place, problem in found.damaged.items()
         ]
-        return [*left, f"goes on after iteration {found.iteration}: {found.folder}"]
+        return [*left, f"goes on after iteration {found.iteration}: {found.folder}", *told]
 
     def save(
         self,
@@ -107,7 +127,13 @@ class RunCheckpoints:
         """Write a checkpoint, delete those that need not be kept, and write the model."""
         keep = self._recipe.checkpoint
         saved = save_checkpoint(
-            self._folder, updater, counters, score=score, base=self._base, ahead=ahead
+            self._folder,
+            updater,
+            counters,
+            score=score,
+            base=self._base,
+            data=self._data,
+            ahead=ahead,
         )
         if self._processes.main:
             prune(self._folder, keep.keep_last, keep.keep_best, saved)
@@ -135,6 +161,14 @@ class RunCheckpoints:
         if any_checkpoint(self._folder):
             return "the checkpoint before it stands"
         return "there is no checkpoint yet, and the run begins again"
+
+    def _compare_recipes(self) -> None:
+        """Refuse or tell what differs from the recipe of the run."""
+        found = changes_of_run(self._recipe)
+        if self.start == "between":
+            refuse_changes(found, self._run)
+        if found:
+            self._news.append(f"settings that differ from those of before:\n{told_changes(found)}")
 
     def _was_never_saved(self) -> bool:
         """Return whether there is a run with neither a checkpoint nor the model that follows it."""

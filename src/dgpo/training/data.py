@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dgpo.errors import UserError
@@ -12,6 +12,7 @@ from dgpo.prompts import Prompt, load_prompts, refuse_sizes
 from dgpo.recipe import Recipe
 from dgpo.rewards import RewardSet, load_rewards
 from dgpo.training.arguments import Given
+from dgpo.training.fingerprints import Fingerprint, of_file, of_rows
 from dgpo.training.offline import ranked_prompts
 
 
@@ -25,6 +26,8 @@ class Data:
     eval_prompts: list[Prompt]
     offline: bool
     """True if the prompts belong to groups that were ranked before the run."""
+    fingerprints: dict[str, Fingerprint] = field(default_factory=dict)
+    """Those of the rows and of the files of the user's own rewards, by the recipe's keys."""
 
     @property
     def texts(self) -> list[str]:
@@ -55,7 +58,8 @@ def load_data(recipe: Recipe, given: Given) -> Data:
         else load_prompts(source if given.train_dataset is None else given.train_dataset)
     )
     held_out = held_out if given.eval_dataset is None else given.eval_dataset
-    eval_prompts = [] if held_out is None else load_prompts(held_out)[: recipe.eval.limit]
+    held_out_rows = [] if held_out is None else load_prompts(held_out)
+    eval_prompts = held_out_rows[: recipe.eval.limit]
     refuse_sizes([*([] if offline else prompts), *eval_prompts], recipe.rollout.call)
     if eval_prompts and not metrics.names:
         raise UserError("eval.metrics is missing: what shall be measured on prompts.eval?")
@@ -66,4 +70,12 @@ def load_data(recipe: Recipe, given: Given) -> Data:
         rewards.check(prompts)
     metrics.check(eval_prompts)
     rewards.run_in(Path(recipe.run.dir))
-    return Data(rewards, metrics, prompts, eval_prompts, offline)
+    named = {
+        "data.preferences" if offline else "prompts.train": (
+            of_rows(recipe.data.preferences if offline else source, prompts)
+        ),
+        "prompts.eval": of_rows(recipe.prompts.eval, held_out_rows),
+        **{f"rewards.{name}": of_file(digest) for name, digest in rewards.sources.items()},
+        **{f"eval.metrics.{name}": of_file(digest) for name, digest in metrics.sources.items()},
+    }
+    return Data(rewards, metrics, prompts, eval_prompts, offline, named)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dgpo.disk import resume_command
 from dgpo.distributed.processes import Processes
 from dgpo.evaluation import Report
 from dgpo.recipe import Recipe
@@ -163,7 +164,7 @@ def nothing_to_train(state: TrainerState) -> str:
     return (
         f"nothing is trained: the run in {folder} has done {state.iteration} iterations in "
         f"{clock(state.seconds)} ({limit}); to go on, raise it: Trainer.from_run('{folder}', "
-        f"['{key}=MORE']).train(), or dgpo train {folder / 'recipe.yaml'} --resume {key}=MORE"
+        f"['{key}=MORE']).train(), or {resume_command(folder, f'{key}=MORE')}"
     )
 
 
@@ -364,7 +365,7 @@ class Checkpointing(OwnCallback):
             what_is_there = f"stopped; {state.iteration} iterations are saved"
         else:
             what_is_there = f"stopped after a step that was not finite; {standing}"
-        again = f"dgpo train {folder / 'recipe.yaml'} --resume, or Trainer(..., resume=True)"
+        again = f"{resume_command(folder)}, or Trainer(..., resume=True)"
         self._outputs.say(f"{what_is_there} in {folder}; to go on: {again}")
 
     def _save(self, state: TrainerState, at_end: bool = False) -> bool:
