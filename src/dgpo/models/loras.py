@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 from peft.utils import set_peft_model_state_dict
 from torch import Tensor, nn
 
 from dgpo.errors import UserError
 from dgpo.models.weights.lora import ADAPTER, refuse_adapted
 from dgpo.models.weights.lora_files import LoraFile, alpha_of, read
-from dgpo.models.weights.lora_names import DENOISERS, Layers, convert_sd3, other_type, sort
+from dgpo.models.weights.lora_names import DENOISERS, Layers, convert_sd3, other_type, renamed, sort
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -35,9 +36,11 @@ class _Layer:
     def rank(self) -> int:
         return len(self.down)
 
-    def scale(self, root: bool) -> float:
-        """The factor of ``up down``; ``root`` for rank-stabilised LoRAs (arXiv 2312.03732)."""
-        return self.alpha / (math.sqrt(self.rank) if root else self.rank)
+    def change(self, root: bool) -> Tensor:
+        """Return what is added to the weight, [out, in ...] in float32; ``root`` for
+        rank-stabilised LoRAs (arXiv 2312.03732)."""
+        scale = self.alpha / (math.sqrt(self.rank) if root else self.rank)
+        return (self.up.flatten(1) @ self.down.flatten(1)) * scale
 
 
 def load_lora(pipe: Any, given: str | Path, *, weight: float = 1.0) -> str:
@@ -73,6 +76,34 @@ def put_lora(pipe: Any, lora: LoraFile, *, weight: float = 1.0, fresh: bool = Fa
     Raises:
         UserError: as :func:`load_lora`.
     """
+    denoisers, fitting, said = _prepared(pipe, lora, weight, fresh)
+    for name, layers in fitting.items():
+        _inject(denoisers[name], layers, _root(lora, name))
+    return said
+
+
+@torch.no_grad()
+def merge_lora(pipe: Any, lora: LoraFile) -> str:
+    """Add a LoRA to the weights of a pipeline for good.
+
+    The sum is made in float32 and rounded once.
+
+    Raises:
+        UserError: as :func:`load_lora`.
+    """
+    denoisers, fitting, said = _prepared(pipe, lora, 1.0, fresh=True)
+    for name, layers in fitting.items():
+        for key, layer in layers.items():
+            weight: Any = denoisers[name].get_submodule(key).weight
+            change = layer.change(_root(lora, name)).reshape(weight.shape).to(weight.device)
+            weight.copy_(weight.float() + change)
+    return said
+
+
+def _prepared(
+    pipe: Any, lora: LoraFile, weight: float, fresh: bool
+) -> tuple[dict[str, nn.Module], dict[str, dict[str, _Layer]], str]:
+    """Return the denoisers, the layers that fit them, and a sentence; change nothing."""
     found = {name: getattr(pipe, name, None) for name in DENOISERS}
     denoisers = {name: m for name, m in found.items() if isinstance(m, nn.Module)}
     if not denoisers:
@@ -92,9 +123,7 @@ def put_lora(pipe: Any, lora: LoraFile, *, weight: float = 1.0, fresh: bool = Fa
                 )
     except UserError as error:
         raise UserError(f"LoRA {lora.place}: {error}") from error
-    for name, layers in fitting.items():
-        _inject(denoisers[name], layers, _root(lora, name))
-    return f"LoRA {lora.place}: {said}"
+    return denoisers, fitting, f"LoRA {lora.place}: {said}"
 
 
 def _fit(
@@ -165,11 +194,13 @@ def _converted(pipe: Any, tensors: Mapping[str, Tensor]) -> Iterable[dict[str, T
     if (convert := getattr(pipe, "lora_state_dict", None)) is None:
         return
     given = {"unet_config": pipe.unet.config} if hasattr(pipe, "unet") else {}
-    try:
-        made = convert(dict(plain), **given)
-    except Exception:  # names that diffusers does not know fail in any way
-        return
-    yield made[0] if isinstance(made, tuple) else made
+    # diffusers takes some names of layers with one pair of names of matrices alone
+    for names in ((), ("lora_A", "lora_B"), ("lora_down", "lora_up")):
+        try:
+            made = convert(dict(renamed(plain, *names) if names else plain), **given)
+        except Exception:  # names that diffusers does not know fail in any way
+            continue
+        yield made[0] if isinstance(made, tuple) else made
 
 
 def _refuse_other_types(lora: LoraFile) -> None:
@@ -256,8 +287,8 @@ def _root(lora: LoraFile, denoiser: str) -> bool:
 
 def _changes(module: nn.Module, layer: _Layer, root: bool) -> bool:
     """Return whether a layer's LoRA changes any of its weights, in their precision."""
-    change = layer.scale(root) * (layer.up.flatten(1) @ layer.down.flatten(1))
-    weight = module.weight
+    change = layer.change(root)
+    weight: Any = module.weight
     if type(weight.data) is not Tensor or weight.numel() != change.numel():  # quantised
         return bool(change.any())
     change = change.to(weight.device, weight.dtype)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from peft.utils import get_peft_model_state_dict
@@ -19,13 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dgpo.disk import DAMAGED
+from dgpo.disk import CHECKPOINT_TENSORS, DAMAGED
 from dgpo.errors import UserError
 from dgpo.models.weights.lora import ADAPTER
 from dgpo.models.weights.lora_names import DENOISERS, sort
 
-Format = Literal["diffusers", "peft", "kohya", "comfyui"]
-FORMATS: tuple[Format, ...] = get_args(Format)
 _SECOND = "transformer_2"
 _DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 _PEFT_FILE = "adapter_model.safetensors"
@@ -34,7 +32,6 @@ _FILES = (_DIFFUSERS_FILE, _PEFT_FILE, "pytorch_lora_weights.bin", "adapter_mode
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _METADATA = "lora_adapter_metadata"
 _ONE_FILE = "lora.safetensors"
-_CHECKPOINT = "tensors.safetensors"
 
 
 @dataclass(frozen=True)
@@ -98,9 +95,9 @@ def read(given: Path, weights: str = "slow") -> LoraFile:
     Raises:
         UserError: there is no LoRA, or its files are damaged.
     """
-    if given.name == _CHECKPOINT:
+    if given.name == CHECKPOINT_TENSORS:
         given = given.parent
-    if (given / _CHECKPOINT).is_file():
+    if (given / CHECKPOINT_TENSORS).is_file():
         return _of_checkpoint(given, weights)
     if given.is_dir() and not _lora_files(given):
         if (given / "lora").is_dir():
@@ -111,7 +108,7 @@ def read(given: Path, weights: str = "slow") -> LoraFile:
     file = _lora_files(given)[0] if given.is_dir() else given
     made = _of_file(file)
     second = file.parent / _SECOND
-    if not (file.name in _FILES and second.is_dir() and _lora_files(second)):
+    if not _lora_files(second):
         return made
     more = _of_file(_lora_files(second)[0])
     tensors = {f"{_SECOND}.{k.removeprefix('transformer.')}": v for k, v in more.tensors.items()}
@@ -127,7 +124,7 @@ def _lora_files(folder: Path) -> list[Path]:
     """
     if known := [folder / name for name in _FILES if (folder / name).is_file()]:
         return known
-    found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    found = sorted(folder.glob("*.safetensors"))
     if len(found) > 1:
         names = ", ".join(file.name for file in found[:4])
         raise UserError(f"LoRA {folder}: it holds {len(found)} files ({names}, ...); name one")
@@ -143,10 +140,23 @@ def _instead(folder: Path) -> str:
     return "holds no LoRA (*.safetensors); give a run, a checkpoint or the file of a LoRA"
 
 
-def _of_checkpoint(folder: Path, weights: str) -> LoraFile:
-    with _told(folder / _CHECKPOINT), safe_open(folder / _CHECKPOINT, "pt") as opened:
+def read_weights(folder: Path, weights: str) -> dict[str, Tensor]:
+    """Read the trained weights of a checkpoint by the names of denoiser and parameter.
+
+    Args:
+        folder: the checkpoint.
+        weights: ``slow``, ``policy`` or ``old``.
+
+    Raises:
+        UserError: its file is damaged.
+    """
+    with _told(folder / CHECKPOINT_TENSORS), safe_open(folder / CHECKPOINT_TENSORS, "pt") as opened:
         keys = [k for k in opened.keys() if k.startswith(f"{weights}.")]  # noqa: SIM118
-        tensors = {key.removeprefix(f"{weights}."): opened.get_tensor(key) for key in keys}
+        return {key.removeprefix(f"{weights}."): opened.get_tensor(key) for key in keys}
+
+
+def _of_checkpoint(folder: Path, weights: str) -> LoraFile:
+    tensors = read_weights(folder, weights)
     if not sort(tensors).parts:
         raise UserError(
             f"LoRA {folder}: this checkpoint holds no LoRA, since its run trained all weights"
@@ -214,7 +224,7 @@ def alpha_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
     try:
         patterns = config.get("alpha_pattern") or {}
         alpha = config.get("lora_alpha", 8 if config else rank)  # 8 is peft's own default
-        made = float(patterns.get(get_pattern_key(patterns, layer), alpha))
+        made = float(patterns.get(get_pattern_key(list(patterns), layer), alpha))
     except (*DAMAGED, re.error) as error:
         raise UserError(f"its settings have no alpha for {layer!r:.100} ({error})") from error
     if not math.isfinite(made):
@@ -222,7 +232,7 @@ def alpha_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
     return made
 
 
-def write(lora: LoraFile, output: Path, form: Format) -> list[Path]:
+def write(lora: LoraFile, output: Path, form: str) -> list[Path]:
     """Write a LoRA of a run as other programs read it.
 
     Args:
@@ -266,7 +276,7 @@ def _renamed(
     denoiser: str,
     layers: Mapping[str, Mapping[str, Tensor]],
     config: Mapping[str, Any],
-    form: Format,
+    form: str,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a denoiser's LoRA by the names of a format."""
     unet = denoiser == "unet"

@@ -107,6 +107,14 @@ def other_type(keys: Iterable[str]) -> str | None:
     return min(names, default=None)
 
 
+def renamed(tensors: Mapping[str, Tensor], down: str, up: str) -> dict[str, Tensor]:
+    """Return the matrices of a LoRA with other names of the two."""
+    return {
+        f"{layer}.{down if part == 'down' else up}.weight": tensors[key]
+        for key, (layer, part) in sort(tensors).parts.items()
+    }
+
+
 class Layers:
     """The layers of a pipeline's denoisers, found by the names of any trainer.
 
