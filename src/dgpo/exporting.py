@@ -111,15 +111,16 @@ def _merged(
     recipe: Mapping[str, Any], home: Path, found: Path | None, weights: str, model: Any
 ) -> Any:
     """Return the pipeline of a run with its trained weights in it."""
-    from dgpo.models.load import load_pipeline
+    from dgpo.models.load import load_pipeline, quiet
     from dgpo.models.loras import merge_lora
     from dgpo.models.weights.lora_files import read, read_weights
 
     pipe = recipe["model"] if model is None else model
     if isinstance(pipe, (str, Path)):
-        own = recipe["memory"]["vae_precision"]
+        quiet()
+        own = (recipe.get("memory") or {}).get("vae_precision")
         pipe = load_pipeline(str(pipe), recipe["precision"], vae_precision=own)
-    if recipe["lora"] is not None:
+    if recipe.get("lora", {}) is not None:
         merge_lora(pipe, read(found or home / "lora", weights))
         return pipe
     if found is not None:
