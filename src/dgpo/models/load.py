@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -117,7 +116,7 @@ def _read(
             how["quantization_config"] = quantized(place, quantization, dtype)
         if isinstance(place, Path):
             # diffusers misses what a pipeline was saved without, unless it is told so
-            index = json.loads((place / "model_index.json").read_text(encoding="utf-8"))
+            index: Any = DiffusionPipeline.load_config(place)
             how |= {name: None for name, kind in index.items() if kind == [None, None]}
         return DiffusionPipeline.from_pretrained(place, **how)
     except UserError:

@@ -49,7 +49,7 @@ def put_lora(pipe: Any, lora: LoraFile, *, weight: float = 1.0, fresh: bool = Fa
         fresh: whether a LoRA that changes nothing is taken, as it is when training starts.
 
     Raises:
-        UserError: as :func:`load_lora`.
+        UserError: it cannot be used, for a reason of :func:`load_lora`.
     """
     denoisers, fitting, said = _prepared(pipe, lora, weight, fresh)
     for name, layers in fitting.items():
@@ -64,7 +64,7 @@ def merge_lora(pipe: Any, lora: LoraFile) -> str:
     The sum is made in float32 and rounded once.
 
     Raises:
-        UserError: as :func:`load_lora`.
+        UserError: it cannot be used, for a reason of :func:`load_lora`.
     """
     denoisers, fitting, said = _prepared(pipe, lora, 1.0, fresh=True)
     for name, layers in fitting.items():
