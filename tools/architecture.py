@@ -55,6 +55,7 @@ ROOMS: dict[str, str] = {
     "generators": "Prompt sets that are made: GenEval's and signs.",
     "run": "The run's folder: metrics, pictures, the manifest, the model card.",
     "training": "The parts of the loop: collect, score, update, watch, save.",
+    "exporting": "`dgpo export`: a run's weights as other programs read them.",
     "trainer": "The loop.",
     "check": "`dgpo check`: a model is trained for a moment, to prove that it can be.",
     "planning": "`dgpo plan`: passes and memory before a run.",

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dgpo.algorithms.dgpo import DGPO
     from dgpo.errors import UserError
+    from dgpo.exporting import export
+    from dgpo.models.loras import load_lora
     from dgpo.pocket import load_pocket
     from dgpo.prompts import Prompt
     from dgpo.recipe import Recipe
@@ -20,7 +22,18 @@ if TYPE_CHECKING:
     from dgpo.trainer import Trainer
     from dgpo.training.callbacks import Callback
 
-__all__ = ["DGPO", "Callback", "Prompt", "Recipe", "Reward", "Trainer", "UserError", "load_pocket"]
+__all__ = [
+    "DGPO",
+    "Callback",
+    "Prompt",
+    "Recipe",
+    "Reward",
+    "Trainer",
+    "UserError",
+    "export",
+    "load_lora",
+    "load_pocket",
+]
 
 _HOMES = {
     "Callback": "dgpo.training.callbacks",
@@ -30,6 +43,8 @@ _HOMES = {
     "Reward": "dgpo.rewards",
     "Trainer": "dgpo.trainer",
     "UserError": "dgpo.errors",
+    "export": "dgpo.exporting",
+    "load_lora": "dgpo.models.loras",
     "load_pocket": "dgpo.pocket",
 }
 

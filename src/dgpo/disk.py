@@ -17,6 +17,8 @@ from dgpo.errors import UserError
 
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """The errors that reading a damaged file of a run may raise."""
+CHECKPOINT_TENSORS = "tensors.safetensors"
+"""The file of a checkpoint's folder that holds its tensors."""
 _FULL = ("No space left", "StorageFull", "Disk quota exceeded", "QuotaExceeded")
 
 

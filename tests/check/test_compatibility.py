@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from dgpo.check import examination
 from dgpo.check.compatibility import QUESTIONS, Examination, examine
 from dgpo.core.sde import FlowSDE
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.policy import Policy
-from dgpo.models.weights import lora_files
 from dgpo.training.updater import Updater
 from families.tiny import build, tiny_model
 
@@ -125,14 +125,14 @@ def test_a_reference_that_is_not_the_base(monkeypatch: Any) -> None:
 
 def read_weaker(monkeypatch: Any) -> None:
     """LoRA files are read with nine tenths of their strength."""
-    own = lora_files.load
+    own = examination.read_back
 
     def weaker(pipe: Any, folder: Any) -> Any:
         how = own(pipe, folder)
         pipe.set_adapters(pipe.get_active_adapters(), [0.9])
         return how
 
-    monkeypatch.setattr(lora_files, "load", weaker)
+    monkeypatch.setattr(examination, "read_back", weaker)
 
 
 def test_a_lora_that_is_read_with_another_strength(monkeypatch: Any) -> None:
@@ -182,7 +182,7 @@ def test_a_reference_of_one_expert_that_is_not_the_base(monkeypatch: Any) -> Non
 
 
 def test_a_lora_of_one_expert_that_is_lost(monkeypatch: Any) -> None:
-    own = lora_files.load
+    own = examination.read_back
 
     def careless(pipe: Any, folder: Any) -> Any:
         how = own(pipe, folder)
@@ -191,7 +191,7 @@ def test_a_lora_of_one_expert_that_is_lost(monkeypatch: Any) -> None:
                 tensor.zero_()
         return how
 
-    monkeypatch.setattr(lora_files, "load", careless)
+    monkeypatch.setattr(examination, "read_back", careless)
     found = examine(partial(build, "wan22"), partial(tiny_model, "wan22"))
     assert verdicts(found) == {**dict.fromkeys(QUESTIONS, "yes"), "LoRA file": "no"}
 

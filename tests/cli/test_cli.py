@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["train", "eval", "sample", "score", "list", "check", "plan"]),
+        (["--help"], ["train", "eval", "sample", "score", "list", "check", "plan", "export"]),
         (["train", "--help"], ["RECIPE", "KEY=VALUE", "--resume", "run.json"]),
         (["eval", "--help"], ["--model", "--lora", "--benchmark", "--prompts", "--json"]),
         (["score", "--help"], ["--reward", "--images", "--prompts", "--json"]),
@@ -202,6 +202,9 @@ def test_sample_with_a_lora_of_a_run_folder(folder, tmp_path):
     run(*common, "--out", str(tmp_path / "base"))
     run(*common, "--out", str(tmp_path / "one"), "--lora", str(tmp_path / "run"))
     run(*common, "--out", str(tmp_path / "two"), "--lora", str(tmp_path / "run" / "lora"))
+    file = tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors"
+    said = run(*common, "--out", str(tmp_path / "three"), "--lora", str(file)).output
+    assert "tensors fit the transformer (rank 2)" in said
     base, one, two = (pictures(tmp_path / n)["00000.png"] for n in ("base", "one", "two"))
     assert (one == two).all() and (one != base).any()
 

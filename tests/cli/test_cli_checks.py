@@ -72,6 +72,8 @@ def test_mistakes_are_told_without_the_libraries(folder: Path) -> None:
         ("is a file", [*score, "redness", "--json", "one.txt/x"]),
         ("did you mean 'redness'", ["serve", "--reward", "rednes"]),
         ("give --token-file", ["serve", "--reward", "redness", "--host", "0.0.0.0"]),
+        ("holds no run", ["export", "no"]),
+        ("--format x", ["export", "old", "--format", "x"]),
         ("is not KEY=VALUE", ["check", "pocket", "height"]),
         ("no.png", ["check", "pocket", "--image", "no.png"]),
         ("does not exist", ["prompts", "ocr", "--out", "x.txt", "--without", "no.txt"]),

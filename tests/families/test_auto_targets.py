@@ -11,11 +11,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from dgpo.check.examination import check_rows
+from dgpo.models.loras import load_lora
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.pipeline.probes import Step
 from dgpo.models.pipeline.prompt_encoder import Conditioning
 from dgpo.models.policy import Policy
-from dgpo.models.weights import lora_files
 from dgpo.recipe.sections import LoraSettings
 from families.tiny import TINY, tiny_model
 
@@ -68,6 +68,6 @@ def test_a_family_trains_without_a_layer_being_named(name: str, tmp_path: Path) 
         base = outputs(model, steps, cond)
     policy.save(tmp_path, "policy")
     fresh = tiny_model(name)
-    lora_files.load(fresh.pipe, tmp_path)
+    load_lora(fresh.pipe, tmp_path)
     for read, was, before in zip(outputs(fresh, steps, cond), trained, base, strict=True):
         assert (read - was).abs().max() <= 1e-4 * (was - before).abs().max()

@@ -80,13 +80,13 @@ def check_rewards(names: Iterable[str]) -> None:
 
 
 def check_lora(given: Path | None) -> None:
-    """Refuse a LoRA's folder that does not exist.
+    """Refuse a LoRA that does not exist.
 
     Raises:
-        UserError: it is not a folder.
+        UserError: there is no such file or folder.
     """
-    if given is not None and not given.is_dir():
-        raise UserError(f"--lora {given}: it is no folder; give a run folder or its lora/")
+    if given is not None and not given.exists():
+        raise UserError(f"--lora {given}: there is none; give a file, a run or a checkpoint")
 
 
 def check_folder(option: str, folder: Path) -> None:

@@ -16,6 +16,7 @@ from dgpo.cli.common import INTERRUPTED, tell_the_others
 from dgpo.cli.compare import compare
 from dgpo.cli.detect import detect
 from dgpo.cli.eval import evaluate
+from dgpo.cli.export import export
 from dgpo.cli.list import names
 from dgpo.cli.plan import plan
 from dgpo.cli.prompts import prompts
@@ -63,6 +64,7 @@ app.command("serve")(serve)
 app.command("list")(names)
 app.command("train")(train)
 app.command("eval")(evaluate)
+app.command("export")(export)
 app.command("check")(check)
 
 

@@ -19,7 +19,7 @@ def _precision(value: str | None) -> str | None:
 _RECIPE = "A file, a recipe's name, or the run.json of a run folder."
 _SETTINGS = "Settings to change, such as train.lr=1e-4."
 MODEL = "pocket, a hub id, or the folder of a pipeline."
-_LORA = "A trained LoRA: a run folder, or its lora/."
+_LORA = "A LoRA of any trainer: a file, a folder, a run, or a checkpoint of one."
 _FLOATS = "float32, bfloat16 or float16."
 _VAE = "The autoencoder's precision; Wan's is meant for float32. Default: as --precision."
 _DEVICE = "Default: cuda if there is a GPU, else cpu."
@@ -29,7 +29,7 @@ _TOKEN = "A file that holds the token which others must know."
 RecipeName = Annotated[str, Argument(metavar="RECIPE", help=_RECIPE)]
 Overrides = Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help=_SETTINGS)]
 Model = Annotated[str, Option("--model", metavar="M", help=MODEL)]
-Lora = Annotated[Path | None, Option("--lora", metavar="DIR", help=_LORA)]
+Lora = Annotated[Path | None, Option("--lora", metavar="PATH", help=_LORA)]
 Precision = Annotated[str, Option(metavar="P", callback=_precision, help=_FLOATS)]
 VaePrecision = Annotated[str | None, Option(metavar="P", callback=_precision, help=_VAE)]
 Device = Annotated[str | None, Option(metavar="D", help=_DEVICE)]

@@ -65,13 +65,12 @@ def rank(
     check_lora(lora)
     page = PageServer(host, port, token_file)
     from dgpo.models.load import quiet
-    from dgpo.models.weights.lora_files import lora_folder
     from dgpo.ranking.desk import Desk
     from dgpo.ranking.drawing import Artist
     from dgpo.ranking.store import Store
 
     quiet()
-    artist = Artist(settings, None if lora is None else lora_folder(lora))
+    artist = Artist(settings, lora)
     desk = Desk(Store(folder), raters)
     desk.reopen()
     page.start(desk, ask)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +11,9 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
 from dgpo.errors import UserError, told
+from dgpo.models.loras import put_lora
 from dgpo.models.quantization import Quantization, quantized
-from dgpo.models.weights.lora_files import load as load_lora
-from dgpo.models.weights.lora_files import lora_folder
+from dgpo.models.weights.lora_files import read as read_lora
 from dgpo.registry import MODELS, resolve
 from dgpo.user_code import user_code
 
@@ -116,6 +116,10 @@ def _read(
     try:
         if quantization is not None:
             how["quantization_config"] = quantized(place, quantization, dtype)
+        if isinstance(place, Path):
+            # diffusers misses what a pipeline was saved without, unless it is told so
+            index: Any = DiffusionPipeline.load_config(place)
+            how |= {name: None for name, kind in index.items() if kind == [None, None]}
         return DiffusionPipeline.from_pretrained(place, **how)
     except UserError:
         raise
@@ -194,22 +198,24 @@ def load_for_sampling(
     lora: Path | None = None,
     device: str | None = None,
     vae_precision: str | None = None,
+    say: Callable[[str], object] = print,
 ) -> Any:
     """Load a pipeline, with a LoRA if one is named, and put it on its device.
 
     Args:
         model: what :func:`load_pipeline` takes.
         precision: the precision of all weights.
-        lora: a run folder, or its ``lora/``.
+        lora: what :func:`dgpo.models.loras.load_lora` takes.
         device: ``cpu``, ``cuda``, ``cuda:0``; None for a GPU if there is one.
         vae_precision: the precision of the autoencoder's weights; None for ``precision``.
+        say: is told how many tensors of the LoRA fit.
 
     Raises:
-        UserError: it cannot be loaded, or there is no such device.
+        UserError: it cannot be loaded, the LoRA does not fit, or there is no such device.
     """
-    folder = None if lora is None else lora_folder(lora)
-    quiet()
     # tried before the model is loaded, which may take minutes
+    found = None if lora is None else read_lora(lora)
+    quiet()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _try_device(device)
     pipe = load_pipeline(
@@ -217,8 +223,8 @@ def load_for_sampling(
         precision,  # pyright: ignore[reportArgumentType]
         vae_precision=vae_precision,  # pyright: ignore[reportArgumentType]
     )
-    if folder is not None:
-        load_lora(pipe, folder)
+    if found is not None:
+        say(put_lora(pipe, found))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

@@ -11,7 +11,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.quantizers import PipelineQuantizationConfig
 
 from dgpo.errors import MissingExtra, UserError
-from dgpo.models.pipeline.arguments import DENOISERS
+from dgpo.models.weights.lora_names import DENOISERS
 
 Quantization = Literal["bitsandbytes_4bit", "bitsandbytes_8bit", "torchao_int8"]
 

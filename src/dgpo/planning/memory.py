@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from dgpo.core.process import Level
 from dgpo.errors import UserError
 from dgpo.models.pipeline.adapter import PipelineModel
-from dgpo.models.pipeline.arguments import DENOISERS
 from dgpo.models.pipeline.probes import StandIn
 from dgpo.models.pipeline.prompt_encoder import CACHE_BYTES, Conditioning
 from dgpo.models.policy import Policy
+from dgpo.models.weights.lora_names import DENOISERS
 from dgpo.models.weights.memory import save_memory, text_encoders
 from dgpo.planning.machine import Machine
 from dgpo.planning.meta_memory import needs, without_numbers

@@ -9,9 +9,10 @@ from PIL import Image
 
 from dgpo.core.seeds import stream
 from dgpo.models.load import load_pipeline
+from dgpo.models.loras import put_lora
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.samplers.schedulers import make_scheduler
-from dgpo.models.weights.lora_files import load as load_lora
+from dgpo.models.weights.lora_files import read as read_lora
 from dgpo.prompts import Prompt, PromptSampler, load_prompts, refuse_sizes
 from dgpo.recipe import Recipe
 
@@ -24,7 +25,7 @@ class Artist:
     Args:
         recipe: its ``model``, ``precision``, ``prompts.train``, ``group_size``, ``rollout`` and
             ``seed`` are used.
-        lora: a folder with trained weights, to rank what was trained already.
+        lora: a LoRA, to rank what was trained already; see :func:`~dgpo.models.loras.load_lora`.
 
     Raises:
         UserError: there are no prompts, or the model cannot be loaded.
@@ -35,11 +36,12 @@ class Artist:
         prompts = load_prompts(recipe.prompts.train)
         refuse_sizes(prompts, recipe.rollout.call)
         self._prompts = PromptSampler(prompts, 1, recipe.seed)
+        found = None if lora is None else read_lora(lora)
         pipe = load_pipeline(
             recipe.model, recipe.precision, vae_precision=recipe.memory.vae_precision
         )
-        if lora is not None:
-            load_lora(pipe, lora)
+        if found is not None:
+            print(put_lora(pipe, found))
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
         self._model = PipelineModel(pipe, call=recipe.rollout.call)
         self._scheduler = make_scheduler(recipe.rollout.scheduler, pipe.scheduler)

@@ -21,6 +21,7 @@ from peft.tuners.lora import LoraLayer
 from pydantic import ValidationError
 
 from dgpo.errors import UserError, told
+from dgpo.models.loras import put_lora
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.pipeline.rollout import Rollout
 from dgpo.models.samplers.schedulers import make_scheduler
@@ -75,7 +76,7 @@ class Sampler:
             self._weights, self._layers = None, []  # until the new ones are known to be in place
             (Path(folder) / "pytorch_lora_weights.safetensors").write_bytes(data)
             try:
-                lora_files.load(self._pipe, Path(folder))
+                put_lora(self._pipe, lora_files.read(Path(folder)), fresh=True)
             except Exception as error:  # diffusers and peft raise many kinds
                 raise UserError(f"this is no LoRA for the pipeline: {error}") from error
             parts = self._pipe.components.values()

@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dgpo.disk import DAMAGED, replace_folder
+from dgpo.disk import CHECKPOINT_TENSORS, DAMAGED, replace_folder
 from dgpo.distributed.processes import SINGLE, Processes
 from dgpo.distributed.sharding import like, put, whole
 from dgpo.errors import UserError
@@ -41,7 +41,6 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 """The format of a checkpoint's files; it counts up when other code is needed to read them."""
 _STATE = "state.json"
-_TENSORS = "tensors.safetensors"
 _AHEAD = "ahead.safetensors"
 _NAME = re.compile(r"(\d{8})(\.old)?")
 
@@ -99,10 +98,10 @@ def save_checkpoint(
         shutil.rmtree(left)
 
     def write(new: Path) -> None:
-        save_file(tensors, new / _TENSORS)
+        save_file(tensors, new / CHECKPOINT_TENSORS)
         steps = {"optimizer_step": updater.step, "nonfinite": updater.nonfinite}
         steps |= {"gradient_scale": updater.gradient_scale, "scaled": updater.scaled}
-        names = [_TENSORS, _STATE]
+        names = [CHECKPOINT_TENSORS, _STATE]
         if ahead.facts:
             save_file(ahead.tensors, new / _AHEAD)
             steps |= {"ahead": ahead.facts}
@@ -204,7 +203,7 @@ def load_checkpoint(folder: Path | None, updater: Updater) -> dict[str, Any]:
     own = policy.state_dict()
     moments: dict[int, dict[str, Tensor]] = {}
     # one by one: sharded weights need not fit whole into the memory of a process
-    for name, value in read(folder and folder / _TENSORS, facts, processes):
+    for name, value in read(folder and folder / CHECKPOINT_TENSORS, facts, processes):
         if name in own:
             put(own[name], value)
             continue
@@ -276,7 +275,7 @@ def _contents(folder: Path | None) -> tuple[dict[str, Any], dict[str, list[Any]]
     """The counters of a checkpoint, and dtype and shape of every tensor."""
     assert folder is not None, "the main process knows the folder"
     state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-    return state, described(folder / _TENSORS)
+    return state, described(folder / CHECKPOINT_TENSORS)
 
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:

@@ -14,11 +14,11 @@ from torch import nn
 from dgpo.errors import UserError
 from dgpo.media import Video
 from dgpo.models.pipeline.families import family_of
+from dgpo.models.weights.lora_names import DENOISERS
 from dgpo.reserved import RESERVED, refusal
 
 GUIDER = "guider"
 """The name, among the arguments of a call, of the scale of the pipeline's guiders."""
-DENOISERS = ("transformer", "transformer_2", "unet")
 _PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 _NOT_FOR_USERS = {"kwargs", "device", "dtype", "do_classifier_free_guidance"}
 
