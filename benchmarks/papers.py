@@ -63,24 +63,40 @@ PAPERS = [
     Paper("Best of n (RAFT)", "2304.06767", ["pocket-geneval-best_of_n"]),
 ]
 NOT_MEASURED = "not measured"
+SMALL = (
+    "model, task, sizes, LoRA and learning rate are those of a small model; the recipe's head says "
+    "what was published"
+)
 ABOUT = """# Papers
 
 Which recipe stands for which paper, which of its settings are quoted from it, and what it reached
 here.
 
 - **quoted settings**: the lines of the recipe that are marked "published", with the paper they are
-  from where it is another one. All others are this project's choice; the recipe says why. The
-  recipes `pocket-*` train a small model on a task of the same kind, not the papers' model, so their
-  figures are no reproduction of the papers'.
+  from where it is another one. The recipes `pocket-*` train a small model on a task of the same
+  kind, not the papers' model, so their figures are no reproduction of the papers'.
+- **differences**: the lines of the recipe that say how they differ from the published
+  configuration. In the recipes `sd35m-*` every other line is equal to it, except for what is no
+  part of the update: iterations, batches, what is evaluated how often, checkpoints. The published
+  runs of DGPO evaluate in 14 or in 10 steps; here it is 14 with guidance and 10 without.
 - **published**: what the paper reports for SD3.5-M on the task (base model: GenEval 0.63, OCR 0.59,
   PickScore 21.72).
 - **our figure**: held-out score of the base model, and of the last evaluation with its 95% interval
   over prompts, from `benchmarks/results`; "{not_measured}" where there is no run. The recipes
   `sd35m-*` need GPUs that the project has not had.
 
-| paper | recipe | quoted settings | published | our figure |
-|---|---|---|---|---|
+| paper | recipe | quoted settings | differences | published | our figure |
+|---|---|---|---|---|---|
 {rows}
+
+The README of DGPO's published code gives other numbers than its configuration files for two modes:
+a KL weight of 1e-3 with a clip of 1e-3, and of 1e-3 with 1e-5. The recipes follow the files.
+
+What the code of this project does otherwise than DGPO's, in all recipes:
+
+- The noise level of a trained point is the solver's own, there int(timestep) / 1000.
+- Where a group is larger than `train.micro_batch` the policy is predicted twice, which costs time
+  and changes nothing.
 
 How each method's loss is defined, and where it differs from its paper:
 [algorithms.md](algorithms.md). This page is written by
@@ -90,9 +106,8 @@ How each method's loss is defined, and where it differs from its paper:
 """
 
 
-def quoted(file: Path) -> list[str]:
-    """The settings of a recipe that are marked as published, ``a.b = value``."""
-    found: list[str] = []
+def remarks(file: Path) -> Iterator[tuple[str, str]]:
+    """The settings of a recipe that have a comment, ``a.b = value``, each with it."""
     path: list[tuple[int, str]] = []
     for line in file.read_text(encoding="utf-8").splitlines():
         code, _, comment = line.partition("#")
@@ -101,11 +116,27 @@ def quoted(file: Path) -> list[str]:
             continue
         indent = len(code) - len(code.lstrip())
         path = [(depth, name) for depth, name in path if depth < indent] + [(indent, key)]
-        said = comment.strip()
-        if said.startswith("published") and value.strip():
-            other = f" ({said[10:]})" if said.startswith("published for ") else ""
-            found.append(f"{'.'.join(name for _, name in path)} = {value.strip()}{other}")
-    return found
+        if comment and value.strip():
+            yield f"{'.'.join(name for _, name in path)} = {value.strip()}", comment.strip()
+
+
+def quoted(file: Path) -> list[str]:
+    """The settings of a recipe that are marked as published, ``a.b = value``."""
+    return [
+        setting + (f" ({said[10:]})" if said.startswith("published for ") else "")
+        for setting, said in remarks(file)
+        if said.startswith("published")
+    ]
+
+
+def differences(file: Path) -> list[str]:
+    """The settings of a recipe that say how they differ from what was published."""
+    small = [SMALL] if file.stem.startswith("pocket-") else []
+    return small + [
+        f"`{setting}`: {said}"
+        for setting, said in remarks(file)
+        if "published" in said and not said.startswith("published")
+    ]
 
 
 def figure(name: str, results: Path) -> str:
@@ -128,11 +159,12 @@ def _run(file: Path) -> str:
 def _rows(results: Path) -> Iterator[str]:
     for paper in PAPERS:
         for name in paper.recipes:
-            settings = quoted(PACKAGED / f"{name}.yaml")
+            file = PACKAGED / f"{name}.yaml"
             cells = [
                 f"{paper.name}, [{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})",
                 f"`{name}`",
-                "<br>".join(f"`{one}`" for one in settings) or "none",
+                "<br>".join(f"`{one}`" for one in quoted(file)) or "none",
+                "<br>".join(differences(file)) or "none",
                 paper.published.get(name, ""),
                 figure(name, results),
             ]

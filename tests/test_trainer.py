@@ -23,6 +23,7 @@ import dgpo.models.policy
 import dgpo.models.weights.snapshots
 import dgpo.trainer
 import dgpo.training.setup
+from dgpo import Callback
 from dgpo.algorithms import DGPO, FlowGRPO
 from dgpo.core.groups import Groups
 from dgpo.errors import UserError
@@ -82,7 +83,7 @@ def test_a_row_says_what_happened(tmp_path: Path) -> None:
         by_prompt,
         train_dataset=PROMPTS[:2],
         train={"iterations": 1},
-        algorithm=Spy(timesteps=TIMESTEPS),
+        algorithm=Spy(timesteps=TIMESTEPS, equal_groups="skip"),
     )
     with Calls(run.model.denoisers["transformer"]) as calls:
         run.train()
@@ -175,12 +176,25 @@ def test_an_evaluation_leaves_the_weights_alone(
         check_restored(trainer(tmp_path, lora=lora, eval_dataset=PROMPTS[:2]))
 
 
-def test_a_run_too_short_for_its_average_says_so(tmp_path: Path) -> None:
-    for every in (2, 3):
+def test_a_run_too_short_for_its_average_says_so_at_its_start(tmp_path: Path) -> None:
+    for every in (1, 2, 3):
         trainer(tmp_path / str(every), train={"iterations": 2}, ema={"every": every}).train()
-    assert not (tmp_path / "2" / "warnings.jsonl").exists()
-    warned = rows(tmp_path / "3", "warnings.jsonl")[-1]["warning"]
-    assert warned.startswith("ema.every = 3: after 2 optimiser steps the average")
+    assert not (tmp_path / "1" / "warnings.jsonl").exists()
+    for every, share in ((2, "18%"), (3, "100%")):
+        (row,) = rows(tmp_path / str(every), "warnings.jsonl")
+        assert row["iteration"] == 0
+        assert row["warning"].startswith(f"after 2 iterations {share} of the average, which is")
+
+
+def test_a_run_that_ends_too_early_for_its_average_says_so_then(tmp_path: Path) -> None:
+    class Enough(Callback):
+        def on_iteration_end(self, state: Any, control: Any, **what: Any) -> None:
+            control.should_stop = True
+
+    trainer(tmp_path, train={"iterations": 20}, ema={"every": 2}, callbacks=[Enough()]).train()
+    (row,) = rows(tmp_path, "warnings.jsonl")
+    assert row["iteration"] == 1
+    assert row["warning"].startswith("after 1 iterations 100% of the average")
 
 
 @pytest.mark.parametrize(("every", "found"), [(0, [1, 3, 5]), (2, [1, 2, 3, 4, 5])])
@@ -235,7 +249,8 @@ def test_the_model_can_be_saved_anywhere(tmp_path: Path) -> None:
 
 
 def test_the_saved_lora_draws_the_same_pictures(tmp_path: Path) -> None:
-    run = trainer(tmp_path, eval_dataset=PROMPTS[:2], lora={"rank": 4, "alpha": 12})
+    far: dict[str, Any] = {"warmup": None}  # from the policy
+    run = trainer(tmp_path, eval_dataset=PROMPTS[:2], lora={"rank": 4, "alpha": 12}, ema=far)
     run.train()
     with run.policy.rolling("slow"):
         wanted = sample_images(run.model, run.eval_prompts, run._held_out.sampling)

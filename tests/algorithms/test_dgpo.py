@@ -103,15 +103,40 @@ def test_ema_reference_keeps_the_kl_with_the_frozen_base():
 def test_kl_is_added_with_its_weight_and_its_own_guided_reference():
     t = Toy(Groups.contiguous(3, 4))
     guided = t.xt @ (t.ref + 1)
-    with_kl, without = DGPO(kl=0.5, kl_cfg=4.5), DGPO(kl=0)
+    with_kl, without = DGPO(kl=0.5, kl_cfg=4.5, baseline="plain"), DGPO(kl=0)
     assert with_kl.kl_guidance == 4.5 and without.kl_guidance is None
-    assert DGPO(kl=0, kl_cfg=4.5).kl_guidance is None
+    assert DGPO(kl=0, kl_cfg=4.5, baseline="plain").kl_guidance is None
     points = t.points(kl_ref=guided)
     expected = without.loss(points)[0] + 0.5 * (points.pred - guided).square().mean()
     torch.testing.assert_close(with_kl.loss(points)[0], expected, **CLOSE)
     assert torch.equal(with_kl.weights(points), without.weights(points))  # S_g has no guidance
     with pytest.raises(ValueError, match="kl_ref"):
         with_kl.loss(t.points())
+
+
+def test_one_guided_reference_serves_the_margin_and_the_kl_term():
+    t = Toy(Groups.contiguous(3, 4))
+    guided = t.xt @ (t.ref + 1)
+    algorithm = DGPO(beta=7, kl=0.5, kl_cfg=4.5)
+    assert algorithm.snapshots == {"old"} and algorithm.kl_guidance == 4.5
+    points = t.points(ref=None, kl_ref=guided)
+    margin = DGPO(beta=7).weights(t.points(ref=guided))  # as if the guided one were the reference
+    assert torch.equal(algorithm.weights(points), margin)
+    kl = (points.pred - guided).square().mean()
+    torch.testing.assert_close(algorithm.loss(points)[1]["kl"], kl.detach(), **CLOSE)
+    plain = DGPO(beta=7, kl=0.5, kl_cfg=4.5, baseline="plain")
+    assert plain.snapshots == {"ref", "old"} and plain.kl_guidance == 4.5
+    assert (plain.weights(t.points(kl_ref=guided)) - margin).abs().max() > 0.01
+    # without a KL term the margin is guided all the same; without guidance there is one reference
+    assert DGPO(kl=0, kl_cfg=4.5).kl_guidance == 4.5
+    assert DGPO(kl_cfg=1).snapshots == DGPO(kl_cfg=1, baseline="plain").snapshots == {"ref", "old"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "trained"), [({}, True), ({"kl": 0}, False), ({"equal_groups": "skip"}, False)]
+)
+def test_groups_of_equal_rewards_are_trained_for_their_kl_term(settings, trained):
+    assert DGPO(**settings).trains_equal_groups is trained
 
 
 def test_gradients_reach_the_policy_alone():
@@ -131,6 +156,7 @@ def test_only_declared_snapshots_are_read():
         DGPO(),
         DGPO(clip=None),
         DGPO(kl_cfg=4.5),
+        DGPO(kl_cfg=4.5, baseline="plain"),
         DGPO(reference="ema"),
         DGPO(reference="ema", kl=0, clip=None),
         DGPO(reference="ema", kl_cfg=4.5),
@@ -190,6 +216,8 @@ def test_settings_are_the_published_ones_and_frozen():
         {"kl_cfg": 0.5},
         {"loss_scale": "none"},
         {"reference": "old"},
+        {"baseline": "ema"},
+        {"equal_groups": "keep"},
         {"advantage_std": "global"},
         {"old_decay_max": 1},
         {"betta": 1},

@@ -87,8 +87,8 @@ def test_a_sigterm_where_nothing_can_be_raised_is_heard_later(tmp_path: Path) ->
     assert find_checkpoint(tmp_path / "checkpoints").iteration == 2
 
 
-def test_what_is_warned_of_at_the_end_is_written_once(tmp_path: Path) -> None:
-    """The average has not moved, which is said before the last evaluation; a stop comes in it."""
+def test_what_is_warned_of_at_the_start_is_written_once(tmp_path: Path) -> None:
+    """The average will not have moved, which is said at the start; a stop comes at the end."""
 
     def run(resume: bool = False) -> Trainer:
         # the reward is asked by the trial of it, by that of the metric, by two iterations, and then
@@ -100,7 +100,7 @@ def test_what_is_warned_of_at_the_end_is_written_once(tmp_path: Path) -> None:
         run().train()
     assert find_checkpoint(tmp_path / "checkpoints").iteration == 2
     first = rows(tmp_path, "warnings.jsonl")
-    assert len(first) == 1 and "has not moved" in first[0]["warning"]
+    assert len(first) == 1 and "100% of the average" in first[0]["warning"]
     run(resume=True).train()
     assert rows(tmp_path, "warnings.jsonl") == first
 

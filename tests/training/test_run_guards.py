@@ -18,7 +18,7 @@ from dgpo.recipe import Recipe
 from dgpo.recipe.sections import GuardSettings
 from dgpo.rewards.shipped.stand_in import brightness
 from dgpo.training.callbacks import TrainerState
-from dgpo.training.run_guards import Guards
+from dgpo.training.run_guards import Guards, foreseen
 from tiny_runs import PROMPTS, TIMESTEPS, Spy, light, rows, trainer
 
 
@@ -53,7 +53,8 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path: Path) -> No
     assert run.updater.step == 1 and run.updater.nonfinite == 0
     assert all(bool(torch.isfinite(p).all()) for p in run.policy.parameters())
     warned = rows(tmp_path, "warnings.jsonl")
-    assert [row["iteration"] for row in warned] == [1, 2]
+    assert [row["iteration"] for row in warned] == [1, 2, 3]
+    assert "of the average" in warned[2]["warning"]  # which has moved once
     assert "1 optimiser steps were left out" in warned[0]["warning"]
 
 
@@ -267,6 +268,27 @@ def test_a_run_whose_clip_is_saturated_says_so(tmp_path: Path) -> None:
     tenth = next(n for n in range(10, 15) if min(shares[n - 10 : n]) >= 0.1)
     (warned,) = (row for row in rows(tmp_path, "warnings.jsonl") if "clipped" in row["warning"])
     assert warned["iteration"] == tenth and "10 iterations of 10% or more" in warned["warning"]
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "told"),
+    [
+        ("sd35m-ocr-cfgfree-ema", "bfloat16", True),
+        ("sd35m-ocr-cfgfree-ema", "float32", False),
+        ("sd35m-ocr-cfgfree", "bfloat16", False),
+        ("pocket-geneval", "bfloat16", False),  # no clip
+    ],
+)
+def test_a_clip_below_the_rounding_of_predictions_is_told(
+    name: str, precision: str, told: bool
+) -> None:
+    said = foreseen(Recipe.load(name, [f"precision={precision}"]))
+    assert bool(said) is told
+    if told:
+        (text,) = said
+        assert text.startswith(
+            "algorithm.clip = 1e-05: predictions in bfloat16 resolve about 3e-05"
+        )
 
 
 JUDGES = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -178,7 +179,7 @@ def test_an_old_policy_that_is_the_policy_costs_no_pass(monkeypatch: pytest.Monk
 
 def test_when_the_old_policy_is_the_policy() -> None:
     late, early = (DiffusionNFT.model_validate({"old_schedule": s}) for s in ("late", "early"))
-    found = [[old_is_policy(a, n) for n in (0, 1, 2, 76, 77)] for a in (AWM(), late, early, DGPO())]
+    found = [[old_is_policy(a, n) for n in (0, 1, 2, 37, 38)] for a in (AWM(), late, early, DGPO())]
     assert found == [
         [True] * 5,
         [True, True, True, True, False],
@@ -199,7 +200,7 @@ def collected(case: Case, reward: Any = half_without_spread) -> Any:
 
 
 def test_groups_without_spread_are_left_out_and_counted() -> None:
-    case = Case(train=FREE)
+    case = Case(train=FREE, algorithm={"equal_groups": "skip"})
     found = collected(case)
     assert found.figures["groups_dropped"] == 1.0
     assert found.batch.positions.tolist() == list(range(SIZE, 2 * SIZE))
@@ -212,7 +213,7 @@ def test_groups_without_spread_are_left_out_and_counted() -> None:
 def test_leaving_groups_out_does_not_change_the_policy_gradient(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The KL term is another matter: it is not computed where nothing is learned."""
+    """The KL term is another matter, which equal_groups decides."""
     case = Case(torch.float64, algorithm={"kl": 0.0}, lora=None, train=FREE)
     left_out = case.gradients(collected(case).batch)
     case = Case(torch.float64, algorithm={"kl": 0.0}, lora=None, train=FREE)
@@ -223,10 +224,42 @@ def test_leaving_groups_out_does_not_change_the_policy_gradient(
     assert difference(left_out, case.gradients(kept)) < 1e-11
 
 
-def test_without_any_spread_there_is_no_batch() -> None:
-    case = Case()
-    found = collected(case, lambda images, prompts: [0.25] * len(images))
-    assert found.batch is None and found.figures["groups_dropped"] == COUNT
+def test_groups_without_spread_are_trained_for_their_kl_term() -> None:
+    """As in the published runs: they add the gradient of their KL term, and no other."""
+    everything = Case(torch.float64, lora=None, train=FREE)
+    found = collected(everything)
+    assert found.figures["groups_dropped"] == 1.0 and found.batch.share == 1.0
+    assert found.advantages[:SIZE].tolist() == [0.0] * SIZE
+    gradient = everything.gradients(found.batch)
+    points = Spy.seen[-1]
+    assert float(points.advantages[:SIZE].abs().max()) == 0
+    skipped = Case(torch.float64, lora=None, train=FREE, algorithm={"equal_groups": "skip"})
+    left_out = skipped.gradients(collected(skipped).batch)
+    equal = Case(torch.float64, lora=None, train=FREE)
+    alike = collected(equal, lambda images, prompts: [0.25] * len(images)).batch
+    half = replace(alike, **rows_of(alike, slice(0, SIZE)), total=COUNT * SIZE)
+    kl_alone = equal.gradients(half)
+    both = [a + b for a, b in zip(left_out, kl_alone, strict=True)]
+    assert difference(gradient, both) < 1e-11 < difference(gradient, left_out)
+
+
+def rows_of(batch: Batch, rows: slice) -> dict[str, Any]:
+    groups = Groups.contiguous(1, SIZE)
+    own = {name: getattr(batch, name)[rows] for name in ("x0", "advantages", "positions")}
+    return {**own, "groups": groups}
+
+
+def test_without_any_spread_a_step_is_taken_for_the_kl_term_if_at_all() -> None:
+    def found(**algorithm: Any) -> Any:
+        case = Case(algorithm=algorithm)
+        return collected(case, lambda images, prompts: [0.25] * len(images))
+
+    assert found(equal_groups="skip").batch is found(kl=0.0).batch is None
+    assert found().figures["groups_dropped"] == COUNT
+    case = Case(train=FREE, algorithm={"kl": 1.0})
+    batch = collected(case, lambda images, prompts: [0.25] * len(images)).batch
+    figures = case.updater.update(batch, 0)
+    assert case.updater.step == 1 and figures["loss"] == pytest.approx(figures["kl"]) != 0
 
 
 def check_noise(case: Case) -> None:
@@ -340,7 +373,7 @@ def test_averages_move_once_for_an_optimiser_step(
         return Case(
             algorithm={**TWO_LEVELS, "old_decay_rate": 0.1},
             train={"optimizer_step": every},
-            ema={"decay": 0.5, "every": 2},
+            ema={"decay": 0.5, "every": 2, "warmup": None},
         )
 
     check_averages(case())
@@ -408,9 +441,30 @@ def test_a_warm_average_forgets_the_base_model_sooner() -> None:
             slow = [decay * a + (1 - decay) * b.detach() for a, b in zip(slow, now, strict=True)]
             for mine, theirs in zip(slow, case.policy.slow.tensors, strict=True):
                 assert torch.allclose(mine, theirs, atol=1e-7)
-    with_it, without = EmaSettings(decay=0.9, warmup=True), EmaSettings(decay=0.9)
-    assert [with_it.decay_of(n) for n in (1, 80, 81)] == pytest.approx([2 / 11, 0.9, 0.9])
-    assert without.decay_of(1) == 0.9
+
+
+def test_the_decay_of_the_average_is_limited_by_updates_or_by_steps() -> None:
+    def decays(steps: tuple[int, ...], **ema: Any) -> list[float]:
+        return [EmaSettings.model_validate(ema).decay_of(step) for step in steps]
+
+    assert decays((8, 640, 648)) == pytest.approx([2 / 11, 0.9, 0.9])
+    assert decays((8, 72, 88), warmup="steps") == pytest.approx([8 / 17, 72 / 81, 0.9])
+    assert decays((88, 96), warmup="steps", decay=0.5) == [0.5, 0.5]
+    assert decays((8,), warmup=None) == [0.9]
+    twice = {"warmup": "steps", "moves": 2}
+    assert decays((8, 800), **twice) == pytest.approx([(8 / 17) ** 2, 0.81])
+    old = [EmaSettings.model_validate({"warmup": value}).warmup for value in (True, False)]
+    assert old == ["updates", None]
+
+
+def test_what_is_left_of_the_base_model() -> None:
+    def share(steps: int, **ema: Any) -> float:
+        return EmaSettings.model_validate(ema).base_share(steps)
+
+    assert share(40, warmup=None) == pytest.approx(0.9**5)
+    assert share(40, warmup="steps", moves=2) == pytest.approx(0.02, abs=0.001)
+    assert share(7) == 1 and share(8) == share(15) == pytest.approx(2 / 11)
+    assert share(10**9) < 1e-6
 
 
 def test_an_iteration_without_a_batch_moves_the_old_policy_too() -> None:

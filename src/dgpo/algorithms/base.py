@@ -51,11 +51,19 @@ class BaseAlgorithm(Settings, ABC):
 
     @property
     def kl_guidance(self) -> float | None:
-        """Return the guidance scale of ``Forward.kl_ref`` if the KL term reads it, else None.
+        """Return the guidance scale of ``Forward.kl_ref`` if the loss reads it, else None.
 
-        The reference then makes a forward pass more.
+        The reference then makes a forward pass with guidance.
         """
         return None
+
+    @property
+    def trains_equal_groups(self) -> bool:
+        """Return whether groups whose rewards are all equal are trained too; by default not.
+
+        Their advantages are 0, so only a loss that reads more than advantages has a use for them.
+        """
+        return False
 
     @property
     def trained_per_group(self) -> int | None:

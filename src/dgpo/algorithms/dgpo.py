@@ -34,7 +34,9 @@ def group_margin(
     return beta * groups.mean(advantages * (error - base_error).detach())
 
 
-def group_weights(points: Forward, baseline: SnapshotName, beta: float) -> Tensor:
+def group_weights(
+    points: Forward, baseline: Literal["ref", "old", "kl_ref"], beta: float
+) -> Tensor:
     """Return each sample's detached group weight ``w`` of (2), ``[B]``, from whole groups."""
     error = points.error(points.pred).detach()
     base = points.error(points.snapshot(baseline))
@@ -103,6 +105,14 @@ class DGPO(GuidedKl, NormalizedRewards, Algorithm):
     """What beta scales: the group weight alone (reference), or the gradient too (paper)."""
     reference: Literal["frozen", "ema"] = "frozen"
     """The baseline of the group margin: the frozen model or the old policy."""
+    baseline: Literal["guided", "plain"] = "guided"
+    """The prediction of the frozen model that the margin compares with: the one with guidance
+    kl_cfg, which also serves the KL term (guided, as in the published runs), or the one without
+    guidance (plain), a forward pass more. With kl_cfg 1 both are the same."""
+    equal_groups: Literal["kl", "skip"] = "kl"
+    """What becomes of groups whose rewards are all equal: their KL term is trained (kl, as in the
+    published runs), or they are left out and cost no forward pass (skip). With kl 0 they are left
+    out."""
     advantage_std: Literal["group", "batch"] = "group"
     """Which deviation divides the rewards: the one in their group or in the whole batch."""
     sample_weights: Literal["advantage", "uniform"] = "advantage"
@@ -114,10 +124,25 @@ class DGPO(GuidedKl, NormalizedRewards, Algorithm):
     """How much that decay grows with each optimiser step, from 0."""
 
     @property
+    def _margin_reads(self) -> Literal["ref", "old", "kl_ref"]:
+        """Name the prediction that the margin compares with."""
+        if self.reference == "ema":
+            return "old"
+        return "kl_ref" if self.baseline == "guided" and self.kl_cfg != 1 else "ref"
+
+    @property
+    def kl_guidance(self) -> float | None:
+        return self.kl_cfg if self._margin_reads == "kl_ref" else super().kl_guidance
+
+    @property
+    def trains_equal_groups(self) -> bool:
+        return self.equal_groups == "kl" and self.kl > 0
+
+    @property
     def snapshots(self) -> frozenset[SnapshotName]:
         used: dict[SnapshotName, bool] = {
-            "ref": self.reference == "frozen" or self.kl_reads_ref,
-            "old": self.reference == "ema" or self.clip is not None,
+            "ref": self._margin_reads == "ref" or self.kl_reads_ref,
+            "old": self._margin_reads == "old" or self.clip is not None,
         }
         return frozenset(name for name, needed in used.items() if needed)
 
@@ -126,7 +151,7 @@ class DGPO(GuidedKl, NormalizedRewards, Algorithm):
         return uniform_advantages(normal, groups) if self.sample_weights == "uniform" else normal
 
     def weights(self, points: Forward) -> Tensor:
-        return group_weights(points, "ref" if self.reference == "frozen" else "old", self.beta)
+        return group_weights(points, self._margin_reads, self.beta)
 
     def loss(self, points: Forward) -> tuple[Tensor, dict[str, Tensor]]:
         error = points.error(points.pred)

@@ -47,8 +47,8 @@ class DiffusionNFT(NormalizedRewards, Algorithm):
     >>> algorithm = DiffusionNFT(old_schedule="late")
     >>> algorithm.samples_from, sorted(algorithm.snapshots)
     ('old', ['old', 'ref'])
-    >>> [algorithm.old_decay(iteration) for iteration in (0, 75, 1000)]
-    [0.0, 0.0, 0.999]
+    >>> [algorithm.old_decay(iteration) for iteration in (0, 36, 37, 1000)]
+    [0.0, 0.0, 0.0075, 0.999]
     """
 
     name: ClassVar[str] = "diffusion_nft"
@@ -69,8 +69,8 @@ class DiffusionNFT(NormalizedRewards, Algorithm):
     """The m of (3), the largest absolute value of an advantage; at m a sample is certainly good."""
     old_schedule: Literal["early", "late"] = "early"
     """The decay of the old policy after iteration n. early: min(0.001 n, 0.5), published for
-    GenEval and PickScore; late: 0 until n = 75, then min(0.0075 (n - 75), 0.999), published for
-    OCR."""
+    GenEval and PickScore; late: min(0.0075 max(k - 75, 0), 0.999) with k = 2 (n + 1), published for
+    OCR, where k counts the gradient steps, two an iteration."""
 
     @property
     def snapshots(self) -> frozenset[SnapshotName]:
@@ -92,4 +92,4 @@ class DiffusionNFT(NormalizedRewards, Algorithm):
     def old_decay(self, step: int) -> float:
         if self.old_schedule == "early":
             return min(0.001 * step, 0.5)
-        return min(0.0075 * max(step - 75, 0), 0.999)
+        return min(0.0075 * max(2 * (step + 1) - 75, 0), 0.999)

@@ -59,10 +59,11 @@ def protocol(recipe: Recipe) -> dict[str, Any]:
 def lag(recipe: Recipe) -> float:
     """Return how many iterations the evaluated weights lag behind the trained ones.
 
-    The slow average remembers ``every / (1 - decay)`` optimiser steps. With ``ema.warmup`` it
+    The slow average remembers ``every / (1 - decay^moves)`` optimiser steps. With ``ema.warmup`` it
     remembers fewer at first.
     """
-    return recipe.ema.every / (1 - recipe.ema.decay) / recipe.updates_per_iteration
+    ema = recipe.ema
+    return ema.every / (1 - ema.decay**ema.moves) / recipe.updates_per_iteration
 
 
 def plan(

@@ -25,7 +25,7 @@ class Forward:
         pred: the policy's prediction, ``[B, ...]``; gradients flow through it alone.
         ref: the frozen reference's prediction, without guidance; None if not declared.
         old: the old policy's prediction; None if not declared.
-        kl_ref: the reference's prediction with the guidance of the KL term; None if not declared.
+        kl_ref: the reference's prediction with guidance; None if not declared.
         advantages: ``[B]``.
         groups: the group of each sample.
         weights: detached group weights ``[B]`` from a pass over whole groups; a micro-batch that

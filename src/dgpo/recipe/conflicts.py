@@ -201,9 +201,8 @@ def _weights(recipe: Recipe) -> Iterator[str]:
             f"train.sum_gradients = {train.sum_gradients!r}: only sharded weights that are trained "
             "leave a choice (train.sharding: fsdp2 with lora: null); use step"
         )
-    steps = train.iterations * recipe.updates_per_iteration
-    if train.warmup >= steps:
+    if train.warmup >= recipe.optimizer_steps:
         yield (
-            f"train.warmup = {train.warmup}: the run has only {steps} optimiser steps; lower it or "
-            "raise train.iterations"
+            f"train.warmup = {train.warmup}: the run has only {recipe.optimizer_steps} optimiser "
+            "steps; lower it or raise train.iterations"
         )

@@ -208,6 +208,11 @@ class Recipe(Settings):
         return self.train.inner_epochs
 
     @property
+    def optimizer_steps(self) -> int:
+        """The optimiser steps of the run if the rewards of every group differ."""
+        return self.train.iterations * self.updates_per_iteration
+
+    @property
     def prompt_cache(self) -> str | None:
         """The folder of prompt embeddings, if there is one."""
         if self.memory.prompt_cache is None and self.memory.free_text_encoders:

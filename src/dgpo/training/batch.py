@@ -24,7 +24,7 @@ from dgpo.rewards.mixing import mix
 
 @dataclass(frozen=True)
 class Batch:
-    """What one iteration trains on: the groups in which rewards differ.
+    """What one iteration trains on: the groups that can teach.
 
     Args:
         x0: [B, ...] clean samples in the denoiser's input space, whole groups, group after group.
@@ -58,8 +58,9 @@ class Batch:
 
     @property
     def share(self) -> float:
-        """Rows of all processes over ``total``: groups without spread are left out of every forward
-        pass, and the share keeps the loss the mean over all pictures, as if their terms were 0."""
+        """Rows of all processes over ``total``: groups that cannot teach are left out of every
+        forward pass. The share keeps the loss the mean over all pictures, as if their terms were 0.
+        """
         return self.count / self.total
 
     @property
@@ -94,7 +95,7 @@ class Built(NamedTuple):
     """What has become of all pictures of an iteration."""
 
     batch: Batch | None
-    """What this process trains on; None if the rewards of no group differ."""
+    """What this process trains on; None if no group can teach."""
     figures: dict[str, float]
     """Columns of ``metrics.jsonl``."""
     advantages: Tensor
@@ -104,7 +105,8 @@ class Built(NamedTuple):
 def build_batch(
     recipe: Recipe, scored: Scored, made: Rollout, cond: Conditioning, assignment: Assignment
 ) -> Built:
-    """Choose the groups that were scored and have spread. The same choice in every process.
+    """Choose the groups that were scored and can teach: those with spread, and those without it if
+    the algorithm trains them too. The same choice in every process.
 
     Args:
         recipe: its algorithm says what can teach, ``combine`` what several rewards amount to.
@@ -144,10 +146,11 @@ def build_batch(
         **mixed.figures,
     }
     advantages[rows] = 0.0
-    if not bool(spread.any()):
+    teach = spread | algorithm.trains_equal_groups
+    if not bool(teach.any()):
         return Built(None, figures, advantages)
     own = algorithm.advantages(mixed.merit, groups)
-    trained = groups.each(spread)
+    trained = groups.each(teach)
     advantages[rows] = torch.where(trained, own, 0).to(advantages)
     size = algorithm.trained_per_group or groups.size
     if size != groups.size:

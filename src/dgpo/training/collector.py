@@ -83,7 +83,7 @@ class Collected:
     """What an iteration trains on, and what was seen on the way to it.
 
     Args:
-        batch: None if the rewards of no group differ.
+        batch: None if no group can teach.
         figures: columns of ``metrics.jsonl``.
         seconds: by stage (``rollout``, ``reward``).
         images: this process's B pictures; empty where they were ranked before the run.

@@ -25,7 +25,7 @@ from dgpo.training.checkpoints import RunCheckpoints
 from dgpo.training.collector import Collector
 from dgpo.training.held_out import HeldOut
 from dgpo.training.offline import RankedCollector
-from dgpo.training.run_guards import Guards
+from dgpo.training.run_guards import Guards, foreseen, young_average
 from dgpo.training.state import TrainerState
 from dgpo.training.updater import Updater
 
@@ -222,6 +222,7 @@ class RunGuards(OwnCallback):
         recipe = state.recipe
         groups, rewards = recipe.groups_per_iteration, self._tools.rewards
         self._guards = Guards(recipe.guards, groups, rewards, state.rows, state.evaluations)
+        self._outputs.warn(0, foreseen(recipe))
         self._stop(control)
 
     def on_log(
@@ -239,13 +240,9 @@ class RunGuards(OwnCallback):
         self._stop(control)
 
     def on_train_end(self, state: TrainerState, control: Control, **what: Any) -> None:
-        steps, every = self._tools.updater.step, state.recipe.ema.every
-        if 0 < steps < every:
-            text = (
-                f"ema.every = {every}: after {steps} optimiser steps the average, which is "
-                "evaluated and saved, has not moved; lower ema.every or train for longer"
-            )
-            self._outputs.warn(state.iteration, [text])
+        recipe, steps = state.recipe, self._tools.updater.step
+        if 0 < steps < recipe.optimizer_steps:  # fewer than were foreseen
+            self._outputs.warn(state.iteration, young_average(recipe, steps))
 
     def _stop(self, control: Control) -> None:
         assert self._guards is not None

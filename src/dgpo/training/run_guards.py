@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from dgpo.prompts import Prompt
+from dgpo.recipe import Recipe
 from dgpo.recipe.sections import GuardSettings
 from dgpo.training.batch import Batch
 
@@ -26,6 +27,41 @@ NORMS = 20
 FEWEST_NORMS = 5
 """With fewer there is no usual one yet."""
 CLIPPED_ITERATIONS = 10
+MOST_OF_THE_BASE = 0.1
+"""How much of the slow average may be the base model at the end of a run before it is said."""
+LATENTS = 2**16
+"""The numbers in a latent of Stable Diffusion 3 at 512 pixels. The error of a mean over them is
+that of one number, divided by the root of this."""
+
+
+def foreseen(recipe: Recipe) -> list[str]:
+    """Return what the settings alone tell of a run that will go wrong."""
+    return young_average(recipe, recipe.optimizer_steps) + _fine_clip(recipe)
+
+
+def young_average(recipe: Recipe, steps: int) -> list[str]:
+    """Return a line if the slow average remembers much of the base model after so many steps."""
+    share, ema = recipe.ema.base_share(steps), recipe.ema
+    if share <= MOST_OF_THE_BASE:
+        return []
+    return [
+        f"after {steps / recipe.updates_per_iteration:g} iterations {share:.0%} of the average, "
+        "which is evaluated and saved, is still the base model: lower ema.every "
+        f"(= {ema.every} of {steps} optimiser steps) or ema.decay (= {ema.decay:g}), or train for "
+        "longer"
+    ]
+
+
+def _fine_clip(recipe: Recipe) -> list[str]:
+    clip = getattr(recipe.algorithm, "clip", None)
+    resolved = torch.finfo(getattr(torch, recipe.precision)).eps / LATENTS**0.5
+    if clip is None or clip >= resolved:
+        return []
+    return [
+        f"algorithm.clip = {clip:g}: predictions in {recipe.precision} resolve about "
+        f"{resolved:.0e} (in a latent of {LATENTS:,} numbers), so rounding takes part in deciding "
+        "what is clipped; widen the clip, or use precision: float32"
+    ]
 
 
 class Guards:

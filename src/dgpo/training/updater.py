@@ -111,7 +111,6 @@ class Updater:
         """Steps taken since it changed."""
         self.at_rest = True
         """True if the weights belong to an iteration: no update is half done."""
-        self._all_steps = train.iterations * recipe.updates_per_iteration
         self._rounds = rounds_of(policy, recipe)
         self._denoisers = list(policy.model.denoisers.values())
         self._sharded = any(is_sharded(p) for p in self.parameters)
@@ -264,7 +263,7 @@ class Updater:
         self.step += 1
         ema = self.recipe.ema
         if self.step % ema.every == 0:
-            self.policy.slow.update(ema.decay_of(self.step // ema.every))
+            self.policy.slow.update(ema.decay_of(self.step))
         figures.add({"grad_norm": norm}, 1.0)
         return None
 
@@ -313,7 +312,7 @@ class Updater:
         """The learning rate's factor: warm-up, then constant, linear to 0, or half a cosine."""
         train = self.recipe.train
         warm = min(1.0, (step + 1) / train.warmup) if train.warmup else 1.0
-        part = min(1.0, step / self._all_steps)
+        part = min(1.0, step / self.recipe.optimizer_steps)
         if train.lr_schedule == "linear":
             return warm * (1 - part)
         if train.lr_schedule == "cosine":
