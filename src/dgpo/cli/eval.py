@@ -63,7 +63,7 @@ def evaluate(
         lora=lora,
         device=device or str(processes.device),
         vae_precision=vae_precision,
-        say=typer.echo if processes.main else lambda _: None,
+        say=print if processes.main else lambda _: None,
     )
     scheduler = protocol.scheduler and make_scheduler(protocol.scheduler, pipe.scheduler)
     sampling = Sampling(protocol.steps, protocol.guidance_scale, scheduler, batch)
