@@ -168,14 +168,15 @@ def test_an_override_with_a_secret_is_not_repeated() -> None:
         "rewards.x.options.token={s3cr3t",
         "rewards.x.options.headers={Authorization: Bearer s3cr3t",
         "rewards.x.options.headers={'key': 's3cr3t'",
-        "model=[http://me:s3cr3t@h",
+        "lora.targets=[http://me:s3cr3t@h",
     ):
         with pytest.raises(UserError, match=r"override .*\*\*\*.*not YAML") as error:
             Recipe.load("pocket-geneval", [word])
         assert "s3cr3t" not in str(error.value)
-    with pytest.raises(UserError, match="holds a secret") as error:
-        Recipe.load("pocket-geneval", ["prompts.train=https://me:s3cr3t@host/p.txt"])
-    assert "s3cr3t" not in str(error.value)
+    for word in ("prompts.train=https://me:s3cr3t@host/p.txt", "model=[http://me:s3cr3t@h"):
+        with pytest.raises(UserError, match="holds a secret") as error:
+            Recipe.load("pocket-geneval", [word])
+        assert "s3cr3t" not in str(error.value)
 
 
 def test_an_address_with_a_password_is_refused_without_it() -> None:

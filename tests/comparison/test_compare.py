@@ -203,7 +203,7 @@ def test_mistakes_are_refused_before_anything_is_trained(write_recipe):
 def test_a_run_by_another_recipe_is_refused_and_a_larger_budget_goes_on(races):
     sources, _ = races
     (other,) = [r for r in plan(sources, 1, Path("out"), 99, ["train.lr=7"]) if r.name == "fast"]
-    with pytest.raises(UserError, match=r"another recipe:\n  train.lr: there 0.0003, now 7.0"):
+    with pytest.raises(UserError, match=r"another recipe .*:\n  train.lr: 0.0003 -> 7.0\n"):
         state(other, None)
     short = plan(sources, 1, Path("out"), budget=0.5)[0]
     with pytest.raises(UserError, match=r"3.0 minutes, more than the 0.5 of the budget"):

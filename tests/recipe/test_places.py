@@ -60,6 +60,7 @@ def test_paths_are_absolute(here: Path, monkeypatch: pytest.MonkeyPatch) -> None
     }
     assert recipe.eval.metrics == ["score.py:red"] and recipe.eval.scheduler == f"{code}:Fine"
     assert recipe.memory.prompt_cache == str(here / "cache")
+    assert recipe.data.preferences is None
     assert (recipe.run.dir, recipe.run.callbacks) == (str(here / "runs/x"), [f"{code}:Stop"])
     monkeypatch.chdir("/")
     assert placed(recipe) == recipe

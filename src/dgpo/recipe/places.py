@@ -11,13 +11,12 @@ from dgpo.prompts.datasets import PREFIX
 from dgpo.recipe.recipe import Recipe
 from dgpo.registry import MODELS, PROMPTS
 
-_MADE = ("run.dir", "memory.prompt_cache")
-"""Folders that are made where there are none."""
+_FOLDERS = ("run.dir", "memory.prompt_cache", "data.preferences")
+"""What is always a folder, whether it is there yet or not."""
 _GIVEN: dict[str, Mapping[str, Any]] = {
     "model": MODELS,
     "prompts.train": PROMPTS,
     "prompts.eval": PROMPTS,
-    "data.preferences": {},
 }
 """Files and folders, unless a name of the registry is meant."""
 
@@ -41,7 +40,7 @@ def _placed(value: Any, key: str) -> Any:
         return [_placed(own, key) for own in value]
     if not isinstance(value, str):
         return value
-    if key in _MADE:
+    if key in _FOLDERS:
         return _absolute(value)
     if key in _GIVEN:
         return value if value in _GIVEN[key] else _code(_data_set(value))
