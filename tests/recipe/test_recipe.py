@@ -1,5 +1,6 @@
 """Recipes: they load, they are refused with all that is wrong, they survive a round trip."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import yaml
 from dgpo.algorithms.dgpo import DGPO
 from dgpo.errors import UserError
 from dgpo.recipe import Recipe
-from dgpo.recipe.files import PACKAGED, recipe_names
+from dgpo.recipe.files import PACKAGED, apply_overrides, recipe_names
+from dgpo.recipe.plain_yaml import parse_yaml
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"rewards": {"redness": 1.0}, "prompts": {"train": "pocket-geneval/train"}}
@@ -107,6 +109,48 @@ def test_an_override_goes_below_a_section_that_the_file_leaves_out(tmp_path):
     file.write_text(yaml.safe_dump({**SMALL, "algorithm": "dgpo", "lora": None}))
     recipe = Recipe.load(file, ["algorithm.beta=7", "lora.rank=4", "ema.every=1"])
     assert (recipe.algorithm.beta, recipe.lora.rank, recipe.ema.every) == (7.0, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1:30", "1:30"),
+        ("190:20:30.15", "190:20:30.15"),
+        *((word, word) for word in ("on", "off", "yes", "No", "y", "NO")),
+        ("1_000", "1_000"),
+        ("010", "010"),
+        ("0b11", "0b11"),
+        ("2024-01-01", "2024-01-01"),
+        ("2024-01-01T10:00:00Z", "2024-01-01T10:00:00Z"),
+        ("true", True),
+        ("False", False),
+        ("~", None),
+        ("", None),
+        ("-12", -12),
+        ("0x1F", 31),
+        (".5", 0.5),
+        ("1.", 1.0),
+        ("3e-4", 3e-4),
+        ("-.inf", -math.inf),
+        ("'12'", "12"),
+    ],
+)
+def test_plain_words_are_read_by_the_core_schema_of_yaml_1_2(text, value):
+    (override,) = apply_overrides({}, [f"a={text}"]).values()
+    file = parse_yaml(f"a: {text}\n", "f")["a"]
+    assert override == file == value
+    assert type(override) is type(file) is type(value)
+
+
+def test_the_setting_decides_what_a_text_means():
+    def load(*overrides: str) -> Recipe:
+        return Recipe.load("pocket-geneval", overrides)
+
+    recipe = load("train.iterations=1_000", "eval.at_start=no", "guards.stop=on", "run.dir=010")
+    assert recipe.train.iterations == 1000 and recipe.run.dir == "010"
+    assert recipe.eval.at_start is False and recipe.guards.stop is True
+    with pytest.raises(UserError, match=r"train\.iterations = '1:30': should be a valid integer"):
+        load("train.iterations=1:30")
 
 
 @pytest.mark.parametrize("override", ["train.lr", "=3", "train..lr=1", "model.x=1", "train.lr=[1"])
