@@ -33,6 +33,7 @@ ROOMS: dict[str, str] = {
     "settings": "Frozen settings, and one line that puts a wrong one right.",
     "registry": "The names that recipes take, and where each one lives; it reads `registry.yaml`.",
     "reserved": "Arguments of a pipeline's call that the run sets itself, and by which setting.",
+    "pictures": "The gate for picture files: any mode and turn becomes RGB, or one clear error.",
     "media": "Videos and sounds: what rewards are given of them, and their files.",
     "core": "Groups, noising processes, noise levels, SDE steps: pure functions of tensors.",
     "pocket": "The small models inside the package, their prompts and their verifiers.",
@@ -61,7 +62,17 @@ ROOMS: dict[str, str] = {
     "cli": "The command `dgpo`.",
 }
 """Every room with a sentence, each after all that it may import."""
-GROUND = ("errors", "secrets", "interrupts", "disk", "settings", "registry", "reserved", "media")
+GROUND = (
+    "errors",
+    "secrets",
+    "interrupts",
+    "disk",
+    "settings",
+    "registry",
+    "reserved",
+    "pictures",
+    "media",
+)
 """Rooms that all others may use; the picture shows them as one."""
 
 

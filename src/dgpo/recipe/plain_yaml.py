@@ -42,8 +42,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# PyYAML guesses by YAML 1.1: 1:30 is 90, 010 is 8, `no` is false. The core schema of YAML 1.2 has no
-# such surprises; what it does not know is a text, which the setting itself reads or refuses.
+# PyYAML guesses by YAML 1.1: 1:30 is 90, 010 is 8, `no` is false. The core schema of YAML 1.2 does
+# not; what it does not know is a text, which the setting itself reads or refuses.
 _KINDS = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "int": (r"[-+]?(0|[1-9][0-9]*|0x[0-9a-fA-F]+)", "-+0123456789"),

@@ -7,10 +7,13 @@ import struct
 
 from PIL import Image
 
+from dgpo.errors import UserError
+from dgpo.pictures import opened, upright
+
 FORMATS = "PNG or WebP"
 
 
-class BadPicture(ValueError):
+class BadPicture(UserError):
     """The bytes are no picture that this server takes."""
 
 
@@ -56,13 +59,13 @@ def open_picture(data: bytes) -> Image.Image:
     """
     kind, width, height = size_of(data)
     try:
-        with Image.open(io.BytesIO(data), formats=(kind,)) as image:
+        with opened(io.BytesIO(data), "it", (kind,)) as image:
             if image.size != (width, height):
                 raise BadPicture("its header contradicts itself")
             if getattr(image, "is_animated", False):
                 raise BadPicture("it is animated; send its frames one by one")
-            return image.convert("RGB")
+            return upright(image)
     except BadPicture:
         raise
-    except Exception as error:  # broken files raise many things; all mean that it cannot be read
-        raise BadPicture(f"cannot be read ({type(error).__name__})") from error
+    except UserError as error:
+        raise BadPicture("it cannot be read") from error

@@ -22,6 +22,7 @@ from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
 from dgpo.errors import MissingExtra, UserError
+from dgpo.pictures import rgb
 from dgpo.pocket.signs import HEIGHT, WIDTH
 from dgpo.prompts import Prompt
 from dgpo.rewards.reward import Media
@@ -178,7 +179,7 @@ class PageReader:
         self._read = _engine().RapidOCR(use_cls=False, intra_op_num_threads=threads)
 
     def __call__(self, image: Image.Image) -> str:
-        pixels = np.ascontiguousarray(np.asarray(image.convert("RGB"))[..., ::-1])
+        pixels = np.ascontiguousarray(np.asarray(rgb(image))[..., ::-1])
         lines, _ = self._read(pixels)
         return "".join(line[1] for line in lines or [])
 
@@ -246,7 +247,7 @@ class PocketOCR(OCR):
                 )
         if not images:
             return []
-        return read_signs(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+        return read_signs(np.stack([np.asarray(rgb(image)) for image in images]))
 
 
 SIGN_INPUT = (32, 112)
