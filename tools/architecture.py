@@ -34,6 +34,7 @@ ROOMS: dict[str, str] = {
     "settings": "Frozen settings, and one line that puts a wrong one right.",
     "registry": "The names that recipes take, and where each one lives; it reads `registry.yaml`.",
     "reserved": "Arguments of a pipeline's call that the run sets itself, and by which setting.",
+    "pictures": "The gate for picture files: any mode and turn becomes RGB, or one clear error.",
     "media": "Videos and sounds: what rewards are given of them, and their files.",
     "core": "Groups, noising processes, noise levels, SDE steps: pure functions of tensors.",
     "pocket": "The small models inside the package, their prompts and their verifiers.",
@@ -72,6 +73,7 @@ GROUND = (
     "settings",
     "registry",
     "reserved",
+    "pictures",
     "media",
 )
 """Rooms that all others may use; the picture shows them as one."""

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dgpo.errors import MissingExtra, UserError
+from dgpo.pictures import rgb
 
 KEY_FRAMES = 3
 """How many frames of a video are shown where pictures are shown."""
@@ -147,7 +148,7 @@ def media_of(result: Any, pipe: Any) -> list[Any]:
 
 
 def _video(frames: Sequence[Image.Image]) -> Video:
-    arrays = np.stack([np.asarray(frame.convert("RGB")) for frame in frames])
+    arrays = np.stack([np.asarray(rgb(frame)) for frame in frames])
     return Video(torch.from_numpy(arrays).permute(0, 3, 1, 2))
 
 

@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 import dgpo.cli.commands as cli
 from dgpo.registry import REWARDS
+from hostile_pictures import png_header
 
 
 def run(*arguments, code=0):
@@ -45,6 +47,35 @@ def test_scores_are_printed_and_written(folder, tmp_path):
         assert word in output
 
 
+def test_pictures_meet_their_rows_as_people_count(tmp_path):
+    place = tmp_path / "pictures"
+    place.mkdir()
+    shades = {"1.png": 10, "2.png": 20, "10.png": 100, "11.png": 110}
+    for name, shade in shades.items():
+        Image.new("L", (8, 8), shade).save(place / name)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"shade {shade}" for shade in shades.values()))
+    out = tmp_path / "scores.jsonl"
+    common = ["score", "--reward", "brightness", "--prompts", prompts, "--json", out]
+    run(*common, "--images", place)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["image"].rsplit("/")[-1] for row in rows] == list(shades)
+    scores = {row["prompt"]: row["scores"]["brightness"] for row in rows}
+    assert scores == pytest.approx({f"shade {n}": n / 255 for n in shades.values()})
+
+
+def test_a_picture_of_16_bits_and_one_that_is_too_large(tmp_path):
+    Image.fromarray(np.full((8, 8), 32768, np.uint16)).save(tmp_path / "grey.png")
+    (tmp_path / "bomb.png").write_bytes(png_header(30_000, 30_000))
+    (tmp_path / "one.txt").write_text("a")
+    out = tmp_path / "scores.jsonl"
+    common = ["score", "--reward", "brightness", "--prompts", tmp_path / "one.txt", "--json", out]
+    run(*common, "--images", tmp_path / "grey.png")
+    assert json.loads(out.read_text())["scores"]["brightness"] == pytest.approx(128 / 255)
+    said = run(*common, "--images", tmp_path / "bomb.png", code=2).stderr
+    assert f"--images {tmp_path / 'bomb.png'}: too large" in said and "178956970" in said
+
+
 @pytest.mark.parametrize("place", ["folder", "file/below.jsonl"])
 def test_where_scores_cannot_be_written_is_said_before_they_are_paid_for(folder, tmp_path, place):
     pictures, prompts = folder
@@ -77,7 +108,7 @@ def test_what_cannot_be_scored(folder, tmp_path):
         (empty, prompts, "redness", "no picture in it"),
         (place, few, "redness", "3 pictures and 2 prompts"),
         (place, prompts, "rednes", "did you mean 'redness'"),
-        (tmp_path / "broken.png", one, "redness", "not a picture"),
+        (tmp_path / "broken.png", one, "redness", "is no picture"),
         (place, prompts, "geneval", "include = None"),
     ):
         arguments = ["--reward", reward, "--images", images, "--prompts", rows]

@@ -5,7 +5,7 @@ import pytest
 
 from dgpo.pocket import signs
 from dgpo.pocket.signs import LENGTHS, caption, numbers
-from dgpo.rewards.shipped.ocr import quoted
+from dgpo.rewards.quotes import quoted
 from tools.pretrain.sign_drawing import Sign, draw_sign, render
 
 
@@ -29,7 +29,7 @@ def test_prompt_sets() -> None:
         counts = np.bincount([len(row["text"]) for row in rows])[2:]
         assert len(set(counts.tolist())) == 1  # each length equally often
         assert all(row["prompt"] == caption(row["text"]) for row in rows)
-    assert quoted(test[0]["prompt"]) == test[0]["text"]
+    assert quoted(test[0]["prompt"]) == [test[0]["text"]]
     # fixed for ever: published numbers refer to these rows
     assert [row["text"] for row in test[:6]] == FIRST
 

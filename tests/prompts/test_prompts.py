@@ -21,6 +21,19 @@ def test_text_files_with_bom_windows_line_ends_and_blank_lines(tmp_path):
     assert load_prompts(str(file)) == load_prompts(file)
 
 
+def test_lines_that_end_as_on_an_old_mac_are_lines(tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_bytes(b"a cat\ra dog\r\ra bird\r")
+    assert [(p.text, p.where) for p in load_prompts(file)] == [
+        ("a cat", f"{file}, line 1"),
+        ("a dog", f"{file}, line 2"),
+        ("a bird", f"{file}, line 4"),
+    ]
+    rows = tmp_path / "p.jsonl"
+    rows.write_bytes(b'{"prompt": "a cat"}\r{"prompt": "a dog"}')
+    assert [p.text for p in load_prompts(rows)] == ["a cat", "a dog"]
+
+
 def test_splits_of_a_dataset_are_no_prompts():
     import datasets
 

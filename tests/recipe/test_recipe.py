@@ -1,5 +1,6 @@
 """Recipes: they load, they are refused with all that is wrong, they survive a round trip."""
 
+import math
 from pathlib import Path
 from typing import get_args, get_origin
 
@@ -17,6 +18,7 @@ from dgpo.recipe.files import (
     recipe_names,
     resumed,
 )
+from dgpo.recipe.plain_yaml import parse_yaml
 from dgpo.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -185,6 +187,48 @@ def test_a_recipe_in_a_run_folder_belongs_to_that_folder(tmp_path, monkeypatch):
     own = tmp_path / "recipe.yaml"
     own.write_text(yaml.safe_dump({**SMALL, "run": {"dir": "runs/orig"}}))
     assert Recipe.load(own).run.dir == "runs/orig"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1:30", "1:30"),
+        ("190:20:30.15", "190:20:30.15"),
+        *((word, word) for word in ("on", "off", "yes", "No", "y", "NO")),
+        ("1_000", "1_000"),
+        ("010", "010"),
+        ("0b11", "0b11"),
+        ("2024-01-01", "2024-01-01"),
+        ("2024-01-01T10:00:00Z", "2024-01-01T10:00:00Z"),
+        ("true", True),
+        ("False", False),
+        ("~", None),
+        ("", None),
+        ("-12", -12),
+        ("0x1F", 31),
+        (".5", 0.5),
+        ("1.", 1.0),
+        ("3e-4", 3e-4),
+        ("-.inf", -math.inf),
+        ("'12'", "12"),
+    ],
+)
+def test_plain_words_are_read_by_the_core_schema_of_yaml_1_2(text, value):
+    (override,) = apply_overrides({}, [f"a={text}"]).values()
+    file = parse_yaml(f"a: {text}\n", "f")["a"]
+    assert override == file == value
+    assert type(override) is type(file) is type(value)
+
+
+def test_the_setting_decides_what_a_text_means():
+    def load(*overrides: str) -> Recipe:
+        return Recipe.load("pocket-geneval", overrides)
+
+    recipe = load("train.iterations=1_000", "eval.at_start=no", "guards.stop=on", "run.dir=010")
+    assert recipe.train.iterations == 1000 and recipe.run.dir == "010"
+    assert recipe.eval.at_start is False and recipe.guards.stop is True
+    with pytest.raises(UserError, match=r"train\.iterations = '1:30': should be a valid integer"):
+        load("train.iterations=1:30")
 
 
 @pytest.mark.parametrize("override", ["train.lr", "=3", "train..lr=1", "model.x=1", "train.lr=[1"])

@@ -12,13 +12,13 @@ from dgpo.pocket.signs import test_prompts
 from dgpo.prompts import Prompt
 from dgpo.registry import resolve
 from dgpo.rewards import load_rewards
+from dgpo.rewards.quotes import quoted
 from dgpo.rewards.shipped.ocr import (
     exact_score,
     ocr,
     ocr_score,
     pocket_ocr,
     pocket_ocr_exact,
-    quoted,
 )
 from tools.pretrain.sign_drawing import draw_sign, render
 
@@ -40,6 +40,10 @@ test_prompts.__test__ = False  # the name is the package's, pytest would collect
         ("Hello World", "helloworld", 1.0),  # spaces and case do not count
         ("HELO", "h e l l o", 1 - 1 / 5),
         ("OPEN\n24 h", "open 24h", 1.0),
+        ("It's - “now”", 'it’s – "now"', 1.0),  # as on a keyboard
+        ("ＯＰＥＮ", "open", 1.0),  # NFKC
+        ("cafe\u0301", "caf\u00e9", 1.0),
+        ("m2", "m²", 1.0),
     ],
 )
 def test_formula(read: str, wanted: str, score: float) -> None:
@@ -59,25 +63,62 @@ def test_formula_refuses_an_empty_wish() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "text"),
+    ("prompt", "texts"),
     [
-        ('a sign that says "407"', "407"),
-        ("a sign that says “Open Late”", "Open Late"),
-        ("ein Schild „Halt“ am Weg", "Halt"),
-        ("a sign that says 'STOP'", "STOP"),
-        ("a sign that says ‘STOP’", "STOP"),
-        ('first "one", then "two"', "one"),
-        ("'single' stands first, but \"double\" wins", "double"),
-        ("a dog's bowl that says 'REX'", "REX"),
-        ("it says 'don't stop' in red", "don't stop"),
-        ('an empty "" and a full "7"', "7"),
-        ("a dog's bowl at the dogs' door", None),
-        ('nothing but " "', None),
-        ("a plain sign", None),
+        ('a sign that says "407"', ["407"]),
+        ("a sign that says “Open Late”", ["Open Late"]),
+        ("ein Schild „Halt“ am Weg", ["Halt"]),
+        ("en skylt ”Stopp” vid vägen", ["Stopp"]),
+        ('一个写着"开放"的牌子', ["开放"]),
+        ("a sign that says 'STOP'", ["STOP"]),
+        ("a sign that says ‘STOP’", ["STOP"]),
+        ('first "one", then "two"', ["one", "two"]),
+        ("'single' stands first, but \"double\" wins", ["double"]),
+        ("a dog's bowl that says 'REX'", ["REX"]),
+        ("a bowl at the dogs' door that says 'REX'", ["REX"]),
+        ("it says 'don't stop' in red", ["don't stop"]),
+        ('a sign: "don\'t stop" (in red)', ["don't stop"]),
+        ("a board that says \"He said 'hi' to me\"", ["He said 'hi' to me"]),
+        ('an empty "" and a full "7"', ["7"]),
+        ('a banner says"Open"today', ["Open"]),
+        ('a 12" vinyl record with the label "Blue"', ["Blue"]),
+        ('a sign that says "Blue" on a 7" single', ["Blue"]),
+        ("a 12” record, “Blue”", ["Blue"]),
+        ('a 5"x7" print of "Rome"', ["Rome"]),
+        ("a 6'2\" man with the sign 'Hello'", ["Hello"]),
+        ("a '90s diner with a sign that says 'Open'", ["Open"]),
+        ("a ‘90s diner with a sign that says ‘Open’", ["Open"]),
+        ("a door with the number '24'", ["24"]),
+        ("a dog's bowl at the dogs' door", []),
+        ("a '90s diner", []),
+        ('a 12" record', []),
+        ('nothing but " "', []),
+        ("a plain sign", []),
     ],
 )
-def test_quoted(prompt: str, text: str | None) -> None:
-    assert quoted(prompt) == text
+def test_quoted(prompt: str, texts: list[str]) -> None:
+    assert quoted(prompt) == texts
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        'a sign that says "Open',
+        'a sign that says Open"',
+        "a sign that says 'Open",
+        'a label that says "12" vinyl"',
+        'a board that says "He said "hi" to me"',
+        "a board that says “He said “hi” to me”",
+        "a board that says 'The \"Best\" Cafe'",
+        "a sign that says 'the dogs' door'",
+        "a rock 'n' roll club with the sign 'Open'",
+        "a class of '99 banner that says 'Go'",
+    ],
+)
+def test_quotes_in_doubt_are_refused_with_what_would_work(prompt: str) -> None:
+    with pytest.raises(UserError, match=r"f.txt, line 3: .*(pair of|inside) quotes; give the row"):
+        ocr.check([Prompt('a "1"'), Prompt(prompt, where="f.txt, line 3")])
+    ocr.check([Prompt(prompt, {"text": "Open"})])
 
 
 def test_check_names_the_row_without_text() -> None:
@@ -85,6 +126,35 @@ def test_check_names_the_row_without_text() -> None:
     ocr.check(good)
     with pytest.raises(UserError, match=r"'ocr', prompt row 2: 'a plain sign' quotes no text"):
         ocr.check([*good, Prompt("a plain sign")])
+
+
+def test_rows_beyond_the_alphabet_are_named_and_remain() -> None:
+    rows = [Prompt('a "1"'), Prompt('"Floor 13½"', where="f.txt, line 2"), Prompt('"ОТКРЫТО"')]
+    said = (
+        "reward 'ocr': 2 of 3 rows want characters that the reader does not have, and cannot reach "
+        "1: f.txt, line 2 (½), prompt row 2 (КОРТЫ)"
+    )
+    with pytest.warns(UserWarning) as caught:
+        ocr.check(rows)
+    assert [str(one.message) for one in caught] == [said]
+    with pytest.warns(UserWarning, match=r"12 of 13 rows .* prompt row 9 \(½\), and 2 more$"):
+        ocr.check([Prompt('"1½"')] * 12 + rows[:1])
+
+
+def test_rows_of_which_nothing_can_be_read_are_refused() -> None:
+    for reward in (ocr, pocket_ocr):
+        with pytest.raises(UserError, match="no character of any text, such as 'ОТКРЫТО'"):
+            reward.check([Prompt('"ОТКРЫТО"'), Prompt('"ЦЫ"')])
+
+
+def test_what_can_be_read_is_not_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+    ocr.check([Prompt("“It’s – CAFÉ…” ²"), Prompt("猫", {"text": "日猫"})])
+    assert not recwarn.list
+
+
+def test_rows_that_quote_several_texts_are_named() -> None:
+    with pytest.warns(UserWarning, match=r"1 of 2 rows quote several texts.*row 1 \(takes 'one'\)"):
+        ocr.check([Prompt('a "1"'), Prompt('first "one", then "two"')])
 
 
 @pytest.mark.parametrize("text", [407, "", "  ", ["407"]])

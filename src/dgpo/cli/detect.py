@@ -20,15 +20,11 @@ def detect(
 
     Detector and CLIP are those of the reward geneval (DGPO_GENEVAL_DETECTOR, DGPO_CLIP).
     """
-    from PIL import Image
-
     if not image.is_file():
         raise UserError(f"PICTURE {image}: there is no such file")
-    try:
-        with Image.open(image) as opened:
-            picture = opened.convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"PICTURE {image}: not a picture ({error})") from error
+    from dgpo.pictures import open_picture
+
+    picture = open_picture(image, f"PICTURE {image}")
     from dgpo.rewards.shipped.geneval import published
 
     eyes = published()

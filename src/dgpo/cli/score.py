@@ -16,10 +16,9 @@ from dgpo.errors import UserError
 if TYPE_CHECKING:
     from dgpo.prompts import Prompt
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SHOWN = 20
 """Pictures in the printed table; the file of --json has all."""
-_PROMPTS = ".txt or .jsonl: one row for all, or a row for each picture in the order of their names."
+_PROMPTS = ".txt or .jsonl: one row for all, or a row for each picture, 2.png before 10.png."
 
 
 def score(
@@ -40,21 +39,14 @@ def score(
     check_file("--json", json_file)
     rows = _row_each(load_prompts(prompts), files)
     check_rewards(reward)
-    from PIL import Image
-
+    from dgpo.pictures import open_picture
     from dgpo.rewards import load_rewards
 
     rewards = load_rewards(reward)
     rewards.check(rows)
     scores: dict[str, list[float]] = {name: [] for name in rewards.names}
     for start in range(0, len(files), batch):
-        opened = []
-        for file in files[start : start + batch]:
-            try:
-                with Image.open(file) as image:
-                    opened.append(image.convert("RGB"))
-            except OSError as error:
-                raise UserError(f"--images {file}: not a picture ({error})") from error
+        opened = [open_picture(file, f"--images {file}") for file in files[start : start + batch]]
         by_name = rewards(opened, rows[start : start + batch]).by_name
         for name, values in by_name.items():
             scores[name] += values.tolist()
@@ -66,7 +58,7 @@ def score(
 
 
 def picture_files(place: Path) -> list[Path]:
-    """Return the pictures of a folder in the order of their names, or the one picture given.
+    """Return the pictures of a folder in natural order, or the one picture given.
 
     Raises:
         UserError: there is no picture.
@@ -75,7 +67,9 @@ def picture_files(place: Path) -> list[Path]:
         return [place]
     if not place.is_dir():
         raise UserError(f"--images {place}: there is no such folder or file")
-    files = sorted(file for file in place.iterdir() if file.suffix.lower() in SUFFIXES)
+    from dgpo.pictures import SUFFIXES, pictures_in
+
+    files = pictures_in(place)
     if not files:
         raise UserError(f"--images {place}: there is no picture in it ({', '.join(SUFFIXES)})")
     return files
@@ -86,8 +80,8 @@ def _row_each(rows: list[Prompt], files: list[Path]) -> list[Prompt]:
         return rows * len(files)
     if len(rows) != len(files):
         raise UserError(
-            f"{len(files)} pictures and {len(rows)} prompts: give a row for each picture, in the "
-            f"order of their names ({files[0].name}, ...), or one row for all"
+            f"{len(files)} pictures and {len(rows)} prompts: give a row for each picture, from "
+            f"{files[0].name} to {files[-1].name}, or one row for all"
         )
     return rows
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from dgpo.distributed.assignment import Assignment
 from dgpo.errors import UserError
 from dgpo.evaluation.metrics import Interval, Metrics
+from dgpo.pictures import open_picture
 from dgpo.prompts import Prompt
 from dgpo.rewards import RewardFailure
 
@@ -98,5 +99,5 @@ def _sent(picture: Any) -> list[str]:
 
 
 def _received(texts: list[str]) -> Any:
-    frames = [Image.open(io.BytesIO(base64.b64decode(text))) for text in texts[1:]]
+    frames = [open_picture(io.BytesIO(base64.b64decode(text)), "picture") for text in texts[1:]]
     return frames if texts[0] == "video" else frames[0]

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
+from dgpo.pictures import rgb
 from dgpo.pocket.scenes import draw_scene, parse_caption, render
 from dgpo.pocket.text import TOKENS, build_text_encoder, build_tokenizer
 
@@ -94,7 +95,7 @@ def load_measures() -> Measures:
 def as_pixels(images: Sequence[Image.Image] | np.ndarray) -> Tensor:
     """Return pictures (PIL, or uint8 [N, 32, 32, 3]) as [N, 3, 32, 32] in [-1, 1]."""
     if not isinstance(images, np.ndarray):
-        images = np.stack([np.asarray(image.convert("RGB")) for image in images])
+        images = np.stack([np.asarray(rgb(image)) for image in images])
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from dgpo.errors import UserError
+from dgpo.pictures import rgb, size_of
 from dgpo.prompts import Prompt, load_prompts
 from dgpo.prompts.caption import PICTURES as SOURCES
 from dgpo.prompts.files import text_lines
@@ -191,7 +192,7 @@ class GroupWriter:
         self._next += 1
         # first the pictures, then the line: a line stands for a whole group, whatever happens
         for name, image in zip(names, images, strict=True):
-            image.convert("RGB").save(self.folder / name)
+            rgb(image).save(self.folder / name)
         with self._file.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
             stream.flush()
@@ -256,7 +257,7 @@ def _checked_size(
 ) -> tuple[int, int]:
     """Return the one size that all pictures have; only their headers are read."""
     for file in files:
-        width, height = _size(file, where)
+        width, height = size_of(file, f"{where}: {file}")
         found = (wanted[0] or width, wanted[1] or height)
         if found != (width, height):
             raise UserError(
@@ -267,11 +268,3 @@ def _checked_size(
         wanted = found
     assert wanted[0] is not None and wanted[1] is not None
     return wanted[0], wanted[1]
-
-
-def _size(file: Path, where: str) -> tuple[int, int]:
-    try:
-        with Image.open(file) as image:
-            return image.size
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: {file} is no picture that can be read ({error})") from error

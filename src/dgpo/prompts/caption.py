@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
-from dgpo.errors import UserError
+from dgpo import pictures
 
 PICTURES = {"image": "RGB", "mask": "L"}
 """The keys of a prompt row that name a picture, and the mode in which it is read."""
-_ORIENTATION = ExifTags.Base.Orientation
-_ON_ITS_SIDE = range(5, 9)  # those of EXIF's eight orientations that swap width and height
 
 
 class Caption(str):
@@ -48,18 +46,9 @@ class Caption(str):
         }
 
     def size_of(self, key: str) -> tuple[int, int]:
-        """Return the width and height of a picture in pixels.
-
-        The file's header is enough, except for an oblong PNG, which may say at its end that it lies
-        on its side.
-        """
+        """Return the width and height of a picture in pixels."""
         given = self.files[key]
-        if not isinstance(given, (str, Path)):
-            return given.size
-        with Image.open(given) as opened:
-            width, height = opened.size
-            turned = width != height and opened.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
-        return (height, width) if turned else (width, height)
+        return pictures.size_of(given) if isinstance(given, (str, Path)) else given.size
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Caption, (str(self), dict(self.files))
@@ -72,8 +61,4 @@ def pictures_of(text: str) -> dict[str, Image.Image]:
 
 @functools.lru_cache(maxsize=512)
 def _read(file: str, mode: str) -> Image.Image:
-    try:
-        with Image.open(file) as opened:
-            return ImageOps.exif_transpose(opened).convert(mode)
-    except Exception as error:  # broken files raise many things; all mean that it is no picture
-        raise UserError(f"picture {file}: it cannot be read ({error})") from error
+    return pictures.open_picture(file).convert(mode)

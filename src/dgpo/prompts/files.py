@@ -57,7 +57,7 @@ def text_lines(path: Path) -> Iterator[tuple[str, str]]:
     """Yield the lines of a text file that are not blank, each after its place (``f, line 2``).
 
     The file is UTF-8 with or without a byte order mark, or UTF-16 or UTF-32 with one; its lines end
-    as on Unix or on Windows.
+    as on Unix, on Windows or on an old Mac.
 
     Raises:
         UserError: the file cannot be read, or a line is no text.
@@ -73,8 +73,8 @@ def text_lines(path: Path) -> Iterator[tuple[str, str]]:
         except UnicodeError as error:
             said = f"{path}: its byte order mark says {coding.upper()}, but it is not"
             raise UserError(f"{said}; save it as UTF-8") from error
-    # split on newline bytes alone: str.splitlines would also cut at U+2028 inside a prompt
-    for number, raw in enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
+    # bytes.splitlines knows newlines alone: that of str would also cut at U+2028 inside a prompt
+    for number, raw in enumerate(data.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
         where = f"{path}, line {number}"
         try:
             line = raw.decode("utf-8").strip()

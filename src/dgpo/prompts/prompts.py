@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from dgpo.errors import UserError, told
+from dgpo.pictures import rgb, size_of
 from dgpo.prompts.caption import PICTURES, Caption, pictures_of
 from dgpo.prompts.datasets import PREFIX, dataset_rows, without_gaps
 from dgpo.prompts.files import read_rows
@@ -177,7 +178,7 @@ def _row(row: dict[str, Any], where: str, folder: Path = Path()) -> Prompt:
 def _picture(key: str, given: Any, where: str, folder: Path) -> Any:
     """Return the absolute file of a picture, or the picture that a dataset holds."""
     if isinstance(given, Image.Image):
-        return given.convert(PICTURES[key])
+        return rgb(given, where).convert(PICTURES[key])
     if not isinstance(given, (str, Path)):
         raise UserError(f"{where}: {key!r} must be a file or a picture, got {given!r:.80}")
     if "://" in str(given):
@@ -189,11 +190,8 @@ def _picture(key: str, given: Any, where: str, folder: Path) -> Any:
         raise UserError(f"{where}: {key!r} is {str(given)!r:.200}: {error}") from error
     if not there:
         raise UserError(f"{where}: {key!r} is {str(given)!r}, but there is no file {file}")
-    try:
-        with Image.open(file):
-            return str(file)
-    except Exception as error:  # broken files raise many things; all mean that it is no picture
-        raise UserError(f"{where}: {key!r}: {file} is no picture that can be read") from error
+    size_of(file, f"{where}: {key!r}: {file}")
+    return str(file)
 
 
 def _from_rows(rows: Any, name: str = "") -> list[Prompt]:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from dgpo.disk import sync
 from dgpo.errors import UserError
+from dgpo.pictures import rgb
 from dgpo.prompts.caption import PICTURES, Caption
 from dgpo.ranking.answers import ANSWER, Likes, Order, Skip, Stars, rewards_of
 
@@ -113,7 +114,7 @@ class Store:
             UserError: there are fewer than two images, or one is no picture.
         """
         _check(images)
-        pictures = [image.convert("RGB") for image in images]
+        pictures = [rgb(image) for image in images]
         sources = _sources(metadata or {})
         id = _digest(prompt, [*pictures, *sources.values()])
         kept = {**(metadata or {}), **{key: _source_file(id, key) for key in sources}}
@@ -232,9 +233,8 @@ def _source_file(id: str, key: str) -> str:
 def _sources(metadata: Mapping[str, Any]) -> dict[str, Image.Image]:
     """The pictures of a prompt row, which are files or pictures."""
     given = {key: metadata[key] for key in PICTURES if metadata.get(key) is not None}
-    return {
-        key: picture.convert(PICTURES[key]) for key, picture in Caption("", given).pictures.items()
-    }
+    pictures = Caption("", given).pictures
+    return {key: rgb(picture).convert(PICTURES[key]) for key, picture in pictures.items()}
 
 
 def _digest(prompt: str, pictures: Sequence[Image.Image]) -> str:

@@ -20,7 +20,7 @@ _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader of safe YAML that refuses a repeated key and reads ``3e-4`` as a number."""
+    """A loader of safe YAML that refuses a repeated key and reads plain words by YAML 1.2."""
 
     def get_single_node(self) -> Any:
         node = super().get_single_node()
@@ -42,17 +42,23 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# PyYAML reads YAML 1.1, where a number needs a dot and a signed exponent; people write 3e-4
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-# no setting is a date, so what looks like one stays a text
-_Loader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if not pair[0].endswith(":timestamp")]
-    for first, pairs in _Loader.yaml_implicit_resolvers.items()
+# PyYAML guesses by YAML 1.1: 1:30 is 90, 010 is 8, `no` is false. The core schema of YAML 1.2 does
+# not; what it does not know is a text, which the setting itself reads or refuses.
+_KINDS = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?(0|[1-9][0-9]*|0x[0-9a-fA-F]+)", "-+0123456789"),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "merge": (r"<<", "<"),
 }
+_Loader.yaml_implicit_resolvers = {}
+for _kind, (_pattern, _firsts) in _KINDS.items():
+    _tag = f"tag:yaml.org,2002:{_kind}"
+    _Loader.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern})$"), list(_firsts))
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from dgpo.errors import UserError
+from dgpo.pictures import rgb
 from dgpo.rewards.call_limits import Again
 from dgpo.rewards.loading import need
 from dgpo.secrets import without
@@ -84,5 +85,5 @@ def _without_token(asked: httpx.Client | httpx.Request, text: str) -> str:
 def png(image: Image.Image) -> bytes:
     """A picture as it travels, in RGB and without loss."""
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG", compress_level=1)
+    rgb(image).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dgpo.errors import UserError
+from dgpo.pictures import rgb
 from dgpo.rewards.reward import Media, Reward, Texts
 
 
@@ -58,7 +59,7 @@ def batches(size: int, *columns: Sequence[Any]) -> Iterator[tuple[list[Any], ...
 
 def pad_square(image: Image.Image, color: tuple[int, int, int] = (0, 0, 0)) -> Image.Image:
     """The picture in the middle of a square of one colour: it is scaled whole, not cropped."""
-    image = image.convert("RGB")
+    image = rgb(image)
     side = max(image.size)
     if image.size == (side, side):
         return image

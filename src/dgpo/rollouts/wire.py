@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 from dgpo.core.process import Level
 from dgpo.errors import UserError
 from dgpo.models.pipeline.rollout import Rollout
+from dgpo.pictures import rgb
 
 
 class Ask(BaseModel):
@@ -71,7 +72,7 @@ def pack(made: Rollout, weights: str | None = None) -> bytes:
         weights: :func:`hash_of` the LoRA that made it; None for the model without a LoRA.
     """
     assert made.images is not None
-    pictures = np.stack([np.asarray(image.convert("RGB")) for image in made.images])
+    pictures = np.stack([np.asarray(rgb(image)) for image in made.images])
     tensors = {
         "x0": made.x0.cpu().contiguous(),
         "images": torch.from_numpy(pictures),

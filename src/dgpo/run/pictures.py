@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dgpo.media import Sound, Video
+from dgpo.pictures import rgb
 
 _PAD = 8
 _INK = (40, 40, 40)
@@ -24,7 +25,7 @@ def thumbnail(image: Any, side: int = 160) -> Image.Image:
     A video becomes its key frames in a row, a sound its waveform. Small pictures are enlarged by a
     whole factor without smoothing, so that their pixels are seen.
     """
-    picture = _still(image, side).convert("RGB")
+    picture = rgb(_still(image, side))
     longest = max(picture.size)
     if longest > side:
         scale, method = side / longest, Image.Resampling.LANCZOS

@@ -9,11 +9,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from dgpo.errors import UserError
+from dgpo.pictures import upright
+
 READERS = {"PNG": PngImageFile, "WEBP": WebPImageFile}
 FORMATS = "PNG or WebP"
 
 
-class BadPicture(ValueError):
+class BadPicture(UserError):
     """The bytes are no picture that this server takes."""
 
 
@@ -65,8 +68,8 @@ def open_picture(data: bytes) -> Image.Image:
                 raise BadPicture("its header contradicts itself")
             if getattr(image, "is_animated", False):
                 raise BadPicture("it is animated; send its frames one by one")
-            return image.convert("RGB")
+            return upright(image)
     except BadPicture:
         raise
-    except Exception as error:  # broken files raise many things; all mean that it cannot be read
-        raise BadPicture(f"cannot be read ({type(error).__name__})") from error
+    except Exception as error:  # broken files raise many things
+        raise BadPicture("it cannot be read") from error

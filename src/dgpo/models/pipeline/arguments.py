@@ -76,8 +76,11 @@ def check_call(pipe: Any, call: Mapping[str, Any]) -> None:
     valid = sorted({*parameters_of(pipe), *encode} - set(RESERVED) - _NOT_FOR_USERS)
     if _guidance_is_an_input(pipe):
         valid.append("guidance_scale")
-    for name in call:
+    for name, value in call.items():
         if name in valid:
+            default = getattr(parameters_of(pipe).get(name), "default", None)
+            if isinstance(default, bool) and isinstance(value, str):
+                raise UserError(f"rollout.call.{name} = {value!r}: write true or false")
             continue
         if name in RESERVED:
             raise UserError(refusal(name))

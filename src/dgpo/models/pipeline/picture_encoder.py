@@ -21,6 +21,7 @@ from dgpo.errors import UserError
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.pipeline.byte_cache import ByteCache
 from dgpo.models.pipeline.probes import mixed_in, replaced
+from dgpo.pictures import open_picture
 
 _STEPS = 2  # with one step Mochi's schedule is empty
 _BASE = 16  # digits up to 15 survive half precision
@@ -73,16 +74,7 @@ class PictureEncoder:
         Raises:
             UserError: the file cannot be read, or the pipeline's samples have another size.
         """
-
-        def read() -> Tensor:
-            try:
-                with Image.open(file) as opened:
-                    image = opened.convert("RGB")
-            except OSError as error:
-                raise UserError(f"{file} is no picture that can be read ({error})") from error
-            return self.encode(image, str(file))
-
-        return self._cache.remember(file, read)
+        return self._cache.remember(file, lambda: self.encode(open_picture(file), str(file)))
 
     @torch.no_grad()
     def encode(self, image: Image.Image, what: str = "the picture") -> Tensor:

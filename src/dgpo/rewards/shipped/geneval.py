@@ -25,6 +25,7 @@ from PIL import Image
 from torch import nn
 
 from dgpo.errors import UserError
+from dgpo.pictures import rgb
 from dgpo.prompts import Prompt
 from dgpo.rewards.loading import batches, device, loading
 from dgpo.rewards.reward import Media
@@ -198,7 +199,7 @@ class Eyes:
             image: any size.
             least: the confidence below which nothing is reported.
         """
-        plain = image.convert("RGB")
+        plain = rgb(image)
         (found,) = self.detector([plain], least)
         found.sort(key=lambda one: -one.score)
         return [(one, self._colors(plain, [one], one.label)[0]) for one in found]
@@ -211,7 +212,7 @@ class Eyes:
         same = len(before) == len(images) and all(map(lambda a, b: a is b, before, images))
         if same and told == list(rows):
             return verdicts
-        plain = [image.convert("RGB") for image in images]
+        plain = [rgb(image) for image in images]
         found = self.detector(plain, LIMITS.confidence)
         verdicts = [
             judge(objects, row, functools.partial(self._colors, image))

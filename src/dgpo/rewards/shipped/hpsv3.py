@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dgpo.errors import UserError
+from dgpo.pictures import rgb
 from dgpo.rewards.loading import (
     ModelReward,
     file_of,
@@ -136,7 +137,7 @@ class HPSv3(ModelReward):
     def score(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
         """The mean of the preference, float32 [B]; the head gives its spread as well."""
         pixels = self._pixels(
-            images=[image.convert("RGB") for image in images],
+            images=[rgb(image) for image in images],
             size={"shortest_edge": PIXELS, "longest_edge": PIXELS},
             return_tensors="pt",
         ).to(self._model.device)

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dgpo.pictures import rgb
 from dgpo.rewards.loading import ModelReward, loading, read_weights
 from dgpo.rewards.shipped.aesthetic import linear_head
 from dgpo.rewards.wrappers import Lazy
@@ -107,7 +108,7 @@ class ImageReward(ModelReward):
     def score(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
         """The standardized scores, [B]; prompts are cut at 35 tokens."""
         where = self._vision.device
-        pixels = self._pixels([image.convert("RGB") for image in images], return_tensors="pt")
+        pixels = self._pixels([rgb(image) for image in images], return_tensors="pt")
         tokens = self._tokens(
             prompts, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"
         ).to(where)

@@ -13,13 +13,15 @@ from typing import Any
 
 from PIL import Image
 
+from dgpo.pictures import rgb
+
 QUALITY = 95
 
 
 def kilobytes(image: Image.Image) -> float:
     """The size of a picture as a JPEG, in 1,000 bytes."""
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "JPEG", quality=QUALITY)
+    rgb(image).save(buffer, "JPEG", quality=QUALITY)
     return buffer.tell() / 1000
 
 

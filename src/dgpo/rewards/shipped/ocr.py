@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import functools
 import os
-import re
+import unicodedata
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,40 +20,29 @@ from PIL import Image
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
-from dgpo.errors import MissingExtra, UserError
+from dgpo.errors import UserError
+from dgpo.pictures import rgb
 from dgpo.pocket.signs import HEIGHT, WIDTH
 from dgpo.prompts import Prompt
+from dgpo.rewards.quotes import folded, quoted
 from dgpo.rewards.reward import Media
 from dgpo.rewards.rows import RowReward
-from dgpo.rewards.shipped import paddle
+from dgpo.rewards.shipped import paddle, rapid
 
 VARIABLE = "DGPO_OCR"
 ENGINES = ("rapidocr", "paddleocr")
-_DOUBLE = re.compile(r"""["“”„]([^"“”„]*)["“”]""")
-# A single quote inside a word is an apostrophe: an opening one follows no letter, a closing one
-# precedes none.
-_SINGLE = re.compile(r"(?<!\w)['‘](.*?)['’](?!\w)")
+NAMED = 10
+"""The most rows that a warning names."""
 
 
 def compact(text: str) -> str:
-    """Text as it is compared: without white space, in lower case."""
-    return "".join(text.split()).lower()
-
-
-def quoted(prompt: str) -> str | None:
-    """The first quoted string of a prompt: in double quotes (``"``, ``“ ”``), else in single ones.
-
-    Quotes with nothing but space between them do not count.
-    """
-    for pattern in (_DOUBLE, _SINGLE):
-        for found in pattern.finditer(prompt):
-            if compact(found[1]):
-                return found[1]
-    return None
+    """Text as it is compared: folded, without white space, in lower case."""
+    return "".join(folded(text).split()).lower()
 
 
 def wanted_text(name: str, where: str, prompt: str, text: Any = None) -> str:
-    """Find what a picture should say: the row's ``text`` where it has one, else what is quoted.
+    """Find what a picture should say: the row's ``text`` where it has one, else the first text in
+    quotes (:func:`dgpo.rewards.quotes.quoted`).
 
     Args:
         name: the reward's name.
@@ -62,10 +50,16 @@ def wanted_text(name: str, where: str, prompt: str, text: Any = None) -> str:
         prompt, text: what the row says.
 
     Raises:
-        UserError: ``text`` is no text, or the row has neither.
+        UserError: ``text`` is no text, or the row has neither, or its quotes are in doubt.
     """
     if text is None:
-        text = quoted(prompt)
+        try:
+            text, *_ = quoted(prompt) or [None]
+        except ValueError as error:
+            raise UserError(
+                f"reward {name!r}, {where}: {prompt!r:.120}: {error}; give the row a 'text', the "
+                "text that is to be read"
+            ) from error
         if text is None:
             raise UserError(
                 f"reward {name!r}, {where}: {prompt!r:.120} quotes no text to be read; "
@@ -82,11 +76,12 @@ def wanted_text(name: str, where: str, prompt: str, text: Any = None) -> str:
 def ocr_score(read: str, wanted: str) -> float:
     """Score how well a text was written, from what was read of it.
 
-    ``1 - min(L(read, wanted), |wanted|) / |wanted|`` with L the Levenshtein distance, both without
-    spaces and in lower case; 1 where ``wanted`` is a part of ``read``.
+    ``1 - min(L(read, wanted), |wanted|) / |wanted|`` with L the Levenshtein distance, both as
+    :func:`compact` has them; 1 where ``wanted`` is a part of ``read``.
 
     Source: the text-rendering reward of Flow-GRPO (arXiv 2505.05470), which the DGPO
     paper (arXiv 2510.08425) uses; the published code has the part rule.
+    Differs from the paper: NFKC, and quotes and dashes as on a keyboard, on both sides.
 
     Raises:
         ValueError: the wanted text is empty.
@@ -104,85 +99,6 @@ def exact_score(read: str, wanted: str) -> float:
     return float(compact(read) == compact(wanted))
 
 
-def _engine() -> ModuleType:
-    try:
-        import rapidocr_onnxruntime
-    except ImportError as error:
-        raise MissingExtra("rapidocr-onnxruntime", "rewards") from error
-    return rapidocr_onnxruntime
-
-
-class LineReader:
-    """RapidOCR's recogniser alone, for pictures that are one line of text.
-
-    Detection costs ten times as much and small signs need none. Pictures are stretched to
-    ``height`` x ``width`` pixels and read in batches.
-
-    Args:
-        height, width: the size that pictures are scaled to; the recogniser was made for a height of
-            48, and its time is proportional to height x width.
-        threads: how many threads onnxruntime uses.
-        batch: how many pictures are read at once.
-
-    Raises:
-        MissingExtra: the extra ``rewards`` is not installed.
-    """
-
-    def __init__(self, height: int, width: int, threads: int, batch: int = 32) -> None:
-        model = Path(str(_engine().__file__)).parent / "models" / "ch_PP-OCRv4_rec_infer.onnx"
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        # waiting threads that spin would take the cores from the training beside them
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = onnxruntime.InferenceSession(
-            str(model), options, providers=["CPUExecutionProvider"]
-        )
-        self._input = self._session.get_inputs()[0].name
-        listed = self._session.get_modelmeta().custom_metadata_map["character"].splitlines()
-        self._characters = ["", *listed, " "]  # class 0 is the blank of CTC
-        self._size = (height, width)
-        self._batch = batch
-
-    def __call__(self, images: np.ndarray) -> list[str]:
-        """Read each picture.
-
-        Args:
-            images: uint8 [N, H, W, 3], RGB.
-        """
-        pixels = torch.from_numpy(np.ascontiguousarray(images[..., ::-1])).permute(0, 3, 1, 2)
-        texts: list[str] = []
-        for part in pixels.split(self._batch):
-            scaled = torch.nn.functional.interpolate(part.float(), self._size, mode="bilinear")
-            (scores,) = self._session.run(None, {self._input: (scaled / 127.5 - 1).numpy()})
-            texts += [self._decode(row) for row in np.asarray(scores).argmax(-1)]
-        return texts
-
-    def _decode(self, classes: np.ndarray) -> str:
-        """Decode greedily (CTC): repeats are one character, blanks separate and vanish."""
-        first = np.concatenate([[True], classes[1:] != classes[:-1]])
-        return "".join(self._characters[i] for i in classes[first])
-
-
-class PageReader:
-    """RapidOCR with detection, for pictures with text anywhere; lines from top to bottom.
-
-    Raises:
-        MissingExtra: the extra ``rewards`` is not installed.
-    """
-
-    def __init__(self, threads: int) -> None:
-        # text upside down is not what a prompt asks for: no orientation classifier
-        self._read = _engine().RapidOCR(use_cls=False, intra_op_num_threads=threads)
-
-    def __call__(self, image: Image.Image) -> str:
-        pixels = np.ascontiguousarray(np.asarray(image.convert("RGB"))[..., ::-1])
-        lines, _ = self._read(pixels)
-        return "".join(line[1] for line in lines or [])
-
-
 class OCR(RowReward):
     """How much of the wanted text is read in a picture of any size (:func:`ocr_score`)."""
 
@@ -193,12 +109,41 @@ class OCR(RowReward):
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Refuse a missing engine, and rows that do not say what should be read.
 
+        A warning names the rows whose text holds characters that the engine does not have, because
+        no picture of them can reach 1, and those that quote several texts. They still teach, and
+        the published prompts have a few.
+
         Raises:
-            UserError: there is such a row.
+            UserError: there is such a row, or the engine has no character of any row.
             MissingExtra: the extra ``rewards`` is not installed.
         """
         self.find_engine()
-        super().check(prompts)
+        beyond, several, blind = [], [], []
+        for number, prompt in enumerate(prompts):
+            place = prompt.place(number)
+            text = self.wish(place, prompt.text, prompt.metadata)
+            if unreadable := self.unreadable(text):
+                beyond.append(f"{place} ({''.join(sorted(unreadable))})")
+                blind += [text] * unreadable.issuperset(_characters(text))
+            if prompt.metadata.get("text") is None and len(quoted(prompt.text)) > 1:
+                several.append(f"{place} (takes {text!r:.40})")
+        if blind and len(blind) == len(prompts):
+            raise UserError(
+                f"reward {self.name!r}: the reader has no character of any text, such as "
+                f"{blind[0]!r:.40}: every score would be 0; take other prompts, or a reward of "
+                "your own"
+            )
+        for rows, said in (
+            (beyond, "want characters that the reader does not have, and cannot reach 1"),
+            (several, "quote several texts, of which the first is taken"),
+        ):
+            if rows:
+                more = f", and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+                warnings.warn(
+                    f"reward {self.name!r}: {len(rows)} of {len(prompts)} rows {said}: "
+                    f"{', '.join(rows[:NAMED])}{more}",
+                    stacklevel=2,
+                )
 
     def wish(self, where: str, prompt: str, row: Mapping[str, Any]) -> str:
         """The text that should be read.
@@ -217,7 +162,11 @@ class OCR(RowReward):
         if _by_paddle():
             paddle.engine()
         else:
-            _engine()
+            rapid.engine()
+
+    def unreadable(self, text: str) -> set[str]:
+        """Return the characters of a text that the engine does not have, as far as it says."""
+        return set() if _by_paddle() else _unreadable(text)
 
     def read(self, images: Sequence[Image.Image]) -> list[str]:
         """Read each picture."""
@@ -230,7 +179,11 @@ class PocketOCR(OCR):
 
     def find_engine(self) -> None:
         """See that what reads is installed."""
-        _engine()
+        rapid.engine()
+
+    def unreadable(self, text: str) -> set[str]:
+        """Return the characters of a text that RapidOCR does not have."""
+        return _unreadable(text)
 
     def read(self, images: Sequence[Image.Image]) -> list[str]:
         """Read each sign.
@@ -246,7 +199,7 @@ class PocketOCR(OCR):
                 )
         if not images:
             return []
-        return read_signs(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+        return read_signs(np.stack([np.asarray(rgb(image)) for image in images]))
 
 
 SIGN_INPUT = (32, 112)
@@ -259,10 +212,20 @@ def read_signs(signs: np.ndarray | Tensor) -> list[str]:
     return _sign_reader(torch.get_num_threads())(np.asarray(signs))
 
 
-_sign_reader = functools.cache(functools.partial(LineReader, *SIGN_INPUT))
-_page_reader = functools.cache(PageReader)
+_sign_reader = functools.cache(functools.partial(rapid.LineReader, *SIGN_INPUT))
+_page_reader = functools.cache(rapid.PageReader)
 _paddle_reader = functools.cache(paddle.PaddleReader)
 """Engines, each loaded once."""
+
+
+def _characters(text: str) -> set[str]:
+    """Return what is written; a letter and its accent are one character, as in the alphabet."""
+    return set("".join(unicodedata.normalize("NFC", text).split()))
+
+
+def _unreadable(text: str) -> set[str]:
+    alphabet = _sign_reader(torch.get_num_threads()).alphabet
+    return {one for one in _characters(text) if not alphabet.issuperset(folded(one))}
 
 
 def _by_paddle() -> bool:

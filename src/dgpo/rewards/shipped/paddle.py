@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from dgpo.errors import UserError
+from dgpo.pictures import rgb
 
 INSTALL = "pip install 'paddleocr>=3' paddlepaddle"
 
@@ -47,5 +48,5 @@ class PaddleReader:
         )
 
     def __call__(self, image: Image.Image) -> str:
-        pixels = np.ascontiguousarray(np.asarray(image.convert("RGB"))[..., ::-1])
+        pixels = np.ascontiguousarray(np.asarray(rgb(image))[..., ::-1])
         return "".join(text for page in self._ocr.predict(pixels) for text in page["rec_texts"])

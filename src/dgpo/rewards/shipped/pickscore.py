@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from dgpo.pictures import rgb
 from dgpo.rewards.loading import ModelReward, chosen, loading, processors
 from dgpo.rewards.wrappers import Lazy
 
@@ -50,7 +51,7 @@ class PickScore(ModelReward):
 
     def score(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
         """The scaled cosine of each picture with its prompt, [B]."""
-        pixels = self._images([i.convert("RGB") for i in images], return_tensors="pt")
+        pixels = self._images([rgb(i) for i in images], return_tensors="pt")
         tokens = self._tokens(
             prompts, padding=True, truncation=True, max_length=77, return_tensors="pt"
         )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dgpo.errors import UserError
+from dgpo.pictures import rgb
 from dgpo.pocket.scenes import SIDE, parse_caption
 from dgpo.pocket.verifier import Verdict, judge, verify
 from dgpo.rewards.reward import Media
@@ -65,7 +66,7 @@ class PocketGenEval(RowReward):
                     f"reward {self.name!r} reads {SIDE} x {SIDE} pictures of the pocket model, "
                     f"row {row} is {image.width} x {image.height}; use another reward for it"
                 )
-        pixels = (np.asarray(image.convert("RGB")) for image in images)
+        pixels = (np.asarray(rgb(image)) for image in images)
         return [self._value(verify(*pair)) for pair in zip(pixels, wishes, strict=True)]
 
 

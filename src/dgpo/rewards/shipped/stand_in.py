@@ -9,19 +9,21 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from dgpo.pictures import rgb
+
 
 def redness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
     """How much redder than grey a picture is, ``mean(R - (G + B) / 2) / 255``, in [-1, 1]."""
     scores = []
     for image in images:
-        red, green, blue = np.asarray(image.convert("RGB"), np.float64).mean((0, 1)) / 255
+        red, green, blue = np.asarray(rgb(image), np.float64).mean((0, 1)) / 255
         scores.append(float(red - (green + blue) / 2))
     return scores
 
 
 def brightness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
     """The mean of all channels, in [0, 1]."""
-    return [float(np.asarray(i.convert("RGB"), np.float64).mean() / 255) for i in images]
+    return [float(np.asarray(rgb(i), np.float64).mean() / 255) for i in images]
 
 
 def level(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:

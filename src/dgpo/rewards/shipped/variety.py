@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dgpo.pictures import rgb
 from dgpo.rewards.reward import Media, Reward, Texts
 
 LEVELS = 4
@@ -20,7 +21,7 @@ LEVELS = 4
 def color_histogram(image: Image.Image) -> np.ndarray:
     """Shares of the colours of a picture, float64 [64], without its most common one (mostly the
     background); all zero if it has no other."""
-    pixels = np.asarray(image.convert("RGB"), np.int64).reshape(-1, 3) * LEVELS // 256
+    pixels = np.asarray(rgb(image), np.int64).reshape(-1, 3) * LEVELS // 256
     bins = pixels @ np.array([LEVELS * LEVELS, LEVELS, 1])
     counts = np.bincount(bins, minlength=LEVELS**3).astype(np.float64)
     counts[counts.argmax()] = 0

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from dgpo.errors import UserError
+from dgpo.pictures import rgb
 from dgpo.rewards.loading import ModelReward, loading, mean_color, pad_square, precision
 from dgpo.rewards.wrappers import Lazy
 
@@ -91,7 +92,7 @@ class VQAScore(ModelReward):
         asked = [{"type": "image"}, {"type": "text", "text": question}]
         turns.append({"role": "user", "content": asked})
         text = self._processor.apply_chat_template(turns, add_generation_prompt=True)
-        shown = image.convert("RGB") if self._color is None else pad_square(image, self._color)
+        shown = rgb(image) if self._color is None else pad_square(image, self._color)
         inputs = self._processor(text=[text], images=[shown], return_tensors="pt").to(
             self._model.device, self._model.dtype
         )
