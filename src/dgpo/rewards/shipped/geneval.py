@@ -209,8 +209,8 @@ class Eyes:
     ) -> list[Verdict]:
         """Judge each picture; ``rows`` are the prompts' metadata."""
         before, told, verdicts = self._last
-        same = len(before) == len(images) and all(map(lambda a, b: a is b, before, images))
-        if same and told == list(rows):
+        # by what they show: each reward is given copies
+        if before == list(images) and told == list(rows):
             return verdicts
         plain = [rgb(image) for image in images]
         found = self.detector(plain, LIMITS.confidence)
