@@ -39,7 +39,8 @@ def written(folder: Path, age: float = 0.0, **facts: Any) -> Path:
     time_ = "2026-01-02T03:04:05+00:00"
     held = {"host": socket.gethostname(), "pid": 1, "started": 0.0, "time": time_, **facts}
     file.write_text(json.dumps(held))
-    os.utime(file, (time.time() - age,) * 2)
+    then = time.time() - age
+    os.utime(file, (then, then))
     return file
 
 
@@ -93,7 +94,8 @@ def test_of_another_host_the_age_decides(content: str | None, tmp_path: Path) ->
         file = written(tmp_path, host="elsewhere", pid=os.getpid())
         if content is not None:
             file.write_text(content)
-        os.utime(file, (time.time() - age,) * 2)
+        then = time.time() - age
+        os.utime(file, (then, then))
 
     leave(STALE - 60)
     with pytest.raises(UserError, match=r"holds this run") as refused:
