@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,24 @@ class Sound:
         return image
 
 
+@dataclass(frozen=True, eq=False)
+class Lost:
+    """A ``Lost`` stands in the place of a sample that nobody may judge.
+
+    Args:
+        why: what is wrong with it.
+        made: what the pipeline gave, such as a black picture.
+    """
+
+    why: str
+    made: Any
+
+
+def made_of(one: Any) -> Any:
+    """Return a sample as the pipeline gave it, also if it is lost."""
+    return one.made if isinstance(one, Lost) else one
+
+
 def media_of(result: Any, pipe: Any) -> list[Any]:
     """Return what a pipeline's call made as B pictures, videos or sounds.
 
@@ -168,7 +187,7 @@ def sampling_rate(pipe: Any) -> int:
 
 
 def stacked(made: Sequence[Any]) -> tuple[Tensor, dict[str, Any]]:
-    """Stack pictures, videos or sounds of one kind and size into one tensor.
+    """Stack pictures, videos or sounds of one kind and size into one tensor; none may be lost.
 
     Args:
         made: B of them, at least one.
@@ -234,6 +253,8 @@ def save_media(
 ) -> list[Path]:
     """Write pictures, videos and sounds in order as ``FOLDER/00000.png`` (or mp4, gif, wav).
 
+    A sample that is lost has no file, and a warning says why.
+
     Args:
         made: what to write.
         folder: made if it is not there.
@@ -247,6 +268,9 @@ def save_media(
     folder.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
     for number, one in enumerate(made, start=first):
+        if isinstance(one, Lost):
+            warnings.warn(f"{number:05d} is lost and not written: {one.why}", stacklevel=2)
+            continue
         suffix = "wav" if isinstance(one, Sound) else video if isinstance(one, Video) else "png"
         files.append(folder / f"{number:05d}.{suffix}")
         if isinstance(one, Video):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -48,6 +49,17 @@ def test_a_denoiser_that_does_not_repeat_itself() -> None:
     assert not found.ok
     assert found.answers["no guidance"].verdict == "refused"
     assert "differs by" in str(found)
+
+
+def test_a_decoder_whose_numbers_are_not_finite() -> None:
+    def overflow(pipe: Any) -> None:
+        own = pipe.vae.decode
+        pipe.vae.decode = lambda *given, **named: (own(*given, **named)[0] * torch.inf,)
+
+    found = examined(overflow)
+    assert not found.ok and found.decoded.verdict == "no"
+    said = r"samples +no: 2 of 2 samples are lost: the decoder \(AutoencoderKL\) returned numbers"
+    assert re.search(said, str(found))
 
 
 def test_a_pipeline_that_is_refused_says_why_in_every_answer() -> None:

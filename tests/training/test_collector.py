@@ -74,7 +74,7 @@ def test_two_halves_are_the_whole(again: str, through: Path, tmp_path: Path) -> 
     with pytest.raises(KeyboardInterrupt):
         run.train()
     # those of the fifth are made by weights that are saved: only those of earlier ones are kept
-    names = ("images", "timesteps", "x0")
+    names = ("images", "lost", "timesteps", "x0")
     assert held(tmp_path / "checkpoints/00000002") == [f"{n}.{x}" for n in (2, 3) for x in names]
     if again == "in another":
         run = reliable(tmp_path, resume=True, **RUN)

@@ -7,7 +7,7 @@ pipeline of every family.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
@@ -32,16 +32,18 @@ QUESTIONS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Examination:
-    """An ``Examination`` holds the answers to :data:`QUESTIONS` about one pipeline."""
+    """An ``Examination`` holds the answers to :data:`QUESTIONS` about one pipeline, and before them
+    whether what it makes can be scored."""
 
     pipeline: str
     answers: Mapping[str, Answer]
     process: str = ""
+    decoded: Answer = field(default_factory=lambda: Answer("none"))
 
     @property
     def ok(self) -> bool:
         """Return whether nothing differs, and what samples can be trained."""
-        unusable = any(answer.verdict == "no" for answer in self.answers.values())
+        unusable = any(one.verdict == "no" for one in (self.decoded, *self.answers.values()))
         return not unusable and self.answers["no guidance"].verdict == "yes"
 
     def __str__(self) -> str:
@@ -49,7 +51,7 @@ class Examination:
             return f"{self.pipeline}: {self.answers['no guidance'].cell}"
         lines = [f"{self.pipeline} ({self.process})"]
         width = max(map(len, self.answers))
-        for question, answer in self.answers.items():
+        for question, answer in {"samples": self.decoded, **self.answers}.items():
             measured = f" ({answer.figures})" if answer.figures else ""
             lines.append(f"  {question:<{width}}  {answer.cell}{measured}")
         return "\n".join(lines)
@@ -91,8 +93,9 @@ def examine(
         case.reference,
         case.lora_file,
     )
+    decoded = _answer(case.decoded)
     answers = {q: _answer(ask) for q, ask in zip(QUESTIONS, asked, strict=True)}
-    return Examination(name, answers, process)
+    return Examination(name, answers, process, decoded)
 
 
 def _answer(ask: Callable[[], Answer]) -> Answer:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from dgpo.check.trial import two_iterations
 from dgpo.core.sde import DDIM, FlowSDE
 from dgpo.errors import UserError
+from dgpo.media import Lost
 from dgpo.models.loras import load_lora
 from dgpo.models.pipeline.adapter import PipelineModel
+from dgpo.models.pipeline.decoding import safety_checker_of
 from dgpo.models.pipeline.prompt_encoder import Conditioning
 from dgpo.models.pipeline.rollout import Rollout
 from dgpo.models.pipeline.row_groups import with_pictures
@@ -92,6 +94,17 @@ class Case:
     rows: list[Prompt]
     _report: CheckReport | None = None
     _trained: Trained | None = None
+
+    def decoded(self) -> Answer:
+        """Can rewards be shown what it makes?"""
+        generators = [torch.Generator().manual_seed(row) for row in range(len(self.rows))]
+        cond = self._encoded(self.texts)
+        made = self.model.rollout(cond, steps=_STEPS, generators=generators).images or []
+        if lost := [one.why for one in made if isinstance(one, Lost)]:
+            raise Differs(f"{len(lost)} of {len(made)} samples are lost: {lost[0]}")
+        checker = safety_checker_of(self.model.pipe)
+        off = f"its safety checker ({type(checker).__name__}) is off in dgpo" if checker else ""
+        return Answer("yes", off)
 
     def points(self) -> Answer:
         """Is what is trained what samples?"""

@@ -81,9 +81,10 @@ def evaluate(
 
 def _table(report: Report) -> str:
     low, high = report.ci95
+    lost = f", {report.lost} more are lost" if report.lost else ""
     lines = [
         f"{report.benchmark}: {report.overall:.4f}  "
-        f"(95% interval {low:.4f} to {high:.4f}, {report.n} pictures)"
+        f"(95% interval {low:.4f} to {high:.4f}, {report.n} pictures{lost})"
     ]
     rows = [*report.categories.items(), *report.rewards.items()]
     width = max((len(name) for name, _ in rows), default=0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from typer import Argument, Option
 
 from dgpo.exporting import FORMATS, WEIGHTS
@@ -33,4 +32,4 @@ def export(
 ) -> None:
     """Write a run's LoRA for diffusers, peft, kohya's scripts or ComfyUI, or a merged pipeline."""
     made = run_export(run, form, output=output, weights=weights, merge=merge, model=model)
-    typer.echo(made)
+    print(made)

@@ -74,12 +74,13 @@ def sample(
     else:
         own = given if steps is None else {**given, "num_inference_steps": steps}
         make = partial(_called, pipe, own)
-    how, done = SampleSettings(), 0
+    how, done, written = SampleSettings(), 0, 0
     for texts in _batches([row.text for row in rows], batch):
         seeds = range(seed + done, seed + done + len(texts))
         made = make(texts, seeds)
-        done += len(save_media(made, out, how.video, how.fps, first=done))
-    print(f"{done} pictures in {out}")
+        written += len(save_media(made, out, how.video, how.fps, first=done))
+        done += len(made)
+    print(f"{written} pictures in {out}")
 
 
 def _batches(texts: Sequence[str], size: int) -> list[Sequence[str]]:
@@ -120,14 +121,14 @@ def _guided(pipe: Any, call: Mapping[str, Any], steps: int | None, scale: float)
 
 def _called(pipe: Any, call: Mapping[str, Any], texts: Sequence[str], seeds: Sequence[int]) -> Any:
     """Sample by a plain call of the pipeline."""
-    from dgpo.media import media_of
+    from dgpo.models.pipeline.decoding import decoders_watched
     from dgpo.models.pipeline.row_groups import pictures_for
     from dgpo.models.pipeline.vae_precision import vae_in_its_precision
 
     pictures = pictures_for(pipe, texts)
     given = {"prompt": list(texts), "generator": _generators(seeds), "return_dict": False}
-    with _told(pipe, call), vae_in_its_precision(pipe):
-        return media_of(pipe(**given, **pictures, **call)[0], pipe)
+    with _told(pipe, call), vae_in_its_precision(pipe), decoders_watched(pipe) as decoded:
+        return decoded.samples(pipe(**given, **pictures, **call), len(texts))
 
 
 @contextmanager

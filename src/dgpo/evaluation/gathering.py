@@ -14,9 +14,22 @@ from torch import Tensor
 from dgpo.distributed.assignment import Assignment
 from dgpo.errors import UserError
 from dgpo.evaluation.metrics import Interval, Metrics
+from dgpo.media import Lost
 from dgpo.pictures import open_picture
 from dgpo.prompts import Prompt
 from dgpo.rewards import RewardFailure
+
+
+def lost_of_all(images: Sequence[Any], share: Assignment) -> list[str]:
+    """Return why each picture that is lost is, in all processes. All must call it.
+
+    Args:
+        images: the pictures of this process.
+        share: says which process has which pictures.
+    """
+    own = [image.why for image in images if isinstance(image, Lost)]
+    every = share.processes.all_gather_object(own, "the pictures that are lost")
+    return [why for one in every for why in one]
 
 
 def each_of_all(
@@ -58,6 +71,8 @@ def whole_of_all(
 ) -> dict[str, Interval]:
     """Let the main process ask the metrics of the whole set once. All processes must call it.
 
+    Pictures that are lost are left out.
+
     Args:
         metrics: the metrics to ask.
         images: the pictures of this process.
@@ -68,7 +83,7 @@ def whole_of_all(
         UserError: an answer is not (value, low, high), or the pictures cannot be sent.
     """
     if share.processes.single or not metrics.has_of_set:
-        return metrics.of_set(images, prompts)
+        return metrics.of_set(*_there(images, prompts))
     sent = share.processes.all_gather_object(
         [_sent(one) for one in images], "all pictures of an evaluation"
     )
@@ -76,14 +91,23 @@ def whole_of_all(
     def ask() -> dict[str, Interval]:
         every = [_received(one) for process in sent for one in process]
         order = torch.cat(share.places).argsort().tolist()
-        return metrics.of_set([every[row] for row in order], prompts)
+        return metrics.of_set(*_there([every[row] for row in order], prompts))
 
     said = share.processes.broadcast_object(ask, "the metrics of the whole set")
     return {name: Interval(*values) for name, values in said.items()}
 
 
+def _there(images: Sequence[Any], prompts: Sequence[Prompt]) -> tuple[list[Any], list[Prompt]]:
+    """Return the pictures that are not lost, and their rows."""
+    pairs = zip(images, prompts, strict=True)
+    kept = [pair for pair in pairs if not isinstance(pair[0], Lost)]
+    return [image for image, _ in kept], [prompt for _, prompt in kept]
+
+
 def _sent(picture: Any) -> list[str]:
     """Return a still picture or a list of frames as PNG in base64, after a word for its kind."""
+    if isinstance(picture, Lost):
+        return ["lost"]
     frames = picture if isinstance(picture, list) else [picture]
     if not all(isinstance(frame, Image.Image) for frame in frames):
         raise UserError(
@@ -99,5 +123,7 @@ def _sent(picture: Any) -> list[str]:
 
 
 def _received(texts: list[str]) -> Any:
+    if texts[0] == "lost":
+        return Lost("", None)
     frames = [open_picture(io.BytesIO(base64.b64decode(text)), "picture") for text in texts[1:]]
     return frames if texts[0] == "video" else frames[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +17,8 @@ from torch import Tensor
 from dgpo.distributed.assignment import Assignment
 from dgpo.distributed.lockstep import turns
 from dgpo.distributed.processes import SINGLE, Processes
-from dgpo.evaluation.gathering import each_of_all, whole_of_all
+from dgpo.errors import UserError
+from dgpo.evaluation.gathering import each_of_all, lost_of_all, whole_of_all
 from dgpo.evaluation.metrics import Interval, Metrics
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.prompts import Prompt
@@ -34,6 +36,7 @@ class Report:
         n: how many pictures were scored.
         ci95: the 95% confidence interval of ``overall``.
         intervals: the 95% confidence interval of every metric.
+        lost: how many pictures could not be scored, and are in no figure.
     """
 
     benchmark: str
@@ -43,6 +46,7 @@ class Report:
     n: int
     ci95: tuple[float, float]
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    lost: int = 0
 
     def write(self, file: Path | str) -> None:
         """Write everything but ``intervals`` as JSON."""
@@ -75,7 +79,8 @@ def sample_images(
     seed: int = 0,
     assignment: Assignment | None = None,
 ) -> list[Image.Image]:
-    """Make one picture for each prompt row, in order.
+    """Make one picture for each prompt row, in order; :class:`~dgpo.media.Lost` for one that
+    cannot be judged.
 
     The column ``seed`` of a row seeds its noise, or else ``seed`` plus its position does, so that a
     picture does not depend on the batch that it is made in.
@@ -134,6 +139,9 @@ def evaluate(
     Returns:
         The report on all pictures, and the pictures of this process.
 
+    Raises:
+        UserError: every picture is lost, or a metric's answer is unusable.
+
     >>> from dgpo.pocket import load_pocket
     >>> from dgpo.prompts import load_prompts
     >>> model = PipelineModel(load_pocket(), call={"max_sequence_length": 1})
@@ -172,6 +180,11 @@ def _score(
     assignment: Assignment,
 ) -> Report:
     metrics = metrics if isinstance(metrics, Metrics) else Metrics(metrics)
+    count, lost = sum(map(len, assignment.places)), lost_of_all(images, assignment)
+    if len(lost) == count:
+        raise UserError(f"{name}: every picture is lost: {lost[0]}")
+    if lost and assignment.processes.main:
+        warnings.warn(f"{name}: {len(lost)} of {count} pictures are lost: {lost[0]}", stacklevel=3)
     each = each_of_all(metrics, images, prompts, assignment)
     whole = whole_of_all(metrics, images, prompts, assignment)
     tags = [str(row.metadata.get("tag", "all")) for row in prompts]
@@ -186,9 +199,10 @@ def _score(
         overall=overall.value,
         categories=_by_category(each[first], tags) if first in each else {},
         rewards={title: interval.value for title, interval in found.items()},
-        n=sum(map(len, assignment.places)),
+        n=count - len(lost),
         ci95=(overall.low, overall.high),
         intervals={title: (interval.low, interval.high) for title, interval in found.items()},
+        lost=len(lost),
     )
 
 
@@ -224,7 +238,8 @@ def _by_category(values: Tensor, tags: Sequence[str]) -> dict[str, float]:
 def _parts(values: Tensor, tags: Sequence[str]) -> dict[str, Tensor]:
     """Return the numbers of each category in float64, the categories in order of appearance.
 
-    Rows without a number are left out: a NaN says that the prompt names other rewards.
+    Rows without a number are left out: a NaN says that the prompt names other rewards, or that the
+    picture is lost.
     """
     rows: dict[str, list[int]] = {}
     for row, (tag, absent) in enumerate(zip(tags, values.isnan().tolist(), strict=True)):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
 from dgpo.core.seeds import stream
+from dgpo.errors import UserError
+from dgpo.media import Lost
 from dgpo.models.load import load_pipeline
 from dgpo.models.loras import put_lora
 from dgpo.models.pipeline.adapter import PipelineModel
@@ -48,15 +51,18 @@ class Artist:
 
     @torch.no_grad()
     def draw(self, place: int) -> tuple[Prompt, list[Image.Image]]:
-        """Draw a prompt and ``group_size`` pictures of it.
+        """Draw a prompt and ``group_size`` pictures of it, fewer if some are lost.
 
         Args:
             place: the group's number, counted from 0.
+
+        Raises:
+            UserError: fewer than two are left.
         """
         recipe, rollout = self._recipe, self._recipe.rollout
         (prompt,) = self._prompts.at(place)
         cond = self._model.encode([prompt.text], guidance=rollout.guidance_scale != 1)
-        images: list[Image.Image] = []
+        images: list[Any] = []
         for rows in torch.arange(recipe.group_size).split(rollout.batch or recipe.group_size):
             made = self._model.rollout(
                 cond.rows(torch.zeros_like(rows)),
@@ -66,4 +72,8 @@ class Artist:
                 generators=[stream(recipe.seed, "rank", place, row) for row in rows.tolist()],
             )
             images += made.images or []
-        return prompt, images
+        there = [one for one in images if not isinstance(one, Lost)]
+        if len(there) < 2:
+            why = next(one.why for one in images if isinstance(one, Lost))
+            raise UserError(f"of {prompt.text!r:.80} fewer than two pictures can be shown: {why}")
+        return prompt, there

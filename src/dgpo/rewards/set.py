@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dgpo.errors import UserError
+from dgpo.media import Lost
 from dgpo.prompts import Prompt
 from dgpo.rewards.entry import Entry, entry_of
 from dgpo.rewards.mixing import COLUMN, routed
@@ -40,7 +41,7 @@ class Scored:
     weights: Tensor
     """The weight of each reward for each row, float64 [B, K]; 0 where it was not asked."""
     lost: dict[int, str] = field(default_factory=dict)
-    """The groups that a reward has failed, and why."""
+    """The groups that a reward has failed, or of which an image is lost, and why."""
 
 
 def load_rewards(
@@ -201,8 +202,11 @@ class RewardSet:
             UserError: the reason that the reward gives.
         """
         every = _Rows(images, prompts)
+        lost = every.lost(groups)
         for entry, rows in self._asked(prompts, routed(prompts, self.weights)):
-            for part in _by_group(rows, groups).values():
+            for group, part in _by_group(rows, groups).items():
+                if group in lost:
+                    continue
                 media, texts, columns = entry.given(*every.part(part), all_columns=True)
                 entry.tell("announce", media, texts, **columns)
 
@@ -216,7 +220,7 @@ class RewardSet:
         """Score images.
 
         Args:
-            images: B of them.
+            images: B of them; no reward sees one that is lost, or others of its group.
             prompts: the prompt row of each, B.
             groups: the group of each, B, whole groups; None: they are in none.
             people: whether rewards that are people are asked as well.
@@ -226,8 +230,8 @@ class RewardSet:
         """
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images for {len(prompts)} prompts")
-        scored = Scored({}, routed(prompts, self.weights))
         every = _Rows(images, prompts)
+        scored = Scored({}, routed(prompts, self.weights), every.lost(groups or ()))
         home: AbstractContextManager = self._offload.home() if self._offload else nullcontext()
         with home:
             for entry, rows in self._asked(prompts, scored.weights):
@@ -267,6 +271,15 @@ class _Rows:
     def __len__(self) -> int:
         return len(self._texts)
 
+    def lost(self, groups: Sequence[int]) -> dict[int, str]:
+        """The groups, if there are any, in which an image is lost, and why."""
+        pairs = zip(groups, self._images, strict=False)
+        return {group: image.why for group, image in pairs if isinstance(image, Lost)}
+
+    def there(self, rows: Sequence[int]) -> list[int]:
+        """Those of the rows whose image is not lost."""
+        return [row for row in rows if not isinstance(self._images[row], Lost)]
+
     def part(self, rows: Sequence[int]) -> tuple[list[Any], list[str], dict[str, list[Any]]]:
         """Some of the rows, as rewards are given them."""
         columns = {key: [column[row] for row in rows] for key, column in self._columns.items()}
@@ -298,7 +311,7 @@ def _values(
     """
     values = torch.full((len(every),), math.nan)
     if groups is None:
-        if rows:
+        if rows := every.there(rows):
             values[rows] = entry.ask(*every.part(rows), grouped=False)
         return values
     rows = [row for row in rows if groups[row] not in lost]

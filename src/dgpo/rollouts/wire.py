@@ -2,8 +2,9 @@
 
 A request is a JSON object with the keys of :class:`Ask`. Weights are a file that diffusers reads by
 ``load_lora_weights``; their name is :func:`hash_of` the file. An answer holds ``x0`` [B, ...],
-``images`` (uint8, [B, H, W, 3]), ``timesteps`` [n], ``sigmas`` (float64, [n]) and ``weights``
-(uint8, [32]; [0] if there are none). Nothing is ever pickled.
+``images`` (uint8, [B, H, W, 3]), ``lost`` (bool, [B]: which of them may not be scored; may be
+left out), ``timesteps`` [n], ``sigmas`` (float64, [n]) and ``weights`` (uint8, [32]; [0] if there
+are none). Nothing is ever pickled.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from safetensors.torch import load, save
 
 from dgpo.core.process import Level
 from dgpo.errors import UserError
+from dgpo.media import Lost, made_of
 from dgpo.models.pipeline.rollout import Rollout
 from dgpo.pictures import rgb
 
@@ -72,10 +74,11 @@ def pack(made: Rollout, weights: str | None = None) -> bytes:
         weights: :func:`hash_of` the LoRA that made it; None for the model without a LoRA.
     """
     assert made.images is not None
-    pictures = np.stack([np.asarray(rgb(image)) for image in made.images])
+    pictures = np.stack([np.asarray(rgb(made_of(image))) for image in made.images])
     tensors = {
         "x0": made.x0.cpu().contiguous(),
         "images": torch.from_numpy(pictures),
+        "lost": torch.tensor([isinstance(image, Lost) for image in made.images]),
         "timesteps": torch.stack([level.timestep.cpu() for level in made.levels]),
         "sigmas": torch.tensor([level.sigma for level in made.levels], dtype=torch.float64),
         "weights": torch.tensor(list(bytes.fromhex(weights or "")), dtype=torch.uint8),
@@ -117,7 +120,11 @@ def unpack(data: bytes, rows: int, weights: str | None = None) -> Rollout:
             f"{_called(weights)} was sent: perhaps another run uses the server"
         )
     levels = [Level(t, s) for t, s in zip(timesteps, sigmas, strict=True)]
-    return Rollout(x0, [Image.fromarray(image.numpy()) for image in images], levels)
+    # a server need not say what is lost, but then it must not send black pictures either
+    lost = found.get("lost", torch.zeros(rows, dtype=torch.bool)).tolist()
+    shown = zip([Image.fromarray(image.numpy()) for image in images], lost, strict=True)
+    pictures = [Lost("the server says so", one) if gone else one for one, gone in shown]
+    return Rollout(x0, pictures, levels)
 
 
 def _called(weights: str | None) -> str:

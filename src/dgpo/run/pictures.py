@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dgpo.media import Sound, Video
+from dgpo.media import Lost, Sound, Video
 from dgpo.pictures import rgb
 
 _PAD = 8
@@ -22,8 +22,8 @@ _FONT_SIZE = 12
 def thumbnail(image: Any, side: int = 160) -> Image.Image:
     """Fit a picture's longer edge to ``side`` pixels.
 
-    A video becomes its key frames in a row, a sound its waveform. Small pictures are enlarged by a
-    whole factor without smoothing, so that their pixels are seen.
+    A video becomes its key frames in a row, a sound its waveform, a lost sample the word. Small
+    pictures are enlarged by a whole factor without smoothing, so that their pixels are seen.
     """
     picture = rgb(_still(image, side))
     longest = max(picture.size)
@@ -36,6 +36,10 @@ def thumbnail(image: Any, side: int = 160) -> Image.Image:
 
 
 def _still(made: Any, side: int) -> Image.Image:
+    if isinstance(made, Lost):
+        sheet = Image.new("RGB", (side, side), _PAPER)
+        ImageDraw.Draw(sheet).text((_PAD, _PAD), "lost", _INK, ImageFont.load_default(_FONT_SIZE))
+        return sheet
     if isinstance(made, Sound):
         return made.picture((side, side // 2))
     if not isinstance(made, Video):

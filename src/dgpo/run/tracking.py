@@ -179,7 +179,7 @@ class Tracker:
         """
         sheet = grid(images, captions)
         file = self._save_sheet(name, sheet, "samples/grid")
-        if isinstance(images[0], (Video, Sound)):
+        if any(isinstance(image, (Video, Sound)) for image in images):
             how = self.recipe.samples
             save_media(images, file.with_suffix(""), how.video, how.fps)
 

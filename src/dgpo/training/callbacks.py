@@ -74,10 +74,11 @@ class Callback:
         were ranked before the run.
 
         Args:
-            images: this process's B pictures, videos or sounds.
+            images: this process's B pictures, videos or sounds, as the pipeline gave them.
             prompts: the text of each.
             rewards: by name, float32 [B]; NaN where a reward was not asked.
-            advantages: [B]; 0 in a group without spread, NaN in one that a reward has failed.
+            advantages: [B]; 0 in a group without spread, NaN in one that a reward has failed, or of
+                which a picture is lost.
         """
 
     def on_log(

@@ -18,6 +18,7 @@ from dgpo.distributed.assignment import Assignment
 from dgpo.distributed.lockstep import turns
 from dgpo.distributed.processes import SINGLE, Processes
 from dgpo.errors import UserError
+from dgpo.media import Lost, made_of
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.pipeline.prompt_encoder import Conditioning
 from dgpo.models.pipeline.rollout import Rollout
@@ -86,10 +87,12 @@ class Collected:
         batch: None if no group can teach.
         figures: columns of ``metrics.jsonl``.
         seconds: by stage (``rollout``, ``reward``).
-        images: this process's B pictures; empty where they were ranked before the run.
+        images: this process's B pictures, as the pipeline gave them; empty where they were ranked
+            before the run.
         prompts: their B texts.
         rewards: what each reward says of them, float32 [B]; NaN where it was not asked.
-        advantages: [B]; 0 in a group without spread, NaN in one that a reward has failed.
+        advantages: [B]; 0 in a group without spread, NaN in one that a reward has failed, or of
+            which a picture is lost.
     """
 
     batch: Batch | None
@@ -179,21 +182,21 @@ class Collector:
         """Wait for the rewards, and choose what can teach. Collective.
 
         Raises:
-            UserError: a reward's answer is unusable.
+            UserError: a reward's answer is unusable, or all pictures are lost.
         """
         began, asked, assignment = monotonic(), made.asked, made.asked.assignment
         with asked.scoring as scoring:
-            scored = _of_all(scoring.finish(), assignment)
+            scored, lost = _of_all(scoring.finish(), made.rollout.images or (), assignment)
         waited = monotonic() - began
         found = build_batch(self._recipe, scored, made.rollout, asked.cond, assignment)
-        figures = found.figures
+        figures = {**found.figures, "samples_lost": float(lost)}
         if self._recipe.overlaps_rewards:
             figures["seconds_reward_hidden"] = max(0.0, scoring.seconds - waited)
         return Collected(
             batch=found.batch,
             figures=figures,
             seconds={"rollout": made.seconds, "reward": waited},
-            images=made.rollout.images or (),
+            images=[made_of(image) for image in made.rollout.images or ()],
             prompts=[asked.prompts[group].text for group in assignment.groups.tolist()],
             rewards={name: of_all[assignment.mine] for name, of_all in scored.by_name.items()},
             advantages=found.advantages[assignment.mine],
@@ -348,8 +351,17 @@ def rollout_scheduler(recipe: Recipe, base: Any) -> Any:
     return make_scheduler(recipe.rollout.scheduler, base)
 
 
-def _of_all(scored: Scored, assignment: Assignment) -> Scored:
-    """What all processes have scored, in the order of the places. Collective."""
-    values, lost = assignment.gather({**scored.by_name, "": scored.weights}, scored.lost)
-    weights = values.pop("")
-    return Scored(values, weights, lost)
+def _of_all(scored: Scored, images: Sequence[Any], assignment: Assignment) -> tuple[Scored, int]:
+    """What all processes have scored, in the order of the places, and how many pictures are lost.
+    Collective.
+
+    Raises:
+        UserError: all are.
+    """
+    gone = torch.tensor([isinstance(image, Lost) for image in images]).to(scored.weights)
+    beside = torch.cat([scored.weights, gone[:, None]], 1)
+    values, lost = assignment.gather({**scored.by_name, "": beside}, scored.lost)
+    beside = values.pop("")
+    if bool(beside[:, -1].all()):
+        raise UserError(f"every picture of an iteration is lost: {next(iter(lost.values()))}")
+    return Scored(values, beside[:, :-1], lost), int(beside[:, -1].sum())

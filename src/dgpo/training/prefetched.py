@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dgpo.core.process import Level
 from dgpo.distributed.assignment import Assignment
-from dgpo.media import stacked, unstacked
+from dgpo.media import Lost, made_of, stacked, unstacked
 from dgpo.models.pipeline.rollout import Rollout
 
 
@@ -34,8 +34,8 @@ class Prefetched(NamedTuple):
     """Prefetched pictures as tensors and JSON."""
 
     tensors: dict[str, Tensor]
-    """Tensors by ``ITERATION.x0``, ``ITERATION.images`` and ``ITERATION.timesteps``: the rows of
-    all processes, in the order of their places, on the CPU."""
+    """Tensors by ``ITERATION.x0``, ``ITERATION.images``, ``ITERATION.lost`` and
+    ``ITERATION.timesteps``: the rows of all processes, in the order of their places, on the CPU."""
     facts: dict[str, Any]
     """Facts by the iteration's number."""
 
@@ -60,10 +60,12 @@ def pack(
     for iteration, one in sorted(pending.items()):
         made, assignment = one.made, assignments[iteration]
         assert made.images is not None and not made.steps, "policy gradients sample nothing ahead"
-        images, media = stacked(made.images)
+        images, media = stacked([made_of(image) for image in made.images])
+        lost = torch.tensor([isinstance(image, Lost) for image in made.images])
         tensors |= {
             f"{iteration}.x0": assignment.whole(made.x0.cpu()).contiguous(),
             f"{iteration}.images": assignment.whole(images).contiguous(),
+            f"{iteration}.lost": assignment.whole(lost).contiguous(),
             f"{iteration}.timesteps": torch.stack([level.timestep.cpu() for level in made.levels]),
         }
         facts[str(iteration)] = {
@@ -91,9 +93,13 @@ def unpack(
         packed.tensors[f"{iteration}.{name}"] for name in ("x0", "images", "timesteps")
     )
     pairs = zip(timesteps.to(device), facts["sigmas"], strict=True)
+    # checkpoints of earlier versions do not say what was lost
+    lost = packed.tensors.get(f"{iteration}.lost", torch.zeros(len(x0), dtype=torch.bool))
+    lost = lost[assignment.mine].tolist()
+    shown = zip(unstacked(images[assignment.mine], facts["media"]), lost, strict=True)
     made = Rollout(
         x0[assignment.mine].to(device),
-        unstacked(images[assignment.mine], facts["media"]),
+        [Lost("it was lost when it was sampled", one) if gone else one for one, gone in shown],
         [Level(timestep, sigma) for timestep, sigma in pairs],
     )
     return PrefetchedRollout(made, facts["seconds"], facts["during"])

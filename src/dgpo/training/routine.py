@@ -321,7 +321,8 @@ class Evaluation(OwnCallback):
         self._hooks.agree()
         low, high = report.ci95
         score = f"{next(iter(report.rewards))} {report.overall:.3f} [{low:.3f}, {high:.3f}]"
-        self._outputs.say(f"iteration {state.iteration}: held-out {score}")
+        lost = f"; {report.lost} pictures are lost" if report.lost else ""
+        self._outputs.say(f"iteration {state.iteration}: held-out {score}{lost}")
 
 
 class Checkpointing(OwnCallback):

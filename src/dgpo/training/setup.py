@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dgpo.distributed.processes import Processes
-from dgpo.media import Video, check_format
+from dgpo.media import Lost, Video, check_format, made_of
 from dgpo.models.load import check_vae, dtype_of, load_pipeline
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.pipeline.arguments import denoisers_of
@@ -127,9 +127,11 @@ def try_rewards(recipe: Recipe, data: Data, held_out: HeldOut) -> None:
     ):
         if rows := [*prompts[:1], *prompts[-1:]]:
             made = held_out.sample(rows)
-            if recipe.samples.count and isinstance(made[0], Video):
+            if recipe.samples.count and isinstance(made_of(made[0]), Video):
                 check_format(recipe.samples.video)
-            score(made, rows)
+            there = [pair for pair in zip(made, rows, strict=True) if not isinstance(pair[0], Lost)]
+            if there:
+                score(*map(list, zip(*there, strict=True)))
 
 
 def make_collector(

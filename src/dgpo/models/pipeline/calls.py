@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dgpo.errors import UserError
-from dgpo.media import media_of
+from dgpo.media import made_of
 from dgpo.models.pipeline import probes, row_groups
 from dgpo.models.pipeline.arguments import (
     check_call,
@@ -21,6 +21,7 @@ from dgpo.models.pipeline.arguments import (
     parameters_of,
 )
 from dgpo.models.pipeline.call_encoders import remembered_encoding
+from dgpo.models.pipeline.decoding import decoders_watched
 from dgpo.models.pipeline.guidance import Guidance
 from dgpo.models.pipeline.prompt_encoder import Conditioning
 from dgpo.models.pipeline.rollout import Rollout
@@ -127,7 +128,11 @@ class PipelineCalls:
         own = fresh(self.pipe.scheduler if scheduler is None else scheduler)
         recording = probes.Recording(keep=record)
         recording.listen(own)
-        with self.running(arguments, scheduler=own) as given, user_code(type(self.pipe).__name__):
+        with (
+            self.running(arguments, scheduler=own) as given,
+            decoders_watched(self.pipe) as decoded,
+            user_code(type(self.pipe).__name__),
+        ):
             result = self.pipe(
                 **given,
                 num_inference_steps=steps,
@@ -137,9 +142,10 @@ class PipelineCalls:
             )
         if recording.last is None:
             raise UserError(f"{type(self.pipe).__name__} made no scheduler step")
-        images = media_of(result[0], self.pipe) if decode else None
+        decoded.note("the sampler", recording.last)
+        images = decoded.samples(result, len(recording.last)) if decode else None
         if images is not None:
-            check_size(images[0], self.call, type(self.pipe).__name__)
+            check_size(made_of(images[0]), self.call, type(self.pipe).__name__)
         return Rollout(recording.last, images, recording.levels, recording.steps)
 
     def evaluate(

@@ -17,8 +17,8 @@ class Rollout:
 
     Args:
         x0: [B, ...], the last sample that the scheduler returned, in the denoiser's input space.
-        images: B pictures, :class:`~dgpo.media.Video` or :class:`~dgpo.media.Sound`; None if they
-            were not decoded.
+        images: B pictures, :class:`~dgpo.media.Video` or :class:`~dgpo.media.Sound`, or
+            :class:`~dgpo.media.Lost` in the place of one; None if they were not decoded.
         levels: the noise levels of the schedule, from noise to data, each once.
         steps: the scheduler steps that were recorded, with their tensors.
     """
