@@ -113,7 +113,10 @@ def _changes(module: nn.Module, layer: AdaptedLayer) -> bool:
 
 def _why_nothing(layers: Sequence[AdaptedLayer]) -> str:
     if not any(layer.up.any() for layer in layers):
-        return "all of its B are zero, as before training"
+        return (
+            "all of its B are zero, as before training; if the average of a short run has not "
+            "moved (ema.every), use dgpo export --weights policy"
+        )
     if not any(layer.down.any() for layer in layers):
         return "all of its A are zero"
     if not any(layer.alpha for layer in layers):

@@ -212,7 +212,7 @@ def _told(file: Path) -> Iterator[None]:
         yield
     except (*DAMAGED, SafetensorError) as error:
         why = " ".join(str(error).split())[:200]
-        raise UserError(f"LoRA {file}: the file is damaged ({why})") from error
+        raise UserError(f"LoRA {file}: the file is damaged or of another kind ({why})") from error
 
 
 def alpha_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
