@@ -147,8 +147,9 @@ def test_the_override_of_a_text_is_the_text(said, read):
 def test_a_text_may_be_null():
     for null in ("null", "~", ""):
         assert apply_overrides({}, [f"prompts.eval={null}"]) == {"prompts": {"eval": None}}
-    with pytest.raises(UserError, match=r"run\.dir=.*leave it out"):
-        apply_overrides({}, ["run.dir=a\0b"])
+    for odd in ("a\0b", "\x85", '"a\\Nb"', "a\ud800"):
+        with pytest.raises(UserError, match=r"leave it out"):
+            apply_overrides({}, [f"run.dir={odd}"])
 
 
 def test_the_texts_are_the_keys_of_texts():

@@ -16,7 +16,8 @@ _PLAIN = frozenset(
     f"tag:yaml.org,2002:{kind}"
     for kind in ("null", "bool", "int", "float", "str", "seq", "map", "merge")
 )
-_UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+# YAML's writer takes the next line (U+0085) for the end of a line
+_UNWRITABLE = re.compile("[\0\x85\ud800-\udfff]")
 
 
 class _Loader(yaml.SafeLoader):
@@ -91,10 +92,11 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def refuse_unwritable(text: str, where: str) -> None:
-    """Refuse a text that no file can hold.
+    """Refuse a text that a recipe cannot hold when it is written down.
 
     Raises:
-        UserError: it has a zero byte or half a character; the message begins with ``where``.
+        UserError: it has a zero byte, half a character or U+0085; the message begins with
+            ``where``.
     """
     if found := _UNWRITABLE.search(text):
         raise UserError(f"{where}: {found[0]!r} stands in a text; leave it out")
