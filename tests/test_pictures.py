@@ -95,9 +95,9 @@ def test_other_modes(tmp_path: Path) -> None:
     assert rgb(plain) is plain
 
 
-@pytest.mark.parametrize("kind", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp", "tiff", "grey.tiff"])
 def test_a_picture_is_turned_as_its_exif_says(tmp_path: Path, kind: str) -> None:
-    image = Image.new("RGB", (32, 16), "white")
+    image = Image.new("L" if kind == "grey.tiff" else "RGB", (32, 16), "white")
     image.paste("black", (0, 0, 16, 16))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise: the left becomes the top

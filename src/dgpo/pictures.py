@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from dgpo.errors import UserError
 
@@ -35,14 +35,18 @@ def opened(
         UserError: whatever Pillow raises, now or inside the block.
     """
     try:
-        with Image.open(source, formats=formats) as image:
-            yield image
+        with ExitStack() as files:
+            if isinstance(source, (str, Path)):
+                # Pillow would map a file into memory, and mix up the pixels of a TIFF on its side
+                source = files.enter_context(Path(source).open("rb"))
+            yield files.enter_context(Image.open(source, formats=formats))
     except UserError:
         raise
     except Image.DecompressionBombError as error:
         raise UserError(f"{name}: too large: {error}; make it smaller") from error
     except Exception as error:  # broken files raise many things; all mean that it is no picture
-        why = str(error) or type(error).__name__
+        unknown = isinstance(error, UnidentifiedImageError)
+        why = "of no known format" if unknown else str(error) or type(error).__name__
         raise UserError(f"{name} is no picture that can be read ({why})") from error
 
 
@@ -77,7 +81,12 @@ def size_of(file: str | Path, name: str = "") -> tuple[int, int]:
     """
     with opened(file, name or str(file)) as image:
         width, height = image.size
-        turned = width != height and image.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
+        # Pillow turns a TIFF by itself, and gives its size as it will be
+        turned = (
+            image.format != "TIFF"
+            and width != height
+            and image.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
+        )
     return (height, width) if turned else (width, height)
 
 

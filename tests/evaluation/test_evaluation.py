@@ -155,8 +155,8 @@ def test_few_pictures_are_not_called_certain() -> None:
 def test_the_report_on_disk(tmp_path: Path) -> None:
     score(pictures(), ROWS, ["redness", "brightness"], "tiny").write(tmp_path / "report.json")
     body = json.loads((tmp_path / "report.json").read_text())
-    assert set(body) == {"benchmark", "overall", "categories", "rewards", "n", "ci95"}
-    assert (body["benchmark"], body["n"]) == ("tiny", 5)
+    assert set(body) == {"benchmark", "overall", "categories", "rewards", "n", "ci95", "lost"}
+    assert (body["benchmark"], body["n"], body["lost"]) == ("tiny", 5, 0)
     assert list(body["rewards"]) == ["redness", "brightness"]
     assert len(body["ci95"]) == 2 and body["ci95"][0] <= body["overall"] <= body["ci95"][1]
 
