@@ -15,7 +15,7 @@ from PIL import Image
 from dgpo.pictures import open_picture, rgb, size_of
 from dgpo.rewards.shipped.stand_in import brightness
 from fuzz.parts import PROFILE, value_or_error
-from hostile_pictures import FILES, encoded, pictures
+from fuzz.picture_files import FILES, encoded, pictures
 
 SWAPPED = (5, 6, 7, 8)
 """The orientations of EXIF by which width and height change places."""

@@ -472,3 +472,9 @@ def test_self_check_lets_a_sampler_of_the_pipelines_own_add_noise() -> None:
     pipe.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
     model = PipelineModel(pipe, call=TINY["sd15"].call)
     assert self_check(model, conditioning("sd15", model)).ok
+
+
+def test_a_switch_of_the_call_is_true_or_false() -> None:
+    with pytest.raises(UserError, match=r"call\.clean_caption = 'no': write true or false"):
+        PipelineModel(build("pixart_sigma"), call={"clean_caption": "no"})
+    PipelineModel(build("pixart_sigma"), call={"clean_caption": False})

@@ -151,11 +151,21 @@ class Published:
 
 
 def published_advantages(rewards: Tensor, std: str) -> Tensor:
-    """(r - mean of the group) / (deviation of the group or of all + 1e-4), clipped to 5."""
+    """(r - mean of the group) / (deviation of the group or of all + 1e-4 s), clipped to 5.
+
+    The published constant has no factor s, the deviation within all groups: it is the one line
+    in which the unit of the reward would count.
+    """
     centred = rewards - rewards.mean(1, keepdim=True)
     own = rewards.std(1, correction=0, keepdim=True)
     return (
-        (centred / ((own if std == "group" else rewards.std(correction=0)) + 1e-4))
+        (
+            centred
+            / (
+                (own if std == "group" else rewards.std(correction=0))
+                + 1e-4 * centred.square().mean().sqrt()
+            )
+        )
         .clamp(-5, 5)
         .flatten()
     )

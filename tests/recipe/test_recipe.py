@@ -221,6 +221,13 @@ def test_plain_words_are_read_by_the_core_schema_of_yaml_1_2(text, value):
     assert type(override) is type(file) is type(value)
 
 
+def test_texts_that_look_like_numbers_are_written_as_texts():
+    words = ["1e3", ".5e3", "yes", "010", "1:30", "0o7", "2024-01-01", "null", "~", "=", "1_0", ""]
+    recipe = Recipe.from_dict({**SMALL, "run": {"dir": "1e3"}, "rollout": {"call": {"a": words}}})
+    assert Recipe.from_dict(parse_yaml(recipe.to_yaml(), "r")) == recipe
+    assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
 def test_the_setting_decides_what_a_text_means():
     def load(*overrides: str) -> Recipe:
         return Recipe.load("pocket-geneval", overrides)

@@ -10,12 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dgpo.comparison.plan import Run
 from dgpo.comparison.runs import ENDED, starts_of
 from dgpo.errors import UserError
 from dgpo.recipe.files import read_recipe
+from dgpo.recipe.plain_yaml import write_yaml
 from dgpo.run.manifest import FILE
 from dgpo.run.tracking import read_jsonl
 
@@ -34,7 +33,7 @@ def keep(run: Run, results: Path) -> None:
     results.mkdir(parents=True, exist_ok=True)
     recipe = read_recipe(run.folder / "recipe.yaml")
     recipe.pop("run", None)
-    _write(_file(run, results, "recipe.yaml"), yaml.safe_dump(recipe, sort_keys=False))
+    _write(_file(run, results, "recipe.yaml"), write_yaml(recipe))
     rows = [_rounded(row) for row in read_jsonl(run.folder / "metrics.jsonl")]
     _write_jsonl(_file(run, results, "metrics.jsonl"), rows)
     evaluations = read_jsonl(run.folder / "evaluations.jsonl")

@@ -57,9 +57,21 @@ _KINDS = {
     "merge": (r"<<", "<"),
 }
 _Loader.yaml_implicit_resolvers = {}
+
+
+class _Dumper(yaml.SafeDumper):
+    """A writer that quotes each text that YAML 1.1 or 1.2 would not read as a text."""
+
+
 for _kind, (_pattern, _firsts) in _KINDS.items():
-    _tag = f"tag:yaml.org,2002:{_kind}"
-    _Loader.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern})$"), list(_firsts))
+    _tag, _words = f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_pattern})$")
+    _Loader.add_implicit_resolver(_tag, _words, list(_firsts))
+    _Dumper.add_implicit_resolver(_tag, _words, list(_firsts))
+
+
+def write_yaml(data: Any) -> str:
+    """Return plain data as YAML that :func:`parse_yaml` reads back equal."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def parse_yaml(text: str, where: str) -> Any:

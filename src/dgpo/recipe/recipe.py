@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BeforeValidator,
     Field,
@@ -23,6 +22,7 @@ from dgpo.errors import UserError
 from dgpo.recipe import sections
 from dgpo.recipe.conflicts import contradictions
 from dgpo.recipe.files import apply_overrides, find_recipe, read_recipe
+from dgpo.recipe.plain_yaml import write_yaml
 from dgpo.registry import ALGORITHMS, known, resolve, unknown
 from dgpo.rewards.settings import AnyReward, RewardSettings, weight_of
 from dgpo.secrets import masked
@@ -196,7 +196,7 @@ class Recipe(Settings):
 
     def to_yaml(self) -> str:
         """Return every setting as YAML, defaults included."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return write_yaml(self.to_dict())
 
     @property
     def updates_per_iteration(self) -> int:

@@ -363,5 +363,8 @@ def _of_all(scored: Scored, images: Sequence[Any], assignment: Assignment) -> tu
     values, lost = assignment.gather({**scored.by_name, "": beside}, scored.lost)
     beside = values.pop("")
     if bool(beside[:, -1].all()):
-        raise UserError(f"every picture of an iteration is lost: {next(iter(lost.values()))}")
+        raise UserError(
+            f"every picture of an iteration is lost: {next(iter(lost.values()))}; where a decoder "
+            "overflows, memory.vae_precision: float32 helps"
+        )
     return Scored(values, beside[:, :-1], lost), int(beside[:, -1].sum())
