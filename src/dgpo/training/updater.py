@@ -110,6 +110,7 @@ class Updater:
         self.scaled = 0
         """Steps taken since it changed."""
         self.at_rest = True
+        self._spread = False
         """True if the weights belong to an iteration: no update is half done."""
         self._rounds = rounds_of(policy, recipe)
         self._denoisers = list(policy.model.denoisers.values())
@@ -143,6 +144,8 @@ class Updater:
         if self.recipe.updates_per_iteration > 1 and self.recipe.lora is not None:
             undo = UpdateBackup(self.policy, self.optimizer)
         counters = self.step, self.nonfinite, self.gradient_scale, self.scaled
+        # without spread the KL term alone is trained, which has no gradient at the start
+        self._spread = bool((batch.advantages != 0).any())
         try:
             with torch.inference_mode(False):  # gradients are on, whatever was left off before
                 found = self._update(batch, iteration, pause)
