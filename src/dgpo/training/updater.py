@@ -254,7 +254,7 @@ class Updater:
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm))
         if not math.isfinite(number := norm.item()):
             return f"gradient norm is {number}"
-        if number == 0:
+        if number == 0 and self._spread:
             self._refuse_still(figures.result(), iteration)
         for group in self.optimizer.param_groups:
             group["lr"] = train.lr * self._factor(self.step)
