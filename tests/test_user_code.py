@@ -24,7 +24,7 @@ from dgpo.errors import UserError, told
 from dgpo.models.load import load_pipeline
 from dgpo.prompts import Prompt, load_prompts
 from dgpo.registry import resolve
-from dgpo.rewards import RewardFailure, load_rewards
+from dgpo.rewards import Reward, RewardFailure, load_rewards
 from dgpo.rewards.scoring import Scoring
 from dgpo.training.callbacks import Callback, make_callbacks
 from dgpo.user_code import disturbs, own, user_code
@@ -312,16 +312,16 @@ def test_a_further_try_has_pictures_of_its_own() -> None:
 def test_tensors_and_checked_rows_are_copies_too() -> None:
     video = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
 
-    def paints(images: Any, prompts: Any) -> list[float]:
-        images[0].fill_(9)
-        return [1.0]
+    class Paints(Reward):
+        def __call__(self, images: Any, prompts: Any, **columns: Any) -> list[float]:
+            images[0].fill_(9)
+            return [1.0]
 
-    def checks(prompts: Any) -> None:
-        for prompt in prompts:
-            prompt.metadata.clear()
+        def check(self, prompts: Any) -> None:
+            for prompt in prompts:
+                prompt.metadata.clear()
 
-    setattr(paints, "check", checks)  # noqa: B010
-    rewards = load_rewards([paints])
+    rewards = load_rewards([Paints()])
     rewards.check(ROWS)
     rewards([video], [Prompt("a", {})])  # pyright: ignore[reportArgumentType]
     assert not video.any() and all(row.metadata for row in ROWS)

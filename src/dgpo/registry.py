@@ -49,8 +49,9 @@ class Entry:
         weights: how much a reward downloads at its first use, or where else its weights lie; empty
             if nothing is downloaded.
         hub: where a reward's weights come from.
-        models: the networks that a reward holds, each with its millions of parameters, and ``half``
-            where they lie in half precision on a GPU. Rewards share a network of one name.
+        models: the networks that a reward holds, each with its millions of parameters. Rewards
+            share a network of one name.
+        half: whether they lie in half precision on a GPU.
         variables: the environment variables that a reward reads.
         needs: what else a reward needs.
         package: a module that must be importable.
@@ -68,7 +69,8 @@ class Entry:
     licence: str = "own"
     weights: str = ""
     hub: str = ""
-    models: Mapping[str, str] = field(default_factory=dict)
+    models: Mapping[str, int] = field(default_factory=dict)
+    half: bool = False
     variables: str = ""
     needs: str = ""
     package: str = ""

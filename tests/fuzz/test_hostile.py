@@ -9,6 +9,7 @@ import os
 import random
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -153,7 +154,7 @@ def _check(scored: Scored) -> None:
         return
     groups = Groups.contiguous(2, 2)
     for combine in ("sum", "gdpo"):
-        mixed = value_or_error(lambda: mix(scored.by_name, scored.weights, groups, combine))  # noqa: B023
+        mixed = value_or_error(partial(mix, scored.by_name, scored.weights, groups, combine))
         if mixed is not None:
             normal = groups.normalize(mixed.merit)
             assert bool(normal.isfinite().all()) and float(normal.abs().max()) <= 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -38,7 +39,7 @@ RAW = [
 
 def said(client: TestClient, method: str, url: str, body: bytes, **headers: str) -> Any:
     """The answer, which explains itself if it is a refusal."""
-    call = lambda: client.request(method, url, content=body, headers={**JSON, **headers})  # noqa: E731
+    call = partial(client.request, method, url, content=body, headers={**JSON, **headers})
     answer = in_thread(call).result(SECONDS)
     assert answer.status_code == 200 or 400 <= answer.status_code < 500, answer.text
     if answer.status_code != 200:

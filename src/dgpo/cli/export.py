@@ -31,5 +31,4 @@ def export(
     ] = None,
 ) -> None:
     """Write a run's LoRA for diffusers, peft, kohya's scripts or ComfyUI, or a merged pipeline."""
-    made = run_export(run, form, output=output, weights=weights, merge=merge, model=model)
-    print(made)
+    print(run_export(run, form, output=output, weights=weights, merge=merge, model=model))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -13,7 +12,6 @@ from dgpo.errors import UserError
 from dgpo.prompts import Prompt
 from dgpo.rewards import RewardSet, load_rewards
 from dgpo.rewards.entry import Entry, entry_of
-from dgpo.user_code import own
 
 
 class Interval(NamedTuple):
@@ -86,7 +84,7 @@ class Metrics:
         if self._each is not None:
             self._each.check(prompts)
         for metric in self._of_set:
-            metric.tell("check", [replace(row, metadata=own(row.metadata)) for row in prompts])
+            metric.check(prompts)
 
     def of_each(
         self, images: Sequence[Image.Image], prompts: Sequence[Prompt]

@@ -248,12 +248,13 @@ class Estimate:
     def _rewards(self) -> int:
         """Estimate the weights of rewards, in bytes; rewards share a model that two of them use."""
         names = {*self.recipe.rewards, *self.recipe.eval.metrics}
-        models = {k: v for n in names if n in REWARDS for k, v in REWARDS[n].models.items()}
-        half = 4 if self._machine.device == "cpu" else 2
-        return sum(
-            int(float(text.removesuffix(" half")) * 1e6 * (half if text.endswith(" half") else 4))
-            for text in models.values()
-        )
+        on_gpu = self._machine.device == "cuda"
+        sizes = {
+            model: millions * 10**6 * (2 if entry.half and on_gpu else 4)
+            for entry in (REWARDS[name] for name in names if name in REWARDS)
+            for model, millions in entry.models.items()
+        }
+        return sum(sizes.values())
 
 
 def _weights(name: str, module: nn.Module, recipe: Recipe) -> int:

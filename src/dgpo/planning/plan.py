@@ -11,10 +11,10 @@ from torch import nn
 
 from dgpo.errors import UserError
 from dgpo.evaluation import Metrics
-from dgpo.models.pipeline.arguments import DENOISERS
 from dgpo.models.pipeline.call_encoders import check_text_is_given_once
 from dgpo.models.samplers.schedulers import make_scheduler
 from dgpo.models.weights.lora import adapted_layers
+from dgpo.models.weights.lora_names import DENOISERS
 from dgpo.planning.counts import Counts, Samplers, count
 from dgpo.planning.machine import GPUS, SHARE_OF_PEAK, Gpu, Machine
 from dgpo.planning.memory import Estimate, Flops, Memory
@@ -29,11 +29,11 @@ from dgpo.training.held_out import eval_sampler
 from dgpo.training.offline import ranked_prompts
 
 _SMALLER = {
-    "training": "half of train.micro_batch",
-    "rollout": "half of rollout.batch",
-    "evaluation": "half of eval.batch",
+    "training": "a smaller train.micro_batch",
+    "rollout": "a smaller rollout.batch",
+    "evaluation": "a smaller eval.batch",
 }
-"""The setting that bounds what each phase holds."""
+"""What makes a phase smaller."""
 _MUCH = 0.3
 """Evaluations that take a larger share of all passes are told of."""
 _MEGA = 1e6
@@ -88,29 +88,24 @@ class Plan:
         )
 
     def _ways_out(self) -> list[str]:
-        """Return the settings that lower the peak, the largest saving first."""
+        """Return the settings that lower the peak, each with the most that it can save; the largest
+        saving first."""
         recipe, parts, phases = self.recipe, self.memory.parts, self.memory.phases
-        ordered = sorted(phases.values(), reverse=True)
-        next_phase = ordered[1] if len(ordered) > 1 else 0
-        ways: dict[str, int] = {}
-        for name, way in _SMALLER.items():
-            # what is left of the largest phase does not show below the second largest
-            ways[way] = ways.get(way, 0) + max(phases.get(name, 0) - next_phase, 0) // 2
-        if not recipe.memory.gradient_checkpointing:
-            ways["memory.gradient_checkpointing=true"] = (
-                max(phases.get("training", 0) - next_phase, 0) * 2 // 3
-            )
+        # what is taken from the largest phase shows down to the second largest
+        *_, second, first = sorted([0, 0, *phases.values()])
+        largest = max(phases, key=lambda name: phases[name], default="")
+        ways = {_SMALLER[largest]: first - second} if largest in _SMALLER else {}
+        if largest == "training" and not recipe.memory.gradient_checkpointing:
+            ways["memory.gradient_checkpointing=true"] = first - second
         if not recipe.memory.free_text_encoders:
-            ways["memory.free_text_encoders=true"] = sum(
-                size for name, size in parts.items() if name.startswith("text_encoder")
-            )
+            encoders = (size for name, size in parts.items() if name.startswith("text_encoder"))
+            ways["memory.free_text_encoders=true"] = sum(encoders)
+        if recipe.memory.quantization is None:
+            ways["memory.quantization"] = sum(parts.get(name, 0) for name in DENOISERS)
         ways["memory.offload_rewards=true"] = parts.get("rewards", 0)
         ways["memory.snapshot_device=cpu"] = parts.get("averages", 0)
-        if recipe.memory.quantization is None:
-            weights = sum(size for name, size in parts.items() if name in DENOISERS)
-            ways["memory.quantization"] = weights // 2
-        first = sorted(ways, key=lambda way: -ways[way])[:4]
-        return [f"{way} (about {ways[way] / 1e9:.1f} GB)" for way in first if ways[way] > 0]
+        ordered = sorted((way for way in ways if ways[way] > 0), key=lambda way: -ways[way])
+        return [f"{way} (at most {ways[way] / 1e9:.1f} GB)" for way in ordered[:4]]
 
     def __str__(self) -> str:
         return "\n".join(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dgpo.errors import UserError
 from dgpo.media import given_to_rewards
+from dgpo.prompts import Prompt
 from dgpo.registry import resolve
 from dgpo.rewards.call_limits import CallLimits
 from dgpo.rewards.reward import Reward, RewardFailure, as_reward, name_of
@@ -59,6 +60,10 @@ class Entry:
         """Call one of the reward's other hooks."""
         with user_code(f"reward {self.name!r}"):
             getattr(self.reward, hook)(*given, **columns)
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Let the reward refuse rows that it cannot score. What they say is copied for it."""
+        self.tell("check", [replace(row, metadata=own(row.metadata)) for row in prompts])
 
     def given(
         self,

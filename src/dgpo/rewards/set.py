@@ -20,7 +20,7 @@ from dgpo.rewards.entry import Entry, entry_of
 from dgpo.rewards.mixing import COLUMN, routed
 from dgpo.rewards.offload import Offload
 from dgpo.rewards.reward import RewardFailure, RewardFunction
-from dgpo.user_code import disturbs, own, user_code
+from dgpo.user_code import disturbs, user_code
 
 
 class Scores(NamedTuple):
@@ -137,7 +137,7 @@ class RewardSet:
             UserError: the reason that the reward gives.
         """
         for entry in self._entries:
-            entry.tell("check", [])
+            entry.check([])
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Let every reward refuse prompts that it cannot score, before the run starts.
@@ -147,7 +147,7 @@ class RewardSet:
         """
         for entry, rows in self._asked(prompts, routed(prompts, self.weights)):
             if rows:
-                entry.tell("check", _told(prompts, rows))
+                entry.check(prompts if len(rows) == len(prompts) else _told(prompts, rows))
 
     def run_in(self, folder: Path) -> None:
         """Tell the rewards where the run's folder is."""
@@ -246,17 +246,8 @@ class RewardSet:
 
 
 def _told(prompts: Sequence[Prompt], rows: Sequence[int]) -> list[Prompt]:
-    """Some of the rows, which know their place among all: a reward counts those it is given. What
-    else they say is copied, as for a call."""
-    whole = len(rows) == len(prompts)
-    return [
-        replace(
-            prompts[row],
-            metadata=own(prompts[row].metadata),
-            where=prompts[row].where if whole else prompts[row].place(row),
-        )
-        for row in rows
-    ]
+    """Return some of the rows, which know their place among all: a reward counts those it gets."""
+    return [replace(prompts[row], where=prompts[row].place(row)) for row in rows]
 
 
 class _Rows:
@@ -277,7 +268,7 @@ class _Rows:
         return {group: image.why for group, image in pairs if isinstance(image, Lost)}
 
     def there(self, rows: Sequence[int]) -> list[int]:
-        """Those of the rows whose image is not lost."""
+        """Return those of the rows whose image is not lost."""
         return [row for row in rows if not isinstance(self._images[row], Lost)]
 
     def part(self, rows: Sequence[int]) -> tuple[list[Any], list[str], dict[str, list[Any]]]:

@@ -36,6 +36,8 @@ class Batch:
         total: number of pictures of the iteration that would be trained if every group had spread;
             groups that a reward has failed do not count.
         lost: the groups that a reward has failed.
+        spread: whether the rewards of any group differ, in all processes; else only what the loss
+            reads beside advantages is trained.
         steps: the rollout's steps that a policy gradient trains on, rows as in ``x0``.
         by_process: the positions of the rows of every process, if there are several; ``groups``
             then counts the groups of all, and the rest is this process's.
@@ -51,6 +53,7 @@ class Batch:
     positions: Tensor
     total: int
     lost: tuple[int, ...] = ()
+    spread: bool = True
     steps: Sequence[Step] = ()
     by_process: tuple[Tensor, ...] = ()
     split: bool = False
@@ -162,6 +165,7 @@ def build_batch(
         advantages=own[kept],
         total=groups.count * size,
         lost=tuple(sorted(scored.lost)),
+        spread=bool(spread.any()),
     )
     return Built(_batch(chosen, made, cond, assignment), figures, advantages)
 
@@ -174,6 +178,7 @@ class _Chosen(NamedTuple):
     advantages: Tensor
     total: int
     lost: tuple[int, ...]
+    spread: bool
 
 
 def _batch(chosen: _Chosen, made: Rollout, cond: Conditioning, assignment: Assignment) -> Batch:
@@ -190,6 +195,7 @@ def _batch(chosen: _Chosen, made: Rollout, cond: Conditioning, assignment: Assig
         groups=replace(chosen.groups, index=chosen.groups.index[here], **reduce),
         total=chosen.total,
         lost=chosen.lost,
+        spread=chosen.spread,
     )
     if processes.single:
         return batch

@@ -27,7 +27,8 @@ class Data:
     offline: bool
     """True if the prompts belong to groups that were ranked before the run."""
     fingerprints: dict[str, Fingerprint] = field(default_factory=dict)
-    """Those of the rows and of the files of the user's own rewards, by the recipe's keys."""
+    """The fingerprints of the rows and of the files of the user's own rewards, by the recipe's
+    keys."""
 
     @property
     def texts(self) -> list[str]:

@@ -110,7 +110,6 @@ class Updater:
         self.scaled = 0
         """Steps taken since it changed."""
         self.at_rest = True
-        self._spread = False
         """True if the weights belong to an iteration: no update is half done."""
         self._rounds = rounds_of(policy, recipe)
         self._denoisers = list(policy.model.denoisers.values())
@@ -144,8 +143,6 @@ class Updater:
         if self.recipe.updates_per_iteration > 1 and self.recipe.lora is not None:
             undo = UpdateBackup(self.policy, self.optimizer)
         counters = self.step, self.nonfinite, self.gradient_scale, self.scaled
-        # without spread the KL term alone is trained, which has no gradient at the start
-        self._spread = bool((batch.advantages != 0).any())
         try:
             with torch.inference_mode(False):  # gradients are on, whatever was left off before
                 found = self._update(batch, iteration, pause)
@@ -168,7 +165,7 @@ class Updater:
             figures = Means()
             problem = self._backward(losses, figures, pause)
             figures, problem = figures.over(self.processes, problem)
-            problem = problem or self._optimize(figures, iteration)
+            problem = problem or self._optimize(figures, batch.spread, iteration)
             if problem is None:
                 self.nonfinite = 0
                 means.join(figures)
@@ -244,7 +241,7 @@ class Updater:
                 figures.add({"loss": term.loss.detach(), **term.figures}, term.share)
         return problem
 
-    def _optimize(self, figures: Means, iteration: int) -> str | None:
+    def _optimize(self, figures: Means, spread: bool, iteration: int) -> str | None:
         """One optimiser step; the averages that move with steps are moved once for it. None is
         taken, and what is not finite is returned, if the gradient is not."""
         train = self.recipe.train
@@ -254,7 +251,8 @@ class Updater:
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm))
         if not math.isfinite(number := norm.item()):
             return f"gradient norm is {number}"
-        if number == 0 and self._spread:
+        # without spread the KL term alone is trained, which has no gradient at the start
+        if number == 0 and spread:
             self._refuse_still(figures.result(), iteration)
         for group in self.optimizer.param_groups:
             group["lr"] = train.lr * self._factor(self.step)
@@ -273,7 +271,7 @@ class Updater:
     def _refuse_still(self, figures: Mapping[str, float], iteration: int) -> None:
         """See that there is a reason for a gradient of exactly 0.
 
-        A batch has spread, so there is none but these: a trust region has stopped samples, or the
+        The batch has spread, so there is none but these: a trust region has stopped samples, or the
         groups are in order already and their weights have come down to 0. A learning rate of 0 is
         no reason, nor is the KL term, which adds to the gradient.
 
