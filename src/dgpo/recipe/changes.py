@@ -81,4 +81,5 @@ def refuse_changes(found: Changes, folder: object) -> None:
 
 def _said(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    # two long paths differ at their ends
+    return text if len(text) <= 200 else f"{text[:60]}...{text[-137:]}"
