@@ -87,7 +87,7 @@ def test_wheel_carries_licence_requirements_and_command(wheel: Path) -> None:
     assert "dgpo = dgpo.cli:main" in commands
     assert "License-Expression: Apache-2.0" in metadata
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
-    assert any(line.startswith("Requires-Dist: diffusers<1,>=0.39") for line in required)
+    assert any(line.startswith("Requires-Dist: diffusers<1,>=0.42.1") for line in required)
     # torchvision does not install beside every CPU build of torch: nothing may ask for it
     assert not any("torchvision" in line for line in required)
 

@@ -40,7 +40,6 @@ def test_every_key_that_differs_is_said() -> None:
         ({"lora": {"alpha": 8}}, {"lora": {"alpha": 800}}, "lora.alpha: 8.0 -> 800.0"),
         ({"lora": {"rank": 4}}, {"lora": {"rank": 8}}, "lora.rank: 4 -> 8"),
         ({"lora": {"rank": 4}}, {"lora": None}, 'lora: {"rank": 4, "alpha": 128.0'),
-        ({}, {"lora": {"targets": ["to_q"]}}, 'lora.targets: auto -> ["to_q"]'),
         ({}, {"algorithm": "awm"}, "algorithm.name: dgpo -> awm"),
         ({}, {"precision": "bfloat16"}, "precision: float32 -> bfloat16"),
         ({}, {"seed": 1}, "seed: 0 -> 1"),

@@ -13,9 +13,10 @@ from dgpo.recipe.files import read_recipe
 from dgpo.recipe.places import placed
 from dgpo.recipe.recipe import Recipe
 
-FIXED = ("precision", "algorithm.name", "lora", "lora.rank", "lora.alpha", "lora.targets", "seed")
+FIXED = ("precision", "algorithm.name", "lora", "lora.rank", "lora.alpha", "seed")
 """The keys that give saved weights, averages and moments their meaning. The model is known by its
-weights, which are compared themselves."""
+weights, and the layers of the LoRA by its tensors (``auto`` may find those that a list names). Both
+are compared themselves."""
 Changes = dict[str, tuple[Any, Any]]
 """The earlier and the new value by dotted key; None for a key that is not there."""
 
