@@ -12,6 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.dgpo-installed
 TRACKERS := $(VENV)/.dgpo-trackers
+LOWEST := .venv-lowest
 RUN := runs/quickstart
 comma := ,
 
@@ -20,13 +21,14 @@ define step
 @printf '\n==> %s\n' "$(1)"; begin=$$(date +%s); $(2); printf '    done in %s s\n' "$$(( $$(date +%s) - begin ))"
 endef
 
-.PHONY: help install quickstart test test-all lint format fuzz audit bench ablations results papers docs-tables clean-env
+.PHONY: help install quickstart test test-all test-lowest lint format fuzz audit bench ablations results papers docs-tables clean-env
 
 help:
 	@echo 'make install      create $(VENV) with the pinned versions (1 to 4 minutes the first time, then nothing)'
 	@echo 'make quickstart   post-train the small model for 15 minutes; results in $(RUN) (under 30 minutes in all)'
 	@echo 'make test         ruff, pyright and the quick tests (7 to 18 minutes, install included)'
 	@echo 'make test-all     make test, and the slow tests, with the trackers installed (wandb, trackio, swanlab)'
+	@echo 'make test-lowest  the lower bounds of pyproject.toml: import, dgpo check, the tests of the small models (TORCH=2.13.0: with another torch)'
 	@echo 'make lint         ruff and pyright alone'
 	@echo 'make format       let ruff rewrite the files'
 	@echo 'make fuzz         1000 odd recipes, files, answers and requests each (slow)'
@@ -76,6 +78,15 @@ $(TRACKERS): $(STAMP)
 
 test-all: lint $(TRACKERS)
 	$(call step,all tests,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10)
+
+# In an environment of its own, made anew each time. Where the oldest torch cannot be had: make test-lowest TORCH=2.13.0
+test-lowest: $(STAMP)
+	$(call step,creating $(LOWEST) (10 s),$(PYTHON) -m venv --clear $(LOWEST))
+	@$(BIN)/python -m tools.lowest $(if $(TORCH),torch==$(TORCH)) > $(LOWEST)/lowest.txt
+	$(call step,installing the lower bounds (2 to 10 minutes; up to 7 GB with the CUDA builds of torch),$(LOWEST)/bin/python -m pip install --progress-bar off --no-compile --constraint $(LOWEST)/lowest.txt --editable '.[rewards$(comma)datasets$(comma)serve$(comma)media$(comma)audio]' pytest)
+	$(call step,import,$(LOWEST)/bin/python -c 'import dgpo.trainer')
+	$(call step,dgpo check,$(LOWEST)/bin/dgpo check pocket)
+	$(call step,the quick tests of the small models and of the servers,OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q tests/pocket tests/serve tests/test_golden.py -m 'not slow')
 
 format: $(STAMP)
 	@$(BIN)/ruff check --fix .
