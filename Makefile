@@ -79,6 +79,10 @@ $(TRACKERS): $(STAMP)
 test-all: lint $(TRACKERS)
 	$(call step,all tests,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10)
 
+# How the small models are pretrained needs Muon, which came with torch 2.9; the package does not
+PRETRAINING := tests/pocket/test_pretrain.py::test_a_transformer_stage_learns_layout_and_leaves_the_stock_model \
+  tests/pocket/test_sd.py::test_the_unet_learns_what_the_teacher_says
+
 # In an environment of its own, made anew each time. Where the oldest torch cannot be had: make test-lowest TORCH=2.13.0
 test-lowest: $(STAMP)
 	$(call step,creating $(LOWEST) (10 s),$(PYTHON) -m venv --clear $(LOWEST))
@@ -86,7 +90,7 @@ test-lowest: $(STAMP)
 	$(call step,installing the lower bounds (2 to 10 minutes; up to 7 GB with the CUDA builds of torch),$(LOWEST)/bin/python -m pip install --progress-bar off --no-compile --constraint $(LOWEST)/lowest.txt --editable '.[rewards$(comma)datasets$(comma)serve$(comma)media$(comma)audio]' pytest)
 	$(call step,import,$(LOWEST)/bin/python -c 'import dgpo.trainer')
 	$(call step,dgpo check,$(LOWEST)/bin/dgpo check pocket)
-	$(call step,the quick tests of the small models and of the servers,OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q tests/pocket tests/serve tests/test_golden.py -m 'not slow')
+	$(call step,the quick tests of the small models and of the servers,OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q tests/pocket tests/serve tests/core -m 'not slow' $(foreach test,$(PRETRAINING),--deselect $(test)))
 
 format: $(STAMP)
 	@$(BIN)/ruff check --fix .
