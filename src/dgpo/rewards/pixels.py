@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dgpo.pictures import array_of, rgb
+from dgpo.pictures import Picture, array_of, rgb
 
 _BITS = 22  # Pillow's weights are whole numbers of 2**-22
 _PIXELS = "pixel_values"
@@ -70,9 +70,14 @@ class Processor:
 
 def on(device: torch.device | str, pictures: Sequence[Image.Image]) -> Tensor:
     """Return RGB pictures of one size on a device: uint8 [B, 3, H, W]."""
-    rows = [torch.from_numpy(array_of(picture)) for picture in pictures]
     # one by one: what lies in pinned memory travels without a copy on the CPU
-    return torch.stack([row.to(device, non_blocking=True) for row in rows]).permute(0, 3, 1, 2)
+    rows = [_pixels(picture).to(device, non_blocking=True) for picture in pictures]
+    return torch.stack(rows).permute(0, 3, 1, 2)
+
+
+def _pixels(picture: Image.Image) -> Tensor:
+    waiting = picture.pixels if isinstance(picture, Picture) else None
+    return torch.from_numpy(array_of(picture)) if waiting is None else waiting
 
 
 def resized(pixels: Tensor, size: tuple[int, int], resample: int) -> Tensor:
@@ -86,12 +91,11 @@ def resized(pixels: Tensor, size: tuple[int, int], resample: int) -> Tensor:
         size: the new height and width.
         resample: a filter of Pillow that :data:`FILTERS` has.
     """
-    made = pixels.to(torch.int32)
-    for dim in (-1, -2):
-        made = made.transpose(-1, -2) if dim == -2 else made
-        if made.shape[-1] != size[dim]:
-            made = _along_rows(made, size[dim], resample)
-        made = made.transpose(-1, -2) if dim == -2 else made
+    made, (height, width) = pixels.to(torch.int32), size
+    if made.shape[-1] != width:
+        made = _along_rows(made, width, resample)
+    if made.shape[-2] != height:
+        made = _along_rows(made.transpose(-1, -2), height, resample).transpose(-1, -2)
     return made
 
 
