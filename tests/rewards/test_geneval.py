@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 from transformers import (
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
@@ -119,6 +120,19 @@ def test_instances_are_those_of_the_models_outputs(mask2former):
     assert sum(map(len, found)) > 3
 
 
+class Waits(TorchFunctionMode):
+    """Notes the calls for which a GPU would be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in ("nonzero", "tolist", "cpu", "item", "__bool__", "__int__"):
+            self.seen.append(func.__name__)
+        return func(*args, **kwargs or {})
+
+
 @pytest.mark.parametrize("side", [384, None])
 def test_instances_are_found_as_the_library_finds_them(side):
     generator = torch.Generator().manual_seed(3)
@@ -131,6 +145,9 @@ def test_instances_are_found_as_the_library_finds_them(side):
     wanted = library().post_process_instance_segmentation(
         outputs, threshold=0.3, target_sizes=sizes, return_binary_maps=True
     )
+    with Waits() as waits:
+        found = instances(outputs, [(40, 64)] * 3, 0.3, side)
+    assert waits.seen == ["nonzero", "tolist", "cpu"] and len(found) > 10
     found = instances(outputs, sizes, 0.3, side)
     for row, result in enumerate(wanted):
         mine = [one for one in found if one.row == row]
