@@ -191,7 +191,9 @@ class MemorySettings(Settings):
     """A folder of prompt embeddings, which other runs may share; null: no folder, or one inside the
     run's folder where text encoders are freed."""
     free_text_encoders: bool = False
-    """Encode all prompts first and then drop the text encoders."""
+    """Encode all prompts that the run will draw first, and then drop the text encoders."""
+    offload_text_encoders: bool = False
+    """Keep the text encoders on the CPU except while prompts are encoded."""
     offload_rewards: bool = False
     """Move reward models off the device while nothing is scored."""
     snapshot_device: Literal["cpu"] | None = None
