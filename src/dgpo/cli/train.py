@@ -18,13 +18,13 @@ from dgpo.recipe.files import is_manifest, override, resumed
 if TYPE_CHECKING:
     from dgpo.recipe import Recipe
 
+_RESUME = "Go on with the run in run.dir, or in the folder given."
+
 
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
-    resume: Annotated[
-        bool, Option("--resume", help="Go on with the run in run.dir, or in the folder given.")
-    ] = False,
+    resume: Annotated[bool, Option("--resume", help=_RESUME)] = False,
 ) -> None:
     """Train by a recipe, and write everything to its run folder.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any, Literal
@@ -164,7 +164,9 @@ def mean(values: Sequence[float], least: float = -math.inf) -> Figure:
         return Figure(middle, seeds=1)
     if count == 2:
         return Figure(middle, min(values), max(values), seeds=2)
-    half = _student(count) * stdev(values) / math.sqrt(count)
+    from scipy.special import stdtrit
+
+    half = float(stdtrit(count - 1, 0.975)) * stdev(values) / math.sqrt(count)
     return Figure(middle, max(least, middle - half), middle + half, seeds=count)
 
 
@@ -176,8 +178,7 @@ def to_target(records: Sequence[Record], target: float, cost: str) -> Figure:
     if len(values) < len(ends) or not values:
         return Figure(None, seeds=len(ends), arrived=count)
     if count == len(ends):
-        found = mean(values, least=0)
-        return Figure(found.value, found.low, found.high, seeds=count, arrived=count)
+        return replace(mean(values, least=0), arrived=count)
     return Figure(fmean(values), bound="at least", seeds=len(ends), arrived=count)
 
 
@@ -221,10 +222,3 @@ def _changes(records: Sequence[Record]) -> dict[str, Figure]:
             if name in best:
                 values.setdefault(name, []).append(best[name] - base[name])
     return {name: mean(found) for name, found in values.items()}
-
-
-def _student(count: int) -> float:
-    """Return the 97.5% point of Student's distribution for ``count`` values."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(count - 1, 0.975))

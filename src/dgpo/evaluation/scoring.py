@@ -193,11 +193,11 @@ def _score(
         for title in metrics.names
     }
     first = metrics.names[0]
-    overall = found[first]
+    overall, parts = found[first], _parts(each[first], tags) if first in each else {}
     return Report(
         benchmark=name,
         overall=overall.value,
-        categories=_by_category(each[first], tags) if first in each else {},
+        categories={tag: float(part.mean()) for tag, part in parts.items()},
         rewards={title: interval.value for title, interval in found.items()},
         n=count - len(lost),
         ci95=(overall.low, overall.high),
@@ -229,10 +229,6 @@ def stratified_mean(values: Tensor, tags: Sequence[str]) -> Interval:
     mean = sum(float(part.mean()) for part in parts) / len(parts)
     half = 1.96 * math.sqrt(variance) / len(parts)
     return Interval(mean, mean - half, mean + half)
-
-
-def _by_category(values: Tensor, tags: Sequence[str]) -> dict[str, float]:
-    return {tag: float(part.mean()) for tag, part in _parts(values, tags).items()}
 
 
 def _parts(values: Tensor, tags: Sequence[str]) -> dict[str, Tensor]:

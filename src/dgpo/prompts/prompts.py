@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,12 +139,7 @@ def _made_by(name: str) -> Any:
 
 
 def _names_file(source: str) -> bool:
-    if source in PROMPTS:
-        return False
-    try:
-        return Path(source).is_file() or ":" not in source
-    except (OSError, ValueError):  # a name that no file can have
-        return ":" not in source
+    return source not in PROMPTS and (":" not in source or os.path.isfile(source))
 
 
 def _without_gaps(source: Any) -> Any:

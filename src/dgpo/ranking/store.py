@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sqlite3
 import threading
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from dgpo.disk import sync
+from dgpo.disk import replace_file, sync
 from dgpo.errors import UserError
 from dgpo.pictures import rgb
 from dgpo.prompts.caption import PICTURES, Caption
@@ -246,13 +245,7 @@ def _digest(prompt: str, pictures: Sequence[Image.Image]) -> str:
 
 
 def _write(file: Path, picture: Image.Image) -> None:
-    """Write a picture whole or not at all."""
-    new = file.with_suffix(".new")
-    with new.open("wb") as handle:
-        picture.save(handle, "PNG")
-        handle.flush()
-        os.fsync(handle.fileno())
-    new.rename(file)
+    replace_file(file, lambda whole: picture.save(whole, "PNG"))
 
 
 def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,7 +83,8 @@ def differences(starts: Sequence[Mapping[str, Any]]) -> list[str]:
         for name, value in _compared(start).items():
             had.setdefault(name, []).append(value)
     return [
-        f"{name}: the run was made with {_either(values)}, here it is {_said(here.get(name))}"
+        f"{name}: the run was made with {' and '.join(dict.fromkeys(map(_said, values)))}, "
+        f"here it is {_said(here.get(name))}"
         for name, values in had.items()
         if any(value != here.get(name) for value in values)
     ]
@@ -93,10 +94,6 @@ def _compared(start: Mapping[str, Any]) -> dict[str, Any]:
     machine = start.get("machine", {})
     commit = {"the commit of dgpo": start["commit"]} if "commit" in start else {}
     return {**start["versions"], **commit, **{k: machine[k] for k in _MACHINE if k in machine}}
-
-
-def _either(values: Sequence[Any]) -> str:
-    return " and ".join(dict.fromkeys(map(_said, values)))
 
 
 def _said(value: Any) -> str:
@@ -111,7 +108,7 @@ def facts() -> dict[str, Any]:
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": masked_words(sys.argv),
         "commit": _commit(),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **versions()},
         "machine": {
             "system": platform.platform(),
             "processor": _processor(),
@@ -123,7 +120,8 @@ def facts() -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """Return the versions of the packages that a run depends on; None for one not installed."""
     found: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:

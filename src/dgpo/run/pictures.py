@@ -127,11 +127,9 @@ def curve(
         file: the PNG to write.
     """
     # the object interface needs no display and leaves pyplot's global state alone
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     _reward_panel(left, [r for r in rows if r.get("reward_mean") is not None])
     _score_panel(right, evaluations)
@@ -166,16 +164,8 @@ def _score_panel(panel: Any, evaluations: Sequence[Mapping[str, Any]]) -> None:
         panel.plot(minutes, values, linewidth=1, alpha=0.6, label=category)
     overall = np.asarray([e["overall"] for e in evaluations], float)
     bounds = np.asarray([e["ci95"] for e in evaluations], float).T
-    panel.errorbar(
-        minutes,
-        overall,
-        yerr=np.maximum([overall - bounds[0], bounds[1] - overall], 0),
-        color="black",
-        marker="o",
-        markersize=4,
-        capsize=3,
-        linewidth=2,
-        label="overall, 95% interval",
-    )
+    error = np.maximum([overall - bounds[0], bounds[1] - overall], 0)
+    look = {"color": "black", "marker": "o", "markersize": 4, "capsize": 3, "linewidth": 2}
+    panel.errorbar(minutes, overall, error, label="overall, 95% interval", **look)
     # a long list of categories would leave the axes no room
     panel.legend(frameon=False, fontsize="small", loc="best").set_in_layout(False)

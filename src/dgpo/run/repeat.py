@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 
+from dgpo.disk import first_free
 from dgpo.recipe.files import MANIFEST
 
 
@@ -22,10 +21,4 @@ def free_folder(manifest: Path) -> Path:
     run = Path("runs") / name if name else manifest.parent
     if run.name in ("", ".."):
         run = run.resolve()
-    return next(place for place in _repeats(run) if not place.exists())
-
-
-def _repeats(run: Path) -> Iterator[Path]:
-    yield run.with_name(f"{run.name}-repeat")
-    for number in count(2):
-        yield run.with_name(f"{run.name}-repeat-{number}")
+    return first_free(run.with_name(f"{run.name}-repeat"))

@@ -273,10 +273,7 @@ def write(lora: LoraFile, output: Path, form: str) -> list[Path]:
 
 
 def _renamed(
-    denoiser: str,
-    layers: Mapping[str, Mapping[str, Tensor]],
-    config: Mapping[str, Any],
-    form: str,
+    denoiser: str, layers: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any], form: str
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a denoiser's LoRA by the names of a format."""
     unet = denoiser == "unet"
