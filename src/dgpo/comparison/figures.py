@@ -44,7 +44,7 @@ class Record:
 
     Args:
         seed: the run's seed.
-        points: its evaluations in order.
+        points: its evaluations in order; there is one at least.
         finished: whether the run has ended.
         phases: medians over its iterations, by those of :data:`PHASES` that the run noted.
     """
@@ -55,9 +55,9 @@ class Record:
     phases: dict[str, float] = field(default_factory=dict)
 
     @property
-    def best(self) -> Point | None:
+    def best(self) -> Point:
         """The first evaluation with the highest score."""
-        return max(self.points, key=lambda point: point.score, default=None)
+        return max(self.points, key=lambda point: point.score)
 
     def arrival(self, target: float) -> Point | None:
         """Return the first evaluation at or above a target, if there is one."""
@@ -137,7 +137,7 @@ def summarize(
     for name, (algorithm, records) in recipes.items():
         costs = {t: {c: to_target(records, t, c) for c in COSTS} for t in targets}
         ratios = {t: {c: ratio(records, base, t, c) for c in COSTS} for t in targets}
-        best = [run.best.score for run in records if run.best is not None]
+        best = [run.best.score for run in records]
         summaries.append(
             Summary(name, algorithm, list(records), costs, ratios, mean(best), _changes(records))
         )
@@ -208,14 +208,13 @@ def ratio(records: Sequence[Record], base: Sequence[Record], target: float, cost
 def _end(run: Record, target: float, cost: str) -> tuple[float | None, bool]:
     """Return the cost at which a run arrived, or ended, and whether it arrived."""
     there = run.arrival(target)
-    point = there or (run.points[-1] if run.points else None)
-    return (None if point is None else point.cost[cost]), there is not None
+    return (there or run.points[-1]).cost[cost], there is not None
 
 
 def _changes(records: Sequence[Record]) -> dict[str, Figure]:
     values: dict[str, list[float]] = {}
     for run in records:
-        if run.best is None or run.points[0].iteration != 0:
+        if run.points[0].iteration != 0:
             continue  # the base model was not evaluated
         base, best = run.points[0].metrics, run.best.metrics
         for name in list(base)[1:]:

@@ -97,7 +97,7 @@ def _levels(panel: Any, summaries: Sequence[Summary], targets: Sequence[float]) 
         where = {"transform": panel.get_yaxis_transform(), "ha": "right", "va": "bottom"}
         panel.text(0.995, target, f"{target:g}", fontsize="small", color="0.4", **where)
     runs = [run for summary in summaries for run in summary.records]
-    base = [run.points[0].score for run in runs if run.points and run.points[0].iteration == 0]
+    base = [run.points[0].score for run in runs if run.points[0].iteration == 0]
     if base:
         panel.axhline(float(np.mean(base)), color="0.6", linewidth=0.8, linestyle=":")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 from string import Template
@@ -72,7 +72,7 @@ def write(comparison: Comparison) -> list[Summary]:
         "versions": versions,
         "command": comparison.command,
     }
-    replace_text(out / "table.json", json.dumps(body, indent=1) + "\n")
+    replace_text(out / "table.json", json.dumps(body, indent=1, default=asdict) + "\n")
     title, made = f"{metric} on held-out prompts", tables(summaries, metric)
     remarks = [*notes(summaries), *_remarks(comparison, machines)]
     made_on = _made_on(machines, versions)

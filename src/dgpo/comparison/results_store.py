@@ -14,9 +14,8 @@ from dgpo.comparison.plan import Run
 from dgpo.comparison.runs import ENDED, starts_of
 from dgpo.disk import replace_text
 from dgpo.errors import UserError
-from dgpo.recipe.files import read_recipe
+from dgpo.recipe.files import MANIFEST, read_recipe
 from dgpo.recipe.plain_yaml import write_yaml
-from dgpo.run.manifest import FILE
 from dgpo.run.tracking import read_jsonl
 
 SETTINGS_UNKNOWN = "settings-unknown"
@@ -40,7 +39,7 @@ def keep(run: Run, results: Path) -> None:
     evaluations = read_jsonl(run.folder / "evaluations.jsonl")
     _write_jsonl(_file(run, results, "evaluations.jsonl"), evaluations)
     if kept := [_public(start) for start in starts_of(run.folder)]:
-        replace_text(_file(run, results, FILE), json.dumps({"starts": kept}, indent=1) + "\n")
+        replace_text(_file(run, results, MANIFEST), json.dumps({"starts": kept}, indent=1) + "\n")
 
 
 def take(run: Run, results: Path) -> bool:
@@ -64,14 +63,14 @@ def take(run: Run, results: Path) -> bool:
     if not metrics or metrics[-1]["iteration"] != last:
         raise UserError(f"{files[0]} has no iteration {last}, the last of {files[1].name}")
     run.folder.mkdir(parents=True)
-    recipe, machine = _file(run, results, "recipe.yaml"), _file(run, results, FILE)
+    recipe, machine = _file(run, results, "recipe.yaml"), _file(run, results, MANIFEST)
     if recipe.exists():
         replace_text(run.folder / "recipe.yaml", recipe.read_text(encoding="utf-8"))
     else:
         replace_text(run.folder / "recipe.yaml", run.recipe.to_yaml())
         replace_text(run.folder / SETTINGS_UNKNOWN, "")
     if machine.exists():
-        replace_text(run.folder / FILE, machine.read_text(encoding="utf-8"))
+        replace_text(run.folder / MANIFEST, machine.read_text(encoding="utf-8"))
     _write_jsonl(run.folder / "evaluations.jsonl", evaluations)
     _write_jsonl(run.folder / "metrics.jsonl", metrics)
     replace_text(run.folder / ENDED, f"{last}\n")
