@@ -62,12 +62,10 @@ def rank(
     check_folder("--out", folder)
     check_lora(lora)
     page = PageServer(host, port, token_file)
-    from dgpo.models.load import quiet
     from dgpo.ranking.desk import Desk
     from dgpo.ranking.drawing import Artist
     from dgpo.ranking.store import Store
 
-    quiet()
     artist = Artist(settings, lora)
     desk = Desk(Store(folder), raters)
     desk.reopen()

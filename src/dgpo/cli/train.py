@@ -74,8 +74,7 @@ def check_new_run(settings: Recipe) -> None:
 def _repeated(manifest: Path, overrides: list[str]) -> list[str]:
     """Return the overrides that repeat the run of a manifest; warn of what differs from it."""
     from dgpo.distributed import current_processes
-    from dgpo.run.manifest import differences, read_starts
-    from dgpo.run.repeat import free_folder
+    from dgpo.run.manifest import differences, free_folder, read_starts
 
     processes = current_processes()
     starts = read_starts(manifest)

@@ -132,9 +132,8 @@ class _TerminalLine:
         self._live.start()
 
     def show(self, done: int, stage: str, figures: list[str]) -> None:
-        text = Text("  ".join([f"{stage:<10}", *figures]), overflow="ellipsis")
-        text.no_wrap = True
-        self._live.update(Spinner("dots", text))
+        line = "  ".join([f"{stage:<10}", *figures])
+        self._live.update(Spinner("dots", Text(line, no_wrap=True, overflow="ellipsis")))
 
     def close(self) -> None:
         self._live.stop()

@@ -108,7 +108,7 @@ class Tracker:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.close(failed=isinstance(error, Exception))
+        self.loggers.end(failed=isinstance(error, Exception))
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -194,14 +194,6 @@ class Tracker:
             rows = [row for row in rows if row["iteration"] <= delivered]
         card = model_card(self.recipe, rows, evaluations, self.folder)
         (self.folder / "README.md").write_text(card, encoding="utf-8")
-
-    def close(self, failed: bool = False) -> None:
-        """Close the loggers.
-
-        Args:
-            failed: an error ends the run.
-        """
-        self.loggers.end(failed)
 
     def _resumed(self, last: int) -> list[str]:
         """Drop what was measured after an iteration; returns what is missing before it."""
