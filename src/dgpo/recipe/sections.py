@@ -121,6 +121,9 @@ class RolloutSettings(Settings):
         return value
 
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainSettings(Settings):
     iterations: int = Field(default=100, ge=1)
     """The number of iterations of the run."""
@@ -132,10 +135,7 @@ class TrainSettings(Settings):
     an iteration. It changes no result."""
     lr: float = Field(default=3e-4, gt=0)
     """The learning rate of AdamW."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
-        0.9,
-        0.999,
-    )
+    betas: tuple[_Decay, _Decay] = (0.9, 0.999)
     """The decay rates of AdamW's two averages."""
     weight_decay: float = Field(default=1e-4, ge=0)
     """The weight decay of AdamW."""

@@ -23,14 +23,7 @@ from torch import Tensor, nn
 
 from dgpo.errors import UserError
 from dgpo.pictures import rgb
-from dgpo.rewards.loading import (
-    ModelReward,
-    file_of,
-    loading,
-    precision,
-    processors,
-    read_weights,
-)
+from dgpo.rewards.loading import ModelReward, file_of, loading, precision, processors, read_weights
 from dgpo.rewards.reward import Media, Texts
 from dgpo.rewards.wrappers import Lazy
 
