@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dgpo.core.transfer import sent
 from dgpo.errors import UserError
 from dgpo.models.pipeline.arguments import parameters_of
 from dgpo.models.pipeline.byte_cache import ByteCache
@@ -78,7 +79,7 @@ class Conditioning:
 
 def _take(value: Any, index: Tensor, chosen: list[int]) -> Any:
     if isinstance(value, Tensor):
-        return value.index_select(0, index.to(value.device))
+        return value.index_select(0, sent(index, value))
     if isinstance(value, Ragged):
         return _together([value[row] for row in chosen]) if chosen else value[0][:0]
     if isinstance(value, list):
