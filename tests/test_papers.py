@@ -15,7 +15,7 @@ from dgpo.recipe.files import PACKAGED
 
 NO_PART_OF_THE_UPDATE = {
     *("model", "name", "rewards", "train", "eval", "batch"),
-    *("iterations", "every", "metrics", "checkpoint"),
+    *("iterations", "micro_batch", "every", "metrics", "checkpoint"),
 }
 
 
@@ -55,7 +55,6 @@ def test_differences_are_what_the_lines_say(papers: ModuleType) -> None:
     assert settings("sd35m-ocr") == [
         "`precision = bfloat16",
         "`rollout.switch_to_old_after = 200",
-        "`train.micro_batch = 8",
     ]
     rival = settings("pocket-geneval-diffusion_nft")
     assert rival[:2] == [papers.SMALL, "`algorithm.kl = 0"]

@@ -313,13 +313,9 @@ class Trainer:
         return row
 
     def _learn(self, batch: Batch, hear: Callable[[], None]) -> dict[str, float]:
-        def pause() -> None:
-            hear()
-            self.processes.stop_if_asked("the next micro-batch")
-
         iteration = self.state.iteration
         try:
-            return self.updater.update(batch, iteration, pause)
+            return self.updater.update(batch, iteration, hear)
         except (KeyboardInterrupt, Terminated):
             # what the update has not changed, or has put back, is the state of the iteration before
             self.state.phase = "between" if self.updater.at_rest else "updating"

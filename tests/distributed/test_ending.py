@@ -141,6 +141,8 @@ UPDATES: dict[str, tuple[str, dict[str, Any], int]] = {
     "before the step": ("dgpo", {"train": {"micro_batch": 7}}, 2 + 1),
     # 5 pictures for each of two updates: process 1 has 2 of them; two steps of the sampler
     "between two updates": ("flow_grpo", {"lora": {"rank": 4}, "train": {"micro_batch": 2}}, 4 + 3),
+    # a group for each process, which leaves its own passes out
+    "on its own": ("dgpo", {"groups_per_iteration": 2}, 6 + 2),
     # all make as many passes
     "in pieces": ("dgpo", {"train": {"micro_batch": 7, "sharding": "fsdp2"}}, 4 + 2),
 }
@@ -148,12 +150,15 @@ UPDATES: dict[str, tuple[str, dict[str, Any], int]] = {
 
 @pytest.mark.parametrize(
     "kind",
-    [k if k == "before the step" else pytest.param(k, marks=pytest.mark.slow) for k in UPDATES],
+    [
+        k if k in ("before the step", "on its own") else pytest.param(k, marks=pytest.mark.slow)
+        for k in UPDATES
+    ],
 )
 def test_sigterm_to_one_within_an_update_stops_all_there(kind: str, tmp_path: Path) -> None:
     name, changes, number = UPDATES[kind]
     changes = {"reward": brightness, **changes}
-    alone = {**changes, "train": {**changes["train"], "sharding": "none"}}
+    alone = {**changes, "train": {**changes.get("train", {}), "sharding": "none"}}
     through, stopped = tmp_path / "through", tmp_path / "stopped"
     together.alone(together.train, through, through, name, alone)
     ended = world(2, together.train_until, stopped, stopped, name, number, changes)

@@ -282,6 +282,7 @@ def test_broken_overrides(override):
         ({"rollout": {"call": {"num_inference_steps": 3}}}, ["rollout.call", "rollout.steps"]),
         ({"train": {"warmup": 100}}, ["train.warmup = 100", "100 optimiser steps"]),
         ({"train": {"sum_gradients": "micro_batch"}}, ["train.sum_gradients = 'micro_batch'"]),
+        ({"train": {"micro_batch": 0}}, ["train.micro_batch = 0", "auto", "null"]),
         (
             {"train": {"sharding": "fsdp2", "sum_gradients": "micro_batch"}, "lora": {"rank": 4}},
             ["train.sum_gradients = 'micro_batch'", "lora: null"],
@@ -328,6 +329,17 @@ def test_defaults_are_the_agreed_ones():
     )
     assert recipe.lora is not None and recipe.lora.targets == "auto"
     assert recipe.eval.every == 20 and recipe.checkpoint.every == 50
+
+
+@pytest.mark.parametrize(
+    ("group", "rows"), [(2, 16), (4, 16), (5, 15), (12, 12), (16, 16), (24, 24)]
+)
+def test_a_pass_on_a_gpu_takes_whole_groups(group, rows):
+    assert Recipe(group_size=group).rows_at_once("cuda") == rows
+    assert Recipe(group_size=group).rows_at_once("cpu") is None
+    for size in (3, None):
+        own = Recipe.from_dict({"group_size": group, "train": {"micro_batch": size}})
+        assert own.rows_at_once("cuda") == own.rows_at_once("cpu") == size
 
 
 def test_recipes_cannot_be_changed():

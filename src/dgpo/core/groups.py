@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dgpo.core.precision import widen
+from dgpo.core.transfer import sent, taken
 
 
 def _alone(x: Tensor) -> Tensor:
@@ -29,7 +30,8 @@ class Groups:
     all processes must call it, in the same order.
 
     Args:
-        index: the group number of each sample, int64 ``[B]``, values in ``[0, count)``, any order.
+        index: the group number of each sample, int64 ``[B]``, values in ``[0, count)``, any order;
+            on the CPU, where looking at it waits for no device.
         size: how many samples a whole group has, the G of the papers.
         count: how many groups there are, including those without a sample here.
         reduce: adds a tensor over the processes; by default there is one process.
@@ -60,7 +62,7 @@ class Groups:
             raise ValueError(f"size >= 1 and count >= 0 are needed, got {self.size}, {self.count}")
         if not self.index.numel():
             return
-        first, last = int(self.index.min()), int(self.index.max())
+        first, last = torch.stack(self.index.aminmax()).tolist()
         if first < 0 or last >= self.count:
             got = f"{first}..{last}"
             raise ValueError(f"group numbers must lie in 0..{self.count - 1}, got {got}")
@@ -84,7 +86,7 @@ class Groups:
         """
         self._one_row_each(x)
         total = x.new_zeros(self.count, *x.shape[1:])
-        return self.reduce(total.index_add(0, self.index.to(x.device), x))
+        return self.reduce(total.index_add(0, sent(self.index, x), x))
 
     def each(self, v: Tensor) -> Tensor:
         """Give each sample the value of its group: ``[count, ...] -> [B, ...]``.
@@ -94,7 +96,7 @@ class Groups:
         """
         if v.dim() == 0 or v.shape[0] != self.count:
             raise ValueError(f"expected {self.count} rows, one a group, got shape {tuple(v.shape)}")
-        return v[self.index.to(v.device)]
+        return taken(v, self.index)
 
     def mean(self, x: Tensor) -> Tensor:
         """Return the mean over each group: ``[B] -> [count]``, in float32 (float64 stays).
@@ -104,17 +106,15 @@ class Groups:
                 part of a group, and nothing later would show the mistake.
         """
         self._one_row_each(x)
-        x = widen(x)
-        total, members = self.sum(torch.stack([x, torch.ones_like(x)], dim=1)).unbind(1)
-        partial = (members != 0) & (members != self.size)
-        if bool(partial.any()):
-            group = int(partial.nonzero()[0])
-            raise ValueError(
-                f"group {group} has {int(members[group])} of its {self.size} samples here: group "
-                "statistics need whole groups (for a smaller micro-batch, compute the group "
-                "weights over whole groups first and pass them as Forward.weights)"
-            )
-        return total / self.size
+        members = self.reduce(self.index.bincount(minlength=self.count))
+        for group, count in enumerate(members.tolist()):
+            if count not in (0, self.size):
+                raise ValueError(
+                    f"group {group} has {count} of its {self.size} samples here: group "
+                    "statistics need whole groups (for a smaller micro-batch, compute the group "
+                    "weights over whole groups first and pass them as Forward.weights)"
+                )
+        return self.sum(widen(x)) / self.size
 
     def std(self, x: Tensor) -> Tensor:
         """Return the population standard deviation of each group: ``[B] -> [count]``.
@@ -184,7 +184,7 @@ class Groups:
             ValueError: a group is not wholly in this process; sums cannot find places.
         """
         self._one_row_each(x)
-        index = self.index.to(x.device)
+        index = sent(self.index, x)
         members = index.bincount(minlength=self.count)
         if bool(((members != 0) & (members != self.size)).any()):
             raise ValueError(
@@ -208,10 +208,9 @@ class Groups:
             rows: positions in the batch, int64 ``[b]``.
         """
         index = self.index[rows.to(self.index.device)]
-        held = index.new_zeros(self.count).index_add(0, index, torch.ones_like(index))
-        present = self.reduce(held) > 0
+        present = self.reduce(index.bincount(minlength=self.count)) > 0
         number = present.long().cumsum(0) - 1
-        return Groups(number[index], self.size, int(present.sum()), self.reduce)
+        return Groups(number[index], self.size, len(present.nonzero()), self.reduce)
 
     def _std(self, x: Tensor) -> Tensor:
         return self.mean((x - self.each(self.mean(x))).square()).sqrt()

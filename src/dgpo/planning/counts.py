@@ -99,7 +99,7 @@ def _splits_groups(recipe: Recipe) -> bool:
     """Return whether micro-batches split groups whose weights need the whole group.
 
     The policy is asked once more then, without gradients."""
-    algorithm, size = recipe.algorithm, recipe.train.micro_batch
+    algorithm, size = recipe.algorithm, recipe.rows_at_once("cuda")  # auto splits none anywhere
     if not isinstance(algorithm, Algorithm) or type(algorithm).weights is Algorithm.weights:
         return False
     group = algorithm.trained_per_group or recipe.group_size

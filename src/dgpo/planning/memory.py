@@ -208,7 +208,7 @@ class Estimate:
         recipe = self.recipe
         trained = recipe.algorithm.trained_per_group or recipe.group_size
         whole = self._groups * trained
-        rows = _rows(cond, min(recipe.train.micro_batch or whole, whole))
+        rows = _rows(cond, min(recipe.rows_at_once(self._machine.device) or whole, whole))
         level, xt = self._point(rows)
 
         def call() -> None:

@@ -198,6 +198,20 @@ class Recipe(Settings):
         """Return every setting as YAML, defaults included."""
         return write_yaml(self.to_dict())
 
+    def rows_at_once(self, device: str) -> int | None:
+        """Return how many samples a training pass of one process has; None for all that it has.
+
+        Args:
+            device: the kind of the device, such as ``"cpu"`` or ``"cuda"``.
+        """
+        size = self.train.micro_batch
+        if size != "auto":
+            return size
+        if device == "cpu":
+            return None
+        group = self.algorithm.trained_per_group or self.group_size
+        return max(1, sections.ROWS_AT_ONCE // group) * group
+
     @property
     def updates_per_iteration(self) -> int:
         """The optimiser steps of an iteration in which the rewards of every group differ."""

@@ -18,6 +18,11 @@ MOST_STEPS = 10_000
 MOST_PIXELS = 100_000
 """The longest side of a picture in pixels, and the most frames of a video."""
 
+ROWS_AT_ONCE = 16
+"""The samples of a training pass on a GPU, as in the published runs of DGPO (one group): enough to
+keep it busy. A larger pass needs more memory, and one over a part of a group needs a second pass of
+the policy, to weigh the group."""
+
 
 def is_multiple(iteration: int, every: int) -> bool:
     """Return whether what happens every so many iterations (0: never) is due after this one."""
@@ -48,6 +53,15 @@ def _auto_or_names(value: Any) -> Any:
         raise ValueError(
             f"lora.targets = {masked(value)!r:.80}: use auto, or a list of how layers' names end, "
             "such as [to_q, to_v]"
+        )
+    return value
+
+
+def _auto_or_count(value: Any) -> Any:
+    if value not in ("auto", None) and not (type(value) is int and value >= 1):
+        raise ValueError(
+            f"train.micro_batch = {masked(value)!r:.80}: use auto, a whole number of 1 or more, or "
+            "null for all samples of an iteration"
         )
     return value
 
@@ -130,9 +144,10 @@ class TrainSettings(Settings):
     max_minutes: float | None = Field(default=None, gt=0)
     """The training time in minutes after which the run ends, unless its iterations end sooner;
     evaluation does not count. null: no limit."""
-    micro_batch: int | None = Field(default=None, ge=1)
+    micro_batch: Annotated[Literal["auto"] | int | None, BeforeValidator(_auto_or_count)] = "auto"
     """The number of samples in one forward and backward pass of each process; null: all samples of
-    an iteration. It changes no result."""
+    an iteration. auto: all of them on the CPU; on a GPU whole groups, as many as make 16 samples,
+    and at least one. It changes no result, but a pass over a part of a group may cost another."""
     lr: float = Field(default=3e-4, gt=0)
     """The learning rate of AdamW."""
     betas: tuple[_Decay, _Decay] = (0.9, 0.999)

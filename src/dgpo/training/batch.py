@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dgpo.core.groups import Groups
 from dgpo.core.process import Level
+from dgpo.core.transfer import taken
 from dgpo.distributed.assignment import Assignment
 from dgpo.models.pipeline.probes import Step
 from dgpo.models.pipeline.prompt_encoder import Conditioning
@@ -216,15 +217,15 @@ def _rows(
     rows = assignment.find(positions)
     held = (positions // assignment.size).unique()
     return {
-        "x0": made.x0[rows],
+        "x0": taken(made.x0, rows),
         "prompts": cond.rows(torch.searchsorted(assignment.held, held)),
         "positions": positions,
         "steps": [
             replace(
                 step,
-                sample=step.sample[rows],
-                output=step.output[rows],
-                previous=step.previous[rows],
+                sample=taken(step.sample, rows),
+                output=taken(step.output, rows),
+                previous=taken(step.previous, rows),
             )
             for step in made.steps
         ],

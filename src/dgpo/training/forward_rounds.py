@@ -12,6 +12,7 @@ from dgpo.algorithms.base import Algorithm
 from dgpo.core.points import Forward
 from dgpo.core.process import Level
 from dgpo.core.seeds import stream
+from dgpo.core.transfer import sent, taken
 from dgpo.distributed.lockstep import Turn, pieces, turns
 from dgpo.models.policy import Policy, Weights
 from dgpo.recipe import Recipe
@@ -70,14 +71,15 @@ class ForwardRounds:
             return batch.x0.clone()
         if self.algorithm.shared_noise:
             keys = keys // self.recipe.group_size
-        drawn = {
-            key: torch.randn(
+        distinct, which = keys.unique(return_inverse=True)
+        drawn = [
+            torch.randn(
                 batch.x0.shape[1:],
                 generator=stream(self.recipe.seed, "noise", iteration, order, key),
             )
-            for key in keys.unique().tolist()
-        }
-        return torch.stack([drawn[key] for key in keys.tolist()]).to(batch.x0.device)
+            for key in distinct.tolist()
+        ]
+        return taken(sent(torch.stack(drawn), batch.x0), which)
 
     def _micro_batches(
         self, batch: Batch, level: Level, noise: Tensor
@@ -89,7 +91,7 @@ class ForwardRounds:
         all must stop at the same one. Points do not count where only other processes have some
         left; None stands for no points, and for a pause between two predictions.
         """
-        size = self.recipe.train.micro_batch or batch.largest_share
+        size = self.recipe.rows_at_once(batch.x0.device.type) or batch.largest_share
         rows = torch.arange(len(batch.x0))
         passes = list(turns(pieces(rows, size, batch.largest_share), self.policy.sharded))
         at_once, last = len(passes) == 1, passes[-1]
@@ -119,7 +121,7 @@ class ForwardRounds:
                 pred = self.policy.predict(points.xt, level, own.conditioning(turn.rows))
                 points = replace(points, pred=pred)
             if points is not None and turn.counts:
-                points = replace(points, weights=weights[turn.rows])
+                points = replace(points, weights=taken(weights, turn.rows))
             yield points, turn.counts, turn is last
 
     def _pass(
@@ -139,7 +141,7 @@ class ForwardRounds:
     ) -> Forward:
         """Some rows noised to a level, and the predictions that the algorithm declares there."""
         process = self.policy.model.process
-        x0, noise = batch.x0[rows], noise[rows]
+        x0, noise = taken(batch.x0, rows), taken(noise, rows)
         xt = process.corrupt(x0, noise, level)
         cond = batch.conditioning(rows)
 
@@ -167,7 +169,7 @@ class ForwardRounds:
             ref=ref,
             old=old,
             kl_ref=kl_ref,
-            advantages=batch.advantages[rows],
+            advantages=sent(batch.advantages[rows], xt),
             groups=batch.local_groups.subset(rows),
         )
 
@@ -203,6 +205,6 @@ def _joined(parts: Sequence[Forward], batch: Batch) -> Forward:
         ref=cat_if_declared("ref"),
         old=cat_if_declared("old"),
         kl_ref=cat_if_declared("kl_ref"),
-        advantages=batch.advantages,
+        advantages=sent(batch.advantages, parts[0].pred),
         groups=batch.groups,
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from dgpo.algorithms.base import TrajectoryAlgorithm
 from dgpo.core.points import Trajectory
+from dgpo.core.transfer import sent, taken
 from dgpo.distributed.lockstep import pieces, turns
 from dgpo.errors import UserError
 from dgpo.models.pipeline.probes import Step
@@ -56,7 +57,7 @@ class TrajectoryRounds:
         everywhere = [part_of(positions) for positions in batch.all_positions]
         for part in range(updates):
             rows = (mine == part).nonzero()[:, 0]
-            counts = [int((parts == part).sum()) for parts in everywhere]
+            counts = [parts.tolist().count(part) for parts in everywhere]
             if any(counts):
                 scored = groups // updates - sum(n * updates // groups == part for n in batch.lost)
                 whole = batch.total // (groups - len(batch.lost)) * scored
@@ -81,14 +82,16 @@ class TrajectoryRounds:
             fresh: whether no optimiser step of this iteration has been taken.
         """
         share = sum(counts) / whole
-        parts = pieces(rows, self.recipe.train.micro_batch, max(counts))
+        size = self.recipe.rows_at_once(batch.x0.device.type)
+        parts = pieces(rows, size, max(counts))
         passes = list(itertools.product(range(len(batch.steps)), turns(parts, self.policy.sharded)))
+        off: list[tuple[float, Tensor, Tensor]] = []
         for number, (place, turn) in enumerate(passes, start=1):
             last = number == len(passes)
             if turn.counts:
                 points = self._points(batch, batch.steps[place], turn.rows)
                 if fresh:
-                    self._refuse_other_policy(points, iteration)
+                    off.append(_off(points))
                 part = len(turn.rows) / sum(counts)
                 weight = part * share / len(batch.steps)
                 yield MicroLoss(*self.algorithm.loss(points), part, weight, last)
@@ -97,41 +100,57 @@ class TrajectoryRounds:
                 yield idle(self._points(batch.dummy, batch.dummy.steps[place], turn.rows), last)
             else:
                 yield idle(None, last)
+        self._refuse_other_policy(off, iteration)  # before the optimiser step
 
     def _points(self, batch: Batch, step: Step, rows: Tensor) -> Trajectory:
         """Some rows of one step, and the predictions that the algorithm declares there."""
-        xt, cond = step.sample[rows], batch.conditioning(rows)
+        xt, cond = taken(step.sample, rows), batch.conditioning(rows)
         guidance = self.recipe.rollout.guidance_scale
         ref = None
         if "ref" in self.algorithm.snapshots:
             ref = self.policy.predict(xt, step.level, cond, "ref", guidance)
         return Trajectory(
             xt=xt,
-            xnext=step.previous[rows],
+            xnext=taken(step.previous, rows),
             level=step.level,
             next_level=batch.levels[step.index + 1],
             process=self.policy.model.process,
             sde=self.algorithm.sde,
             pred=self.policy.predict(xt, step.level, cond, guidance_scale=guidance),
-            old=step.output[rows],
+            old=taken(step.output, rows),
             ref=ref,
-            advantages=batch.advantages[rows],
+            advantages=sent(batch.advantages[rows], xt),
             groups=batch.local_groups.subset(rows),
         )
 
-    @torch.no_grad()
-    def _refuse_other_policy(self, points: Trajectory, iteration: int) -> None:
-        now, old = (points.log_prob(points.moments(out)) for out in (points.pred, points.old))
-        off = float(((now - old).exp() - 1).abs().max())
-        if off <= self.tolerance:
+    def _refuse_other_policy(
+        self, off: Sequence[tuple[float, Tensor, Tensor]], iteration: int
+    ) -> None:
+        """See that the policy is that of the rollouts: ``off`` is what :func:`_off` found.
+
+        Raises:
+            UserError: it is another.
+        """
+        if not off or float(torch.stack([ratio for _, ratio, _ in off]).max()) <= self.tolerance:
             return
-        apart = float((points.pred.float() - points.old.float()).abs().max())
-        raise UserError(
-            f"iteration {iteration + 1}: before the first update the ratio must be 1, but at sigma "
-            f"{points.level.sigma:.4f} it is off by {off:.1e} (allowed {self.tolerance:.0e}): "
-            f"predictions at the rollout's own points differ from those it was made with by up to "
-            f"{apart:.1e}, so the ratio would not measure the update. Something makes the model "
-            "answer differently from call to call: a module in training mode, a hook, weights "
-            "changed since the rollout, or arithmetic that depends on the batch size (TF32, "
-            "quantised layers): use train.micro_batch = rollout.batch, or precision: float32"
-        )
+        for sigma, ratio, apart in off:
+            if ratio <= self.tolerance:
+                continue
+            raise UserError(
+                f"iteration {iteration + 1}: before the first update the ratio must be 1, but at "
+                f"sigma {sigma:.4f} it is off by {ratio:.1e} (allowed {self.tolerance:.0e}): "
+                "predictions at the rollout's own points differ from those it was made with by up "
+                f"to {apart:.1e}, so the ratio would not measure the update. Something makes the "
+                "model answer differently from call to call: a module in training mode, a hook, "
+                "weights changed since the rollout, or arithmetic that depends on the batch size "
+                "(TF32, quantised layers): use train.micro_batch = rollout.batch, or precision: "
+                "float32"
+            )
+
+
+@torch.no_grad()
+def _off(points: Trajectory) -> tuple[float, Tensor, Tensor]:
+    """The level of points; how far their ratios are from 1; how far apart the predictions are."""
+    now, old = (points.log_prob(points.moments(out)) for out in (points.pred, points.old))
+    ratio = ((now - old).exp() - 1).abs().max()
+    return points.level.sigma, ratio, (points.pred.float() - points.old.float()).abs().max()

@@ -41,4 +41,6 @@ class UpdateBackup:
 
 
 def _kept(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True)
+    # to pinned memory a GPU copies in its own time, before the steps that change the tensor
+    kept = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    return kept.copy_(tensor.detach(), non_blocking=tensor.is_cuda)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dgpo.algorithms.base import Algorithm, TrajectoryAlgorithm
+from dgpo.core.transfer import read
 from dgpo.distributed.processes import SINGLE, Processes
 from dgpo.distributed.sharding import is_sharded, local, sum_in_backward, whole
 from dgpo.errors import UserError
@@ -19,7 +20,7 @@ from dgpo.models.policy import Policy
 from dgpo.recipe import Recipe
 from dgpo.training.batch import Batch
 from dgpo.training.forward_rounds import ForwardRounds
-from dgpo.training.rounds import Round
+from dgpo.training.rounds import MicroLoss, Round
 from dgpo.training.trajectory_rounds import TrajectoryRounds
 from dgpo.training.update_backup import UpdateBackup
 
@@ -39,10 +40,10 @@ class Means:
     totals: dict[str, float] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
 
-    def add(self, figures: Mapping[str, Tensor], weight: float) -> None:
+    def add(self, figures: Mapping[str, float], weight: float) -> None:
         """Add figures, each with the same weight."""
         for name, value in figures.items():
-            self.totals[name] = self.totals.get(name, 0.0) + weight * float(value)
+            self.totals[name] = self.totals.get(name, 0.0) + weight * value
             self.weights[name] = self.weights.get(name, 0.0) + weight
 
     def join(self, other: Means) -> None:
@@ -67,6 +68,34 @@ class Means:
     def result(self) -> dict[str, float]:
         """Return the means."""
         return {name: total / self.weights[name] for name, total in self.totals.items()}
+
+
+@dataclass
+class Seen:
+    """The losses and figures of an optimiser step. They stay on the device until its end: to look
+    at one would wait for the device, which then has nothing to do until the next pass is there."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    figures: list[tuple[dict[str, Any], float]] = field(default_factory=list)
+
+    def add(self, term: MicroLoss) -> None:
+        """Note a micro-batch, without its graph."""
+        loss = term.loss.detach()
+        if term.loss.requires_grad or term.share:  # else no pass was made
+            self.losses.append(loss)
+        if term.share:
+            self.figures.append(({"loss": loss, **term.figures}, term.share))
+
+    def read(self, norm: Tensor) -> tuple[Means, str | None, float]:
+        """The means of the figures; the first loss that is not finite, in words; and the norm."""
+        values = [value for figures, _ in self.figures for value in figures.values()]
+        found = read([norm, *self.losses, *values], like=norm)
+        number, losses = found[0], found[1 : 1 + len(self.losses)]
+        rest, means = iter(found[1 + len(self.losses) :]), Means()
+        for figures, share in self.figures:
+            means.add({name: next(rest) for name in figures}, share)
+        broken = next((loss for loss in losses if not math.isfinite(loss)), None)
+        return means, None if broken is None else f"loss is {broken}", number
 
 
 class NonFinite(UserError):
@@ -117,7 +146,7 @@ class Updater:
         self._sums_once = self._sharded and train.sum_gradients == "step"
 
     def update(
-        self, batch: Batch, iteration: int, pause: Callable[[], None] = lambda: None
+        self, batch: Batch, iteration: int, hear: Callable[[], None] = lambda: None
     ) -> dict[str, float]:
         """Train on a batch; returns the means of the loss's figures over the iteration.
 
@@ -128,11 +157,12 @@ class Updater:
         Args:
             batch: what the iteration trains on.
             iteration: counted from 0.
-            pause: called in every micro-batch but the last of an optimiser step, and between two
-                steps, equally often in every process. It may raise
-                what stops a run. Before the first optimiser step of the iteration nothing has
-                changed then; after it a LoRA is brought back to where the update began, of which a
-                copy is kept for it. There is none of all weights: ``at_rest`` tells.
+            hear: called in every micro-batch but the last of an optimiser step, and between two
+                steps: lets a signal that was held back be heard by this process, which may raise
+                what stops a run. Of several processes all stop at the same step, or none does.
+                Before the first optimiser step of the iteration nothing has changed then; after it
+                a LoRA is brought back to where the update began, of which a copy is kept for it.
+                There is none of all weights: ``at_rest`` tells.
 
         Raises:
             NonFinite: ``guards.nonfinite`` steps in a row were left out.
@@ -145,7 +175,7 @@ class Updater:
         counters = self.step, self.nonfinite, self.gradient_scale, self.scaled
         try:
             with torch.inference_mode(False):  # gradients are on, whatever was left off before
-                found = self._update(batch, iteration, pause)
+                found = self._update(batch, iteration, hear)
         except (KeyboardInterrupt, Terminated):
             if undo is not None:
                 undo.back()
@@ -156,16 +186,25 @@ class Updater:
         self.at_rest = True
         return found
 
-    def _update(self, batch: Batch, iteration: int, pause: Callable[[], None]) -> dict[str, float]:
+    def _update(self, batch: Batch, iteration: int, hear: Callable[[], None]) -> dict[str, float]:
+        def pause() -> None:
+            hear()
+            self.processes.stop_if_asked("the next micro-batch or step")
+
+        # where no pass needs the other processes, one that is asked to stop leaves its own passes
+        # out, and tells the others only before the step
+        alone = not (self.processes.single or self.policy.sharded or batch.split)
         means, skipped = Means(), 0
         self.optimizer.zero_grad()
         for number, losses in enumerate(self._rounds(batch, iteration)):
-            if number:
+            if number and not alone:
                 pause()
-            figures = Means()
-            problem = self._backward(losses, figures, pause)
+            seen = self._backward(losses, hear if alone else pause, alone)
+            if alone:
+                pause()
+            figures, problem, norm = seen.read(self._gradient_norm())
             figures, problem = figures.over(self.processes, problem)
-            problem = problem or self._optimize(figures, batch.spread, iteration)
+            problem = problem or self._optimize(norm, figures, batch.spread, iteration)
             if problem is None:
                 self.nonfinite = 0
                 means.join(figures)
@@ -220,13 +259,11 @@ class Updater:
         """The end of an iteration, with or without a batch: move the old policy if it moves now."""
         self._move_old("iteration", iteration)
 
-    def _backward(self, losses: Round, figures: Means, pause: Callable[[], None]) -> str | None:
-        """Add up the gradients of a step; returns what is not finite, if something is not."""
-        problem = None
+    def _backward(self, losses: Round, pause: Callable[[], None], alone: bool) -> Seen:
+        """Add up the gradients of a step; what is not finite goes on to the end, as other processes
+        make the same passes and would wait for these."""
+        seen = Seen()
         for term in losses:
-            if not math.isfinite(loss := term.loss.item()):
-                # on to the end: other processes make the same passes, and would wait for these
-                problem = problem or f"loss is {loss}"
             # where gradients are summed once, in the last backward pass, a stop needs one as well:
             # what was not summed would be left behind
             hears = not term.last and (term.loss.requires_grad or not self._sums_once)
@@ -237,22 +274,28 @@ class Updater:
                 (term.loss * (term.weight * self.gradient_scale)).backward()
             if stop is not None:
                 raise stop
-            if term.share:
-                figures.add({"loss": term.loss.detach(), **term.figures}, term.share)
-        return problem
+            seen.add(term)
+            if alone and self.processes.heard:
+                break
+        return seen
 
-    def _optimize(self, figures: Means, spread: bool, iteration: int) -> str | None:
-        """One optimiser step; the averages that move with steps are moved once for it. None is
-        taken, and what is not finite is returned, if the gradient is not."""
-        train = self.recipe.train
+    def _gradient_norm(self) -> Tensor:
+        """The norm of the gradient of all processes, which is clipped to the largest allowed.
+        Collective."""
         if not self._sharded:  # which are summed by their backward
             self.processes.sum_gradients(self.parameters)
         self._unscale()
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm))
-        if not math.isfinite(number := norm.item()):
-            return f"gradient norm is {number}"
+        limit = self.recipe.train.max_grad_norm
+        return whole(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+
+    def _optimize(self, norm: float, figures: Means, spread: bool, iteration: int) -> str | None:
+        """One optimiser step; the averages that move with steps are moved once for it. None is
+        taken, and what is not finite is returned, if the norm of the gradient is not."""
+        train = self.recipe.train
+        if not math.isfinite(norm):
+            return f"gradient norm is {norm}"
         # without spread the KL term alone is trained, which has no gradient at the start
-        if number == 0 and spread:
+        if norm == 0 and spread:
             self._refuse_still(figures.result(), iteration)
         for group in self.optimizer.param_groups:
             group["lr"] = train.lr * self._factor(self.step)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dgpo.core.transfer import sent
 from dgpo.errors import UserError
 from dgpo.models.pipeline.arguments import parameters_of
 from dgpo.models.pipeline.byte_cache import ByteCache
@@ -95,7 +96,7 @@ def _moved(value: Any, device: torch.device | str) -> Any:
 
 def _take(value: Any, index: Tensor, chosen: list[int]) -> Any:
     if isinstance(value, Tensor):
-        return value.index_select(0, index.to(value.device))
+        return value.index_select(0, sent(index, value))
     if isinstance(value, Ragged):
         return _together([value[row] for row in chosen]) if chosen else value[0][:0]
     if isinstance(value, list):

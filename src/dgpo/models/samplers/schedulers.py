@@ -84,10 +84,24 @@ def level_of_last_step(scheduler: Any, timestep: Any) -> Level:
     # LCM and TCD count their steps, but have only a table of alphas
     if index is None or getattr(scheduler, "sigmas", None) is None:
         return Level(time, math.sqrt(1.0 - float(scheduler.alphas_cumprod[int(time)])))
-    sigma = float(scheduler.sigmas[index - 1])
+    sigma = on_host(scheduler, "sigmas")[index - 1]
     if not is_flow_matching(scheduler):
         return Level(time, sigma / math.sqrt(1.0 + sigma * sigma))
     return Level(time, sigma)
+
+
+def on_host(scheduler: Any, name: str) -> list[float]:
+    """Return a table of a scheduler, such as ``sigmas``, as numbers.
+
+    Some schedulers keep theirs on the device, where reading an entry at every step would wait for
+    the step before. So the table is read when it is new.
+    """
+    table, kept = getattr(scheduler, name), f"_dgpo_{name}"
+    known = getattr(scheduler, kept, None)
+    if known is None or known[0] is not table:
+        known = table, table.tolist()
+        setattr(scheduler, kept, known)
+    return known[1]
 
 
 def sigmas_around(alphas_cumprod: torch.Tensor, timestep: float) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from dgpo.core.precision import widen
 from dgpo.core.process import Level, Process
 from dgpo.core.sde import DDIM, Sde
 from dgpo.core.seeds import stream
+from dgpo.core.transfer import sent
 from dgpo.errors import UserError
 from dgpo.models.samplers import schedulers
 
@@ -52,7 +53,7 @@ class _Noisy:
             for seed in self.seeds
         ]
         # drawn on the CPU, row by row: the same numbers on any device and in any batch
-        noise = torch.stack(drawn).to(moments.mean)
+        noise = sent(torch.stack(drawn), moments.mean).to(moments.mean)
         return (moments.mean + moments.std * noise).to(output.dtype)
 
 
@@ -66,7 +67,7 @@ class FlowMatchSdeScheduler(_Noisy, FlowMatchEulerDiscreteScheduler):
             self._init_step_index(timestep)
         index = self.step_index
         assert index is not None and self.timesteps is not None and self.sigmas is not None
-        s, s_next = (float(sigma) for sigma in self.sigmas[index : index + 2])
+        s, s_next = schedulers.on_host(self, "sigmas")[index : index + 2]
         # the last step has no noise: its density would be a point
         if index not in self.noisy or s_next == 0:
             dictionary = how.get("return_dict", True)
@@ -86,8 +87,7 @@ class DdimSdeScheduler(_Noisy, DDIMScheduler):
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, model_output: Tensor, timestep: Any, sample: Tensor, *_: Any, **how: Any
     ) -> Any:
-        time = torch.as_tensor(timestep).to(self.timesteps.device)
-        index = int((self.timesteps == time).nonzero()[0])
+        index = schedulers.on_host(self, "timesteps").index(float(timestep))
         now = self._level(index)
         if index + 1 < len(self.timesteps):
             then = self._level(index + 1)
@@ -103,8 +103,8 @@ class DdimSdeScheduler(_Noisy, DDIMScheduler):
         return _answer(mean.to(model_output.dtype), **how)
 
     def _level(self, index: int) -> Level:
-        time = self.timesteps[index]
-        return Level(time, math.sqrt(1.0 - float(self.alphas_cumprod[int(time)])))
+        time = int(schedulers.on_host(self, "timesteps")[index])
+        return Level(self.timesteps[index], math.sqrt(1.0 - float(self.alphas_cumprod[time])))
 
 
 def _answer(sample: Tensor, return_dict: bool = True, **_: Any) -> Any:
