@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import sysconfig
 import traceback
 from pathlib import Path
+
+_LIBRARIES = (
+    str(Path(__file__).parent),
+    *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")),
+    "<",
+)
+"""How the names of files begin that no user has written."""
 
 
 class UserError(ValueError):
@@ -37,10 +45,12 @@ class MissingExtra(UserError):
 
 
 def told(error: BaseException) -> str:
-    """Tell an error of code that is not ours in one line: its type, its message, and where it was
-    raised, because the report shows no traceback."""
+    """Tell an error of code that is not ours in one line, because the report shows no traceback:
+    its type, its message, and the last line of the user's own that led to it, if one did."""
     frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    # a library's line, where it gave up, tells the user nothing
+    theirs = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)] or frames
+    where = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
     return f"{type(error).__name__}: {message(error)}{where}"
 
 

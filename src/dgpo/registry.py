@@ -152,14 +152,35 @@ def resolve(kind: str, name: str) -> Any:
     if not colon:
         raise UserError(unknown(kind, name))
     with nullcontext() if entry else user_code(f"importing {kind} {name!r}"):
-        read = _from_file(kind, where) if where.endswith(".py") else _from_name(kind, name, where)
+        read = (
+            _from_file(kind, name, where)
+            if where.endswith(".py")
+            else _from_name(kind, name, where)
+        )
         found: Any = read
         for part in attribute.split("."):
             if not hasattr(found, part):
                 names = [n for n in vars(read) if not n.startswith("_")]
-                raise UserError(f"{kind} {name!r}: {where} has no {part!r}{nearest(part, names)}")
+                hint = nearest(part, names)
+                if where == "__main__":
+                    hint = (
+                        "; it stood in the script that began the run: put it into a file of its own"
+                    )
+                raise UserError(f"{kind} {name!r}: {where} has no {part!r}{hint}")
             found = getattr(found, part)
         return found
+
+
+def path_of(found: Any) -> str:
+    """Return the path of a class or a function, by which :func:`resolve` finds it again.
+
+    >>> path_of(difflib.get_close_matches)
+    'difflib:get_close_matches'
+    """
+    module = found.__module__
+    if module.startswith("dgpo_user_"):  # it came from a file, not from the import path
+        module = str(sys.modules[module].__file__)
+    return f"{module}:{found.__qualname__}"
 
 
 def _from_name(kind: str, name: str, where: str) -> ModuleType:
@@ -175,14 +196,15 @@ def _told(error: Exception) -> str:
     return message(error) if isinstance(error, ImportError) else told(error)
 
 
-def _from_file(kind: str, where: str) -> ModuleType:
+def _from_file(kind: str, name: str, where: str) -> ModuleType:
     try:
         file = Path(where).expanduser().resolve()
         there = file.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # a name or a home that cannot be
         raise UserError(f"{kind}: no file {where!r:.200}: {error}"[:400]) from error
     if not there:
-        raise UserError(f"{kind}: no file {where}")
+        beside = "" if Path(where).is_absolute() else f" in {Path.cwd()}"
+        raise UserError(f"{kind} {name!r}: there is no file {where}{beside}")
     name = f"dgpo_user_{file.stem}_{abs(hash(file)):x}"
     if name in sys.modules:
         return sys.modules[name]

@@ -66,6 +66,7 @@ class Everything(Foreign, Reward):
 
     name = "everything"
     columns = frozenset({"text"})
+    needs = frozenset({"text"})
 
 
 CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
@@ -133,7 +134,7 @@ def test_what_a_wrapper_does_not_say_itself_the_reward_inside_says(wrapper: str,
         assert_heard(Wrapper(WRAPPERS[wrapper](inner)), inner, hook)
 
 
-@pytest.mark.parametrize("hook", sorted(set(HOOKS) - {"name", "columns"}))
+@pytest.mark.parametrize("hook", sorted(set(HOOKS) - {"name", "columns", "needs"}))
 def test_an_object_of_a_foreign_class_keeps_every_hook(hook: str) -> None:
     inner = unusual(Foreign, hook)
     assert_heard(as_reward(inner), inner, hook)

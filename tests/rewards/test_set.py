@@ -86,7 +86,7 @@ def test_an_answer_that_is_not_one_finite_number_an_image(answer, words):
         (["redness", "redness"], "twice"),
         ({"rednes": 1}, "did you mean"),
         ([lambda images: [1.0]], "images, prompts"),
-        ({"dgpo.rewards.set:__doc__": 1}, "not a function"),
+        ({"dgpo.rewards.set:__doc__": 1}, "no function"),
     ],
 )
 def test_rewards_that_cannot_be_used(spec, word):

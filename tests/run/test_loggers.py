@@ -210,7 +210,7 @@ def test_no_loggers_write_nothing(tmp_path):
     [
         ({"csv": {"color": "red"}}, ["run.loggers: 'csv'", "color"]),
         ({"OWN:Mine": {"colour": "red"}}, ["run.loggers", "OWN:Mine", "colour"]),
-        ("OWN:NoLogger", ["run.loggers", "is no subclass of dgpo.run.loggers.Logger"]),
+        ("OWN:NoLogger", ["run.loggers", "derive a class from dgpo.run.loggers.Logger"]),
         ("OWN:Min", ["has no 'Min'", "did you mean 'Mine'"]),
     ],
 )

@@ -202,7 +202,7 @@ def test_callbacks_are_named_in_a_recipe(tmp_path: Path) -> None:
     assert (tmp_path / "Counts/counted").read_text() == "2"
     for name, words in (
         ("Wants", r"Wants'.*takes arguments is given as an object"),
-        ("Other", r"Other'.*is no dgpo\.Callback"),
+        ("Other", r"Other is no callback; derive the class from dgpo\.Callback"),
         ("Missing", r"has no 'Missing'"),
     ):
         with pytest.raises(UserError, match=words):

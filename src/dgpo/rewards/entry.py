@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgpo.errors import UserError
+from dgpo.errors import UserError, told
 from dgpo.media import given_to_rewards
 from dgpo.prompts import Prompt
 from dgpo.registry import resolve
@@ -57,12 +57,32 @@ class Entry:
         return torch.tensor(self.limits(ask), dtype=torch.float32)
 
     def tell(self, hook: str, /, *given: Any, **columns: Any) -> None:
-        """Call one of the reward's other hooks."""
-        with user_code(f"reward {self.name!r}"):
-            getattr(self.reward, hook)(*given, **columns)
+        """Call one of the reward's other hooks.
+
+        Raises:
+            UserError: the hook raised; the reward is named.
+        """
+        try:
+            with user_code(f"reward {self.name!r}"):
+                getattr(self.reward, hook)(*given, **columns)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"reward {self.name!r}: {hook} raised {told(error)}") from error
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Let the reward refuse rows that it cannot score. What they say is copied for it."""
+        """Let the reward refuse rows that it cannot score. What they say is copied for it.
+
+        Raises:
+            UserError: for such a row, or a column that the reward needs and no row has.
+        """
+        there = {key for row in prompts for key in row.metadata} | {"sampling_rate"}
+        if prompts and (lacking := sorted(self.reward.needs - there)):
+            has = ", ".join(sorted(there - {"sampling_rate"})) or "no columns"
+            raise UserError(
+                f"reward {self.name!r} needs the column {lacking[0]!r}, and the prompt rows have "
+                f"{has}: add it to them, or give the parameter a default"
+            )
         self.tell("check", [replace(row, metadata=own(row.metadata)) for row in prompts])
 
     def given(

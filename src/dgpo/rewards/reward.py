@@ -16,6 +16,7 @@ from torch import nn
 
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
+from dgpo.user_classes import refuse_misspelt, refuse_options
 
 Media: TypeAlias = Sequence[Any]
 """What is scored: pictures in any mode, videos as tensors uint8 [frames, 3, height, width], or
@@ -75,14 +76,20 @@ class Reward:
     stands under ``eval.metrics`` alone."""
     columns: frozenset[str] | None = None
     """The metadata columns that ``__call__`` is given, None for all; by default those it names."""
+    needs: frozenset[str] = frozenset()
+    """Those of them that no prompt row may lack; by default those it names without a default."""
 
     def __init_subclass__(cls, **given: Any) -> None:
         super().__init_subclass__(**given)
         own = vars(cls)
         if "name" not in own:
             cls.name = cls.__name__
-        if "__call__" in own and "columns" not in own:
-            cls.columns = columns_of(cls.name, functools.partial(own["__call__"], None))
+        if "__call__" in own:
+            call = functools.partial(own["__call__"], None)
+            if "columns" not in own:
+                cls.columns = columns_of(cls.name, call)
+            if "needs" not in own:
+                cls.needs = needs_of(call)
 
     def __call__(self, images: Media, prompts: Texts, **columns: Any) -> Sequence[float]:
         """Score pictures.
@@ -167,6 +174,18 @@ def columns_of(name: str, function: Callable[..., Any]) -> frozenset[str] | None
     return frozenset(p.name for p in parameters) - {p.name for p in positional[:2]}
 
 
+def needs_of(function: Callable[..., Any]) -> frozenset[str]:
+    """The metadata columns that a function names after images and prompts without a default."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:
+        return frozenset()
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    required = [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, kinds[0])]
+    return frozenset(required) - set(positional[:2])
+
+
 def _networks(values: Iterable[Any]) -> Iterator[nn.Module]:
     for value in values:
         if isinstance(value, nn.Module):
@@ -183,8 +202,12 @@ class _Plain(Reward):
     def __init__(self, given: Callable[..., Any], name: str) -> None:
         self._given = given
         self.name = name
-        self.columns = columns_of(name, given)
-        for hook in set(HOOKS) - {"name", "columns"}:  # which may mean anything in a foreign class
+        self.columns, self.needs = columns_of(name, given), needs_of(given)
+        for hook in set(HOOKS) - {
+            "name",
+            "columns",
+            "needs",
+        }:  # which may mean anything in a foreign class
             if hasattr(given, hook):
                 setattr(self, hook, getattr(given, hook))
 
@@ -209,16 +232,17 @@ def as_reward(given: Any, name: str = "", options: Mapping[str, Any] | None = No
     """
     name = name or name_of(given)
     if inspect.isclass(given):
-        try:
-            inspect.signature(given).bind(**options or {})
-        except TypeError as error:
-            takes = f"{given.__name__} takes them"
-            raise UserError(f"rewards.{name}.options: {error}; {takes}") from error
+        refuse_options(given, options or {}, f"rewards.{name}.options")
+        if issubclass(given, Reward):
+            refuse_misspelt(given, Reward, f"rewards.{name}")
         given = given(**options or {})
     elif options:
         raise UserError(f"rewards.{name}.options: {name!r} takes none, as it is no class")
     if isinstance(given, Reward):
         return given
     if not callable(given):
-        raise UserError(f"reward {name!r} is {given!r}, not a function (images, prompts, ...)")
+        raise UserError(
+            f"reward {name!r} is a {type(given).__name__}, and no function (images, prompts, "
+            "**columns); give one, or derive a class from dgpo.rewards.Reward and define __call__"
+        )
     return _Plain(given, name)

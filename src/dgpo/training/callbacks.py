@@ -17,10 +17,11 @@ from dgpo.errors import UserError, message, told
 from dgpo.evaluation import Report
 from dgpo.registry import resolve
 from dgpo.training.state import TrainerState
+from dgpo.user_classes import refuse_misspelt
 from dgpo.user_code import own, user_code
 
 
-@dataclass
+@dataclass(slots=True)  # a request under a misspelt name raises
 class Control:
     """What callbacks ask the trainer for. A request of one process holds for all.
 
@@ -219,5 +220,7 @@ def _callback(found: Any, where: str) -> Callback:
                 "Trainer(callbacks=[...])"
             ) from error
     if not isinstance(found, Callback):
-        raise UserError(f"{where}: {found!r:.80} is no dgpo.Callback; derive its class from it")
+        kind = type(found).__name__
+        raise UserError(f"{where}: {kind} is no callback; derive the class from dgpo.Callback")
+    refuse_misspelt(type(found), Callback, where)
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from PIL import Image
 from dgpo.errors import UserError, told
 from dgpo.registry import resolve
 from dgpo.run.loggers.base import LoggedRun, Logger
+from dgpo.user_classes import refuse_misspelt, refuse_options
 from dgpo.user_code import own, user_code
 
 FAILURES = (Exception, SystemExit)
@@ -33,13 +33,13 @@ def make_loggers(entries: Sequence[str | Mapping[str, Mapping[str, Any]]]) -> di
         name, options = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
         kind = resolve("logger", name)
         if not (isinstance(kind, type) and issubclass(kind, Logger)):
+            called = getattr(kind, "__name__", type(kind).__name__)
             raise UserError(
-                f"run.loggers: {name!r}: {kind!r:.80} is no subclass of dgpo.run.loggers.Logger"
+                f"run.loggers: {name!r}: {called} is no logger; derive a class from "
+                "dgpo.run.loggers.Logger"
             )
-        try:
-            inspect.signature(kind).bind(**options)
-        except TypeError as error:
-            raise UserError(f"run.loggers: {name!r}: {error}") from error
+        refuse_misspelt(kind, Logger, f"run.loggers: {name!r}")
+        refuse_options(kind, options, f"run.loggers: {name!r}")
         with user_code(f"logger {name!r}"):
             made[name] = kind(**options)
     return made
