@@ -15,7 +15,6 @@ import torch
 import dgpo.models
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.policy import Policy
-from dgpo.models.weights import lora
 from dgpo.models.weights.restoring import restore_now, restoring
 from dgpo.recipe import Recipe
 from families.tiny import sd3_small
@@ -26,7 +25,7 @@ BLOCKS: dict[str, Callable[[Policy], AbstractContextManager[None]]] = {
     "slow": lambda policy: policy.rolling("slow"),
     "policy": lambda policy: policy.rolling("policy"),
     "reference": Policy.reference,
-    "blended": lambda policy: lora.blended(policy._layers),
+    "blended": lambda policy: policy.passes.blended(),
 }
 
 

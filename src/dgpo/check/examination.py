@@ -27,7 +27,7 @@ from dgpo.models.pipeline.self_check import CheckReport, is_narrow, self_check
 from dgpo.models.policy import Policy
 from dgpo.models.samplers.schedulers import is_flow_matching
 from dgpo.models.samplers.sde_schedulers import make_sde_scheduler, with_noise
-from dgpo.models.weights import lora
+from dgpo.models.weights import lora_passes
 from dgpo.models.weights.snapshots import fingerprints
 from dgpo.prompts import Prompt
 from dgpo.prompts.caption import Caption
@@ -229,7 +229,9 @@ class Case:
         with TemporaryDirectory() as folder:
             self._trained.policy.save(folder, "policy")
             if narrow:
-                lora.rounded(self.model.denoisers)
+                lora_passes.rounded(self.model.denoisers)
+                # to be compared bit for bit, both LoRAs multiply in float32
+                lora_passes.widened(self.model.denoisers)
             trained = {scale: _rollout(self.model, cond, scale).x0 for scale in base}
             self._trained = None
             del self.model  # room for another pipeline
@@ -248,9 +250,8 @@ class Case:
         far = off()
         figures = "bit for bit" if far == 0.0 else f"within {far:.0e}"
         if narrow:
-            # the loaded LoRA multiplies in half precision, the trained one in float32
             figures = f"{figures} in its precision"
-            lora.widened(fresh.denoisers)
+            lora_passes.widened(fresh.denoisers)
             far = off()
             figures = f"bit for bit in float32, {figures}" if far == 0.0 else figures
         if not far <= (1e-2 if narrow else 1e-5):

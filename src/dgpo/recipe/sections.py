@@ -197,8 +197,27 @@ class MemorySettings(Settings):
     snapshot_device: Literal["cpu"] | None = None
     """Where the averages of the trained weights are kept; null: on the device of the weights."""
     quantization: Literal["bitsandbytes_4bit", "bitsandbytes_8bit", "torchao_int8"] | None = None
-    """How to round the frozen denoiser under a LoRA, which itself stays in float32; null: not at
+    """How to round the frozen denoiser under a LoRA, whose weights stay in float32; null: not at
     all."""
+
+
+def _compile(value: Any) -> Any:
+    return {True: "blocks", False: "off"}[value] if isinstance(value, bool) else value
+
+
+class ComputeSettings(Settings):
+    compile: Annotated[Literal["off", "blocks", "full"], BeforeValidator(_compile)] = "off"
+    """Whether torch.compile makes larger kernels of the denoiser: of each block that it repeats
+    (blocks, or true), or of the whole (full), which takes longer to compile; off, or false: no."""
+    attention: str | None = None
+    """The kernel of the denoiser's attention, by diffusers' name, such as _native_cudnn or flash;
+    null: as diffusers and torch choose."""
+    tf32: bool | None = None
+    """Whether products of float32 numbers may round their inputs to TF32 on a GPU; null: as torch
+    has it."""
+    cudnn_benchmark: bool | None = None
+    """Whether cuDNN tries its algorithms for each new shape and keeps the fastest; null: as torch
+    has it."""
 
 
 def _warmup(value: Any) -> Any:

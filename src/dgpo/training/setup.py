@@ -7,6 +7,7 @@ from typing import Any
 
 from dgpo.distributed.processes import Processes
 from dgpo.media import Lost, Video, check_format, made_of
+from dgpo.models.compute import set_up
 from dgpo.models.load import check_vae, dtype_of, load_pipeline
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.pipeline.arguments import denoisers_of
@@ -64,6 +65,7 @@ def load_model(
         processes=processes,
     )
     save_memory(pipe, made.denoisers, recipe.memory)
+    set_up(made.denoisers, recipe.compute)
     return made
 
 
