@@ -165,7 +165,8 @@ def network(
     """
     shape = SD35M | smaller
     with torch.device(device):
-        denoiser: Any = SD3Transformer2DModel(**shape).to(dtype)
+        denoiser: Any = SD3Transformer2DModel(**shape)
+        denoiser.to(dtype)
         inputs = {
             "hidden_states": torch.zeros(rows, shape["in_channels"], side, side, dtype=dtype),
             "timestep": torch.zeros(rows),

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from dgpo.core.process import Level
 from dgpo.distributed.sharding import plain_class, whole
 from dgpo.errors import UserError
-from dgpo.models.compute import is_compiled
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.pipeline.prompt_encoder import Conditioning
 from dgpo.models.weights import lora as lora_weights
 from dgpo.models.weights import lora_files
+from dgpo.models.weights.compute import is_compiled
 from dgpo.models.weights.lora import LoraSettings
 from dgpo.models.weights.lora_passes import LoraPasses
 from dgpo.models.weights.snapshots import Snapshot, exchanged
@@ -165,8 +165,11 @@ class Policy:
         are on."""
         if self._runs_again:
             return nullcontext()
-        if self.passes.merges and torch.is_grad_enabled():
-            return self.passes.blended()
+        if torch.is_grad_enabled():
+            if self.passes.narrow is not None:
+                return self.passes.cast(self.passes.weights, gradients=True)
+            if self.passes.merges:
+                return self.passes.blended()
         return self._placed(None)
 
     @contextmanager

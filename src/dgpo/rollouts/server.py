@@ -74,7 +74,10 @@ class Sampler:
         with self._lock, tempfile.TemporaryDirectory() as folder:
             if self._lora.layers:
                 self._pipe.unload_lora_weights()
-            self._weights, self._lora = None, LoraPasses([])  # until the new ones are known to be in place
+            self._weights, self._lora = (
+                None,
+                LoraPasses([]),
+            )  # until the new ones are known to be in place
             (Path(folder) / "pytorch_lora_weights.safetensors").write_bytes(data)
             try:
                 put_lora(self._pipe, lora_files.read(Path(folder)), fresh=True)

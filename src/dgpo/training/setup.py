@@ -7,13 +7,13 @@ from typing import Any
 
 from dgpo.distributed.processes import Processes
 from dgpo.media import Lost, Video, check_format, made_of
-from dgpo.models.compute import set_up
 from dgpo.models.load import check_vae, dtype_of, load_pipeline
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.pipeline.arguments import denoisers_of
 from dgpo.models.pipeline.self_check import self_check
 from dgpo.models.policy import Policy
 from dgpo.models.samplers.sde_schedulers import SdeScheduler
+from dgpo.models.weights.compute import set_up
 from dgpo.models.weights.memory import save_memory
 from dgpo.prompts import PromptSampler
 from dgpo.recipe import Recipe

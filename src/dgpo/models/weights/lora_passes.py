@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -41,8 +41,8 @@ class _Switch:
     gate: Tensor | None = None
 
 
-class _Switched(LoraLayer if TYPE_CHECKING else object):
-    """A layer of peft that asks the switch of its policy. It is mixed in before peft's class."""
+class _Switched:
+    """A layer of peft that asks the switch of its policy; mixed in before peft's own class."""
 
     switch: _Switch
     narrow: torch.dtype | None
@@ -50,7 +50,7 @@ class _Switched(LoraLayer if TYPE_CHECKING else object):
     pair: tuple[Tensor, Tensor] | None = None
     """``A'`` and ``B'`` for the time of a pass; None to cast the layer's own."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return ``W x``, with the LoRA or without."""
         switch = self.switch
         if switch.off:
@@ -83,7 +83,9 @@ def _convolved(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
 
 @functools.cache
 def _switched_class(kind: type) -> type:
-    return type(kind.__name__, (_Switched, kind), {})
+    if issubclass(kind, _Switched):
+        return kind
+    return type(kind.__name__, (_Switched, kind), {"__module__": kind.__module__})
 
 
 class _Cast(torch.autograd.Function):
@@ -128,8 +130,10 @@ class LoraPasses:
         self.layers: list[Any] = list(layers)
         self.merges = can_merge(layers)
         """Whether ``W + scale B A`` can be written without a loss that matters."""
-        self.weights = [
-            half[ADAPTER].weight for layer in self.layers for half in (layer.lora_A, layer.lora_B)
+        self.weights: list[nn.Parameter] = [
+            half[layer.active_adapters[0]].weight
+            for layer in self.layers
+            for half in (layer.lora_A, layer.lora_B)
         ]
         """``A`` and ``B`` of every layer: what is trained, in float32."""
         self._switch = _Switch()
@@ -143,6 +147,11 @@ class LoraPasses:
         if compiled and self.narrow is not None:
             device = base_of(self.layers[0]).device
             self._switch.gate = torch.ones((), dtype=torch.bool, device=device)
+
+    @property
+    def gated(self) -> bool:
+        """Return whether one graph has the LoRA and leaves it out, as a tensor says."""
+        return self._switch.gate is not None
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -162,24 +171,29 @@ class LoraPasses:
             with self.off():
                 yield
             return
-        with self.cast(self.weights), restoring(lambda: gate.fill_(True)):
+
+        def restore() -> None:
+            gate.fill_(True)
+
+        with self.cast(self.weights), restoring(restore):
             gate.fill_(False)
             yield
 
     @contextmanager
-    def cast(self, values: Sequence[Tensor]) -> Iterator[None]:
+    def cast(self, values: Sequence[Tensor], gradients: bool = False) -> Iterator[None]:
         """Inside the block the LoRA is ``values``, cast to half precision.
 
         They are cast anew for each block: a cast that is kept would have to know of every way in
-        which weights move. Where gradients are on they reach ``values``; backward may run after
-        the block.
+        which weights move.
 
         Args:
             values: in the order of :attr:`weights`, on any device.
+            gradients: whether gradients reach ``values``. Backward may run after the block.
         """
         base, (scale,) = base_of(self.layers[0]), {one.scaling[ADAPTER] for one in self.layers}
         like = torch.empty((), dtype=self.narrow, device=base.device)
-        made: Any = _Cast.apply(like, scale, *values[::2], *values[1::2])
+        with torch.set_grad_enabled(gradients):
+            made: Any = _Cast.apply(like, scale, *values[::2], *values[1::2])
         count = len(self.layers)
         pairs = list(zip(made[:count], made[count:], strict=True))
         # past nn.Module's __setattr__, which would look at every value
