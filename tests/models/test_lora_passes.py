@@ -156,6 +156,17 @@ def test_the_reference_is_the_base_bit_for_bit_whatever_the_lora_makes(
         assert torch.equal(one.view(torch.int16), other.view(torch.int16))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_lora_of_zero_is_the_base_for_every_form_of_input(compiled: bool) -> None:
+    net, passes, (x, _) = adapted(torch.bfloat16, compiled)
+    nn.init.zeros_(net.linear.lora_B[ADAPTER].weight)
+    slices, wide = torch.randn(3, 9, 24).bfloat16()[:, 2:], torch.randn(2, 3, 5, 24).bfloat16()
+    assert passes.gated == compiled and not slices.is_contiguous()
+    with torch.no_grad():
+        for one in (x, x[0], x[0, 0], slices, wide, x[:0]):
+            assert torch.equal(net.linear(one), net.linear.base_layer(one)), one.shape
+
+
 def test_what_peft_offers_still_works_on_the_layers() -> None:
     net, _, (x, _) = adapted(torch.bfloat16)
     base, with_lora = net.linear.base_layer(x), net.linear(x)
@@ -181,8 +192,8 @@ def test_rounded_and_widened() -> None:
 class Case:
     """A policy over a tiny SD3 in half precision whose LoRA has moved, and a point."""
 
-    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.model = PipelineModel(build("sd3").to(dtype), call=TINY["sd3"].call)
+    def __init__(self, moved: float = 0.05) -> None:
+        self.model = PipelineModel(build("sd3").to(torch.bfloat16), call=TINY["sd3"].call)
         self.cond = conditioning("sd3", self.model)
         rows = [torch.Generator().manual_seed(row) for row in range(2)]
         made = self.model.rollout(self.cond, steps=3, generators=rows, decode=False, record=True)
@@ -192,7 +203,7 @@ class Case:
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for parameter in self.policy.parameters():
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+                parameter += moved * torch.randn(parameter.shape, generator=generator)
 
     def predict(self, weights: Any = "policy") -> Tensor:
         return self.policy.predict(self.step.sample, self.step.level, self.cond, weights)
@@ -206,6 +217,12 @@ class Case:
 @pytest.fixture(scope="module")
 def case() -> Case:
     return Case()
+
+
+def test_at_the_start_all_weights_answer_alike() -> None:
+    fresh = Case(moved=0.0)
+    for weights in ("policy", "old", "ref"):
+        assert torch.equal(fresh.predict(weights).detach(), fresh.base), weights
 
 
 def test_policy_old_and_reference_over_half_precision(case: Case) -> None:

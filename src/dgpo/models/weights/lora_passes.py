@@ -67,14 +67,18 @@ class _Switched:
         if not isinstance(down, nn.Linear):
             made, more = self.base_layer(x), _convolved(up, _convolved(down, x, a), b)
             return made + more if gate is None else torch.where(gate, made + more, made)
-        # as rows: the sum is written into a whole tensor, not into a view of one
-        rows = x.reshape(-1, x.shape[-1])
-        made, low = self.base_layer(rows), nn.functional.linear(rows, a)
-        if gate is None:
-            made.addmm_(low, b.t())
-        else:
+        rows, flat = x.reshape(-1, x.shape[-1]), x.dim() in (2, 3) and x.is_contiguous()
+        # torch takes such an input as rows itself. Of rows the base makes a tensor that is no view,
+        # so that the sum can be written into it; what torch does not flatten it rounds otherwise
+        made = self.base_layer(rows if flat else x)
+        made, low = made.reshape(-1, len(b)), nn.functional.linear(rows, a)
+        if gate is not None:
             made = torch.where(gate, torch.addmm(made, low, b.t()), made)
-        return made.view(*x.shape[:-1], made.shape[-1])
+        elif flat:
+            made = made.addmm_(low, b.t())
+        else:
+            made = torch.addmm(made, low, b.t())
+        return made.view(*x.shape[:-1], len(b))
 
 
 def _convolved(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
