@@ -140,6 +140,7 @@ class Graphs(Callback):
         self.counts.append(len(self.graphs))
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_the_eager_run_and_goes_on_as_it(
     tmp_path: Path, graphs: list[Any]
 ) -> None:
@@ -161,6 +162,7 @@ def test_a_compiled_run_is_the_eager_run_and_goes_on_as_it(
     assert without_times(tmp_path / "stopped") == without_times(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_self_check_holds_with_guidance_and_one_row(graphs: list[Any]) -> None:
     model = PipelineModel(sd3_small(), call=CALL)
     compile_denoisers(model.denoisers, "blocks")

@@ -34,7 +34,7 @@ class Net(nn.Module):
         return [self.linear(x), self.conv(y)]
 
 
-def adapted(dtype: torch.dtype, compiled: bool = False) -> tuple[Net, LoraPasses, list[Tensor]]:
+def adapted(dtype: torch.dtype, compiled: bool = False) -> tuple[Any, LoraPasses, list[Tensor]]:
     """A net with a LoRA that has moved, its passes, and an input of each layer."""
     torch.manual_seed(0)
     net = Net(dtype).requires_grad_(False)

@@ -77,12 +77,16 @@ def compile_denoisers(denoisers: Mapping[str, nn.Module], how: Compile) -> None:
     if (missing := missing_compiler(denoisers)) and BACKEND == "inductor":
         raise UserError(f"compute.compile = {how!r}: {missing}; use off")
     # kinds of blocks, with gradients and without, and batches of several sizes
-    more: Any = torch._dynamo.config
-    more.recompile_limit = max(more.recompile_limit, _MOST_GRAPHS)
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, _MOST_GRAPHS)
+    # rounded where eager passes round: else a pass with gradients and one without would differ, and
+    # with them equal policies
+    options = {"emulate_precision_casts": True} if BACKEND == "inductor" else None
+    compiler: Any = {"backend": BACKEND, "options": options}
     for name, denoiser in denoisers.items():
         if how == "full":
             # not the module's own ``compile``, which would trace the hooks of who counts passes
-            whole: Any = torch.compile(denoiser.forward, backend=BACKEND)
+            whole: Any = torch.compile(denoiser.forward, **compiler)
             denoiser.forward = whole
             continue
         blocks = _repeated(denoiser)
@@ -92,7 +96,7 @@ def compile_denoisers(denoisers: Mapping[str, nn.Module], how: Compile) -> None:
                 "blocks; use full, or off"
             )
         for block in blocks:
-            block.compile(backend=BACKEND)
+            block.compile(**compiler)
 
 
 def is_compiled(denoisers: Mapping[str, nn.Module]) -> bool:

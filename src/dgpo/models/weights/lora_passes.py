@@ -196,8 +196,9 @@ class LoraPasses:
         """
         base, (scale,) = base_of(self.layers[0]), {one.scaling[ADAPTER] for one in self.layers}
         like = torch.empty((), dtype=self.narrow, device=base.device)
-        with torch.set_grad_enabled(gradients):
-            made: Any = _Cast.apply(like, scale, *values[::2], *values[1::2])
+        # not by torch.no_grad, which a stop on its last line would leave on
+        given = values if gradients else [value.detach() for value in values]
+        made: Any = _Cast.apply(like, scale, *given[::2], *given[1::2])
         count = len(self.layers)
         pairs = list(zip(made[:count], made[count:], strict=True))
         # past nn.Module's __setattr__, which would look at every value
