@@ -167,6 +167,17 @@ def test_a_lora_of_zero_is_the_base_for_every_form_of_input(compiled: bool) -> N
             assert torch.equal(net.linear(one), net.linear.base_layer(one)), one.shape
 
 
+def test_the_sum_is_written_into_no_view() -> None:
+    """A view would have the gradient copied, once a layer."""
+    net, _, (x, _) = adapted(torch.bfloat16)
+    nodes, names = [net.linear(x.requires_grad_()).grad_fn], []
+    while nodes:
+        node = nodes.pop()
+        names.append(node.name())
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    assert "CopySlices" not in names and names.count("AddmmBackward0") == 2
+
+
 def test_what_peft_offers_still_works_on_the_layers() -> None:
     net, _, (x, _) = adapted(torch.bfloat16)
     base, with_lora = net.linear.base_layer(x), net.linear(x)

@@ -70,8 +70,8 @@ class _Switched:
         rows, flat = x.reshape(-1, x.shape[-1]), x.dim() in (2, 3) and x.is_contiguous()
         # torch takes such an input as rows itself. Of rows the base makes a tensor that is no view,
         # so that the sum can be written into it; what torch does not flatten it rounds otherwise
-        made = self.base_layer(rows if flat else x)
-        made, low = made.reshape(-1, len(b)), nn.functional.linear(rows, a)
+        made = self.base_layer(rows) if flat else self.base_layer(x).reshape(-1, len(b))
+        low = nn.functional.linear(rows, a)
         if gate is not None:
             made = torch.where(gate, torch.addmm(made, low, b.t()), made)
         elif flat:
