@@ -207,17 +207,17 @@ def _compile(value: Any) -> Any:
 
 class ComputeSettings(Settings):
     compile: Annotated[Literal["off", "blocks", "full"], BeforeValidator(_compile)] = "off"
-    """Whether torch.compile makes larger kernels of the denoiser: of each block that it repeats
-    (blocks, or true), or of the whole (full), which takes longer to compile; off, or false: no."""
+    """What torch.compile makes larger kernels of: each block that the denoiser repeats (blocks, or
+    true), the whole denoiser, which takes longer to compile (full), or nothing (off, or false)."""
     attention: str | None = None
-    """The kernel of the denoiser's attention, by diffusers' name, such as _native_cudnn or flash;
-    null: as diffusers and torch choose."""
+    """The name that diffusers gives the kernel of the denoiser's attention, such as _native_cudnn
+    or flash; null: diffusers and torch choose."""
     tf32: bool | None = None
-    """Whether products of float32 numbers may round their inputs to TF32 on a GPU; null: as torch
-    has it."""
+    """Let products of float32 numbers round their inputs to TF32 on a GPU (true), or not (false);
+    null leaves it to torch."""
     cudnn_benchmark: bool | None = None
-    """Whether cuDNN tries its algorithms for each new shape and keeps the fastest; null: as torch
-    has it."""
+    """Let cuDNN try its algorithms for each new shape and keep the fastest (true), or not (false);
+    null leaves it to torch."""
 
 
 def _warmup(value: Any) -> Any:

@@ -35,13 +35,13 @@ class ComputeSettings(Protocol):
     """``ComputeSettings`` are what a recipe says about how the denoiser computes."""
 
     compile: Compile
-    """Whether to compile it: each of its blocks, or as a whole."""
+    """What is compiled: each of its blocks, or the whole of it, or nothing."""
     attention: str | None
     """The kernel of its attention, by diffusers' name."""
     tf32: bool | None
-    """Whether float32 products may round their inputs to TF32."""
+    """Float32 products may round their inputs to TF32, or not; None leaves it to torch."""
     cudnn_benchmark: bool | None
-    """Whether cuDNN tries its algorithms for every new shape."""
+    """cuDNN tries its algorithms for every new shape, or not; None leaves it to torch."""
 
 
 def set_up(denoisers: Mapping[str, nn.Module], settings: ComputeSettings) -> None:

@@ -125,15 +125,15 @@ class LoraPasses:
     """``LoraPasses`` puts the weights of a LoRA in place for a pass, and takes them away.
 
     Args:
-        layers: of peft. They ask a switch from now on; until a method here turns it they answer as
-            before, but for half precision.
+        layers: peft's own. They ask a switch from now on; until a method here turns it they answer
+            as before, but for half precision.
         compiled: whether passes without gradients shall be one graph, with the LoRA and without.
     """
 
     def __init__(self, layers: Sequence[LoraLayer], compiled: bool = False) -> None:
         self.layers: list[Any] = list(layers)
         self.merges = can_merge(layers)
-        """Whether ``W + scale B A`` can be written without a loss that matters."""
+        """True where ``W + scale B A`` can be written without a loss that matters."""
         self.weights: list[nn.Parameter] = [
             half[layer.active_adapters[0]].weight
             for layer in self.layers
