@@ -13,6 +13,7 @@ from dgpo.recipe.files import apply_overrides
 
 _COMPILE = ("off", "blocks", "full")
 _CALL = "Arguments of the pipeline's call, such as height=512."
+_IMAGE = "If it starts from a picture."
 
 
 def _how(value: str) -> str:
@@ -24,12 +25,8 @@ def _how(value: str) -> str:
 def check(
     model: Annotated[str, Argument(metavar="MODEL", help=MODEL)],
     call: Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help=_CALL)] = None,
-    image: Annotated[
-        Path | None, Option("--image", metavar="FILE", help="If it starts from a picture.")
-    ] = None,
-    mask: Annotated[
-        Path | None, Option("--mask", metavar="FILE", help="If it paints inside a mask.")
-    ] = None,
+    image: Annotated[Path | None, Option(metavar="FILE", help=_IMAGE)] = None,
+    mask: Annotated[Path | None, Option(metavar="FILE", help="If it paints inside a mask.")] = None,
     precision: Precision = "float32",
     vae_precision: VaePrecision = None,
     device: Device = None,

@@ -52,20 +52,12 @@ app = typer.Typer(
     help="Post-train any diffusion or flow model of diffusers with any reward, by Direct Group "
     "Preference Optimization.\n\nStart with:  dgpo train pocket-geneval train.max_minutes=5",
 )
-app.command("collect")(collect)
-app.command("compare")(compare)
-app.command("prompts")(prompts)
-app.command("plan")(plan)
-app.command("sample")(sample)
-app.command("rank")(rank)
-app.command("score")(score)
-app.command("detect")(detect)
-app.command("serve")(serve)
+for command in (collect, compare, prompts, plan, sample, rank, score, detect, serve):
+    app.command()(command)
 app.command("list")(names)
-app.command("train")(train)
 app.command("eval")(evaluate)
-app.command("export")(export)
-app.command("check")(check)
+for command in (train, export, check):
+    app.command()(command)
 
 
 def main() -> None:
