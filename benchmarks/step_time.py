@@ -31,7 +31,6 @@ import torch
 import dgpo.trainer
 import dgpo.training.collector
 from dgpo import Callback
-from dgpo.models.weights.lora import blended, disabled
 from dgpo.recipe import Recipe
 from dgpo.trainer import Trainer
 
@@ -130,10 +129,10 @@ class Stopwatch(Callback):
     def _bare(self, calls: list[Call]) -> dict[str, float]:
         """The seconds that the same calls of the denoiser take again."""
         spent = {"bare rollout": 0.0, "bare train": 0.0}
-        layers = self._run.policy._layers
+        lora = self._run.policy.passes
         for call in calls:
             # what the loop does with a LoRA: merged for good, or merged within the graph
-            with blended(layers) if call.gradient else disabled(layers):
+            with lora.blended() if call.gradient else lora.off():
                 began = clock()
                 with torch.set_grad_enabled(call.gradient):
                     answer = call.denoiser(**call.arguments)[0]

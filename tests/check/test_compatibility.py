@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from dgpo.check import examination
-from dgpo.check.compatibility import QUESTIONS, Examination, examine
+from dgpo.check.compatibility import COMPILED, QUESTIONS, Examination, examine
 from dgpo.core.sde import FlowSDE
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.policy import Policy
+from dgpo.models.weights import compute
 from dgpo.training.updater import Updater
 from families.tiny import build, tiny_model
 
@@ -244,3 +245,18 @@ def test_an_error_in_one_question_leaves_the_others(monkeypatch: Any) -> None:
     found = examined()
     assert found.answers["LoRA file"].cell == "no: RuntimeError: no room"
     assert found.answers["DGPO"].verdict == "yes"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_compiled_denoiser_is_asked_one_question_more(dtype: Any, monkeypatch: Any) -> None:
+    # each graph runs as it was traced, so that no compiler is needed
+    monkeypatch.setattr(compute, "BACKEND", lambda graph, inputs: graph.forward)
+
+    def make() -> Any:
+        return build("sd3").to(dtype)
+
+    found = examine(make, partial(tiny_model, "sd3"), compiled="blocks")
+    torch._dynamo.reset()
+    assert verdicts(found) == dict.fromkeys([*QUESTIONS, COMPILED], "yes"), str(found)
+    assert "8 passes within 0e+00 of eager ones" in str(found)

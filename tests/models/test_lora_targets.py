@@ -131,4 +131,4 @@ def test_a_unet_trains_without_a_layer_being_named(
     run.train()
     said = [line for line in capsys.readouterr().err.splitlines() if "lora.targets: auto" in line]
     assert len(said) == 1
-    assert f"{len(run.policy._layers)} layers: to_q, to_k, to_v, to_out.0" in said[0]
+    assert f"{len(run.policy.passes.layers)} layers: to_q, to_k, to_v, to_out.0" in said[0]

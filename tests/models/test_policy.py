@@ -142,8 +142,8 @@ def test_rolling_merges_and_restores_bit_for_bit(name: str) -> None:
     before = {k: v.clone() for k, v in denoiser.state_dict().items()}
     with pytest.raises(RuntimeError, match="inside"), case.policy.rolling():
         torch.testing.assert_close(case.raw(), trained, atol=1e-5, rtol=1e-5)
-        assert all(not layer.merged for layer in case.policy._layers)
-        assert all(layer.disable_adapters for layer in case.policy._layers)
+        assert all(not layer.merged for layer in case.policy.passes.layers)
+        assert all(layer.switch.off for layer in case.policy.passes.layers)
         raise RuntimeError("inside")
     after = denoiser.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items())
@@ -196,9 +196,9 @@ def test_an_unknown_target_names_the_nearest_layers() -> None:
 
 def test_the_targets_of_the_recipe_fit_sd3() -> None:
     case = Case(lora=RecipeLora(rank=2, alpha=4))
-    adapted = {type(layer).__name__ for layer in case.policy._layers}
+    adapted = {type(layer).__name__ for layer in case.policy.passes.layers}
     # two blocks of eight projections; the last block has no to_add_out
-    assert len(case.policy._layers) == 15
+    assert len(case.policy.passes.layers) == 15
     assert adapted == {"Linear"}
 
 

@@ -15,7 +15,6 @@ import torch
 import dgpo.models
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.policy import Policy
-from dgpo.models.weights import lora
 from dgpo.models.weights.restoring import restore_now, restoring
 from dgpo.recipe import Recipe
 from families.tiny import sd3_small
@@ -26,7 +25,7 @@ BLOCKS: dict[str, Callable[[Policy], AbstractContextManager[None]]] = {
     "slow": lambda policy: policy.rolling("slow"),
     "policy": lambda policy: policy.rolling("policy"),
     "reference": Policy.reference,
-    "blended": lambda policy: lora.blended(policy._layers),
+    "blended": lambda policy: policy.passes.blended(),
 }
 
 
@@ -66,33 +65,57 @@ class StopAt:
         return False
 
 
-def policy(full: bool) -> Policy:
+NARROW: dict[str, Callable[[Policy], AbstractContextManager[None]]] = {
+    "slow": lambda policy: policy.rolling("slow"),
+    "policy": lambda policy: policy._trained(),
+    "reference": Policy.reference,
+}
+
+
+def policy(full: bool, narrow: bool = False) -> Policy:
     model = PipelineModel(sd3_small(), call={"height": 16, "width": 16})
+    if narrow:
+        model.pipe.to(torch.bfloat16)
     made = Policy(model, None if full else Recipe.from_dict(settings()).lora)
+    if narrow:  # as where the denoiser is compiled
+        made.passes._switch.gate = torch.ones((), dtype=torch.bool)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.125)
     return made
 
 
-def state(policy: Policy) -> list[tuple[int, bool]]:
-    """Where every weight lies, and whether it has gradients: those of a LoRA that is switched off
-    have none."""
+def state(policy: Policy) -> list[Any]:
+    """Where every weight lies, whether it has gradients, and how the LoRA takes part."""
     (denoiser,) = policy.model.denoisers.values()
-    return [(weight.data_ptr(), weight.requires_grad) for weight in denoiser.parameters()]
+    weights = [(weight.data_ptr(), weight.requires_grad) for weight in denoiser.parameters()]
+    switch, layers = policy.passes._switch, policy.passes.layers
+    gate = None if switch.gate is None else bool(switch.gate)
+    return [*weights, switch.off, gate, *(layer.pair for layer in layers)]
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_whatever_line_a_stop_comes_at(block: str, full: bool) -> None:
-    trained, through = policy(full), StopAt()
+    stop_everywhere(policy(full), BLOCKS[block])
+
+
+@pytest.mark.parametrize("block", NARROW)
+def test_whatever_line_a_stop_comes_at_over_half_precision(block: str) -> None:
+    stop_everywhere(policy(full=False, narrow=True), NARROW[block])
+
+
+def stop_everywhere(
+    trained: Policy, block: Callable[[Policy], AbstractContextManager[None]]
+) -> None:
+    through = StopAt()
     before = state(trained)
-    assert not through.run(BLOCKS[block](trained))
+    assert not through.run(block(trained))
     # of what is done over and over, the first time and the last
     first = {event: number for number, event in reversed(list(enumerate(through.seen)))}
     last = {event: number for number, event in enumerate(through.seen)}
     for number in sorted({*first.values(), *last.values()}):
-        assert StopAt(number).run(BLOCKS[block](trained))
+        assert StopAt(number).run(block(trained))
         assert state(trained) == before, through.seen[number]
     assert len(last) > 20
 

@@ -15,6 +15,7 @@ from PIL import Image
 from dgpo.check.examination import Answer, Case, Differs, check_rows
 from dgpo.errors import UserError
 from dgpo.models.pipeline.adapter import PipelineModel
+from dgpo.models.weights.compute import Compile, compile_denoisers
 
 QUESTIONS: dict[str, str] = {
     "no guidance": "what is trained equals what samples, bit for bit, at every step of a rollout",
@@ -28,6 +29,9 @@ QUESTIONS: dict[str, str] = {
     "LoRA file": "a fresh pipeline that loads the saved LoRA samples what the trained one does",
 }
 """What is asked, by the title of its column, in the order of the questions."""
+COMPILED = "compiled"
+"""What is asked beside, where the denoiser is compiled: compiled passes of the policy, the old
+policy and the reference equal eager ones within a tolerance, and none is compiled anew."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ def examine(
     wrap: Callable[[Any], PipelineModel] = PipelineModel,
     picture: Image.Image | None = None,
     mask: Image.Image | None = None,
+    compiled: Compile = "off",
 ) -> Examination:
     """Ask all questions about a pipeline.
 
@@ -71,6 +76,7 @@ def examine(
         wrap: makes the model of a pipeline, with the arguments of its call.
         picture: goes with one prompt, and its mirror image with the other.
         mask: where the pipeline paints, likewise.
+        compiled: how its denoisers are compiled.
 
     Returns:
         All answers. Nothing is raised: what the pipeline raises is an answer, too.
@@ -79,6 +85,7 @@ def examine(
     name = type(pipe).__name__
     try:
         model = wrap(pipe)
+        compile_denoisers(model.denoisers, compiled)
     except UserError as refusal:
         return Examination(name, dict.fromkeys(QUESTIONS, Answer("refused", str(refusal))))
     case = Case(make, wrap, model, check_rows(picture, mask))
@@ -93,8 +100,12 @@ def examine(
         case.reference,
         case.lora_file,
     )
+    questions = dict(zip(QUESTIONS, asked, strict=True))
+    if compiled != "off":  # asked before the last, which lets the model go
+        last, ask = questions.popitem()
+        questions |= {COMPILED: case.compiled, last: ask}
     decoded = _answer(case.decoded)
-    answers = {q: _answer(ask) for q, ask in zip(QUESTIONS, asked, strict=True)}
+    answers = {question: _answer(ask) for question, ask in questions.items()}
     return Examination(name, answers, process, decoded)
 
 

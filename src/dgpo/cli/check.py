@@ -5,14 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
 
 from dgpo.cli.options import MODEL, Device, Precision, VaePrecision
 from dgpo.errors import UserError
 from dgpo.recipe.files import apply_overrides
 
+_COMPILE = ("off", "blocks", "full")
 _CALL = "Arguments of the pipeline's call, such as height=512."
 _IMAGE = "If it starts from a picture."
+
+
+def _how(value: str) -> str:
+    if value not in _COMPILE:
+        raise BadParameter(f"{value!r} is not one of {', '.join(_COMPILE)}")
+    return value
 
 
 def check(
@@ -23,6 +30,9 @@ def check(
     precision: Precision = "float32",
     vae_precision: VaePrecision = None,
     device: Device = None,
+    compiled: Annotated[
+        str, Option("--compile", metavar="HOW", callback=_how, help="off, blocks or full.")
+    ] = "off",
 ) -> None:
     """Prove that a model can be trained, by training it for a moment.
 
@@ -44,6 +54,7 @@ def check(
         lambda pipe: PipelineModel(pipe, call=arguments),
         pictures.get("image"),
         pictures.get("mask"),
+        compiled,  # pyright: ignore[reportArgumentType]
     )
     if not found.ok:
         raise UserError(str(found))

@@ -42,7 +42,7 @@ def shard(denoisers: Mapping[str, nn.Module], processes: Processes, device: torc
     mesh = init_device_mesh(device.type, (processes.size,))
     for name, denoiser in denoisers.items():
         titles = {module: title for title, module in denoiser.named_modules()}
-        for module in [*_blocks(denoiser), denoiser]:
+        for module in [*blocks_of(denoiser), denoiser]:
             # the root lets go of its weights too: gathered in a rollout, they would be stale after
             # an optimiser step
             sharded = fully_shard(module, mesh=mesh, reshard_after_forward=True)
@@ -94,11 +94,11 @@ def _report(module: nn.Module, name: str, watch: Watch) -> None:
     module.register_forward_hook(left)
 
 
-def _blocks(denoiser: nn.Module) -> list[nn.Module]:
+def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
     """Return the modules that a denoiser repeats: the entries of its outermost lists."""
     found: list[nn.Module] = []
     for child in denoiser.children():
-        found += list(child) if isinstance(child, nn.ModuleList) else _blocks(child)
+        found += list(child) if isinstance(child, nn.ModuleList) else blocks_of(child)
     return [module for module in found if any(True for _ in module.parameters())]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,9 @@ from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.pipeline.prompt_encoder import Conditioning
 from dgpo.models.weights import lora as lora_weights
 from dgpo.models.weights import lora_files
+from dgpo.models.weights.compute import is_compiled
 from dgpo.models.weights.lora import LoraSettings
+from dgpo.models.weights.lora_passes import LoraPasses
 from dgpo.models.weights.snapshots import Snapshot, exchanged
 
 Weights = Literal["policy", "old", "ref"]
@@ -60,12 +62,20 @@ class Policy:
                 module.requires_grad_(False).eval()
         self.targets: list[str] = []
         """How the names of the layers with a LoRA end."""
-        self._layers = []
+        layers: list[Any] = []
         if lora is None:
             _unfreeze(model.denoisers)
         else:
             self.targets = lora_weights.resolve_targets(model.denoisers, lora.targets)
-            self._layers = lora_weights.attach(model.denoisers, lora, self.targets, seed)
+            layers = lora_weights.attach(model.denoisers, lora, self.targets, seed)
+        self.passes = LoraPasses(layers, is_compiled(model.denoisers))
+        """How the LoRA takes part in each pass."""
+        self._checkpoints = [
+            module
+            for denoiser in model.denoisers.values()
+            for module in denoiser.modules()
+            if hasattr(module, "gradient_checkpointing")
+        ]
         self._named = {
             f"{name}.{parameter_name}": parameter
             for name, denoiser in model.denoisers.items()
@@ -73,6 +83,7 @@ class Policy:
             if parameter.requires_grad
         }
         trained = self.parameters()
+        assert lora is None or [*map(id, trained)] == [*map(id, self.passes.weights)]
         self.old = Snapshot(trained, snapshot_device)
         self.slow = Snapshot(trained, snapshot_device)
         self._frozen = Snapshot(trained, snapshot_device) if lora is None else None
@@ -82,7 +93,7 @@ class Policy:
         """Return what a run says when it starts: the layers that ``lora.targets: auto`` found."""
         if self.lora is None or self.lora.targets != "auto":
             return []
-        found = f"a LoRA on {len(self._layers)} layers: {', '.join(self.targets)}"
+        found = f"a LoRA on {len(self.passes.layers)} layers: {', '.join(self.targets)}"
         return [f"{found} (lora.targets: auto)"]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -90,16 +101,10 @@ class Policy:
         return list(self._named.values())
 
     @property
-    def _blends(self) -> bool:
-        """Return whether the policy's pass may run on merged weights.
-
-        With gradient checkpointing it may not: the blocks run again at backward, after the weights
-        have come apart.
-        """
-        again = (
-            getattr(d, "is_gradient_checkpointing", False) for d in self.model.denoisers.values()
-        )
-        return lora_weights.can_merge(self._layers) and not any(again)
+    def _runs_again(self) -> bool:
+        """Return whether blocks run again at backward (gradient checkpointing), when the weights
+        that were put in place for a pass are gone."""
+        return any(module.gradient_checkpointing for module in self._checkpoints)
 
     def predict(
         self,
@@ -117,7 +122,7 @@ class Policy:
             ValueError: there are no weights of that name.
         """
         if weights == "policy":
-            with lora_weights.blended(self._layers) if self._blends else nullcontext():
+            with self._trained():
                 return self.model.predict(xt, level, cond, guidance_scale)
         if weights == "ref":
             place = self.reference()
@@ -135,8 +140,9 @@ class Policy:
 
         Inside the block a LoRA is merged into the base weights, ``W + scale B A``, so that it costs
         nothing. It is not merged in half precision: rounding the sum would lose small updates, and
-        the pictures would come from another model than the one that is trained. Nor is it merged
-        into base weights that are sharded.
+        the pictures would come from another model than the one that is trained. There it is
+        computed as in training (:mod:`dgpo.models.weights.lora_passes`). Nor is it merged into base
+        weights that are sharded.
 
         Raises:
             ValueError: there are no weights of that name.
@@ -151,20 +157,37 @@ class Policy:
             with self._frozen.swapped():
                 yield
         else:
-            with lora_weights.disabled(self._layers):
+            with self.passes.reference():
                 yield
+
+    def _trained(self) -> AbstractContextManager[None]:
+        """Return a block in which the policy's own weights are in place, with gradients if these
+        are on."""
+        if self._runs_again:
+            return nullcontext()
+        if torch.is_grad_enabled():
+            if self.passes.narrow is not None:
+                return self.passes.cast(self.passes.weights, gradients=True)
+            if self.passes.merges:
+                return self.passes.blended()
+        return self._placed(None)
 
     @contextmanager
     def _placed(self, snapshot: Snapshot | None) -> Iterator[None]:
         """Inside the block a snapshot's weights (None: the policy's own) are in place, merged where
         that is exact enough."""
+        passes = self.passes
+        if passes.narrow is not None:
+            with passes.cast(passes.weights if snapshot is None else snapshot.tensors):
+                yield
+            return
         with nullcontext() if snapshot is None else snapshot.swapped():
-            if not lora_weights.can_merge(self._layers):
+            if not passes.merges:
                 yield
                 return
             # after the exchange: what is merged is the LoRA of the snapshot
-            bases, values = lora_weights.merged(self._layers)
-            with exchanged(bases, values), lora_weights.disabled(self._layers):
+            bases, values = passes.merged()
+            with exchanged(bases, values), passes.off():
                 yield
 
     def _snapshot(self, weights: RollingWeights) -> Snapshot | None:

@@ -196,6 +196,11 @@ def _weights(recipe: Recipe) -> Iterator[str]:
                     f"memory.{name} = {value!r}: not possible with train.sharding = "
                     f"{train.sharding!r}; use null, or train.sharding: none"
                 )
+        if recipe.compute.compile != "off":
+            yield (
+                f"compute.compile = {recipe.compute.compile!r}: not possible with train.sharding = "
+                f"{train.sharding!r}; use off, or train.sharding: none"
+            )
     if train.sum_gradients != "step" and (train.sharding == "none" or recipe.lora is not None):
         yield (
             f"train.sum_gradients = {train.sum_gradients!r}: only sharded weights that are trained "

@@ -23,6 +23,7 @@ DEEPEST = 16
 TEXTS = (
     *("model", "prompts.train", "prompts.eval", "data.preferences", "memory.prompt_cache"),
     *("rollout.scheduler", "rollout.engine", "eval.scheduler", "run.dir", "run.name"),
+    "compute.attention",
 )
 """The keys of a recipe whose values are texts: their overrides are not read as YAML."""
 

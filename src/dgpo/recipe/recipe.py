@@ -101,6 +101,7 @@ class Recipe(Settings):
     lora: sections.LoraSettings | None = sections.LoraSettings()
     """The LoRA that is trained; null: train all weights of the denoiser."""
     memory: sections.MemorySettings = sections.MemorySettings()
+    compute: sections.ComputeSettings = sections.ComputeSettings()
     ema: sections.EmaSettings = sections.EmaSettings()
     eval: sections.EvalSettings = sections.EvalSettings()
     checkpoint: sections.CheckpointSettings = sections.CheckpointSettings()

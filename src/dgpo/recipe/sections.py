@@ -214,8 +214,27 @@ class MemorySettings(Settings):
     snapshot_device: Literal["cpu"] | None = None
     """Where the averages of the trained weights are kept; null: on the device of the weights."""
     quantization: Literal["bitsandbytes_4bit", "bitsandbytes_8bit", "torchao_int8"] | None = None
-    """How to round the frozen denoiser under a LoRA, which itself stays in float32; null: not at
+    """How to round the frozen denoiser under a LoRA, whose weights stay in float32; null: not at
     all."""
+
+
+def _compile(value: Any) -> Any:
+    return {True: "blocks", False: "off"}[value] if isinstance(value, bool) else value
+
+
+class ComputeSettings(Settings):
+    compile: Annotated[Literal["off", "blocks", "full"], BeforeValidator(_compile)] = "off"
+    """What torch.compile makes larger kernels of: each block that the denoiser repeats (blocks, or
+    true), the whole denoiser, which takes longer to compile (full), or nothing (off, or false)."""
+    attention: str | None = None
+    """The name that diffusers gives the kernel of the denoiser's attention, such as _native_cudnn
+    or flash; null: diffusers and torch choose."""
+    tf32: bool | None = None
+    """Let products of float32 numbers round their inputs to TF32 on a GPU (true), or not (false);
+    null leaves it to torch."""
+    cudnn_benchmark: bool | None = None
+    """Let cuDNN try its algorithms for each new shape and keep the fastest (true), or not (false);
+    null leaves it to torch."""
 
 
 def _warmup(value: Any) -> Any:

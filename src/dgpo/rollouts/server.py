@@ -25,7 +25,8 @@ from dgpo.models.loras import put_lora
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.pipeline.rollout import Rollout
 from dgpo.models.samplers.schedulers import make_scheduler
-from dgpo.models.weights import lora, lora_files
+from dgpo.models.weights import lora_files
+from dgpo.models.weights.lora_passes import LoraPasses
 from dgpo.models.weights.snapshots import exchanged
 from dgpo.registry import SAMPLERS
 from dgpo.rollouts.wire import Ask, hash_of, pack
@@ -52,7 +53,7 @@ class Sampler:
         self._models: dict[str, PipelineModel] = {}
         self._lock = Lock()
         self._weights: str | None = None
-        self._layers: list[Any] = []
+        self._lora = LoraPasses([])
 
     def take(self, name: str, data: bytes) -> str:
         """Replace the LoRA by another one.
@@ -71,9 +72,12 @@ class Sampler:
         if found != name:
             raise UserError("the weights do not fit their name: they were changed on the way")
         with self._lock, tempfile.TemporaryDirectory() as folder:
-            if self._layers:
+            if self._lora.layers:
                 self._pipe.unload_lora_weights()
-            self._weights, self._layers = None, []  # until the new ones are known to be in place
+            self._weights, self._lora = (
+                None,
+                LoraPasses([]),
+            )  # until the new ones are known to be in place
             (Path(folder) / "pytorch_lora_weights.safetensors").write_bytes(data)
             try:
                 put_lora(self._pipe, lora_files.read(Path(folder)), fresh=True)
@@ -81,7 +85,7 @@ class Sampler:
                 raise UserError(f"this is no LoRA for the pipeline: {error}") from error
             parts = self._pipe.components.values()
             modules = (m for p in parts if isinstance(p, torch.nn.Module) for m in p.modules())
-            self._layers = [module for module in modules if isinstance(module, LoraLayer)]
+            self._lora = LoraPasses([module for module in modules if isinstance(module, LoraLayer)])
             self._weights = found
             return found
 
@@ -120,16 +124,10 @@ class Sampler:
     @contextmanager
     def _merged(self) -> Iterator[None]:
         """Merge the LoRA into the base weights inside the block, as the policy does to sample."""
-        if not lora.can_merge(self._layers):
+        if not self._lora.merges:
             yield
             return
-        bases = [layer.get_base_layer().weight for layer in self._layers]
-        with torch.no_grad():
-            values = [
-                base + layer.get_delta_weight(layer.active_adapters[0]).to(base.dtype)
-                for base, layer in zip(bases, self._layers, strict=True)
-            ]
-        with exchanged(bases, values), lora.disabled(self._layers):
+        with exchanged(*self._lora.merged()), self._lora.off():
             yield
 
 

@@ -13,6 +13,7 @@ from dgpo.models.pipeline.arguments import denoisers_of
 from dgpo.models.pipeline.self_check import self_check
 from dgpo.models.policy import Policy
 from dgpo.models.samplers.sde_schedulers import SdeScheduler
+from dgpo.models.weights.compute import set_up
 from dgpo.models.weights.memory import save_memory
 from dgpo.prompts import PromptSampler
 from dgpo.recipe import Recipe
@@ -64,6 +65,7 @@ def load_model(
         processes=processes,
     )
     save_memory(pipe, made.denoisers, recipe.memory)
+    set_up(made.denoisers, recipe.compute)
     return made
 
 

@@ -1,4 +1,4 @@
-"""LoRA layers of a denoiser: attached by peft, and merged for rollouts.
+"""LoRA layers of a denoiser, attached by peft.
 
 LoRA: ``y = W x + (alpha / rank) B A x`` with ``A`` [rank, in] and ``B`` [out, rank] (arXiv
 2106.09685).
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import peft
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 
 from dgpo.distributed.sharding import is_sharded
 from dgpo.errors import UserError
-from dgpo.models.weights.restoring import restoring
 
 ADAPTER = "default"
 JOINT_ATTENTION = (
@@ -93,7 +91,7 @@ def attach(
                 denoiser.add_adapter(config, adapter_name=ADAPTER)  # pyright: ignore[reportCallIssue]
             else:
                 peft.inject_adapter_in_model(config, denoiser, ADAPTER)
-    layers = list(_layers_in(denoisers))
+    layers = list(layers_in(denoisers))
     for layer in layers:
         for weights in (layer.lora_A, layer.lora_B):
             # a step of 3e-4 on a bfloat16 weight would mostly round to nothing
@@ -174,21 +172,7 @@ def _nearest(target: str, names: Sequence[str]) -> list[str]:
 
 def adapted_layers(denoisers: Mapping[str, nn.Module]) -> int:
     """Return the number of layers that have a LoRA."""
-    return sum(1 for _ in _layers_in(denoisers))
-
-
-@contextmanager
-def disabled(layers: Sequence[LoraLayer]) -> Iterator[None]:
-    """Inside the block the layers answer as if they had no LoRA."""
-
-    def restore() -> None:
-        for layer in layers:
-            layer.enable_adapters(True)
-
-    with restoring(restore):
-        for layer in layers:
-            layer.enable_adapters(False)
-        yield
+    return sum(1 for _ in layers_in(denoisers))
 
 
 def can_merge(layers: Sequence[LoraLayer]) -> bool:
@@ -197,77 +181,20 @@ def can_merge(layers: Sequence[LoraLayer]) -> bool:
     It cannot in half precision, where rounding the sum would lose small updates, nor where ``W`` is
     sharded or quantised.
     """
-    bases = [_base(layer) for layer in layers]
+    bases = [base_of(layer) for layer in layers]
     return bool(bases) and all(
         b.dtype.itemsize >= 4 and not is_sharded(b) and type(b.data) is Tensor for b in bases
     )
 
 
-@torch.no_grad()
-def merged(layers: Sequence[LoraLayer]) -> tuple[list[nn.Parameter], list[Tensor]]:
-    """Return the base weights of the layers, and their values with the LoRA written in."""
-    bases = [_base(layer) for layer in layers]
-    return bases, [_sum(base, layer) for base, layer in zip(bases, layers, strict=True)]
-
-
-@contextmanager
-def blended(layers: Sequence[LoraLayer]) -> Iterator[None]:
-    """Inside the block the base weights are ``W + scale B A``, as part of the autograd graph.
-
-    For a batch of many tokens this is cheaper than the LoRA's own two products for every token: it
-    costs one small product a layer, and ``A`` and ``B`` get their gradients from the gradient of
-    the sum. Backward may run after the block.
-    """
-    holders = [layer.get_base_layer() for layer in layers]
-    kept = [holder._parameters["weight"] for holder in holders]
-    values = [_sum(weight, layer) for weight, layer in zip(kept, layers, strict=True)]
-
-    def hold(weights: Sequence[Any]) -> None:
-        # into the module's table: assigning to ``weight`` would refuse what is no parameter
-        for holder, weight in zip(holders, weights, strict=True):
-            holder._parameters["weight"] = weight
-
-    with disabled(layers), restoring(lambda: hold(kept)):
-        hold(values)
-        yield
-
-
-@torch.no_grad()
-def rounded(denoisers: Mapping[str, nn.Module]) -> None:
-    """Round every LoRA to the precision of its denoiser, as a pipeline does that loads it."""
-    for layer in _layers_in(denoisers):
-        dtype = _base(layer).dtype
-        for weight in _own(layer):
-            weight.copy_(weight.to(dtype))
-
-
-@torch.no_grad()
-def widened(denoisers: Mapping[str, nn.Module]) -> None:
-    """Make every LoRA float32 again, as it is in training, whatever a pipeline has made of it."""
-    for layer in _layers_in(denoisers):
-        for weight in _own(layer):
-            weight.data = weight.data.float()
-
-
-def _layers_in(denoisers: Mapping[str, nn.Module]) -> Iterator[LoraLayer]:
+def layers_in(denoisers: Mapping[str, nn.Module]) -> Iterator[LoraLayer]:
+    """Yield the layers that have a LoRA."""
     for denoiser in denoisers.values():
         yield from (module for module in denoiser.modules() if isinstance(module, LoraLayer))
 
 
-def _own(layer: LoraLayer) -> Iterator[nn.Parameter]:
-    """Yield the weights of a layer's LoRA."""
-    # by identity: the base weights are parameters of the layer, too
-    base = {id(weight) for weight in layer.get_base_layer().parameters()}
-    module: Any = layer
-    yield from (weight for weight in module.parameters() if id(weight) not in base)
-
-
-def _base(layer: LoraLayer) -> nn.Parameter:
+def base_of(layer: LoraLayer) -> nn.Parameter:
+    """Return ``W`` of a layer."""
     weight = layer.get_base_layer().weight
     assert isinstance(weight, nn.Parameter)
     return weight
-
-
-def _sum(base: Any, layer: Any) -> Tensor:
-    """Return ``W + scale B A``, in the precision of ``W``."""
-    return base + layer.get_delta_weight(ADAPTER).to(base.dtype)
