@@ -11,15 +11,14 @@ from dgpo.cli.options import MODEL, Device, Precision, VaePrecision
 from dgpo.errors import UserError
 from dgpo.recipe.files import apply_overrides
 
-_CALL = "Arguments of the pipeline's call, such as height=512."
+CALL = "Arguments of the pipeline's call, such as height=512."
+IMAGE = "If it starts from a picture."
 
 
 def check(
     model: Annotated[str, Argument(metavar="MODEL", help=MODEL)],
-    call: Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help=_CALL)] = None,
-    image: Annotated[
-        Path | None, Option("--image", metavar="FILE", help="If it starts from a picture.")
-    ] = None,
+    call: Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help=CALL)] = None,
+    image: Annotated[Path | None, Option("--image", metavar="FILE", help=IMAGE)] = None,
     mask: Annotated[
         Path | None, Option("--mask", metavar="FILE", help="If it paints inside a mask.")
     ] = None,

@@ -10,6 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from dgpo.cli.bench import bench
 from dgpo.cli.check import check
 from dgpo.cli.collect import collect
 from dgpo.cli.common import INTERRUPTED, tell_the_others
@@ -66,6 +67,7 @@ app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("export")(export)
 app.command("check")(check)
+app.command("bench")(bench)
 
 
 def main() -> None:
