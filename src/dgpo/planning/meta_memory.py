@@ -6,7 +6,7 @@ Tensors on the meta device have sizes and no memory. They live as long as tensor
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as config_of_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
 from dgpo.models.pipeline.probes import replaced
@@ -63,18 +63,17 @@ class _Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # an operation may return a view of a tensor that was there before, such as a weight
-        tree_map_only(Tensor, self._outside, (args, kwargs))
+        for tensor in _tensors((*args, *(kwargs or {}).values())):
+            self._meet(tensor, counts=False)
         made = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._meet, made)
+        for tensor in _tensors((made,)):
+            self._meet(tensor)
         counted = flop_registry.get(func.overloadpacket)
         if counted is not None:
             self.flops += counted(*args, **(kwargs or {}), out_val=made)
         return made
 
-    def _outside(self, tensor: Tensor) -> Tensor:
-        return self._meet(tensor, counts=False)
-
-    def _meet(self, tensor: Tensor, counts: bool = True) -> Tensor:
+    def _meet(self, tensor: Tensor, counts: bool = True) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if tensor.is_meta and key not in self._known:
@@ -83,11 +82,18 @@ class _Live(TorchDispatchMode):
             self.now += size
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self._gone, key, size)
-        return tensor
 
     def _gone(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 class _Fused(torch.autograd.Function):
@@ -176,6 +182,17 @@ class Numbers(TorchFunctionMode):
 _LENGTH = "_dgpo_length"
 
 
+class Unfilled(TorchFunctionMode):
+    """Leaves new weights as they are: those without numbers cannot be filled, only asked to."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        own = getattr(func, "__module__", None) == nn.init.__name__
+        if own or func in (Tensor.uniform_, Tensor.normal_):
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
+
+
 @dataclass(frozen=True)
 class _Block:
     """What a block of a network has been seen to make and to need.
@@ -256,13 +273,14 @@ class _Blocks:
             return _call(module, *args, **kwargs)
 
     def _look_into(self, module: nn.Module) -> None:
-        for part in module.modules():
-            self._known.add(id(part))
-            for block in part if isinstance(part, nn.ModuleList) else ():
-                weights = (*block.named_parameters(), *block.named_buffers())
-                self._blocks[id(block)] = (
-                    type(block), *((name, _signature(weight)) for name, weight in weights)
-                )  # fmt: skip
+        with torch._C.DisableTorchFunction():  # a mode would see each look at a shape
+            for part in module.modules():
+                self._known.add(id(part))
+                for block in part if isinstance(part, nn.ModuleList) else ():
+                    weights = (*block.named_parameters(), *block.named_buffers())
+                    self._blocks[id(block)] = (
+                        type(block), *((name, _signature(weight)) for name, weight in weights)
+                    )  # fmt: skip
 
     def _forward(self, module: nn.Module, forward: Callable[..., Any], inputs: Any) -> Any:
         given, form = tree_flatten(inputs)

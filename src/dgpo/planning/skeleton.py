@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from dgpo.errors import UserError
 from dgpo.models.load import Precision, dtype_of, load_pipeline, of_the_hub, place_of
+from dgpo.planning.meta_memory import Unfilled
 from dgpo.pocket import WEIGHTS
 from dgpo.registry import MODELS, nearest
 
@@ -111,8 +113,9 @@ def _class(library: str, kind: str) -> Any:
 
 
 def _made_on(device: torch.device | str, make: Callable[[], Any]) -> Any:
+    filled = nullcontext() if torch.device(device).type != "meta" else Unfilled()
     try:
-        with torch.device(device):
+        with torch.device(device), filled:
             return make()
     except (NotImplementedError, RuntimeError):
         if torch.device(device).type != "meta":
