@@ -33,7 +33,7 @@ import torch
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.pipeline.self_check import self_check
 from dgpo.models.policy import Policy
-from dgpo.planning import measure
+from dgpo.planning import advice, measure
 from dgpo.recipe import Recipe
 from dgpo.trainer import Trainer
 from dgpo.training.collector import Collector
@@ -299,9 +299,9 @@ def tables(bench: Bench) -> str:
         if line["part"] != "pass":
             told.append(f"{line['part']}: " + ", ".join(f"{k} {v}" for k, v in facts.items()))
     for name, found in bench.passes.items():
-        told += ["", f"passes, {name}", measure.table(found)]
+        told += ["", f"passes, {name}", advice.table(found)]
     plain, compiled = (bench.passes.get(name, []) for name in ("as it is", "compiled"))
-    told += ["", *measure.told_of_waits(plain), *measure.advice(plain, compiled, bench.precision)]
+    told += ["", *advice.told_of_waits(plain), *advice.advice(plain, compiled, bench.precision)]
     waits = [line for line in bench.lines if line["part"] == "iteration"]
     for place, count in (waits[0].get("waits") or {}).items() if waits else ():
         told.append(f"  {count} in an iteration: {place}")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageDraw
 
 from dgpo.errors import UserError
-from dgpo.pictures import natural, open_picture, pictures_in, rgb, size_of
+from dgpo.pictures import Picture, array_of, natural, open_picture, pictures_in, rgb, size_of
 from hostile_pictures import png_header
 
 SOURCE = Path(__file__).parents[1] / "src" / "dgpo"
@@ -162,3 +165,53 @@ def test_no_picture_passes_beside_the_gate() -> None:
         code = re.sub(r'""".*?"""', "", file.read_text("utf-8"), flags=re.DOTALL)
         beside = re.findall(r"""Image\.open\(|\.convert\(["']RGB["']\)""", code)
         assert not beside or file == SOURCE / "pictures.py", (file, beside)
+
+
+def waiting(arrived: Any = None) -> tuple[Picture, Image.Image]:
+    """A picture that Pillow has not read yet, and the same one as Pillow makes it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 4, 3), np.uint8)
+    return Picture(torch.from_numpy(pixels), arrived), Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        np.asarray,
+        lambda image: np.asarray(rgb(image)),
+        lambda image: np.asarray(image.convert("L")),
+        lambda image: np.asarray(image.resize((3, 3))),
+        lambda image: np.asarray(image.crop((1, 1, 3, 3))),
+        lambda image: np.asarray(image.copy()),
+        lambda image: np.asarray(copy.deepcopy(image)),
+        lambda image: np.asarray(pickle.loads(pickle.dumps(image))),
+        lambda image: np.asarray(image.split()[1]),
+        lambda image: np.asarray(Image.blend(image, Image.new("RGB", (4, 6)), 0.5)),
+        lambda image: np.asarray([image.getpixel((3, 5)), image.getextrema()[0]], object),
+        lambda image: np.asarray(image.histogram()),
+        lambda image: np.asarray(image.size),
+    ],
+)
+def test_a_picture_on_its_way_is_one_of_pillow_for_whoever_looks(look: Any) -> None:
+    picture, plain = waiting()
+    assert np.array_equal(look(picture), look(plain))
+    assert picture == plain and plain == picture and picture.copy() == picture
+
+
+def test_pixels_are_waited_for_when_they_are_looked_at() -> None:
+    waits: list[int] = []
+    picture, plain = waiting(lambda: waits.append(1))
+    other = picture.copy()
+    assert isinstance(other, Picture) and picture.size == (4, 6) and not waits
+    assert np.array_equal(array_of(picture), np.asarray(plain)) and waits == [1]
+    picture.load()
+    assert picture.pixels is None and waits == [1, 1]
+    assert np.array_equal(array_of(picture), np.asarray(plain)) and waits == [1, 1]
+
+
+def test_who_draws_into_a_picture_changes_nobody_elses() -> None:
+    picture, plain = waiting()
+    other, given = picture.copy(), picture.pixels
+    ImageDraw.Draw(picture).rectangle((0, 0, 9, 9), fill=RED)
+    assert np.array_equal(array_of(picture), np.asarray(Image.new("RGB", (4, 6), RED)))
+    assert other == plain and picture != plain and picture != "a picture"
+    assert given is not None and np.array_equal(given.numpy(), np.asarray(plain))

@@ -71,17 +71,37 @@ def set_aside(path: Path) -> Path:
 
     The new name is the first of ``NAME.damaged``, ``NAME.damaged-2``, ... that is free.
     """
-    names = itertools.chain(("damaged",), (f"damaged-{n}" for n in itertools.count(2)))
-    places = (path.with_name(f"{path.name}.{name}") for name in names)
-    return path.rename(next(place for place in places if not place.exists()))
+    return path.rename(first_free(path.with_name(f"{path.name}.damaged")))
+
+
+def first_free(place: Path) -> Path:
+    """Return the first of ``place``, ``place-2``, ``place-3``, ... that does not exist."""
+    others = (place.with_name(f"{place.name}-{n}") for n in itertools.count(2))
+    return next(path for path in itertools.chain([place], others) if not path.exists())
+
+
+def append_line(file: Path, line: str) -> None:
+    """Write a line at the end of a file; it is on the disk when this returns."""
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(line + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Replace a file by a text; a kill or a full disk leaves the old file or the new one, whole."""
+    """Replace a file by a text, as :func:`replace_file` does."""
+    replace_file(file, lambda whole: whole.write_text(text, encoding="utf-8"))
+
+
+def replace_file(file: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a new file, then replace ``file`` by it.
+
+    A kill or a full disk leaves the old file or the new one, whole.
+    """
     whole = file.with_suffix(".tmp")
     try:
-        whole.write_text(text, encoding="utf-8")
-        sync(whole)  # first: the new name could reach the disk before the text does
+        write(whole)
+        sync(whole)  # first: the new name could reach the disk before the content does
     except BaseException:
         whole.unlink(missing_ok=True)
         raise

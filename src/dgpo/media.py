@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dgpo.errors import MissingExtra, UserError
-from dgpo.pictures import rgb
+from dgpo.pictures import array_of, rgb
 
 KEY_FRAMES = 3
 """How many frames of a video are shown where pictures are shown."""
@@ -167,7 +167,7 @@ def media_of(result: Any, pipe: Any) -> list[Any]:
 
 
 def _video(frames: Sequence[Image.Image]) -> Video:
-    arrays = np.stack([np.asarray(rgb(frame)) for frame in frames])
+    arrays = np.stack([array_of(rgb(frame)) for frame in frames])
     return Video(torch.from_numpy(arrays).permute(0, 3, 1, 2))
 
 
@@ -207,7 +207,7 @@ def stacked(made: Sequence[Any]) -> tuple[Tensor, dict[str, Any]]:
     if isinstance(first, Sound):
         waves = torch.stack([one.waveform for one in made])
         return waves, {"kind": "sound", "sampling_rate": first.sampling_rate}
-    return torch.from_numpy(np.stack([np.asarray(one) for one in made])), {"kind": "picture"}
+    return torch.from_numpy(np.stack([array_of(one) for one in made])), {"kind": "picture"}
 
 
 def unstacked(tensor: Tensor, facts: dict[str, Any]) -> list[Any]:

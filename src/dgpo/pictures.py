@@ -4,20 +4,80 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from dgpo.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """The files of a folder that are taken for pictures."""
 _ORIENTATION = ExifTags.Base.Orientation
 _ON_ITS_SIDE = range(5, 9)  # those of EXIF's eight orientations that swap width and height
+
+
+class Picture(Image.Image):
+    """A ``Picture`` is an RGB picture of Pillow whose pixels may still be on their way.
+
+    Pillow reads a file when somebody first looks at it; a ``Picture`` waits for its pixels and
+    copies them into Pillow's memory then, in the thread that looks. Who wants numbers takes
+    ``pixels`` and spares the copy.
+
+    Args:
+        pixels: uint8 [H, W, 3] on the CPU, which nobody changes.
+        arrived: returns once the pixels are there; None: they are.
+    """
+
+    _given: tuple[Tensor, Callable[[], Any] | None] | None = None
+
+    def __init__(self, pixels: Tensor, arrived: Callable[[], Any] | None = None) -> None:
+        super().__init__()
+        height, width, _ = pixels.shape
+        self._mode, self._size = "RGB", (width, height)
+        self._given = pixels, arrived
+
+    @property
+    def pixels(self) -> Tensor | None:
+        """The pixels, uint8 [H, W, 3]; None once Pillow has them, where they may change."""
+        if (given := self._given) is None:
+            return None
+        pixels, arrived = given
+        if arrived is not None:
+            arrived()
+        return pixels
+
+    def load(self) -> Any:
+        """Hand the pixels to Pillow if it has none; it asks for them before it does anything."""
+        if (pixels := self.pixels) is not None:
+            self.im = Image.fromarray(pixels.numpy()).im
+            self._given = None  # last: another thread may be here, too
+        return super().load()
+
+    def copy(self) -> Image.Image:
+        """Return a picture of the same pixels, which changes without this one."""
+        given = self._given
+        return super().copy() if given is None else Picture(*given)
+
+    __copy__ = copy
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether the other one is a picture that shows the same."""
+        if isinstance(other, Image.Image) and other.mode == self.mode:
+            return np.array_equal(array_of(self), array_of(other))
+        return False
+
+
+def array_of(image: Image.Image) -> np.ndarray:
+    """Return the numbers of a picture; nobody may change them."""
+    pixels = image.pixels if isinstance(image, Picture) else None
+    return np.array(image) if pixels is None else pixels.numpy()
 
 
 @contextmanager

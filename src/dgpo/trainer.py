@@ -49,6 +49,7 @@ from dgpo.training.routine import Outputs, Tools, nothing_to_train, routine
 from dgpo.training.run_guards import save_batch
 from dgpo.training.setup import (
     check_model,
+    encode_prompts,
     load_model,
     make_collector,
     make_policy,
@@ -126,12 +127,13 @@ class Trainer:
         self.scheduler = make_scheduler(recipe.rollout.scheduler, loaded.pipe.scheduler)
         """The deterministic sampler: of evaluations, and of rollouts without noise."""
         check_model(recipe, loaded, data, self.scheduler)
-        self.policy = make_policy(recipe, loaded, data.texts)
+        self.policy = make_policy(recipe, loaded)
         self.updater = Updater(self.policy, recipe, processes)
         self._collect = make_collector(
             recipe, data, self.sampler, self.policy, self.scheduler, processes
         )
         self._held_out = HeldOut(recipe, self.policy, self.scheduler, data, processes)
+        encode_prompts(recipe, loaded, data, self.sampler, self._held_out, processes)
         self.counter = Counter(loaded.denoisers.values())
         self.state = restored_state(self._checkpoints, self.updater, self._collect)
 

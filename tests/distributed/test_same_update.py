@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -16,6 +17,7 @@ from distributed.together import (
     check_figures,
     train,
     train_and_note,
+    train_losing,
     weights,
 )
 from tiny_runs import rows
@@ -49,6 +51,26 @@ def test_two_processes_are_one(name: str, tmp_path: Path) -> None:
 def test_two_processes_are_one_with_a_lora_and_inner_epochs(tmp_path: Path) -> None:
     changes = {"lora": {"rank": 4, "alpha": 8}, "train": {"inner_epochs": 2}}
     same_update(tmp_path, "dgpo", (2,), changes)
+
+
+def test_what_one_process_loses_all_lose(tmp_path: Path) -> None:
+    """Lost pictures take their groups out of the update, and are no part of a score."""
+    one, two = tmp_path / "1", tmp_path / "2"
+    alone(train_losing, one, one)
+    all_well(2, train_losing, two, two)
+    assert apart(one, two) < 1e-6
+    check_figures(one, two, 1e-6)
+    lost = sum(row.get("samples_lost", 0) for row in rows(one))
+    skipped = sum(row.get("groups_skipped", 0) for row in rows(one))
+    assert 0 < skipped <= lost < 30 and skipped < 6
+    scores = [
+        [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+        for folder in (one, two)
+    ]
+    for here, there in zip(*scores, strict=True):
+        assert (here["lost"], here["n"]) == (there["lost"], there["n"])
+        assert here["overall"] == pytest.approx(there["overall"], rel=1e-9)
+    assert any(report["lost"] for report in scores[0])
 
 
 @pytest.mark.slow

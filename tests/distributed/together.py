@@ -224,6 +224,21 @@ def train_with_callback(folder: Path, what: str) -> None:
     (folder / f"history-{rank}.json").write_text(json.dumps(done))
 
 
+def train_losing(folder: Path) -> None:
+    """The decoder breaks some pictures, the same ones in whatever process and batch."""
+    changes: dict[str, Any] = {"eval_dataset": PROMPTS * 4, "eval": {"every": 1}}
+    trainer = run(folder, "dgpo", **changes)
+    vae = trainer.model.pipe.vae
+    decode = vae.decode
+
+    def broken(latents: torch.Tensor, *given: Any, **named: Any) -> Any:
+        (made,) = decode(latents, *given, **{**named, "return_dict": False})
+        return (made.masked_fill((latents[:, :1, :1, :1] > 1), torch.nan),)
+
+    vae.decode = broken
+    trainer.train()
+
+
 def train_on_other_rows(folder: Path, key: str) -> None:
     """Each process is given another value in a column of its training or held-out rows."""
     given = [{"prompt": text, "want": int(os.environ["RANK"])} for text in PROMPTS]

@@ -10,17 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dgpo.check.examination import Case, check_rows
 from dgpo.errors import UserError
 from dgpo.evaluation import Metrics, Sampling, evaluate
 from dgpo.media import Lost, Sound, Video, made_of, save_media
 from dgpo.models.pipeline.adapter import PipelineModel
-from dgpo.models.pipeline.decoding import Decoded
+from dgpo.models.pipeline.decoding import Decoded, decoders_watched, pictures_of
 from dgpo.models.pipeline.probes import replaced
 from dgpo.models.pipeline.rollout import Rollout
+from dgpo.pictures import Picture, array_of
 from dgpo.pocket import load_pocket_sd
 from dgpo.prompts import Prompt
 from dgpo.rewards import load_rewards
@@ -258,3 +262,56 @@ def test_a_lost_picture_travels_as_such_and_is_not_written(
         files = save_media(made.images, tmp_path, "gif", 8)
     assert [file.name for file in files] == ["00001.png"]
     assert thumbnail(made.images[0], 64).size == (64, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_pictures_are_rounded_early_as_diffusers_rounds_them(dtype: torch.dtype) -> None:
+    class Pipe:
+        image_processor, video_processor = VaeImageProcessor(), VideoProcessor()
+
+        def __init__(self) -> None:
+            self.first, self.second = VaeImageProcessor(), VideoProcessor()
+
+    pipe: Any = Pipe()
+    made = 1.2 * torch.randn(2, 3, 9, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    made[0, 0, 0] = torch.linspace(-1, 1, 7)
+    films = torch.stack([made, made.flip(0)]).transpose(1, 2)  # [B, 3, T, H, W]
+    plain, film = pipe.first.postprocess(made), pipe.second.postprocess_video(films, "pil")
+    with decoders_watched(pipe):
+        early, shot = pipe.first.postprocess(made), pipe.second.postprocess_video(films, "pil")
+        assert torch.equal(pipe.first.postprocess(made, "pt"), (made * 0.5 + 0.5).clamp(0, 1))
+        grey = pipe.first.postprocess(made[:, :1])
+        assert [image.mode for image in grey] == ["L", "L"]
+    for one, other in zip([*plain, *film[0], *film[1]], [*early, *shot[0], *shot[1]], strict=True):
+        assert isinstance(other, Picture) and not isinstance(one, Picture)
+        assert np.array_equal(array_of(other), np.asarray(one))
+    assert not isinstance(pipe.first.postprocess(made)[0], Picture)
+
+
+def test_every_number_is_rounded_as_diffusers_rounds_it() -> None:
+    numbers = torch.linspace(0, 1, 3 * 512 * 512).view(1, 3, 512, 512)
+    (plain,) = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(numbers))
+    assert np.array_equal(array_of(pictures_of(numbers)[0]), np.asarray(plain))
+
+
+class Reads(TorchFunctionMode):
+    """Notes where numbers are read by the program, for which a GPU would be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in ("tolist", "item", "__bool__", "__float__", "__int__", "numpy"):
+            self.seen.append(func.__name__)
+        return func(*args, **kwargs or {})
+
+
+def test_a_batch_is_waited_for_once() -> None:
+    decoded = Decoded(sd3_small())
+    with Reads() as reads:
+        for part in ("the sampler", "the decoder"):
+            decoded.note(part, torch.zeros(2, 3, 4, 4))
+        images = decoded.samples((pictures_of(torch.zeros(2, 3, 4, 4)),), 2)
+    assert reads.seen == ["tolist"]
+    assert [type(image) for image in images] == [Picture, Picture]

@@ -97,6 +97,29 @@ def test_a_pipeline_that_encodes_at_every_call_keeps_its_encoder() -> None:
     model = PipelineModel(build("stable_audio"), call=TINY["stable_audio"].call)
     with pytest.raises(UserError, match=r"free_text_encoders: StableAudioPipeline"):
         model.encode_and_free(["red dog"])
+    with pytest.raises(UserError, match=r"offload_text_encoders: StableAudioPipeline"):
+        model.offload_text_encoders()
+
+
+def test_text_encoders_are_on_the_device_only_while_they_are_asked() -> None:
+    pipe, prompts = sd3_small(), ["red dog", "big table"]
+    model = PipelineModel(pipe, call=TINY["sd3"].call)
+    before, encoders = model.encode(prompts[:1], guidance=True), text_encoders(pipe)
+    model.offload_text_encoders()
+    assert text_encoders(pipe) == {} and len(encoders) == 2
+    seen: list[bool] = []
+    own = pipe.encode_prompt
+
+    def encode_prompt(**given: Any) -> Any:
+        seen.append(text_encoders(pipe) == encoders)
+        return own(**given)
+
+    vars(pipe)["encode_prompt"] = encode_prompt
+    after = model.encode(prompts, guidance=True)
+    assert seen == [True] and text_encoders(pipe) == {}
+    for name, value in before.kwargs.items():
+        assert torch.equal(after.kwargs[name][:1], value), name
+    assert model.rollout(after, steps=2, guidance_scale=3.0).x0.isfinite().all()
 
 
 def test_a_run_that_saves_memory_trains_the_same_weights(
@@ -110,13 +133,31 @@ def test_a_run_that_saves_memory_trains_the_same_weights(
         "offload_rewards": True,
         "snapshot_device": "cpu",
     }
-    for name, memory in (("plain", {}), ("saving", saving)):
+    offloading = {"offload_text_encoders": True}
+    for name, memory in (("plain", {}), ("saving", saving), ("offloading", offloading)):
         made = trainer(tmp_path / name, memory=memory)
         made.train()
         weights.append([p.detach().clone() for p in made.policy.parameters()])
     assert list((tmp_path / "saving" / "prompt_embeddings").glob("*/*.safetensors"))
-    for one, other in zip(*weights, strict=True):
+    for one, other, same in zip(*weights, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+        assert torch.equal(one, same)
+
+
+def test_only_the_prompts_that_a_run_draws_are_encoded(tmp_path: Path) -> None:
+    many = [f"{'big ' * n}table" for n in range(40)]
+    made = trainer(
+        tmp_path,
+        train_dataset=many,
+        eval_dataset=["red dog", "the small house"],
+        groups_per_iteration=1,
+        memory={"free_text_encoders": True},
+    )
+    drawn = {prompt.text for n in range(2) for prompt in made.sampler.at(n)}
+    wanted = {*drawn, many[0], many[1], many[-1], "red dog", "the small house"}
+    # and the negative prompt, which is kept as it is encoded beside another one
+    assert len(list(tmp_path.glob("prompt_embeddings/*/*.safetensors"))) == len(wanted) + 1
+    made.train()
 
 
 def test_freed_encoders_leave_their_settings() -> None:

@@ -106,7 +106,8 @@ def test_lists_and_what_is_none_come_back_as_they_were(tmp_path: Path) -> None:
     given = {"prompt_embeds": [shared[0], shared], "mask": None, "pooled": shared[1], "none": []}
     file = cache.file("a", {})
     cache.save(file, given)
-    read = cache.load(file, "cpu")
+    read = cache.load(file)
+    assert cache.holds(file) and not cache.holds(file.with_suffix(".other"))
     assert read is not None and read["mask"] is None and read["none"] == []
     assert torch.equal(read["pooled"], shared[1])
     parts: list[Tensor] = read["prompt_embeds"]
@@ -118,3 +119,25 @@ def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"memory\.prompt_cache"):
         PromptCache(tmp_path / "file", sd3_small())
+
+
+def test_the_next_prompts_are_read_before_they_are_asked_for(tmp_path: Path) -> None:
+    made = model(tmp_path).encode(PROMPTS, guidance=False)
+    reading = model(tmp_path)
+    read: list[Path] = []
+    disk = reading._encoder.disk
+    load = disk.load
+
+    def noting(file: Path) -> Any:
+        read.append(file)
+        return load(file)
+
+    disk.load = noting
+    reading.prefetch([*PROMPTS, "big table"])
+    again = reading.encode(PROMPTS, guidance=False)
+    assert sorted(read) == sorted(map(reading._encoder.file, [*PROMPTS, "big table"]))
+    assert torch.equal(again.kwargs["prompt_embeds"], made.kwargs["prompt_embeds"])
+    reading.encode(["big table"], guidance=False)  # its file was not there, and it is made
+    assert len(read) == 3 and disk.holds(reading._encoder.file("big table"))
+    reading.prefetch(PROMPTS)
+    assert len(read) == 3  # they are in memory

@@ -302,3 +302,13 @@ def test_a_negative_prompt_that_is_not_named_is_encoded_as_a_prompt() -> None:
     assert cond.kwargs["prompt_embeds"][:, 0, 0].tolist() == [1.0, 2.0]
     assert cond.kwargs["negative_prompt_embeds"][:, 0, 0].tolist() == [3.0, 3.0]
     assert cond.kwargs["attention_mask"].shape == cond.kwargs["negative_attention_mask"].shape
+
+
+def test_embeddings_are_kept_on_the_cpu_and_given_on_the_device() -> None:
+    pipe = Ragged()
+    encoder = PromptEncoder(pipe, {})
+    pipe.device = torch.device("meta")  # where the pipeline computes, for this test
+    cond = encoder.encode(["red dog", "a cat", "red dog"], guidance=True)
+    assert all(v.is_meta for v in cond.kwargs.values() if isinstance(v, Tensor)) and cond.size == 3
+    kept = [encoder._positive("red dog"), encoder.negative()]
+    assert {v.device.type for row in kept for v in row.values() if v is not None} == {"cpu"}

@@ -16,7 +16,8 @@ from commands import run
 from dgpo.models import PipelineModel
 from dgpo.models.policy import Policy
 from dgpo.planning import measure
-from dgpo.planning.measure import Measured, advice, table, told_of_waits
+from dgpo.planning.advice import advice, table, told_of_waits
+from dgpo.planning.measure import Measured
 from dgpo.recipe.sections import LoraSettings
 from families.tiny import sd3_small
 

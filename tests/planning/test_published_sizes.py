@@ -96,3 +96,13 @@ def test_gpus_share_the_pictures_and_pieces_of_the_weights() -> None:
     pieces = {"sharding": "fsdp2", "micro_batch": 2, "iterations": 2}
     sharded = planned("", Machine("cuda", 2), **small, train=pieces)
     assert sharded.memory.parts["transformer"] == two.memory.parts["transformer"] // 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["geneval", "ocr", "pickscore"])
+def test_the_recipes_for_24_gb_fit(task: str) -> None:
+    local = {"model": str(CONFIGS / "sd35m"), "prompts.train": FILE, "prompts.eval": FILE}
+    changes = [f"{key}={value}" for key, value in local.items()]
+    made = make_plan(Recipe.load(f"sd35m-{task}-24gb", changes), Machine("cuda"))
+    made.refuse_beyond(int(0.85 * 24e9))  # the margin that docs/memory.md asks for
+    assert not made.memory.notes

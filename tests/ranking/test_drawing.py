@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import dgpo.ranking.drawing as drawing
+import dgpo.models.load
 from dgpo.errors import UserError
 from dgpo.ranking.drawing import Artist
 from dgpo.recipe import Recipe
@@ -30,13 +30,13 @@ def test_a_row_with_a_size_of_its_own_is_refused(tmp_path: Path) -> None:
 
 def test_the_vae_has_the_precision_of_the_recipe(tmp_path: Path, monkeypatch: Any) -> None:
     made: list[Any] = []
-    load = drawing.load_pipeline
+    load = dgpo.models.load.load_pipeline
 
     def noted(*given: Any, **named: Any) -> Any:
         made.append(load(*given, **named))
         return made[0]
 
-    monkeypatch.setattr(drawing, "load_pipeline", noted)
+    monkeypatch.setattr(dgpo.models.load, "load_pipeline", noted)
     how = {"precision": "bfloat16", "memory": {"vae_precision": "float32"}}
     artist = Artist(recipe(tmp_path, {"prompt": "red dog"}, **how))
     assert made[0].vae.dtype == torch.float32 and made[0].transformer.dtype == torch.bfloat16

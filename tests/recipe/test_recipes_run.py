@@ -17,7 +17,7 @@ COMPARED = [name for name in NAMES if name.startswith("pocket-geneval-")]
 
 def test_there_are_the_recipes_that_the_readme_speaks_of():
     assert {"pocket-geneval", "pocket-ocr", "sd35m-geneval", "sd35m-ocr"} <= set(NAMES)
-    assert len(REAL) == 9
+    assert len(REAL) == 12
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -33,6 +33,15 @@ def test_their_rewards_are_built_in():
         for reward in (*named, *recipe.eval.metrics):
             assert reward in REWARDS or callable(resolve("reward", reward)), name
     assert Recipe.load("sd35m-geneval").rewards == {"geneval": 1.0}
+
+
+@pytest.mark.parametrize("task", ["geneval", "ocr", "pickscore"])
+def test_a_recipe_for_24_gb_trains_what_the_other_one_trains(task):
+    small, large = (Recipe.load(f"sd35m-{task}{of}").to_dict() for of in ("-24gb", ""))
+    assert small.pop("memory") != large.pop("memory")
+    assert small["train"].pop("micro_batch") == small["group_size"]
+    large["train"].pop("micro_batch")
+    assert {**small, "run": None} == {**large, "run": None}
 
 
 def test_the_methods_share_all_that_a_fair_comparison_needs():

@@ -1,13 +1,17 @@
 """GenEval's models through their real loading paths, and the columns of a prompt row."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 from transformers import (
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
     Mask2FormerImageProcessorPil,
+    MaskFormerImageProcessorPil,
     SwinConfig,
     YolosConfig,
     YolosForObjectDetection,
@@ -30,6 +34,7 @@ from dgpo.rewards.shipped.geneval import (
     cut_out,
     geneval,
     geneval_strict,
+    instances,
     published,
 )
 from dgpo.rewards.shipped.geneval_judge import COLORS, Detection, judge
@@ -113,6 +118,45 @@ def test_instances_are_those_of_the_models_outputs(mask2former):
             assert detection.mask[top:bottom, left:right].sum() == detection.mask.sum() > 0
             assert detection.mask[top].any() and detection.mask[:, right - 1].any()
     assert sum(map(len, found)) > 3
+
+
+class Waits(TorchFunctionMode):
+    """Notes the calls for which a GPU would be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in ("nonzero", "tolist", "cpu", "item", "__bool__", "__int__"):
+            self.seen.append(func.__name__)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("side", [384, None])
+def test_instances_are_found_as_the_library_finds_them(side):
+    generator = torch.Generator().manual_seed(3)
+    logits = 4 * torch.randn(3, 20, 4, generator=generator)
+    masks = torch.randn(3, 20, 12, 12, generator=generator) - 1.5
+    masks[1] = -1.0  # nothing in this one
+    outputs = SimpleNamespace(class_queries_logits=logits, masks_queries_logits=masks)
+    sizes = [(40, 64), (64, 64), (40, 64)]
+    library = Mask2FormerImageProcessorPil if side else MaskFormerImageProcessorPil
+    wanted = library().post_process_instance_segmentation(
+        outputs, threshold=0.3, target_sizes=sizes, return_binary_maps=True
+    )
+    with Waits() as waits:
+        found = instances(outputs, [(40, 64)] * 3, 0.3, side)
+    assert waits.seen == ["nonzero", "tolist", "cpu"] and len(found) > 10
+    found = instances(outputs, sizes, 0.3, side)
+    for row, result in enumerate(wanted):
+        mine = [one for one in found if one.row == row]
+        told = [(one["label_id"], one["score"]) for one in result["segments_info"]]
+        assert told == [(one.label, one.score) for one in mine]
+        for mask, one in zip(result["segmentation"], mine, strict=False):
+            assert np.array_equal(mask.bool().numpy(), one.mask)
+    assert len(found) > 10 and all(one.row != 1 for one in found)
+    assert instances(outputs, sizes, 1.1, side) == []
 
 
 def test_boxes_of_a_detector_without_masks(yolos):

@@ -13,8 +13,7 @@ import yaml
 
 from commands import run
 from dgpo.recipe.files import find_recipe, read_recipe
-from dgpo.run.manifest import differences, facts
-from dgpo.run.repeat import free_folder
+from dgpo.run.manifest import differences, facts, free_folder
 from families.tiny import sd3
 from reliable import assert_same
 from tiny_runs import PROMPTS, light, settings

@@ -233,7 +233,7 @@ def test_time_left_is_the_sooner_of_iterations_and_minutes():
     out = io.StringIO()
     console = Console(file=out, force_terminal=False)
     with Progress(1000, max_minutes=15, console=console) as progress:
-        progress.iteration(10, trained_seconds=100.0, first=5, **FIGURES)
+        progress.iteration(10, trained_seconds=100.0, **FIGURES)
     assert "13:20 left" in out.getvalue()
 
 

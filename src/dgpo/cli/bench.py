@@ -19,7 +19,7 @@ def bench(
     model: Annotated[str, Argument(metavar="MODEL", help=MODEL)],
     call: Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help=CALL)] = None,
     rows: Annotated[str, Option("--rows", metavar="N,N", help=_ROWS)] = "1,8,16",
-    image: Annotated[Path | None, Option("--image", metavar="FILE", help=IMAGE)] = None,
+    image: Annotated[Path | None, Option(metavar="FILE", help=IMAGE)] = None,
     compiled: Annotated[
         bool, Option("--compile", help="Measure with compiled blocks, too; takes minutes.")
     ] = False,
@@ -41,7 +41,7 @@ def bench(
     from dgpo.models.load import load_for_sampling
     from dgpo.models.pipeline.adapter import PipelineModel
     from dgpo.models.policy import Policy
-    from dgpo.planning import measure
+    from dgpo.planning import advice, measure
     from dgpo.recipe.sections import LoraSettings
 
     pipe = load_for_sampling(model, precision, device=device)
@@ -49,10 +49,10 @@ def bench(
     passes = measure.Passes(Policy(own, LoraSettings()), own.encode([text], guidance=True))
     print(f"{type(pipe).__name__}, {precision}, {measure.described(own.device)}")
     found = [one for size in sizes for one in passes.measure(size)]
-    print(measure.table(found))
+    print(advice.table(found))
     again = []
     if compiled:
         measure.compile_blocks(own.denoisers.values())
         again = [one for size in sizes for one in passes.measure(size)]
-        print(f"\nwith compiled blocks\n{measure.table(again)}")
-    print(*measure.told_of_waits(found), *measure.advice(found, again, precision), sep="\n")
+        print(f"\nwith compiled blocks\n{advice.table(again)}")
+    print(*advice.told_of_waits(found), *advice.advice(found, again, precision), sep="\n")

@@ -18,10 +18,8 @@ IMAGE = "If it starts from a picture."
 def check(
     model: Annotated[str, Argument(metavar="MODEL", help=MODEL)],
     call: Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help=CALL)] = None,
-    image: Annotated[Path | None, Option("--image", metavar="FILE", help=IMAGE)] = None,
-    mask: Annotated[
-        Path | None, Option("--mask", metavar="FILE", help="If it paints inside a mask.")
-    ] = None,
+    image: Annotated[Path | None, Option(metavar="FILE", help=IMAGE)] = None,
+    mask: Annotated[Path | None, Option(metavar="FILE", help="If it paints inside a mask.")] = None,
     precision: Precision = "float32",
     vae_precision: VaePrecision = None,
     device: Device = None,

@@ -14,7 +14,7 @@ from dgpo.preferences import refuse_existing_groups
 
 def collect(
     recipe: RecipeName,
-    out: Annotated[Path, Option("--out", metavar="DIR", help="The folder of the groups.")],
+    out: Annotated[Path, Option(metavar="DIR", help="The folder of the groups.")],
     groups: Annotated[int, Option(min=1, metavar="N", help="Groups to sample.")],
     overrides: Overrides = None,
     lora: Lora = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import sys
@@ -53,21 +54,12 @@ app = typer.Typer(
     help="Post-train any diffusion or flow model of diffusers with any reward, by Direct Group "
     "Preference Optimization.\n\nStart with:  dgpo train pocket-geneval train.max_minutes=5",
 )
-app.command("collect")(collect)
-app.command("compare")(compare)
-app.command("prompts")(prompts)
-app.command("plan")(plan)
-app.command("sample")(sample)
-app.command("rank")(rank)
-app.command("score")(score)
-app.command("detect")(detect)
-app.command("serve")(serve)
+for command in (collect, compare, prompts, plan, sample, rank, score, detect, serve):
+    app.command()(command)
 app.command("list")(names)
-app.command("train")(train)
 app.command("eval")(evaluate)
-app.command("export")(export)
-app.command("check")(check)
-app.command("bench")(bench)
+for command in (train, export, check, bench):
+    app.command()(command)
 
 
 def main() -> None:
@@ -82,4 +74,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     # transformers warns of image processors without torchvision as soon as it is imported
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    app()
+    try:
+        app()
+    finally:
+        gc.freeze()  # the process ends: a last search for circles would take a second

@@ -1,9 +1,14 @@
-"""How a command ends, alone or as one of several processes."""
+"""What commands share: how they end, alone or as one of several processes, and how tables look."""
 
 from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as shells expect it."""
@@ -24,3 +29,14 @@ def tell_the_others(error: Exception) -> None:
         from dgpo.distributed.processes import tell
 
         tell(error)
+
+
+def new_table() -> tuple[Console, Table]:
+    """Return an empty table and where to print it; a pipe has room for long rows."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    return console, Table(box=None, pad_edge=False, header_style="bold")

@@ -22,30 +22,21 @@ if TYPE_CHECKING:
 _RECIPES = "Files or names, then settings for all of them. Ratios are over the first one's costs."
 _SEEDS = "Runs of each recipe, with the seeds 0 to N-1."
 _RESULTS = "Keep the metrics of finished runs here, as small files to commit, and use those kept."
+_TARGET = "A held-out score; repeatable."
+_BUDGET = "Training time of each run. Default: the recipe's."
+_STOP_AT_TARGET = "End a run once two evaluations in a row reach the highest target."
+_REDRAW = "Train nothing: write the files from the runs there are."
 
 
 def compare(
     recipes: Annotated[list[str], Argument(metavar="RECIPE... [KEY=VALUE...]", help=_RECIPES)],
     seeds: Annotated[int, Option(min=1, metavar="N", help=_SEEDS)] = 1,
-    target: Annotated[
-        list[float] | None, Option("--target", metavar="X", help="A held-out score; repeatable.")
-    ] = None,
-    budget: Annotated[
-        float | None,
-        Option(metavar="MINUTES", help="Training time of each run. Default: the recipe's."),
-    ] = None,
+    target: Annotated[list[float] | None, Option(metavar="X", help=_TARGET)] = None,
+    budget: Annotated[float | None, Option(metavar="MINUTES", help=_BUDGET)] = None,
     out: Annotated[Path, Option(metavar="DIR", help="Runs and results.")] = Path("runs/compare"),
-    stop_at_target: Annotated[
-        bool,
-        Option(
-            "--stop-at-target",
-            help="End a run once two evaluations in a row reach the highest target.",
-        ),
-    ] = False,
+    stop_at_target: Annotated[bool, Option("--stop-at-target", help=_STOP_AT_TARGET)] = False,
     results: Annotated[Path | None, Option(metavar="DIR", help=_RESULTS)] = None,
-    redraw: Annotated[
-        bool, Option("--redraw", help="Train nothing: write the files from the runs there are.")
-    ] = False,
+    redraw: Annotated[bool, Option("--redraw", help=_REDRAW)] = False,
 ) -> None:
     """Train recipes one after the other, and say which is faster and by how much.
 

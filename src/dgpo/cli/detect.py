@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from typer import Argument, Option
 
+from dgpo.cli.common import new_table
 from dgpo.errors import UserError
+
+_LEAST = "The least confidence to list."
 
 
 def detect(
     image: Annotated[Path, Argument(metavar="PICTURE", help="A picture file.")],
-    least: Annotated[
-        float, Option("--least", min=0, max=1, metavar="P", help="The least confidence to list.")
-    ] = 0.3,
+    least: Annotated[float, Option(min=0, max=1, metavar="P", help=_LEAST)] = 0.3,
 ) -> None:
     """Check GenEval's detector: list the objects in a picture and what CLIP calls their colours.
 
@@ -29,20 +30,12 @@ def detect(
 
     eyes = published()
     seen = eyes.look(picture, least)
-    _print(seen)
-    size = f"{picture.width} x {picture.height}"
-    print(f"{len(seen)} objects in {size} pixels; {eyes.detector.weights}")
-
-
-def _print(seen: list[tuple[Any, str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    console, table = new_table()
     for title in ("object", "confidence", "colour", "left, top, right, bottom"):
         table.add_column(title)
     for one, color in seen:
         box = ", ".join(f"{edge:.0f}" for edge in one.box)
         table.add_row(one.label, f"{one.score:.3f}", color, box)
     console.print(table)
+    size = f"{picture.width} x {picture.height}"
+    print(f"{len(seen)} objects in {size} pixels; {eyes.detector.weights}")

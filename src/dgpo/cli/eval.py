@@ -15,19 +15,16 @@ from dgpo.errors import UserError
 if TYPE_CHECKING:
     from dgpo.evaluation import Report
 
+_PROMPTS = "If the benchmark has none."
+_JSON_FILE = "Write the report to this file."
+
 
 def evaluate(
     model: Model,
-    benchmark: Annotated[
-        str, Option("--benchmark", metavar="B", help="A name of `dgpo list benchmarks`.")
-    ],
+    benchmark: Annotated[str, Option(metavar="B", help="A name of `dgpo list benchmarks`.")],
     lora: Lora = None,
-    prompts: Annotated[
-        Path | None, Option("--prompts", metavar="FILE", help="If the benchmark has none.")
-    ] = None,
-    json_file: Annotated[
-        Path | None, Option("--json", metavar="FILE", help="Write the report to this file.")
-    ] = None,
+    prompts: Annotated[Path | None, Option(metavar="FILE", help=_PROMPTS)] = None,
+    json_file: Annotated[Path | None, Option("--json", metavar="FILE", help=_JSON_FILE)] = None,
     batch: Batch = 128,
     precision: Precision = "float32",
     vae_precision: VaePrecision = None,

@@ -7,19 +7,12 @@ from typing import Annotated
 import typer
 
 from dgpo import registry
+from dgpo.cli.common import new_table
 from dgpo.errors import UserError
 from dgpo.recipe.files import recipe_names, summary
 from dgpo.registry import Entry
 
-PIPED_WIDTH = 160
-"""Columns of the table where the output is no terminal."""
-
-
-def _plural(kind: str) -> str:
-    return kind if kind.endswith("s") else f"{kind}s"
-
-
-KINDS = {_plural(kind): kind for kind in registry.TABLES}
+KINDS = {kind if kind.endswith("s") else f"{kind}s": kind for kind in registry.TABLES}
 """The kinds of the registry by what the command calls them."""
 
 
@@ -63,15 +56,10 @@ def _about(table: dict[str, Entry]) -> dict[str, str]:
 
 def rewards() -> None:
     """Show the table of rewards, those that are ready first."""
-    from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PIPED_WIDTH)
     todo = {name: entry.missing() for name, entry in registry.REWARDS.items()}
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    console, table = new_table()
     table.add_column("reward", no_wrap=True)
     for title in ("ready", "range", "measures", "licence", "downloads"):
         table.add_column(title, overflow="fold")

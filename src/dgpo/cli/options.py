@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from typer import Argument, BadParameter, Option
+from typer import Argument, Option
 
-PRECISIONS = ("float32", "bfloat16", "float16")
-
-
-def _precision(value: str | None) -> str | None:
-    if value is not None and value not in PRECISIONS:
-        raise BadParameter(f"{value!r} is not one of {', '.join(PRECISIONS)}")
-    return value
-
-
+_Floats = Literal["float32", "bfloat16", "float16"]
 _RECIPE = "A file, a recipe's name, or the run.json of a run folder."
 _SETTINGS = "Settings to change, such as train.lr=1e-4."
 MODEL = "pocket, a hub id, or the folder of a pipeline."
@@ -30,8 +22,8 @@ RecipeName = Annotated[str, Argument(metavar="RECIPE", help=_RECIPE)]
 Overrides = Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help=_SETTINGS)]
 Model = Annotated[str, Option("--model", metavar="M", help=MODEL)]
 Lora = Annotated[Path | None, Option("--lora", metavar="PATH", help=_LORA)]
-Precision = Annotated[str, Option(metavar="P", callback=_precision, help=_FLOATS)]
-VaePrecision = Annotated[str | None, Option(metavar="P", callback=_precision, help=_VAE)]
+Precision = Annotated[_Floats, Option(metavar="P", help=_FLOATS)]
+VaePrecision = Annotated[_Floats | None, Option(metavar="P", help=_VAE)]
 Device = Annotated[str | None, Option(metavar="D", help=_DEVICE)]
 Rewards = Annotated[list[str], Option("--reward", metavar="R", help=_REWARDS)]
 Batch = Annotated[int, Option(min=1, metavar="N", help="Pictures made at once.")]

@@ -10,24 +10,19 @@ from dgpo.cli.checks import load_recipe
 from dgpo.cli.options import Overrides, RecipeName
 from dgpo.errors import UserError
 
+_MEMORY = "Refuse a run that needs more."
+_GPU_MEMORY = "The same, of each GPU."
+_DEVICE = "Where the run is to be; default: as here."
+_GPUS = "Plan for so many GPUs, one process each."
+
 
 def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
-    memory: Annotated[
-        float | None, Option("--memory", min=0, metavar="GB", help="Refuse a run that needs more.")
-    ] = None,
-    gpu_memory: Annotated[
-        float | None,
-        Option("--gpu-memory", min=0, metavar="GB", help="The same, of each GPU."),
-    ] = None,
-    device: Annotated[
-        Literal["cuda", "cpu"] | None,
-        Option("--device", help="Where the run is to be; default: as here."),
-    ] = None,
-    gpus: Annotated[
-        int | None, Option("--gpus", min=1, help="Plan for so many GPUs, one process each.")
-    ] = None,
+    memory: Annotated[float | None, Option(min=0, metavar="GB", help=_MEMORY)] = None,
+    gpu_memory: Annotated[float | None, Option(min=0, metavar="GB", help=_GPU_MEMORY)] = None,
+    device: Annotated[Literal["cuda", "cpu"] | None, Option(help=_DEVICE)] = None,
+    gpus: Annotated[int | None, Option(min=1, help=_GPUS)] = None,
 ) -> None:
     """Say what a run will cost: parameters, passes, memory, time. No weights are loaded."""
     settings = load_recipe(recipe, overrides)

@@ -23,18 +23,16 @@ if TYPE_CHECKING:
 
 FAREWELL = 3.0
 """Seconds for which the page is served after the last group, to say that all is done."""
+_OUT = "Default: ranking in the run's folder."
+_GROUPS = "Groups to rank. Default: until Ctrl-C."
 
 
 def rank(
     recipe: RecipeName,
     overrides: Overrides = None,
     train: Annotated[bool, Option("--train", help="Train by the recipe meanwhile.")] = False,
-    out: Annotated[
-        Path | None, Option("--out", metavar="DIR", help="Default: ranking in the run's folder.")
-    ] = None,
-    groups: Annotated[
-        int | None, Option(min=1, metavar="N", help="Groups to rank. Default: until Ctrl-C.")
-    ] = None,
+    out: Annotated[Path | None, Option(metavar="DIR", help=_OUT)] = None,
+    groups: Annotated[int | None, Option(min=1, metavar="N", help=_GROUPS)] = None,
     ask: Annotated[str, Option(metavar="HOW", help="likes, order or stars.")] = "likes",
     raters: Annotated[int, Option(min=1, metavar="N", help="People for each group.")] = 1,
     ahead: Annotated[int, Option(min=1, metavar="N", help="Groups to draw ahead of people.")] = 8,
@@ -64,12 +62,10 @@ def rank(
     check_folder("--out", folder)
     check_lora(lora)
     page = PageServer(host, port, token_file)
-    from dgpo.models.load import quiet
     from dgpo.ranking.desk import Desk
     from dgpo.ranking.drawing import Artist
     from dgpo.ranking.store import Store
 
-    quiet()
     artist = Artist(settings, lora)
     desk = Desk(Store(folder), raters)
     desk.reopen()

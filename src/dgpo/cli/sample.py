@@ -23,6 +23,9 @@ Sampler = Callable[[Sequence[str], Sequence[int]], Any]
 _SEED = "Row i gets seed S + i."
 _GUIDANCE = "As rollout.guidance_scale; 1: no guidance. Default: the pipeline's own arguments."
 _CALL = "Another argument of the pipeline's call, as rollout.call; may be repeated."
+_PROMPT = "A prompt; may be repeated."
+_PROMPTS = ".txt, .jsonl, or a built-in set."
+_STEPS = "Sampling steps. Default: the pipeline's."
 
 
 def _finite(value: float | None) -> float | None:
@@ -33,25 +36,19 @@ def _finite(value: float | None) -> float | None:
 
 def sample(
     model: Model,
-    out: Annotated[Path, Option("--out", metavar="DIR", help="The folder of the files.")],
-    prompt: Annotated[
-        list[str] | None, Option("--prompt", metavar="TEXT", help="A prompt; may be repeated.")
-    ] = None,
+    out: Annotated[Path, Option(metavar="DIR", help="The folder of the files.")],
+    prompt: Annotated[list[str] | None, Option(metavar="TEXT", help=_PROMPT)] = None,
     more: Annotated[list[str] | None, Argument(metavar="TEXT", hidden=True)] = None,
-    prompts: Annotated[
-        str | None, Option("--prompts", metavar="FILE", help=".txt, .jsonl, or a built-in set.")
-    ] = None,
+    prompts: Annotated[str | None, Option(metavar="FILE", help=_PROMPTS)] = None,
     lora: Lora = None,
-    steps: Annotated[
-        int | None, Option(min=1, metavar="N", help="Sampling steps. Default: the pipeline's.")
-    ] = None,
+    steps: Annotated[int | None, Option(min=1, metavar="N", help=_STEPS)] = None,
     guidance_scale: Annotated[
         float | None, Option(min=0, metavar="G", callback=_finite, help=_GUIDANCE)
     ] = None,
     seed: Annotated[int, Option(min=0, max=2**63 - 1, metavar="S", help=_SEED)] = 0,
     height: Annotated[int | None, Option(min=1, metavar="PX", help="In pixels.")] = None,
     width: Annotated[int | None, Option(min=1, metavar="PX", help="In pixels.")] = None,
-    call: Annotated[list[str] | None, Option("--call", metavar="KEY=VALUE", help=_CALL)] = None,
+    call: Annotated[list[str] | None, Option(metavar="KEY=VALUE", help=_CALL)] = None,
     batch: Batch = 8,
     precision: Precision = "float32",
     vae_precision: VaePrecision = None,

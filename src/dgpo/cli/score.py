@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from dgpo.cli.checks import check_file, check_rewards
+from dgpo.cli.common import new_table
 from dgpo.cli.options import Rewards
 from dgpo.errors import UserError
 
@@ -19,17 +20,14 @@ if TYPE_CHECKING:
 SHOWN = 20
 """Pictures in the printed table; the file of --json has all."""
 _PROMPTS = ".txt or .jsonl: one row for all, or a row for each picture, 2.png before 10.png."
+_JSON_FILE = "A .jsonl to write, a line a picture."
 
 
 def score(
     reward: Rewards,
-    images: Annotated[
-        Path, Option("--images", metavar="DIR|FILE", help="A folder of pictures, or one.")
-    ],
-    prompts: Annotated[str, Option("--prompts", metavar="FILE", help=_PROMPTS)],
-    json_file: Annotated[
-        Path | None, Option("--json", metavar="OUT", help="A .jsonl to write, a line a picture.")
-    ] = None,
+    images: Annotated[Path, Option(metavar="DIR|FILE", help="A folder of pictures, or one.")],
+    prompts: Annotated[str, Option(metavar="FILE", help=_PROMPTS)],
+    json_file: Annotated[Path | None, Option("--json", metavar="OUT", help=_JSON_FILE)] = None,
     batch: Annotated[int, Option(min=1, metavar="N", help="Pictures read at once.")] = 64,
 ) -> None:
     """Score pictures that exist already, such as those of `dgpo sample`."""
@@ -89,14 +87,9 @@ def _row_each(rows: list[Prompt], files: list[Path]) -> list[Prompt]:
 def _print(files: Sequence[Path], rows: Sequence[Prompt], scores: dict[str, list[float]]) -> None:
     import statistics
 
-    from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    console, table = new_table()
     table.add_column("picture", no_wrap=True)
     for name in scores:
         table.add_column(name, justify="right")

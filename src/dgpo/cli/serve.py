@@ -12,6 +12,8 @@ from dgpo.cli.options import Host, Port, Rewards, TokenFile
 from dgpo.errors import UserError
 from dgpo.serve.access import token_for
 
+_MAX_MEGAPIXELS = "Most pixels in the pictures of a request."
+
 
 def serve(
     reward: Rewards,
@@ -21,9 +23,7 @@ def serve(
     batch: Annotated[int, Option(min=1, metavar="N", help="Pictures scored at once.")] = 64,
     max_images: Annotated[int, Option(min=1, metavar="N", help="Most pictures in a request.")] = 64,
     max_mb: Annotated[int, Option(min=1, metavar="N", help="Largest body of a request.")] = 64,
-    max_megapixels: Annotated[
-        int, Option(min=1, metavar="N", help="Most pixels in the pictures of a request.")
-    ] = 64,
+    max_megapixels: Annotated[int, Option(min=1, metavar="N", help=_MAX_MEGAPIXELS)] = 64,
 ) -> None:
     """Serve rewards over HTTP; the reward `http` is the client."""
     for module in ("fastapi", "uvicorn", "python_multipart"):

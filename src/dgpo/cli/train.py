@@ -18,13 +18,13 @@ from dgpo.recipe.files import is_manifest, override, resumed
 if TYPE_CHECKING:
     from dgpo.recipe import Recipe
 
+_RESUME = "Go on with the run in run.dir, or in the folder given."
+
 
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
-    resume: Annotated[
-        bool, Option("--resume", help="Go on with the run in run.dir, or in the folder given.")
-    ] = False,
+    resume: Annotated[bool, Option("--resume", help=_RESUME)] = False,
 ) -> None:
     """Train by a recipe, and write everything to its run folder.
 
@@ -74,8 +74,7 @@ def check_new_run(settings: Recipe) -> None:
 def _repeated(manifest: Path, overrides: list[str]) -> list[str]:
     """Return the overrides that repeat the run of a manifest; warn of what differs from it."""
     from dgpo.distributed import current_processes
-    from dgpo.run.manifest import differences, read_starts
-    from dgpo.run.repeat import free_folder
+    from dgpo.run.manifest import differences, free_folder, read_starts
 
     processes = current_processes()
     starts = read_starts(manifest)

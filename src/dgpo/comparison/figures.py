@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any, Literal
@@ -44,7 +44,7 @@ class Record:
 
     Args:
         seed: the run's seed.
-        points: its evaluations in order.
+        points: its evaluations in order; there is one at least.
         finished: whether the run has ended.
         phases: medians over its iterations, by those of :data:`PHASES` that the run noted.
     """
@@ -55,9 +55,9 @@ class Record:
     phases: dict[str, float] = field(default_factory=dict)
 
     @property
-    def best(self) -> Point | None:
+    def best(self) -> Point:
         """The first evaluation with the highest score."""
-        return max(self.points, key=lambda point: point.score, default=None)
+        return max(self.points, key=lambda point: point.score)
 
     def arrival(self, target: float) -> Point | None:
         """Return the first evaluation at or above a target, if there is one."""
@@ -137,7 +137,7 @@ def summarize(
     for name, (algorithm, records) in recipes.items():
         costs = {t: {c: to_target(records, t, c) for c in COSTS} for t in targets}
         ratios = {t: {c: ratio(records, base, t, c) for c in COSTS} for t in targets}
-        best = [run.best.score for run in records if run.best is not None]
+        best = [run.best.score for run in records]
         summaries.append(
             Summary(name, algorithm, list(records), costs, ratios, mean(best), _changes(records))
         )
@@ -164,7 +164,9 @@ def mean(values: Sequence[float], least: float = -math.inf) -> Figure:
         return Figure(middle, seeds=1)
     if count == 2:
         return Figure(middle, min(values), max(values), seeds=2)
-    half = _student(count) * stdev(values) / math.sqrt(count)
+    from scipy.special import stdtrit
+
+    half = float(stdtrit(count - 1, 0.975)) * stdev(values) / math.sqrt(count)
     return Figure(middle, max(least, middle - half), middle + half, seeds=count)
 
 
@@ -176,8 +178,7 @@ def to_target(records: Sequence[Record], target: float, cost: str) -> Figure:
     if len(values) < len(ends) or not values:
         return Figure(None, seeds=len(ends), arrived=count)
     if count == len(ends):
-        found = mean(values, least=0)
-        return Figure(found.value, found.low, found.high, seeds=count, arrived=count)
+        return replace(mean(values, least=0), arrived=count)
     return Figure(fmean(values), bound="at least", seeds=len(ends), arrived=count)
 
 
@@ -207,24 +208,16 @@ def ratio(records: Sequence[Record], base: Sequence[Record], target: float, cost
 def _end(run: Record, target: float, cost: str) -> tuple[float | None, bool]:
     """Return the cost at which a run arrived, or ended, and whether it arrived."""
     there = run.arrival(target)
-    point = there or (run.points[-1] if run.points else None)
-    return (None if point is None else point.cost[cost]), there is not None
+    return (there or run.points[-1]).cost[cost], there is not None
 
 
 def _changes(records: Sequence[Record]) -> dict[str, Figure]:
     values: dict[str, list[float]] = {}
     for run in records:
-        if run.best is None or run.points[0].iteration != 0:
+        if run.points[0].iteration != 0:
             continue  # the base model was not evaluated
         base, best = run.points[0].metrics, run.best.metrics
         for name in list(base)[1:]:
             if name in best:
                 values.setdefault(name, []).append(best[name] - base[name])
     return {name: mean(found) for name, found in values.items()}
-
-
-def _student(count: int) -> float:
-    """Return the 97.5% point of Student's distribution for ``count`` values."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(count - 1, 0.975))

@@ -20,13 +20,12 @@ class StopAtScore(Callback):
     def __init__(self, score: float | None) -> None:
         self._score = score
 
-    def on_train_begin(self, state: TrainerState, control: Control, **what: Any) -> None:
-        """Look at what was measured before a stop."""
-        control.should_stop |= arrived(state.evaluations, self._score)
-
     def on_evaluate(self, state: TrainerState, control: Control, **what: Any) -> None:
         """Look at the last two evaluations."""
         control.should_stop |= arrived(state.evaluations, self._score)
+
+    on_train_begin = on_evaluate
+    """They may have been made before a stop."""
 
 
 def make(run: Run, stop_at: float | None) -> State:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from dgpo.comparison.figures import Record, Summary, read_record, summarize
@@ -16,31 +17,11 @@ from dgpo.comparison.plan import Run, lag
 from dgpo.comparison.results_store import settings_unknown
 from dgpo.comparison.runs import starts_of, state
 from dgpo.comparison.table import Table, as_json, notes, tables
+from dgpo.disk import replace_text
 from dgpo.run.manifest import facts
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem;
-  color: #222; background: #fff; }}
-table {{ border-collapse: collapse; margin: 1rem 0; }}
-th, td {{ padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }}
-th:first-child, td:first-child {{ text-align: left; }}
-small {{ color: #666; white-space: nowrap; }} td {{ white-space: nowrap; }}
-img {{ max-width: 100%; }} pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto; }}
-div {{ overflow-x: auto; }}
-</style></head><body>
-<h1>{title}</h1>
-<img alt="score against cost" src="data:image/png;base64,{picture}">
-{tables}
-{remarks}
-<h2>Commands</h2><pre>{commands}</pre>
-<h2>Machine and versions</h2>
-{made_on}
-</body></html>
-"""
-"""A page that needs no other file."""
+PAGE = Path(__file__).with_name("page.html")
+"""The frame of compare.html, a page that needs no other file."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +56,7 @@ def write(comparison: Comparison) -> list[Summary]:
     out = comparison.out
     out.mkdir(parents=True, exist_ok=True)
     commands = _commands(comparison)
-    _write(out / "commands.txt", commands)
+    replace_text(out / "commands.txt", commands)
     recipes = _records(comparison)
     if not recipes:
         return []
@@ -91,15 +72,15 @@ def write(comparison: Comparison) -> list[Summary]:
         "versions": versions,
         "command": comparison.command,
     }
-    _write(out / "table.json", json.dumps(body, indent=1) + "\n")
+    replace_text(out / "table.json", json.dumps(body, indent=1, default=asdict) + "\n")
     title, made = f"{metric} on held-out prompts", tables(summaries, metric)
     remarks = [*notes(summaries), *_remarks(comparison, machines)]
     made_on = _made_on(machines, versions)
     text = [f"# {title}", "", *(table.markdown() for table in made)]
     text += [f"{remark}\n" for remark in remarks]
     text += ["![curves](compare.png)\n", f"Made with:\n\n```\n{comparison.command}\n```\n"]
-    _write(out / "table.md", "\n".join([*text, *made_on[:-1], "", made_on[-1], ""]))
-    page = _PAGE.format(
+    replace_text(out / "table.md", "\n".join([*text, *made_on[:-1], "", made_on[-1], ""]))
+    page = Template(PAGE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
         picture=base64.b64encode((out / "compare.png").read_bytes()).decode(),
         tables="\n".join(map(_html, made)),
@@ -107,12 +88,8 @@ def write(comparison: Comparison) -> list[Summary]:
         commands=escape(commands),
         made_on=_paragraphs(made_on),
     )
-    _write(out / "compare.html", page)
+    replace_text(out / "compare.html", page)
     return summaries
-
-
-def _write(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")
 
 
 def _records(comparison: Comparison) -> dict[str, tuple[str, list[Record]]]:

@@ -12,10 +12,10 @@ from typing import Any
 
 from dgpo.comparison.plan import Run
 from dgpo.comparison.runs import ENDED, starts_of
+from dgpo.disk import replace_text
 from dgpo.errors import UserError
-from dgpo.recipe.files import read_recipe
+from dgpo.recipe.files import MANIFEST, read_recipe
 from dgpo.recipe.plain_yaml import write_yaml
-from dgpo.run.manifest import FILE
 from dgpo.run.tracking import read_jsonl
 
 SETTINGS_UNKNOWN = "settings-unknown"
@@ -33,13 +33,13 @@ def keep(run: Run, results: Path) -> None:
     results.mkdir(parents=True, exist_ok=True)
     recipe = read_recipe(run.folder / "recipe.yaml")
     recipe.pop("run", None)
-    _write(_file(run, results, "recipe.yaml"), write_yaml(recipe))
+    replace_text(_file(run, results, "recipe.yaml"), write_yaml(recipe))
     rows = [_rounded(row) for row in read_jsonl(run.folder / "metrics.jsonl")]
     _write_jsonl(_file(run, results, "metrics.jsonl"), rows)
     evaluations = read_jsonl(run.folder / "evaluations.jsonl")
     _write_jsonl(_file(run, results, "evaluations.jsonl"), evaluations)
     if kept := [_public(start) for start in starts_of(run.folder)]:
-        _write(_file(run, results, FILE), json.dumps({"starts": kept}, indent=1) + "\n")
+        replace_text(_file(run, results, MANIFEST), json.dumps({"starts": kept}, indent=1) + "\n")
 
 
 def take(run: Run, results: Path) -> bool:
@@ -63,17 +63,17 @@ def take(run: Run, results: Path) -> bool:
     if not metrics or metrics[-1]["iteration"] != last:
         raise UserError(f"{files[0]} has no iteration {last}, the last of {files[1].name}")
     run.folder.mkdir(parents=True)
-    recipe, machine = _file(run, results, "recipe.yaml"), _file(run, results, FILE)
+    recipe, machine = _file(run, results, "recipe.yaml"), _file(run, results, MANIFEST)
     if recipe.exists():
-        _write(run.folder / "recipe.yaml", recipe.read_text(encoding="utf-8"))
+        replace_text(run.folder / "recipe.yaml", recipe.read_text(encoding="utf-8"))
     else:
-        _write(run.folder / "recipe.yaml", run.recipe.to_yaml())
-        _write(run.folder / SETTINGS_UNKNOWN, "")
+        replace_text(run.folder / "recipe.yaml", run.recipe.to_yaml())
+        replace_text(run.folder / SETTINGS_UNKNOWN, "")
     if machine.exists():
-        _write(run.folder / FILE, machine.read_text(encoding="utf-8"))
+        replace_text(run.folder / MANIFEST, machine.read_text(encoding="utf-8"))
     _write_jsonl(run.folder / "evaluations.jsonl", evaluations)
     _write_jsonl(run.folder / "metrics.jsonl", metrics)
-    _write(run.folder / ENDED, f"{last}\n")
+    replace_text(run.folder / ENDED, f"{last}\n")
     return True
 
 
@@ -100,8 +100,4 @@ def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_jsonl(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    _write(file, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _write(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")
+    replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))

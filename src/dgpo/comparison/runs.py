@@ -10,7 +10,7 @@ from typing import Any, Literal
 from dgpo.comparison.plan import Run
 from dgpo.errors import UserError
 from dgpo.recipe.changes import changes_of_run, told_changes
-from dgpo.run.manifest import FILE
+from dgpo.recipe.files import MANIFEST
 from dgpo.run.tracking import read_jsonl
 
 State = Literal["new", "interrupted", "finished"]
@@ -57,7 +57,7 @@ def state(run: Run, stop_at: float | None) -> State:
 
 def starts_of(folder: Path) -> list[dict[str, Any]]:
     """Return the starts of a run by its ``run.json``; none without that file."""
-    file = folder / FILE
+    file = folder / MANIFEST
     return json.loads(file.read_text(encoding="utf-8"))["starts"] if file.exists() else []
 
 

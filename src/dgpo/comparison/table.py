@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 from typing import Any
@@ -99,26 +99,20 @@ def cell(figure: Figure, digits: int | None = None, sign: bool = False) -> str:
 
 
 def as_json(summary: Summary) -> dict[str, Any]:
-    """Return everything that is known of a recipe."""
-    made = asdict(summary)
+    """Return everything that is known of a recipe; ``json.dumps`` needs ``default=asdict``."""
     to_target, ratios = (
-        {f"{target:g}": costs for target, costs in made[name].items()}
-        for name in ("to_target", "ratios")
+        {f"{target:g}": costs for target, costs in figures.items()}
+        for figures in (summary.to_target, summary.ratios)
     )
     runs = [
-        {
-            "seed": record.seed,
-            "finished": record.finished,
-            "best": None if record.best is None else asdict(record.best),
-            "evaluations": own["points"],
-        }
-        for record, own in zip(summary.records, made["records"], strict=True)
+        {"seed": run.seed, "finished": run.finished, "best": run.best, "evaluations": run.points}
+        for run in summary.records
     ]
     return {
         "name": summary.name,
         "algorithm": summary.algorithm,
-        "best_score": made["best"],
-        "change_at_best": made["change"],
+        "best_score": summary.best,
+        "change_at_best": summary.change,
         "to_target": to_target,
         "ratio_to_first": ratios,
         "runs": runs,
@@ -148,7 +142,7 @@ def _scores(summaries: Sequence[Summary], metric: str) -> Table:
     header += [f"change of {name}" for name in others]
     rows = []
     for summary in summaries:
-        spent = [_minutes(run) for run in summary.records]
+        spent = [run.points[-1].cost["minutes"] or 0.0 for run in summary.records]
         most = f"{min(spent):.1f} to {max(spent):.1f}" if len(spent) > 1 else f"{spent[0]:.1f}"
         changes = [cell(summary.change.get(name, Figure(None)), 3, sign=True) for name in others]
         row = [summary.name, str(len(spent)), most, cell(summary.best, 3), *changes]
@@ -163,7 +157,7 @@ def _iterations(summaries: Sequence[Summary]) -> Table:
     for summary in summaries:
         records = summary.records
         times = [[run.phases[name] for run in records if name in run.phases] for name in PHASES]
-        ends = [run.points[-1] for run in records if run.points and run.points[-1].iteration]
+        ends = [run.points[-1] for run in records if run.points[-1].iteration]
         counts = [
             [value / end.iteration for end in ends if (value := end.cost[cost]) is not None]
             for cost in COSTS[1:]
@@ -177,10 +171,6 @@ def _widest_gap(records: Sequence[Record]) -> float:
     """Return the longest training time between two evaluations, in minutes."""
     times = [[point.cost["minutes"] or 0.0 for point in run.points] for run in records]
     return max((b - a for own in times for a, b in pairwise(own)), default=0.0)
-
-
-def _minutes(run: Record) -> float:
-    return run.points[-1].cost["minutes"] or 0.0 if run.points else 0.0
 
 
 def _number(value: float, digits: int | None, sign: bool, towards: int = 0) -> str:

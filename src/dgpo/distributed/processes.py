@@ -269,7 +269,8 @@ def _connect() -> Processes:
         )
     device = _own_device()
     if not dist.is_initialized():
-        backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{_backend_of(device)}"
+        own = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+        backend = "gloo" if device.type == "cpu" else own
         dist.init_process_group(backend, timeout=LIMIT)
     # the store by which torch has connected the processes; the prefix keeps our keys apart
     store = dist.PrefixStore("dgpo", dist.distributed_c10d._get_default_store())
@@ -292,10 +293,6 @@ def _own_device() -> torch.device:
         )
     torch.accelerator.set_device_index(local)
     return torch.device(accelerator.type, local)
-
-
-def _backend_of(device: torch.device) -> str:
-    return f"{device.type}:{dist.get_default_backend_for_device(device)}"
 
 
 def _number(name: str, default: int) -> int:

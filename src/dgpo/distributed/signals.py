@@ -55,10 +55,5 @@ def unharmed(processes: Processes, folder: Path) -> Iterator[None]:
         processes: the processes of the run.
         folder: where it writes.
     """
-    with (
-        processes.ending_together(),
-        terminable(),
-        deferred(processes),
-        says_disk_full(folder),
-    ):
+    with processes.ending_together(), terminable(), deferred(processes), says_disk_full(folder):
         yield

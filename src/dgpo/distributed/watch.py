@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic, sleep
 from typing import Any
@@ -153,10 +153,8 @@ class Watch:
             if first != mine:
                 self._end()
             # this process may keep the store, in which the others still have to read
-            began = monotonic()
             others = self.size - 1 - self._gone
-            while monotonic() - began < PATIENCE and self._store.add("ended", 0) < others:
-                sleep(0.05)
+            _wait(lambda: self._store.add("ended", 0) >= others, PATIENCE)
         except RuntimeError:
             pass  # the store is gone, and the other processes with it
 
@@ -213,12 +211,9 @@ class Watch:
     def _ask(self, key: str, question: str | None = None) -> str:
         if question is not None:
             self._store.set(question, "1")
-        began = monotonic()
-        while not self._store.check([key]):
-            if monotonic() - began > PATIENCE:
-                return "it does not answer: it is stopped, dead, or its machine cannot be reached"
-            sleep(0.1)
-        return self._store.get(key).decode()
+        if _wait(lambda: self._store.check([key]), PATIENCE):
+            return self._store.get(key).decode()
+        return "it does not answer: it is stopped, dead, or its machine cannot be reached"
 
     def _stack(self) -> str:
         """Return the place where the main thread of this process is."""
@@ -232,18 +227,13 @@ class Watch:
         Args:
             patience: seconds to wait for it.
         """
-        began = monotonic()
-        while True:
-            try:
-                if self._store.check([_FAILED]):
-                    return json.loads(self._store.get(_FAILED))
-            except RuntimeError:
-                if not patience:
-                    raise
-                return None
-            if monotonic() - began >= patience:
-                return None
-            sleep(0.1)
+        try:
+            if _wait(lambda: self._store.check([_FAILED]), patience):
+                return json.loads(self._store.get(_FAILED))
+        except RuntimeError:
+            if not patience:
+                raise
+        return None
 
     def _store_is_gone(self) -> None:
         """End this process a moment after the launcher or the first process has ended."""
@@ -265,6 +255,16 @@ class Watch:
         except RuntimeError:
             pass  # nobody is left to be told
         _leave(text)
+
+
+def _wait(holds: Callable[[], bool], seconds: float) -> bool:
+    """Wait until something holds, at most so long; returns whether it does."""
+    until = monotonic() + seconds
+    while not holds():
+        if monotonic() >= until:
+            return False
+        sleep(0.05)
+    return True
 
 
 def _leave(text: str | None) -> None:

@@ -18,6 +18,7 @@ from dgpo.media import Lost
 from dgpo.pictures import open_picture
 from dgpo.prompts import Prompt
 from dgpo.rewards import RewardFailure
+from dgpo.rewards.http_client import png
 
 
 def lost_of_all(images: Sequence[Any], share: Assignment) -> list[str]:
@@ -116,12 +117,8 @@ def _sent(picture: Any) -> list[str]:
             f"eval.metrics: a metric of the whole set needs all pictures in one process, and a "
             f"{type(picture).__name__} cannot be sent there: evaluate with one process"
         )
-    texts = ["video" if isinstance(picture, list) else "picture"]
-    for frame in frames:
-        file = io.BytesIO()
-        frame.save(file, "png")
-        texts.append(base64.b64encode(file.getvalue()).decode())
-    return texts
+    kind = "video" if isinstance(picture, list) else "picture"
+    return [kind, *(base64.b64encode(png(frame)).decode() for frame in frames)]
 
 
 def _received(texts: list[str]) -> Any:

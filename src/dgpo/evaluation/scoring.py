@@ -152,7 +152,7 @@ def evaluate(
     """
     assignment = Assignment(processes.split(len(prompts)), 1, processes)
     images = sample_images(model, prompts, sampling, assignment=assignment)
-    return _score(images, prompts, metrics, name, assignment), images
+    return score(images, prompts, metrics, name, assignment), images
 
 
 def score(
@@ -160,8 +160,15 @@ def score(
     prompts: Sequence[Prompt],
     metrics: Metrics | Sequence[str | Callable],
     name: str = "images",
+    assignment: Assignment | None = None,
 ) -> Report:
     """Score pictures that exist already, as :func:`evaluate` does.
+
+    Args:
+        images: the pictures of this process.
+        prompts: the rows of all pictures.
+        metrics, name: see :func:`evaluate`.
+        assignment: which of the pictures this process has; by default all.
 
     >>> from dgpo.prompts import load_prompts
     >>> pictures = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
@@ -169,16 +176,7 @@ def score(
     >>> report.n, report.rewards.keys()
     (2, dict_keys(['redness']))
     """
-    return _score(images, prompts, metrics, name, Assignment((torch.arange(len(prompts)),), 1))
-
-
-def _score(
-    images: Sequence[Image.Image],
-    prompts: Sequence[Prompt],
-    metrics: Metrics | Sequence[str | Callable],
-    name: str,
-    assignment: Assignment,
-) -> Report:
+    assignment = assignment or Assignment((torch.arange(len(prompts)),), 1)
     metrics = metrics if isinstance(metrics, Metrics) else Metrics(metrics)
     count, lost = sum(map(len, assignment.places)), lost_of_all(images, assignment)
     if len(lost) == count:
@@ -193,11 +191,11 @@ def _score(
         for title in metrics.names
     }
     first = metrics.names[0]
-    overall = found[first]
+    overall, parts = found[first], _parts(each[first], tags) if first in each else {}
     return Report(
         benchmark=name,
         overall=overall.value,
-        categories=_by_category(each[first], tags) if first in each else {},
+        categories={tag: float(part.mean()) for tag, part in parts.items()},
         rewards={title: interval.value for title, interval in found.items()},
         n=count - len(lost),
         ci95=(overall.low, overall.high),
@@ -229,10 +227,6 @@ def stratified_mean(values: Tensor, tags: Sequence[str]) -> Interval:
     mean = sum(float(part.mean()) for part in parts) / len(parts)
     half = 1.96 * math.sqrt(variance) / len(parts)
     return Interval(mean, mean - half, mean + half)
-
-
-def _by_category(values: Tensor, tags: Sequence[str]) -> dict[str, float]:
-    return {tag: float(part.mean()) for tag, part in _parts(values, tags).items()}
 
 
 def _parts(values: Tensor, tags: Sequence[str]) -> dict[str, Tensor]:

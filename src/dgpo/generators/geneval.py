@@ -34,11 +34,7 @@ _IRREGULAR = {
     "computer mouse": "computer mice",
     "broccoli": "heads of broccoli",
 }
-_ONE = {
-    "skis": "pair of skis",
-    "scissors": "pair of scissors",
-    "broccoli": "head of broccoli",
-}
+_ONE = {"skis": "pair of skis", "scissors": "pair of scissors", "broccoli": "head of broccoli"}
 _UNPAINTED = {"person"}
 """The classes that get no colour."""
 

@@ -78,27 +78,29 @@ def fit(
         layer = _layer(parts, tensors, key, lora.config(name))
         _refuse_misfit(layer, parts, denoisers[name].get_submodule(key), name)
         made.setdefault(name, {})[key] = layer
-    return made, _said(made, placed, {"text_encoder": kinds.texts, "": [*lost, *kinds.others]})
+    return made, _said(made, placed, kinds.texts, [*lost, *kinds.others])
 
 
 def _said(
     made: Mapping[str, Mapping[str, AdaptedLayer]],
     placed: Mapping[tuple[str, str], Mapping[str, str]],
-    left: Mapping[str, list[str]],
+    texts: list[str],
+    lost: list[str],
 ) -> str:
+    """Say how many tensors fit, how many are for text encoders, and how many fit nothing."""
     counts = dict.fromkeys(made, 0)
     for (name, _), parts in placed.items():
         counts[name] += len(parts)
-    total = sum(counts.values()) + sum(map(len, left.values()))
+    total = sum(counts.values()) + len(texts) + len(lost)
     said = []
     for name, layers in made.items():
         ranks = sorted({layer.rank for layer in layers.values()})
         rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         said.append(f"{counts[name]} of {total} tensors fit the {name} ({rank})")
-    if left["text_encoder"]:
-        said.append(f"{len(left['text_encoder'])} for text_encoder are left out")
-    if left[""]:
-        said.append(f"{len(left[''])} fit nothing, such as {left[''][0]!r:.100}, and are left out")
+    if texts:
+        said.append(f"{len(texts)} for text_encoder are left out")
+    if lost:
+        said.append(f"{len(lost)} fit nothing, such as {lost[0]!r:.100}, and are left out")
     return "; ".join(said)
 
 

@@ -126,7 +126,9 @@ class Estimate:
         """
         recipe, trained = self.recipe, self.trained
         on_cpu = self._machine.device == "cpu"
-        freed = text_encoders(self._pipe) if recipe.memory.free_text_encoders else {}
+        settings = recipe.memory
+        away = settings.free_text_encoders or (settings.offload_text_encoders and not on_cpu)
+        freed = text_encoders(self._pipe) if away else {}
         copies = 2 if recipe.lora is not None else 3
         parts = {
             "libraries": libraries() if on_cpu else 0,
@@ -238,10 +240,14 @@ class Estimate:
         return level, torch.empty_like(made)
 
     def _prompts(self, prompts: int) -> int:
+        """Estimate the embeddings: all on the CPU, and on a GPU those of the pictures that are
+        being made."""
         if self._cond is None:
             return 0
         one = sum(_size(value) for value in self._cond.call_kwargs(False).values())
-        return min(prompts * one, CACHE_BYTES)
+        if self._machine.device == "cpu":
+            return min(prompts * one, CACHE_BYTES)
+        return one * max(self._groups, min(self.recipe.eval_sampling.batch, self._held_out))
 
     def _samples(self) -> int:
         """Estimate the clean samples and pictures of an iteration, in bytes."""

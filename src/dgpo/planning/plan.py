@@ -97,7 +97,7 @@ class Plan:
         ways = {_SMALLER[largest]: first - second} if largest in _SMALLER else {}
         if largest == "training" and not recipe.memory.gradient_checkpointing:
             ways["memory.gradient_checkpointing=true"] = first - second
-        if not recipe.memory.free_text_encoders:
+        if not (recipe.memory.free_text_encoders or recipe.memory.offload_text_encoders):
             encoders = (size for name, size in parts.items() if name.startswith("text_encoder"))
             ways["memory.free_text_encoders=true"] = sum(encoders)
         if recipe.memory.quantization is None:
@@ -229,8 +229,9 @@ def make_plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
     rollout, evaluation = _schedulers(recipe, pipe.scheduler)
     estimate = Estimate(recipe, pipe, texts[0], len(held_out), machine)
     samplers = Samplers(rollout, evaluation, _strength(recipe, pipe), estimate.has_guidance)
-    if recipe.memory.free_text_encoders:
-        check_text_is_given_once(pipe)
+    for setting in ("free_text_encoders", "offload_text_encoders"):
+        if getattr(recipe.memory, setting):
+            check_text_is_given_once(pipe, setting)
     memory = estimate.memory(len(set(texts)))
     return Plan(
         recipe,

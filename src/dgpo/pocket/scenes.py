@@ -118,11 +118,7 @@ def parse_caption(caption: str) -> dict[str, Any]:
         )
     include.append({"class": shape2, "count": 1, **({"color": color2} if color2 else {})})
     tag = "two_object" if link == "and" else "position"
-    return {
-        "tag": "color_attr" if color and color2 else tag,
-        "prompt": text,
-        "include": include,
-    }
+    return {"tag": "color_attr" if color and color2 else tag, "prompt": text, "include": include}
 
 
 def all_metadata() -> dict[str, list[dict[str, Any]]]:

@@ -28,9 +28,7 @@ def build_tokenizer() -> CLIPTokenizer:
     vocab = [*dict.fromkeys(vocab), "<|startoftext|>", "<|endoftext|>"]
     merged: Any = merges  # pairs, as the tokenizer's own files hold them
     return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(vocab)},
-        merges=merged,
-        model_max_length=TOKENS,
+        vocab={token: i for i, token in enumerate(vocab)}, merges=merged, model_max_length=TOKENS
     )
 
 

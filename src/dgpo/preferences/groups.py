@@ -12,7 +12,6 @@ single raters) and ``metadata`` (the other columns of the prompt's row) may be l
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from typing import Annotated, Any
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
+from dgpo.disk import append_line
 from dgpo.errors import UserError
 from dgpo.pictures import rgb, size_of
 from dgpo.prompts import Prompt, load_prompts
@@ -193,10 +193,7 @@ class GroupWriter:
         # first the pictures, then the line: a line stands for a whole group, whatever happens
         for name, image in zip(names, images, strict=True):
             rgb(image).save(self.folder / name)
-        with self._file.open("a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_line(self._file, line)
         return number
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,30 +28,21 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises:
         UserError: there is no such file, its kind is unknown, or a line cannot be read.
     """
-    kind = _kind(path)
-    if kind != "file":
+    if not os.path.isfile(path):  # unlike Path, it knows no name that raises
         hint = nearest(str(path), PROMPTS)
-        what = "this is a folder" if kind == "folder" else "the file does not exist"
+        what = "this is a folder" if os.path.isdir(path) else "the file does not exist"
         raise UserError(
             f"prompts {str(path)!r:.200}: {what}{hint}; built-in sets: {', '.join(sorted(PROMPTS))}"
         )
-    readers = {".txt": _text_row, ".jsonl": _json_row}
-    read = readers.get(path.suffix.lower())
-    if read is None:
+    kind = path.suffix.lower()
+    if kind not in (".txt", ".jsonl"):
         raise UserError(
             f"prompts {path}: {path.suffix or 'no suffix'} is not a known kind of file; give a "
             ".txt (one prompt a line) or a .jsonl (one object with 'prompt' a line), or write "
             f"datasets:{path} to let the library datasets read it"
         )
     for where, line in text_lines(path):
-        yield where, read(line, where)
-
-
-def _kind(path: Path) -> str:
-    try:
-        return "file" if path.is_file() else "folder" if path.is_dir() else "nothing"
-    except (OSError, ValueError):  # a name that no file can have
-        return "nothing"
+        yield where, {"prompt": line} if kind == ".txt" else _json_row(line, where)
 
 
 def text_lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -86,10 +78,6 @@ def text_lines(path: Path) -> Iterator[tuple[str, str]]:
             )
         if line:
             yield where, line
-
-
-def _text_row(line: str, where: str) -> dict[str, Any]:
-    return {"prompt": line}
 
 
 def _json_row(line: str, where: str) -> dict[str, Any]:

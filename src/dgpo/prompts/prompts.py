@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,12 +139,7 @@ def _made_by(name: str) -> Any:
 
 
 def _names_file(source: str) -> bool:
-    if source in PROMPTS:
-        return False
-    try:
-        return Path(source).is_file() or ":" not in source
-    except (OSError, ValueError):  # a name that no file can have
-        return ":" not in source
+    return source not in PROMPTS and (":" not in source or os.path.isfile(source))
 
 
 def _without_gaps(source: Any) -> Any:
@@ -157,7 +153,12 @@ def _without_gaps(source: Any) -> Any:
     return source if columns is None else map(without_gaps, source)
 
 
-def _row(row: dict[str, Any], where: str, folder: Path = Path()) -> Prompt:
+def _row(row: Any, where: str, folder: Path = Path()) -> Prompt:
+    """Return the prompt of a row, which is a dict, a text or a prompt already."""
+    if isinstance(row, Prompt):
+        return row
+    if not isinstance(row, dict):
+        row = {"prompt": row}
     if "prompt" not in row:
         keys = ", ".join(map(repr, row)) or "nothing"
         raise UserError(f"{where}: no 'prompt' in the row, only {keys}")
@@ -199,16 +200,8 @@ def _from_rows(rows: Any, name: str = "") -> list[Prompt]:
         raise UserError(
             f"{name or 'prompts'}: {rows!r:.80} holds no rows; give texts or dicts with 'prompt'"
         )
-    prompts = []
-    for index, row in enumerate(rows):
-        where = f"{name}, row {index}" if name else f"prompt row {index}"
-        if isinstance(row, Prompt):
-            prompts.append(row)
-        elif isinstance(row, dict):
-            prompts.append(_row(row, where))
-        else:
-            prompts.append(_row({"prompt": row}, where))
-    return prompts
+    place = f"{name}, row" if name else "prompt row"
+    return [_row(row, f"{place} {index}") for index, row in enumerate(rows)]
 
 
 class PromptSampler:

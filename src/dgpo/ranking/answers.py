@@ -51,7 +51,7 @@ ANSWER: TypeAdapter[Answer] = TypeAdapter(Answer)
 """Reads and checks answers as JSON."""
 
 
-def rewards_of(answer: Likes | Order | Stars | Skip, size: int) -> list[float] | None:
+def rewards_of(answer: Answer, size: int) -> list[float] | None:
     """The reward of each picture, in [0, 1]; None for no opinion.
 
     Liked pictures get 1, others 0. An order gives each picture the share of the others that lie

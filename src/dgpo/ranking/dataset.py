@@ -8,11 +8,9 @@ rewards that each gave) and ``metadata`` (what else the prompt row says).
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from typing import Any
 
-from dgpo.disk import sync
+from dgpo.disk import replace_text, sync
 from dgpo.ranking.answers import mean
 from dgpo.ranking.store import Store
 
@@ -39,15 +37,6 @@ def export(store: Store) -> int:
                 "metadata": group.metadata,
             }
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    _replace(store.folder / FILE, "".join(lines))
+    replace_text(store.folder / FILE, "".join(lines))
+    sync(store.folder)
     return len(lines)
-
-
-def _replace(file: Path, text: str) -> None:
-    new = file.with_suffix(".new")
-    with new.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    new.rename(file)
-    sync(file.parent)

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from dgpo.ranking.agreement import Agreement, agreement
-from dgpo.ranking.answers import Likes, Order, Skip, Stars, mean
+from dgpo.ranking.answers import Answer, mean
 from dgpo.ranking.store import Group, Store
 
 LEASE = 120.0
@@ -106,13 +106,7 @@ class Desk:
                 self._shown.setdefault(group.id, {})[rater] = now
             return mine[:most]
 
-    def answer(
-        self,
-        id: str,
-        rater: str,
-        answer: Likes | Order | Stars | Skip,
-        seconds: float | None = None,
-    ) -> bool:
+    def answer(self, id: str, rater: str, answer: Answer, seconds: float | None = None) -> bool:
         """Keep an answer, and say whether it comes in time for whoever waits for the group.
 
         Raises:

@@ -11,11 +11,9 @@ from PIL import Image
 from dgpo.core.seeds import stream
 from dgpo.errors import UserError
 from dgpo.media import Lost
-from dgpo.models.load import load_pipeline
-from dgpo.models.loras import put_lora
+from dgpo.models.load import load_for_sampling
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.samplers.schedulers import make_scheduler
-from dgpo.models.weights.lora_files import read as read_lora
 from dgpo.prompts import Prompt, PromptSampler, load_prompts, refuse_sizes
 from dgpo.recipe import Recipe
 
@@ -39,13 +37,8 @@ class Artist:
         prompts = load_prompts(recipe.prompts.train)
         refuse_sizes(prompts, recipe.rollout.call)
         self._prompts = PromptSampler(prompts, 1, recipe.seed)
-        found = None if lora is None else read_lora(lora)
-        pipe = load_pipeline(
-            recipe.model, recipe.precision, vae_precision=recipe.memory.vae_precision
-        )
-        if found is not None:
-            print(put_lora(pipe, found))
-        pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+        own = recipe.memory.vae_precision
+        pipe = load_for_sampling(recipe.model, recipe.precision, lora=lora, vae_precision=own)
         self._model = PipelineModel(pipe, call=recipe.rollout.call)
         self._scheduler = make_scheduler(recipe.rollout.scheduler, pipe.scheduler)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sqlite3
 import threading
 from collections.abc import Mapping, Sequence
@@ -19,11 +18,11 @@ from typing import Any
 
 from PIL import Image
 
-from dgpo.disk import sync
+from dgpo.disk import replace_file, sync
 from dgpo.errors import UserError
 from dgpo.pictures import rgb
 from dgpo.prompts.caption import PICTURES, Caption
-from dgpo.ranking.answers import ANSWER, Likes, Order, Skip, Stars, rewards_of
+from dgpo.ranking.answers import ANSWER, Answer, rewards_of
 
 FILE = "ranking.sqlite"
 _TABLES = """
@@ -120,7 +119,7 @@ class Store:
         kept = {**(metadata or {}), **{key: _source_file(id, key) for key in sources}}
         group = Group(id, prompt, len(pictures), _plain(kept))
         with self._lock:
-            if self._find(group.id) is not None:
+            if self._rows("SELECT 1 FROM groups WHERE id = ?", (group.id,)):
                 return group
             for file, picture in zip(group.files, pictures, strict=True):
                 _write(self.folder / file, picture)
@@ -136,11 +135,7 @@ class Store:
         return group
 
     def answer(
-        self,
-        group: Group,
-        rater: str,
-        answer: Likes | Order | Stars | Skip,
-        seconds: float | None = None,
+        self, group: Group, rater: str, answer: Answer, seconds: float | None = None
     ) -> None:
         """Keep what a rater says of a group; returns when it is on the disk.
 
@@ -166,18 +161,17 @@ class Store:
         Raises:
             KeyError: there is none.
         """
-        with self._lock:
-            row = self._find(id)
-        if row is None:
-            raise KeyError(id)
-        return Group(row[0], row[1], row[2], json.loads(row[3]))
+        query = "SELECT id, prompt, size, metadata FROM groups WHERE id = ?"
+        for row in self._rows(query, (id,)):
+            return _group(row)
+        raise KeyError(id)
 
     def groups(self) -> list[Group]:
         """All groups, in the order in which they came."""
         rows = self._rows("SELECT id, prompt, size, metadata FROM groups ORDER BY number")
-        return [Group(id, prompt, size, json.loads(data)) for id, prompt, size, data in rows]
+        return [_group(row) for row in rows]
 
-    def answers(self, group: Group) -> dict[str, Likes | Order | Stars | Skip]:
+    def answers(self, group: Group) -> dict[str, Answer]:
         """What each rater said last of a group, in the order of their first answers."""
         rows = self._rows(
             "SELECT rater, answer FROM answers WHERE id = ? ORDER BY number", (group.id,)
@@ -206,13 +200,13 @@ class Store:
         """One more than the largest ``place`` of a group."""
         return self._rows("SELECT COALESCE(MAX(place) + 1, 0) FROM groups")[0][0]
 
-    def _find(self, id: str) -> Any:
-        query = "SELECT id, prompt, size, metadata FROM groups WHERE id = ?"
-        return self._database.execute(query, (id,)).fetchone()
-
     def _rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
         with self._lock:
             return self._database.execute(query, values).fetchall()
+
+
+def _group(row: tuple[str, str, int, str]) -> Group:
+    return Group(*row[:3], json.loads(row[3]))
 
 
 def _check(images: Sequence[Any]) -> None:
@@ -246,13 +240,7 @@ def _digest(prompt: str, pictures: Sequence[Image.Image]) -> str:
 
 
 def _write(file: Path, picture: Image.Image) -> None:
-    """Write a picture whole or not at all."""
-    new = file.with_suffix(".new")
-    with new.open("wb") as handle:
-        picture.save(handle, "PNG")
-        handle.flush()
-        os.fsync(handle.fileno())
-    new.rename(file)
+    replace_file(file, lambda whole: picture.save(whole, "PNG"))
 
 
 def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def _placed(value: Any, key: str) -> Any:
     if key in _GIVEN:
         return value if value in _GIVEN[key] else _code(_data_set(value))
     if key.startswith("rewards.") and ".options." in key:
-        return _there(value, Path.is_file)
+        return _there(value, os.path.isfile)
     # a metric's name is looked up, and its figures carry it
     return value if key == "eval.metrics" else _code(value)
 
@@ -66,14 +66,11 @@ def _data_set(text: str) -> str:
 
 def _code(text: str) -> str:
     file, colon, name = text.rpartition(":")
-    return f"{_there(file, Path.is_file)}{colon}{name}" if file.endswith(".py") else text
+    return f"{_there(file, os.path.isfile)}{colon}{name}" if file.endswith(".py") else text
 
 
-def _there(text: str, exists: Callable[[Path], bool] = Path.exists) -> str:
-    try:
-        return _absolute(text) if text and exists(Path(os.path.expanduser(text))) else text
-    except (OSError, ValueError):  # a name that no file can have
-        return text
+def _there(text: str, exists: Callable[[str], bool] = os.path.exists) -> str:
+    return _absolute(text) if exists(os.path.expanduser(text)) else text
 
 
 def _absolute(text: str) -> str:

@@ -85,10 +85,8 @@ def parse_yaml(text: str, where: str) -> Any:
         UserError: it is not YAML, repeats a key, has a tag beyond plain data, or is too large. The
             message names ``where`` and, if it is known, the line.
     """
-    loader = None
     try:
-        loader = _Loader(text)
-        return loader.get_single_data()
+        return _Loader(text).get_single_data()
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except RecursionError as error:
@@ -98,9 +96,6 @@ def parse_yaml(text: str, where: str) -> Any:
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         raise UserError(f"{where}{line}: not YAML: {problem}") from error
-    finally:
-        if loader is not None:
-            loader.dispose()
 
 
 def refuse_unwritable(text: str, where: str) -> None:

@@ -237,12 +237,8 @@ class Recipe(Settings):
         """How evaluations sample."""
         own, rollout = self.eval, self.rollout
         guidance = rollout.guidance_scale if own.guidance_scale is None else own.guidance_scale
-        return sections.EvalSampling(
-            scheduler=own.scheduler or rollout.scheduler,
-            steps=own.steps or rollout.steps,
-            guidance_scale=guidance,
-            batch=own.batch,
-        )
+        scheduler, steps = own.scheduler or rollout.scheduler, own.steps or rollout.steps
+        return sections.EvalSampling(scheduler, steps, guidance, own.batch)
 
     def grid_due(self, iteration: int) -> bool:
         """Return whether to draw a grid of pictures after an iteration; iterations count from 1."""

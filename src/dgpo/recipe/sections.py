@@ -121,6 +121,9 @@ class RolloutSettings(Settings):
         return value
 
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainSettings(Settings):
     iterations: int = Field(default=100, ge=1)
     """The number of iterations of the run."""
@@ -132,10 +135,7 @@ class TrainSettings(Settings):
     an iteration. It changes no result."""
     lr: float = Field(default=3e-4, gt=0)
     """The learning rate of AdamW."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
-        0.9,
-        0.999,
-    )
+    betas: tuple[_Decay, _Decay] = (0.9, 0.999)
     """The decay rates of AdamW's two averages."""
     weight_decay: float = Field(default=1e-4, ge=0)
     """The weight decay of AdamW."""
@@ -191,7 +191,9 @@ class MemorySettings(Settings):
     """A folder of prompt embeddings, which other runs may share; null: no folder, or one inside the
     run's folder where text encoders are freed."""
     free_text_encoders: bool = False
-    """Encode all prompts first and then drop the text encoders."""
+    """Encode all prompts that the run will draw first, and then drop the text encoders."""
+    offload_text_encoders: bool = False
+    """Keep the text encoders on the CPU except while prompts are encoded."""
     offload_rewards: bool = False
     """Move reward models off the device while nothing is scored."""
     snapshot_device: Literal["cpu"] | None = None

@@ -115,15 +115,17 @@ class CallLimits:
 
 
 def in_thread(call: Callable[[], T]) -> Future[T]:
-    """Run ``call`` in a thread that does not keep the program from ending."""
+    """Run ``call`` in a thread that does not keep the program from ending, on the caller's GPU and
+    stream."""
     future: Future[T] = Future()
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
     def run() -> None:
         try:
-            if device is not None:
-                torch.cuda.set_device(device)  # each thread has its own
-            future.set_result(call())
+            if stream is not None:
+                torch.cuda.set_device(stream.device)  # each thread has its own
+            with torch.cuda.stream(stream):
+                future.set_result(call())
         except BaseException as error:  # whoever waits for the future raises it
             future.set_exception(error)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dgpo.errors import UserError
 from dgpo.pictures import rgb
+from dgpo.rewards.pixels import Processor
 from dgpo.rewards.reward import Media, Reward, Texts
 
 
@@ -80,7 +81,7 @@ def chosen(given: str | None, variable: str, published: str) -> str:
     return given or os.environ.get(variable) or published
 
 
-def processors(place: str, **tokenizer: Any) -> tuple[Any, Any]:
+def processors(place: str, **tokenizer: Any) -> tuple[Processor, Any]:
     """The image processor and the tokenizer of a hub id or folder.
 
     Args:
@@ -90,7 +91,7 @@ def processors(place: str, **tokenizer: Any) -> tuple[Any, Any]:
     from transformers import AutoImageProcessor, AutoTokenizer
 
     pixels = AutoImageProcessor.from_pretrained(place, use_fast=False)
-    return pixels, AutoTokenizer.from_pretrained(place, **tokenizer)
+    return Processor(pixels), AutoTokenizer.from_pretrained(place, **tokenizer)
 
 
 def file_of(variable: str) -> str | None:

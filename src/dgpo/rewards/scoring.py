@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from queue import SimpleQueue
 from time import monotonic
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from PIL import Image
@@ -53,7 +55,8 @@ class Scoring:
         self.seconds = 0.0
         """The seconds that rewards have taken."""
         beside = overlap and not rewards.disturbs
-        self._work: Future[None] | None = in_thread(self._run) if beside else None
+        with beside_the_others():
+            self._work: Future[None] | None = in_thread(self._run) if beside else None
 
     def __enter__(self) -> Scoring:
         return self
@@ -109,3 +112,19 @@ class Scoring:
             began = monotonic()
             self._parts.append(self._rewards.score(*task))
             self.seconds += monotonic() - began
+
+
+def beside_the_others() -> AbstractContextManager[Any]:
+    """Have the GPU, if there is one, compute what is asked inside the block beside other work, once
+    all is done that was asked before."""
+    if not torch.cuda.is_initialized():
+        return nullcontext()
+    stream = _stream(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
+    return torch.cuda.stream(stream)
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """The one stream of rewards: memory that was used on a stream is kept for it."""
+    return torch.cuda.Stream(device)

@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -23,7 +22,7 @@ from dgpo.core.process import Level
 from dgpo.errors import UserError
 from dgpo.media import Lost, made_of
 from dgpo.models.pipeline.rollout import Rollout
-from dgpo.pictures import rgb
+from dgpo.pictures import Picture, array_of, rgb
 
 
 class Ask(BaseModel):
@@ -74,7 +73,7 @@ def pack(made: Rollout, weights: str | None = None) -> bytes:
         weights: :func:`hash_of` the LoRA that made it; None for the model without a LoRA.
     """
     assert made.images is not None
-    pictures = np.stack([np.asarray(rgb(made_of(image))) for image in made.images])
+    pictures = np.stack([array_of(rgb(made_of(image))) for image in made.images])
     tensors = {
         "x0": made.x0.cpu().contiguous(),
         "images": torch.from_numpy(pictures),
@@ -97,6 +96,7 @@ def unpack(data: bytes, rows: int, weights: str | None = None) -> Rollout:
     Raises:
         UserError: the answer is no rollout, has another number of rows, or other weights made it.
 
+    >>> from PIL import Image
     >>> picture = Image.new("RGB", (8, 8), "red")
     >>> made = Rollout(torch.zeros(1, 4, 2, 2), [picture], [Level(torch.tensor(1000.0), 1.0)])
     >>> again = unpack(pack(made), rows=1)
@@ -122,7 +122,7 @@ def unpack(data: bytes, rows: int, weights: str | None = None) -> Rollout:
     levels = [Level(t, s) for t, s in zip(timesteps, sigmas, strict=True)]
     # a server need not say what is lost, but then it must not send black pictures either
     lost = found.get("lost", torch.zeros(rows, dtype=torch.bool)).tolist()
-    shown = zip([Image.fromarray(image.numpy()) for image in images], lost, strict=True)
+    shown = zip(map(Picture, images), lost, strict=True)
     pictures = [Lost("the server says so", one) if gone else one for one, gone in shown]
     return Rollout(x0, pictures, levels)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import yaml
 
 from dgpo.recipe import Recipe
 from dgpo.registry import MODELS
+from dgpo.run.manifest import versions
 
 
 def model_card(
@@ -30,7 +30,7 @@ def model_card(
     """
     parts = [
         _front_matter(recipe, evaluations),
-        f"# {_title(recipe)}\n",
+        f"# {Path(recipe.model).name} post-trained by {recipe.algorithm.name.upper()}\n",
         _lead(recipe, rows, evaluations),
         _scores(evaluations),
         _pictures(folder),
@@ -38,10 +38,6 @@ def model_card(
         _training(recipe, rows, folder),
     ]
     return "\n".join(part for part in parts if part)
-
-
-def _title(recipe: Recipe) -> str:
-    return f"{Path(recipe.model).name} post-trained by {recipe.algorithm.name.upper()}"
 
 
 def _front_matter(recipe: Recipe, evaluations: Sequence[Mapping[str, Any]]) -> str:
@@ -76,16 +72,15 @@ def _lead(
 def _scores(evaluations: Sequence[Mapping[str, Any]]) -> str:
     if not evaluations:
         return "## Measured\n\nNothing was evaluated in this run.\n"
-    first, last = evaluations[0], evaluations[-1]
-    single = len(evaluations) == 1
-    heads = [_when(first)] if single else [_when(first), _when(last)]
+    last = evaluations[-1]
+    shown = [last] if len(evaluations) == 1 else [evaluations[0], last]
+    heads = [_when(evaluation) for evaluation in shown]
     lines = [
         "## Measured\n",
         f"The averaged weights on {last['n']} held-out prompts, with 95% intervals in brackets.\n",
         "| | " + " | ".join(heads) + " |",
         "|---|" + "---|" * len(heads),
     ]
-    shown = [first] if single else [first, last]
     lines.append(_row("**overall**", [_with_interval(e["overall"], e["ci95"]) for e in shown]))
     for key in ("categories", "rewards"):
         for name in last.get(key) or {}:
@@ -162,15 +157,10 @@ def _training(recipe: Recipe, rows: Sequence[Mapping[str, Any]], folder: Path) -
     settings = recipe.to_dict()["algorithm"]
     lines.append("The algorithm's settings:\n")
     lines.append(f"```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```\n")
+    found = versions()
     packages = ", ".join(
-        f"{name} {_version(name)}" for name in ("dgpo", "torch", "diffusers", "peft")
+        f"{name} {found[name] or '(not installed as a package)'}"
+        for name in ("dgpo", "torch", "diffusers", "peft")
     )
     lines.append(f"Made with {packages}, Python {platform.python_version()}.\n")
     return "\n".join(lines)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "(not installed as a package)"

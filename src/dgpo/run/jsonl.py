@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dgpo.disk import replace_text
+from dgpo.disk import append_line, replace_text
 from dgpo.errors import UserError
 
 
@@ -30,11 +29,8 @@ def read_jsonl(file: str | Path) -> list[dict[str, Any]]:
 
 
 def append_row(file: Path, row: Mapping[str, Any]) -> None:
-    """Write a row at the end of a file and bring it to the disk."""
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(_line(row))
-        stream.flush()
-        os.fsync(stream.fileno())  # a checkpoint must not outlive the rows before it
+    """Write a row at the end of a file; a checkpoint must not outlive the rows before it."""
+    append_line(file, _line(row))
 
 
 def keep_rows(file: Path, needed: Sequence[str], last: int) -> list[str]:
@@ -62,7 +58,7 @@ def keep_rows(file: Path, needed: Sequence[str], last: int) -> list[str]:
                 f"{file}: row {number} is no row of a run (iteration: {what}); put it right or "
                 "delete it, and try again"
             )
-    replace_text(file, "".join(_line(row) for row in rows if row["iteration"] <= last))
+    replace_text(file, "".join(f"{_line(row)}\n" for row in rows if row["iteration"] <= last))
     shown = cut[:60].decode("utf-8", "replace")
     return [f"{file}: the last line was cut short and is left out: {shown}..."] if cut else []
 
@@ -78,7 +74,7 @@ def missing_rows(file: Path, last: int) -> list[str]:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json.dumps(row, ensure_ascii=False)
 
 
 def _read(file: Path) -> tuple[list[dict[str, Any]], bytes]:

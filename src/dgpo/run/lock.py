@@ -129,7 +129,11 @@ class RunLock:
 
     def _refuse_living(self, held: str, age: float) -> None:
         who = f"a process that {self._file} does not name"
-        since, way, lives = "", "", age < STALE
+        since, lives = "", age < STALE
+        way = (
+            f". If it is gone: its last sign of life was {max(age, 0):.0f} s ago; after "
+            f"{STALE:.0f} s the folder is free, or at once if you delete {self._file}"
+        )
         try:
             holder = json.loads(held)
             who = f"process {holder['pid']} on {holder['host']}"
@@ -139,20 +143,11 @@ class RunLock:
                 way = f" (kill {holder['pid']})"
         except DAMAGED:
             pass  # it was cut off while it was written, and its age decides
-        if not lives:
-            return
-        elsewhere = (
-            ""
-            if way
-            else (
-                f". If it is gone: its last sign of life was {max(age, 0):.0f} s ago; after "
-                f"{STALE:.0f} s the folder is free, or at once if you delete {self._file}"
+        if lives:
+            raise UserError(
+                f"run.dir = {str(self._file.parent)!r}: {who} holds this run{since}. Wait until it "
+                f"has ended, or stop it{way}"
             )
-        )
-        raise UserError(
-            f"run.dir = {str(self._file.parent)!r}: {who} holds this run{since}. Wait until it "
-            f"has ended, or stop it{way}{elsewhere}"
-        )
 
     def _remove_made(self) -> None:
         for folder in self._made:

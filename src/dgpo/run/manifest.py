@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 
-from dgpo.disk import DAMAGED, replace_text
+from dgpo.disk import DAMAGED, first_free, replace_text
 from dgpo.errors import UserError
 from dgpo.recipe.files import MANIFEST
 from dgpo.secrets import masked_words
 
-FILE = MANIFEST
 _PACKAGES = ("dgpo", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy")
 _MACHINE = ("processor", "cpu_capability", "torch_threads", "gpus")
 """The facts of a machine that may change the last bits of a number."""
@@ -37,7 +36,7 @@ def record_start(folder: Path, seed: int, iteration: int) -> None:
     Raises:
         UserError: ``run.json`` is there and is damaged.
     """
-    file = folder / FILE
+    file = folder / MANIFEST
     try:
         starts = json.loads(file.read_text(encoding="utf-8"))["starts"] if file.exists() else []
         if not isinstance(starts, list):
@@ -55,7 +54,9 @@ def read_starts(file: Path) -> list[dict[str, Any]]:
         UserError: the file is missing or is no ``run.json``.
     """
     if not file.is_file():
-        raise UserError(f"{str(file)!r} is no file; give the {FILE} of a run folder, or a recipe")
+        raise UserError(
+            f"{str(file)!r} is no file; give the {MANIFEST} of a run folder, or a recipe"
+        )
     try:
         starts = json.loads(file.read_text(encoding="utf-8"))["starts"]
         wrong = not starts or not all(
@@ -66,8 +67,8 @@ def read_starts(file: Path) -> list[dict[str, Any]]:
         wrong, starts = True, []
     if wrong:
         raise UserError(
-            f"{str(file)!r} is no manifest of a run: give the {FILE} of a run folder, with which "
-            "the run is trained again, or a recipe"
+            f"{str(file)!r} is no manifest of a run: give the {MANIFEST} of a run folder, with "
+            "which the run is trained again, or a recipe"
         )
     return starts
 
@@ -83,20 +84,33 @@ def differences(starts: Sequence[Mapping[str, Any]]) -> list[str]:
         for name, value in _compared(start).items():
             had.setdefault(name, []).append(value)
     return [
-        f"{name}: the run was made with {_either(values)}, here it is {_said(here.get(name))}"
+        f"{name}: the run was made with {' and '.join(dict.fromkeys(map(_said, values)))}, "
+        f"here it is {_said(here.get(name))}"
         for name, values in had.items()
         if any(value != here.get(name) for value in values)
     ]
+
+
+def free_folder(manifest: Path) -> Path:
+    """Choose a folder that does not exist for the repetition of a run.
+
+    It is ``RUN-repeat`` beside the folder ``RUN``, or ``RUN-repeat-2``, and so on. For a
+    ``NAME-run.json``, which lies in no run folder, it is in ``runs``.
+
+    Args:
+        manifest: the run's ``run.json``.
+    """
+    name = manifest.name.removesuffix(MANIFEST).rstrip("-")
+    run = Path("runs") / name if name else manifest.parent
+    if run.name in ("", ".."):
+        run = run.resolve()
+    return first_free(run.with_name(f"{run.name}-repeat"))
 
 
 def _compared(start: Mapping[str, Any]) -> dict[str, Any]:
     machine = start.get("machine", {})
     commit = {"the commit of dgpo": start["commit"]} if "commit" in start else {}
     return {**start["versions"], **commit, **{k: machine[k] for k in _MACHINE if k in machine}}
-
-
-def _either(values: Sequence[Any]) -> str:
-    return " and ".join(dict.fromkeys(map(_said, values)))
 
 
 def _said(value: Any) -> str:
@@ -111,7 +125,7 @@ def facts() -> dict[str, Any]:
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": masked_words(sys.argv),
         "commit": _commit(),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **versions()},
         "machine": {
             "system": platform.platform(),
             "processor": _processor(),
@@ -123,7 +137,8 @@ def facts() -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """Return the versions of the packages that a run depends on; None for one not installed."""
     found: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:

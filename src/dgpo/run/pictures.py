@@ -17,9 +17,11 @@ _PAD = 8
 _INK = (40, 40, 40)
 _PAPER = (255, 255, 255)
 _FONT_SIZE = 12
+_SIDE = 160
+"""The longer edge of a picture in a grid, in pixels."""
 
 
-def thumbnail(image: Any, side: int = 160) -> Image.Image:
+def thumbnail(image: Any, side: int = _SIDE) -> Image.Image:
     """Fit a picture's longer edge to ``side`` pixels.
 
     A video becomes its key frames in a row, a sound its waveform, a lost sample the word. Small
@@ -52,38 +54,37 @@ def _still(made: Any, side: int) -> Image.Image:
     return strip
 
 
-def grid(images: Sequence[Any], captions: Sequence[str], side: int = 160) -> Image.Image:
+def grid(images: Sequence[Any], captions: Sequence[str]) -> Image.Image:
     """Lay pictures out in rows, each with its caption below it."""
-    return _sheet([[image] for image in images], captions, side, header=None)
+    return _sheet([[image] for image in images], captions)
 
 
 def before_after(
-    before: Sequence[Any], after: Sequence[Any], captions: Sequence[str], side: int = 160
+    before: Sequence[Any], after: Sequence[Any], captions: Sequence[str]
 ) -> Image.Image:
     """Lay out pairs of the same prompt and seed, the base model's picture on the left."""
     pairs = [list(pair) for pair in zip(before, after, strict=True)]
-    return _sheet(pairs, captions, side, header="each pair: before | after, same prompt and seed")
+    return _sheet(pairs, captions, "each pair: before | after, same prompt and seed")
 
 
 def _sheet(
-    cells: Sequence[Sequence[Any]], captions: Sequence[str], side: int, header: str | None
+    cells: Sequence[Sequence[Any]], captions: Sequence[str], header: str = ""
 ) -> Image.Image:
     if not cells or len(cells) != len(captions):
         raise ValueError(f"{len(cells)} pictures and {len(captions)} captions")
     font = ImageFont.load_default(_FONT_SIZE)
-    thumbnails = [[thumbnail(image, side) for image in cell] for cell in cells]
+    thumbnails = [list(map(thumbnail, cell)) for cell in cells]
     tall = max(picture.height for cell in thumbnails for picture in cell)
     across = len(cells[0])
     columns = _columns(len(cells), across)
-    width = across * side + (across - 1) * 2
+    width = across * _SIDE + (across - 1) * 2
     texts = [_wrap(caption, font, width) for caption in captions]
     line = _FONT_SIZE + 3
     height = tall + line * max(map(len, texts)) + 4
     rows = math.ceil(len(cells) / columns)
     top = _PAD + (line + 4 if header else 0)
-    sheet = Image.new(
-        "RGB", (columns * (width + _PAD) + _PAD, top + rows * (height + _PAD)), _PAPER
-    )
+    size = (columns * (width + _PAD) + _PAD, top + rows * (height + _PAD))
+    sheet = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(sheet)
     if header:
         draw.text((_PAD, _PAD), header, _INK, font)
@@ -91,7 +92,7 @@ def _sheet(
         x = _PAD + index % columns * (width + _PAD)
         y = top + index // columns * (height + _PAD)
         for place, picture in enumerate(cell):
-            left = x + place * (side + 2) + (side - picture.width) // 2
+            left = x + place * (_SIDE + 2) + (_SIDE - picture.width) // 2
             sheet.paste(picture, (left, y + (tall - picture.height) // 2))
         draw.multiline_text((x, y + tall + 3), "\n".join(text), _INK, font, spacing=3)
     return sheet
@@ -103,7 +104,8 @@ def _columns(count: int, across: int) -> int:
     return min((near, near + 1), key=lambda columns: (-count % columns, columns > near))
 
 
-def _wrap(text: str, font: Any, width: int, most: int = 3) -> list[str]:
+def _wrap(text: str, font: Any, width: int) -> list[str]:
+    """Break a caption into lines, three at the most."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -111,9 +113,7 @@ def _wrap(text: str, font: Any, width: int, most: int = 3) -> list[str]:
             lines.append(word)
         else:
             lines[-1] = longer
-    if len(lines) > most:
-        lines = [*lines[: most - 1], lines[most - 1] + " ..."]
-    return lines
+    return lines if len(lines) <= 3 else [*lines[:2], f"{lines[2]} ..."]
 
 
 def curve(
@@ -127,11 +127,9 @@ def curve(
         file: the PNG to write.
     """
     # the object interface needs no display and leaves pyplot's global state alone
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     _reward_panel(left, [r for r in rows if r.get("reward_mean") is not None])
     _score_panel(right, evaluations)
@@ -166,16 +164,8 @@ def _score_panel(panel: Any, evaluations: Sequence[Mapping[str, Any]]) -> None:
         panel.plot(minutes, values, linewidth=1, alpha=0.6, label=category)
     overall = np.asarray([e["overall"] for e in evaluations], float)
     bounds = np.asarray([e["ci95"] for e in evaluations], float).T
-    panel.errorbar(
-        minutes,
-        overall,
-        yerr=np.maximum([overall - bounds[0], bounds[1] - overall], 0),
-        color="black",
-        marker="o",
-        markersize=4,
-        capsize=3,
-        linewidth=2,
-        label="overall, 95% interval",
-    )
+    error = np.maximum([overall - bounds[0], bounds[1] - overall], 0)
+    look = {"color": "black", "marker": "o", "markersize": 4, "capsize": 3, "linewidth": 2}
+    panel.errorbar(minutes, overall, error, label="overall, 95% interval", **look)
     # a long list of categories would leave the axes no room
     panel.legend(frameon=False, fontsize="small", loc="best").set_in_layout(False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from html import escape
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -64,12 +63,7 @@ class Progress:
         self._show()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._line is not None:
             self._line.close()
             self._line = None
@@ -88,7 +82,6 @@ class Progress:
         clipped: float,
         samples_per_second: float,
         trained_seconds: float,
-        first: int = 0,
     ) -> None:
         """Report a finished iteration.
 
@@ -98,10 +91,11 @@ class Progress:
             spread: share of the groups whose members differ, in [0, 1].
             clipped: share of samples whose gradient was clipped, in [0, 1].
             samples_per_second: how many were rolled out, rewarded and trained on in a second.
-            trained_seconds: training time of this process so far.
-            first: iterations done before this process started.
+            trained_seconds: training time so far, that before a resume included.
         """
-        left = self._left(done, first, trained_seconds)
+        left = (self._iterations - done) * trained_seconds / max(done, 1)
+        if self._limit is not None:
+            left = max(0.0, min(left, self._limit - trained_seconds))
         self._done = done
         self._figures = [
             f"iteration {done}/{self._iterations}",
@@ -125,11 +119,6 @@ class Progress:
         # soft_wrap: a log file's lines are not cut at a terminal's width
         self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
-    def _left(self, done: int, first: int, seconds: float) -> float:
-        pace = seconds / max(done - first, 1)
-        left = (self._iterations - done) * pace
-        return left if self._limit is None else max(0.0, min(left, self._limit - seconds))
-
     def _show(self) -> None:
         if self._line is not None:
             self._line.show(self._done, self._stage, self._figures)
@@ -143,9 +132,8 @@ class _TerminalLine:
         self._live.start()
 
     def show(self, done: int, stage: str, figures: list[str]) -> None:
-        text = Text("  ".join([f"{stage:<10}", *figures]), overflow="ellipsis")
-        text.no_wrap = True
-        self._live.update(Spinner("dots", text))
+        line = "  ".join([f"{stage:<10}", *figures])
+        self._live.update(Spinner("dots", Text(line, no_wrap=True, overflow="ellipsis")))
 
     def close(self) -> None:
         self._live.stop()

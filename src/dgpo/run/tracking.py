@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from PIL import Image
@@ -108,13 +107,8 @@ class Tracker:
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close(failed=isinstance(error, Exception))
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.loggers.end(failed=isinstance(error, Exception))
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -163,9 +157,7 @@ class Tracker:
             columns: ``prompt`` and the rewards by name, with B values each: texts, numbers or a
                 tensor [B].
         """
-        every = self.recipe.samples.every
-        every = self.recipe.eval.every if every is None else every
-        if not every or iteration % every:
+        if not self.recipe.grid_due(iteration):
             return
         count = len(next(iter(columns.values())))
         chosen = range(0, count, math.ceil(count / TABLE_ROWS))
@@ -177,16 +169,16 @@ class Tracker:
 
         Videos and sounds lie beside it as files of their own, in ``samples/NAME/``.
         """
-        sheet = grid(images, captions)
-        file = self._save_sheet(name, sheet, "samples/grid")
+        file = self._save_sheet(name, grid(images, captions), "samples/grid")
         if any(isinstance(image, (Video, Sound)) for image in images):
             how = self.recipe.samples
             save_media(images, file.with_suffix(""), how.video, how.fps)
 
     def compare(self, before: Sequence[Any], after: Sequence[Any], captions: Sequence[str]) -> None:
         """Write ``samples/before_after.png``: the same prompts and seeds, side by side."""
-        sheet = before_after(before, after, captions)
-        self._save_sheet("before_after", sheet, "samples/before_after")
+        self._save_sheet(
+            "before_after", before_after(before, after, captions), "samples/before_after"
+        )
 
     def summarize(self, delivered: int | None = None) -> None:
         """Draw ``curve.png`` and write ``README.md`` from what was measured; may be repeated.
@@ -203,14 +195,6 @@ class Tracker:
         card = model_card(self.recipe, rows, evaluations, self.folder)
         (self.folder / "README.md").write_text(card, encoding="utf-8")
 
-    def close(self, failed: bool = False) -> None:
-        """Close the loggers.
-
-        Args:
-            failed: an error ends the run.
-        """
-        self.loggers.end(failed)
-
     def _resumed(self, last: int) -> list[str]:
         """Drop what was measured after an iteration; returns what is missing before it."""
         files = {
@@ -224,10 +208,8 @@ class Tracker:
     def _write_recipe(self) -> None:
         """Write ``recipe.yaml``; an earlier one that differs is kept under the next free number."""
         file, text = self.folder / "recipe.yaml", self.recipe.to_yaml()
-        if (
-            file.exists()
-            and (earlier := file.read_text(encoding="utf-8", errors="replace")) != text
-        ):
+        earlier = file.read_text(encoding="utf-8", errors="replace") if file.exists() else text
+        if earlier != text:
             names = (self.folder / f"recipe-{number}.yaml" for number in itertools.count(1))
             replace_text(next(name for name in names if not name.exists()), earlier)
         replace_text(file, text)

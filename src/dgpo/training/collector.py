@@ -239,8 +239,11 @@ class Collector:
         recipe, prompts = self._recipe, self._prompts(iteration)
         assignment = self._assignment(prompts)
         guided = recipe.rollout.guidance_scale != 1 or recipe.algorithm.kl_guidance is not None
-        held = [prompts[group].text for group in assignment.held.tolist()]
-        cond = self._policy.model.encode(held, guidance=guided)
+        model = self._policy.model
+        cond = model.encode(_texts(prompts, assignment), guidance=guided)
+        if iteration + 1 < recipe.train.iterations:
+            following = self._prompts(iteration + 1)
+            model.prefetch(_texts(following, self._assignment(following)))
         overlap, groups = recipe.overlaps_rewards, assignment.groups.tolist()
         scoring = Scoring(self._rewards, prompts, recipe.group_size, overlap, groups)
         return Asked(prompts, assignment, cond, on_error.enter_context(scoring))
@@ -349,6 +352,11 @@ def rollout_scheduler(recipe: Recipe, base: Any) -> Any:
     if recipe.rollout.sde is not None:
         return make_sde_scheduler(recipe.rollout.sde, base, "rollout.sde")
     return make_scheduler(recipe.rollout.scheduler, base)
+
+
+def _texts(prompts: Sequence[Prompt], assignment: Assignment) -> list[str]:
+    """The prompts of the groups that this process has pictures of."""
+    return [prompts[group].text for group in assignment.held.tolist()]
 
 
 def _of_all(scored: Scored, images: Sequence[Any], assignment: Assignment) -> tuple[Scored, int]:

@@ -92,22 +92,37 @@ def check_model(recipe: Recipe, model: PipelineModel, data: Data, scheduler: Any
     model.check_pictures(data.texts)
 
 
-def make_policy(recipe: Recipe, model: PipelineModel, texts: Sequence[str]) -> Policy:
+def make_policy(recipe: Recipe, model: PipelineModel) -> Policy:
     """The model with the weights that are trained.
-
-    Args:
-        recipe: the settings of the run.
-        model: the untrained one.
-        texts: all prompts, for which its text encoders are asked before they are freed, if they
-            shall be.
 
     Raises:
         UserError: a LoRA target or the device of snapshots does not fit.
     """
-    policy = Policy(model, recipe.lora, recipe.seed, snapshot_device=recipe.memory.snapshot_device)
-    if recipe.memory.free_text_encoders:
-        model.encode_and_free(texts)
-    return policy
+    return Policy(model, recipe.lora, recipe.seed, snapshot_device=recipe.memory.snapshot_device)
+
+
+def encode_prompts(
+    recipe: Recipe,
+    model: PipelineModel,
+    data: Data,
+    sampler: PromptSampler,
+    held_out: HeldOut,
+    processes: Processes,
+) -> None:
+    """Free the text encoders after they are asked for all prompts that the run will draw, or keep
+    them off the device, as the recipe says. Collective.
+
+    Raises:
+        UserError: the pipeline needs them at every call.
+    """
+    if not recipe.memory.free_text_encoders:
+        if recipe.memory.offload_text_encoders:
+            model.offload_text_encoders()
+        return
+    drawn = (prompt for n in range(recipe.train.iterations) for prompt in sampler.at(n))
+    tried = (*data.prompts[:1], *data.prompts[-1:])
+    rows = (*tried, *drawn, *data.eval_prompts, *held_out.shown)
+    model.encode_and_free((row.text for row in rows), processes)
 
 
 def try_rewards(recipe: Recipe, data: Data, held_out: HeldOut) -> None:

@@ -25,12 +25,13 @@ from dgpo.errors import UserError
 from dgpo.models.pipeline import row_groups
 from dgpo.models.pipeline.call_encoders import check_text_is_given_once, encoder_of
 from dgpo.models.pipeline.calls import PipelineCalls
+from dgpo.models.pipeline.encoding_ahead import encode_ahead
 from dgpo.models.pipeline.families import family_of
 from dgpo.models.pipeline.prompt_cache import PromptCache
 from dgpo.models.pipeline.prompt_encoder import Conditioning
 from dgpo.models.pipeline.rollout import Rollout
 from dgpo.models.samplers.schedulers import process_of
-from dgpo.models.weights.memory import free_text_encoders
+from dgpo.models.weights.memory import TextEncoders, free_text_encoders
 
 
 class PipelineModel(PipelineCalls):
@@ -97,6 +98,11 @@ class PipelineModel(PipelineCalls):
         cond = self._encoder.encode(prompts, guidance)
         return row_groups.with_pictures(cond, prompts, self.parameters)
 
+    def prefetch(self, prompts: Sequence[str]) -> None:
+        """Read the embeddings of prompts that will be asked for next from the prompt cache, if
+        there is one, while the caller goes on."""
+        self._encoder.prefetch(prompts)
+
     def check_pictures(self, prompts: Sequence[str]) -> None:
         """Refuse prompts whose pictures cannot be sampled side by side.
 
@@ -110,19 +116,31 @@ class PipelineModel(PipelineCalls):
         if "image" in self.parameters:
             row_groups.check_sizes(prompts, shape_of)
 
-    def encode_and_free(self, prompts: Iterable[str]) -> None:
+    def encode_and_free(self, prompts: Iterable[str], processes: Processes = SINGLE) -> None:
         """Encode all prompts and let go of the text encoders. From then on embeddings come from the
-        prompt cache.
+        prompt cache. Collective.
+
+        Args:
+            prompts: all that will be asked for.
+            processes: they share the work.
 
         Raises:
             UserError: there is no prompt cache, or the pipeline encodes at every call.
         """
-        check_text_is_given_once(self.pipe)
+        check_text_is_given_once(self.pipe, "free_text_encoders")
         if self._encoder.disk is None:
             raise UserError("memory.free_text_encoders: set memory.prompt_cache, a folder")
-        for prompt in prompts:
-            self.encode([prompt], guidance=True)
+        encode_ahead(self._encoder, prompts, processes)
         free_text_encoders(self.pipe)
+
+    def offload_text_encoders(self) -> None:
+        """Keep the text encoders on the CPU from now on, except while prompts are encoded.
+
+        Raises:
+            UserError: the pipeline encodes at every call.
+        """
+        check_text_is_given_once(self.pipe, "offload_text_encoders")
+        self._encoder.offloaded = TextEncoders(self.pipe)
 
     @torch.no_grad()
     def rollout(

@@ -36,15 +36,15 @@ def encoder_of(pipe: Any, call: Mapping[str, Any], disk: PromptCache | None) -> 
     return PromptEncoder(pipe, call, disk=disk)
 
 
-def check_text_is_given_once(pipe: Any) -> None:
-    """Refuse a pipeline that needs its text encoders after all prompts are encoded.
+def check_text_is_given_once(pipe: Any, setting: str) -> None:
+    """Refuse a pipeline whose calls need its text encoders, if a setting of ``memory`` is on.
 
     Raises:
         UserError: it encodes the text at every call.
     """
     if encodes_itself(pipe):
         raise UserError(
-            f"memory.free_text_encoders: {type(pipe).__name__} is given the text at every call "
+            f"memory.{setting}: {type(pipe).__name__} is given the text at every call "
             "and needs its text encoders; use false"
         )
 
@@ -136,6 +136,9 @@ class PromptGiver:
             given["negative_prompt"] = None if negative is None else [negative] * len(prompts)
         return Conditioning(given, len(prompts))
 
+    def prefetch(self, prompts: Sequence[str]) -> None:
+        """Do nothing: there are no embeddings."""
+
 
 class PicturePromptEncoder(PromptEncoder):
     """A ``PicturePromptEncoder`` encodes a prompt together with its picture.
@@ -143,7 +146,7 @@ class PicturePromptEncoder(PromptEncoder):
     It calls the pipeline and leaves the call when both are encoded.
     """
 
-    def _key(self, prompt: str) -> str:
+    def key(self, prompt: str) -> str:
         digest = hashlib.sha256(str(prompt).encode())
         for name, picture in pictures_of(prompt).items():
             digest.update(f"{name} {picture.mode} {picture.size} ".encode() + picture.tobytes())
@@ -153,11 +156,11 @@ class PicturePromptEncoder(PromptEncoder):
         both = self._positive(prompt)
         return {k: v for k, v in both.items() if guidance or not k.startswith("negative_")}
 
-    def _arguments(self, prompt: str, guidance: bool) -> dict[str, Any]:
+    def _arguments(self, prompt: Any, guidance: bool) -> dict[str, Any]:
         return {"negative_prompt": "", **self._call}
 
     @torch.no_grad()
-    def _run(self, prompt: str, guidance: bool) -> Embedding:
+    def _run(self, prompt: Any, guidance: bool) -> Embedding:
         pictures = pictures_of(prompt)
         if "image" not in pictures:
             raise no_picture(self._pipe)

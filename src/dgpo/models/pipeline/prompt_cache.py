@@ -15,7 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -62,10 +61,11 @@ class PromptCache:
         digest = hashlib.sha256(key.encode()).hexdigest()
         return self.folder / digest[:2] / f"{digest}.safetensors"
 
-    def load(self, file: Path, device: torch.device | str) -> Embedding | None:
-        """Return what :meth:`save` wrote, bit for bit; None if the file is missing or damaged."""
+    def load(self, file: Path) -> Embedding | None:
+        """Return what :meth:`save` wrote, bit for bit, on the CPU; None if the file is missing or
+        damaged."""
         try:
-            with safe_open(str(file), "pt", device=str(device)) as stored:
+            with safe_open(str(file), "pt") as stored:
                 layout = json.loads((stored.metadata() or {})["layout"])
                 return {
                     name: None if parts is None else _unpacked(stored, name, parts)
@@ -73,6 +73,14 @@ class PromptCache:
                 }
         except (OSError, SafetensorError, KeyError, ValueError):
             return None  # the prompt is encoded and written again
+
+    def holds(self, file: Path) -> bool:
+        """Return whether the file is there and whole, by its header and its length."""
+        try:
+            with safe_open(str(file), "pt") as stored:
+                return "layout" in (stored.metadata() or {})
+        except (OSError, SafetensorError):
+            return False
 
     def save(self, file: Path, embedding: Embedding) -> None:
         """Write an embedding. A stop in between leaves no file of its name."""

@@ -10,7 +10,9 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +23,10 @@ from dgpo.models.pipeline.arguments import parameters_of
 from dgpo.models.pipeline.byte_cache import ByteCache
 from dgpo.models.pipeline.families import family_of
 from dgpo.models.pipeline.prompt_cache import Embedding, PromptCache
+from dgpo.models.weights.memory import TextEncoders
 
 CACHE_BYTES = 4 * 2**30
-"""The memory that embeddings may take on the denoiser's device."""
+"""The memory that embeddings may take, on the CPU."""
 _NEGATIVE = "negative_"
 _WHICH = "text_encoder_index"
 
@@ -69,11 +72,25 @@ class Conditioning:
         """Return every row ``times`` times in succession: members of a group stay together."""
         return self.rows(torch.arange(self.size).repeat_interleave(times))
 
+    def to(self, device: torch.device | str) -> Conditioning:
+        """Return the same on a device."""
+        moved = {name: _moved(value, device) for name, value in self.kwargs.items()}
+        return Conditioning(moved, self.size)
+
     def call_kwargs(self, guidance: bool) -> dict[str, Any]:
         """Return keyword arguments for one call; the negative prompt only where it is used."""
         if guidance:
             return dict(self.kwargs)
         return {k: v for k, v in self.kwargs.items() if not k.startswith(_NEGATIVE)}
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    """Return tensors and lists of them on a device; without numbers (dgpo plan) they stay."""
+    if isinstance(value, Tensor):
+        return value if value.is_meta else value.to(device)
+    if isinstance(value, list):
+        return type(value)(_moved(one, device) for one in value)
+    return value
 
 
 def _take(value: Any, index: Tensor, chosen: list[int]) -> Any:
@@ -93,7 +110,9 @@ def _together(rows: Sequence[Tensor]) -> Tensor | Ragged:
 
 
 class PromptEncoder:
-    """A ``PromptEncoder`` encodes prompts through the pipeline and remembers them.
+    """A ``PromptEncoder`` encodes prompts through the pipeline and remembers them on the CPU.
+
+    The denoiser's device holds those of the pictures that are being made alone.
 
     Args:
         pipe: a diffusers pipeline.
@@ -115,6 +134,10 @@ class PromptEncoder:
         self._call = dict(call)
         self._cache = ByteCache(cache_bytes)
         self._negative: Embedding | None = None
+        self.offloaded: TextEncoders | None = None
+        """The text encoders, if they are on their device only while they are asked."""
+        self._reader = ThreadPoolExecutor(1, "prompts")
+        self._coming: dict[Path, Future[Embedding | None]] = {}
         self._call_parameters = parameters_of(pipe)
         self.parameters = inspect.signature(type(pipe).encode_prompt).parameters
         self._names = family_of(pipe).encode_names or returned_names(type(pipe).encode_prompt)
@@ -128,25 +151,42 @@ class PromptEncoder:
         if not prompts:
             raise UserError("no prompts to encode")
         # one by one, not as a batch: padding beside a longer prompt may change an embedding's bits
-        keys = [self._key(prompt) for prompt in prompts]
+        keys = [self.key(prompt) for prompt in prompts]
         distinct = dict(zip(keys, prompts, strict=True))
-        rows = [self._row(prompt, guidance) for prompt in distinct.values()]
+        try:
+            rows = [self._row(prompt, guidance) for prompt in distinct.values()]
+        finally:
+            if self.offloaded is not None:
+                self.offloaded.send_away()
         position = {key: row for row, key in enumerate(distinct)}
         index = torch.tensor([position[key] for key in keys])
-        return Conditioning(_join(rows), len(rows)).rows(index)
+        return Conditioning(_join(rows), len(rows)).to(self._pipe.device).rows(index)
 
-    def _key(self, prompt: str) -> str:
+    def prefetch(self, prompts: Sequence[str]) -> None:
+        """Read the files of prompts that will be asked for next, while the caller goes on."""
+        if self.disk is None:
+            return
+        missing = [prompt for prompt in prompts if self.key(prompt) not in self._cache]
+        files = {self.file(prompt) for prompt in missing}
+        self._coming = {file: self._reader.submit(self.disk.load, file) for file in files}
+
+    def file(self, prompt: str, guidance: bool = False) -> Path:
+        """Return the file of a prompt in the prompt cache, which there must be."""
+        assert self.disk is not None
+        return self.disk.file(self.key(prompt), self._arguments(prompt, guidance))
+
+    def key(self, prompt: str) -> str:
         """Return a text that is equal for prompts with equal embeddings."""
         return str(prompt)
 
     def _row(self, prompt: str, guidance: bool) -> Embedding:
         """Return the embedding of one prompt; with ``guidance`` the negative prompt's as well."""
-        return {**self._positive(prompt), **(self._negative_embedding() if guidance else {})}
+        return {**self._positive(prompt), **(self.negative() if guidance else {})}
 
     def _positive(self, prompt: str) -> Embedding:
-        return self._cache.remember(self._key(prompt), lambda: self._made(prompt, guidance=False))
+        return self._cache.remember(self.key(prompt), lambda: self._made(prompt, guidance=False))
 
-    def _negative_embedding(self) -> Embedding:
+    def negative(self) -> Embedding:
         """Return the negative prompt as the pipeline encodes it: some zero it, some mask it."""
         if self._negative is None:
             found: Embedding = {}
@@ -162,16 +202,23 @@ class PromptEncoder:
     def _made(self, prompt: str, guidance: bool) -> Embedding:
         """Return an embedding from the disk; or a new one, which is written there."""
         if self.disk is None:
-            return self._run(prompt, guidance)
-        file = self.disk.file(self._key(prompt), self._arguments(prompt, guidance))
-        found = self.disk.load(file, self._pipe.device)
+            return self.encoded(prompt, guidance)
+        file = self.file(prompt, guidance)
+        coming = self._coming.pop(file, None)
+        found = self.disk.load(file) if coming is None else coming.result()
         if found is None:
-            found = self._run(prompt, guidance)
+            found = self.encoded(prompt, guidance)
             self.disk.save(file, found)
         return found
 
-    def _arguments(self, prompt: str, guidance: bool) -> dict[str, Any]:
-        """Return the keyword arguments of ``encode_prompt``."""
+    def encoded(self, prompt: Any, guidance: bool = False) -> Embedding:
+        """Return the embedding of a prompt, or of a list of them together, made now."""
+        if self.offloaded is not None:
+            self.offloaded.fetch()
+        return {name: _moved(v, "cpu") for name, v in self._run(prompt, guidance).items()}
+
+    def _arguments(self, prompt: Any, guidance: bool) -> dict[str, Any]:
+        """Return the keyword arguments of ``encode_prompt`` for a prompt or several."""
         arguments: dict[str, Any] = {}
         for name in self.parameters:
             if name in ("self", "kwargs", "dtype", "prompt_embeds") or name.endswith("_embeds"):
@@ -192,7 +239,7 @@ class PromptEncoder:
         return arguments
 
     @torch.no_grad()
-    def _run(self, prompt: str, guidance: bool) -> Embedding:
+    def _run(self, prompt: Any, guidance: bool) -> Embedding:
         arguments = self._arguments(prompt, guidance)
         named = self._named(self._pipe.encode_prompt(**arguments))
         if _WHICH in self.parameters:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import re
@@ -28,6 +27,7 @@ _SECOND = "transformer_2"
 _DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 _PEFT_FILE = "adapter_model.safetensors"
 _PEFT_CONFIG = "adapter_config.json"
+_PEFT_PREFIX = "base_model.model."
 _FILES = (_DIFFUSERS_FILE, _PEFT_FILE, "pytorch_lora_weights.bin", "adapter_model.bin")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _METADATA = "lora_adapter_metadata"
@@ -56,33 +56,17 @@ class LoraFile:
 
 def save(pipe: Any, denoisers: Mapping[str, nn.Module], folder: Path) -> None:
     """Write the LoRA of every denoiser; see :meth:`dgpo.models.policy.Policy.save`."""
-    save_weights = getattr(type(pipe), "save_lora_weights", None)
+    lora = LoraFile(folder, {})
     for name, denoiser in denoisers.items():
-        place = folder / name if name == _SECOND else folder
-        place.mkdir(exist_ok=True)
         weights = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
-        # safetensors writes contiguous tensors only
-        weights = {key: value.detach().contiguous() for key, value in weights.items()}
+        lora.tensors.update({f"{name}.{key}": value.detach() for key, value in weights.items()})
         # peft holds names in sets, which every process orders differently
-        config = {
+        lora.configs[name] = {
             key: sorted(value) if isinstance(value, set) else value
             for key, value in vars(denoiser)["peft_config"][ADAPTER].to_dict().items()
         }
-        if save_weights is None:
-            # pipelines without a LoRA loader (PixArt): the two files that peft's own tools read
-            _save_for_peft(weights, config, place)
-            continue
-        stem = "unet" if name == "unet" else "transformer"
-        arguments: dict[str, Any] = {f"{stem}_lora_layers": weights}
-        if (key := f"{stem}_lora_adapter_metadata") in inspect.signature(save_weights).parameters:
-            arguments[key] = config
-        save_weights(place, **arguments)
-
-
-def _save_for_peft(weights: dict[str, Tensor], config: Mapping[str, Any], folder: Path) -> None:
-    save_file(weights, str(folder / _PEFT_FILE))
-    text = json.dumps(config, indent=2, default=str)
-    (folder / _PEFT_CONFIG).write_text(text + "\n", encoding="utf-8")
+    # pipelines without a LoRA loader (PixArt): the two files that peft's own tools read
+    write(lora, folder, "diffusers" if hasattr(pipe, "save_lora_weights") else "peft")
 
 
 def read(given: Path, weights: str = "slow") -> LoraFile:
@@ -247,6 +231,7 @@ def write(lora: LoraFile, output: Path, form: str) -> list[Path]:
     """
     by_denoiser: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, (written, part) in sort(lora.tensors).parts.items():
+        written = written.removeprefix(_PEFT_PREFIX)
         first, _, rest = written.partition(".")
         denoiser, layer = (first, rest) if first in DENOISERS else (DENOISERS[0], written)
         by_denoiser.setdefault(denoiser, {}).setdefault(layer, {})[part] = lora.tensors[key]
@@ -265,18 +250,15 @@ def write(lora: LoraFile, output: Path, form: str) -> list[Path]:
             settings = {f"{stem}.{key}": value for key, value in config.items()}
             metadata[_METADATA] = json.dumps(settings, indent=2, sort_keys=True)
         if form == "peft":
-            _save_for_peft(tensors, config, file.parent)
-        else:
-            save_file(tensors, file, metadata)
+            text = json.dumps(config, indent=2, default=str)
+            file.with_name(_PEFT_CONFIG).write_text(text + "\n", encoding="utf-8")
+        save_file(tensors, file, metadata)
         made.append(file)
     return made
 
 
 def _renamed(
-    denoiser: str,
-    layers: Mapping[str, Mapping[str, Tensor]],
-    config: Mapping[str, Any],
-    form: str,
+    denoiser: str, layers: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any], form: str
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a denoiser's LoRA by the names of a format."""
     unet = denoiser == "unet"
@@ -284,7 +266,7 @@ def _renamed(
         prefix, down, up = "unet." if unet else "transformer.", "lora_A", "lora_B"
         name = layer
         if form == "peft":
-            prefix = "base_model.model."
+            prefix = _PEFT_PREFIX
         elif form == "kohya" or (form == "comfyui" and unet):
             # OneTrainer's prefix for transformers, which diffusers reads of FLUX and ComfyUI of
             # SD3 and FLUX by diffusers' layers; kohya's own stands for other layers there

@@ -83,3 +83,39 @@ def free_text_encoders(pipe: Any) -> None:
         vars(pipe)[name] = FreedEncoder(name, module)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+class TextEncoders:
+    """``TextEncoders`` lie on the CPU, and are on the pipeline's device while they are asked.
+
+    While they are away others stand in their place, so that the pipeline does not take the CPU for
+    its device. Their weights do not change, so nothing is copied back.
+
+    Args:
+        pipe: the pipeline, with its text encoders on their device.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe, self._encoders, self._here = pipe, text_encoders(pipe), True
+        modules = self._encoders.values()
+        every = [weight for m in modules for weight in (*m.parameters(), *m.buffers())]
+        self._weights = [(weight, weight.device, weight.data.cpu()) for weight in every]
+        self.send_away()
+
+    def fetch(self) -> None:
+        """Put them on their device, if they are away."""
+        if not self._here:
+            for weight, device, kept in self._weights:
+                weight.data = kept.to(device)
+            vars(self._pipe).update(self._encoders)
+            self._here = True
+
+    def send_away(self) -> None:
+        """Leave them on the CPU alone, if they are here."""
+        if self._here:
+            free_text_encoders(self._pipe)
+            for weight, _, kept in self._weights:
+                weight.data = kept
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._here = False

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dgpo.pictures import rgb
 from dgpo.rewards.loading import batches, chosen, device, loading, processors
 from dgpo.rewards.reward import Media, Reward, Texts
 from dgpo.rewards.wrappers import Lazy
@@ -61,8 +60,8 @@ class ClipEncoder:
         """Unit vectors of pictures, float32 [B, D] on the CPU."""
 
         def encode(some: list[Image.Image]) -> Tensor:
-            pixels = self._pixels([rgb(image) for image in some], return_tensors="pt")
-            pooled = self.model.vision_model(**pixels.to(self.model.device)).pooler_output
+            pixels = self._pixels(some, self.model.device)
+            pooled = self.model.vision_model(**pixels).pooler_output
             return self.model.visual_projection(pooled)
 
         return self._encoded(encode, images)

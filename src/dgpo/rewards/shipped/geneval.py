@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from dgpo.errors import UserError
 from dgpo.pictures import rgb
 from dgpo.prompts import Prompt
 from dgpo.rewards.loading import batches, device, loading
+from dgpo.rewards.pixels import Processor
 from dgpo.rewards.reward import Media
 from dgpo.rewards.rows import RowReward
 from dgpo.rewards.shipped import clip
@@ -43,7 +44,8 @@ from dgpo.rewards.shipped.geneval_judge import (
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 VARIABLE = "DGPO_GENEVAL_DETECTOR"
-WITH_MASKS = ("mask2former", "maskformer")
+WITH_MASKS = {"mask2former": 384, "maskformer": None}
+"""The detectors that make masks, and the side to which the library scales them."""
 BACKGROUND = (153, 153, 153)
 """The grey that covers all but the object whose colour is named."""
 TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
@@ -72,8 +74,8 @@ class Detector:
             kind = "UniversalSegmentation" if self._masks else "ObjectDetection"
             auto: Any = getattr(transformers, f"AutoModelFor{kind}")
             self.model: Any = auto.from_pretrained(weights).eval().requires_grad_(False)
-            self._pixels: Any = transformers.AutoImageProcessor.from_pretrained(
-                weights, use_fast=False
+            self._pixels = Processor(
+                transformers.AutoImageProcessor.from_pretrained(weights, use_fast=False)
             )
         self._names = {int(i): class_name(name) for i, name in self.model.config.id2label.items()}
         self._batch = batch
@@ -95,14 +97,15 @@ class Detector:
         read = self._instances if self._masks else self._boxes
         found: list[list[Detection]] = []
         for (some,) in batches(self._batch, images):
-            inputs = self._pixels(some, return_tensors="pt").to(self.model.device)
-            outputs = self.model(**inputs)
+            outputs = self.model(**self._pixels(some, self.model.device))
             sizes = [(image.height, image.width) for image in some]
             found += read(outputs, sizes, least)
         return found
 
     def _boxes(self, outputs: Any, sizes: list[tuple[int, int]], least: float) -> Any:
-        results = self._pixels.post_process_object_detection(
+        # a few numbers, which the library reads one by one
+        outputs = type(outputs)(logits=outputs.logits.cpu(), pred_boxes=outputs.pred_boxes.cpu())
+        results = self._pixels.own.post_process_object_detection(
             outputs, threshold=least, target_sizes=torch.tensor(sizes)
         )
         rows = []
@@ -114,19 +117,62 @@ class Detector:
         return rows
 
     def _instances(self, outputs: Any, sizes: list[tuple[int, int]], least: float) -> Any:
-        results = self._pixels.post_process_instance_segmentation(
-            outputs, threshold=least, target_sizes=sizes, return_binary_maps=True
-        )
-        rows = []
-        for result in results:
-            masks = result["segmentation"]  # one map a segment; one empty map where there are none
-            row = []
-            for info, mask in zip(result["segments_info"], masks, strict=False):
-                mask = mask.bool().cpu().numpy()
-                name = self._names[info["label_id"]]
-                row.append(Detection(name, info["score"], _box(mask), mask))
-            rows.append(row)
+        rows: list[list[Detection]] = [[] for _ in sizes]
+        for found in instances(outputs, sizes, least, WITH_MASKS[self.model.config.model_type]):
+            name = self._names[found.label]
+            rows[found.row].append(Detection(name, found.score, _box(found.mask), found.mask))
         return rows
+
+
+class Instance(NamedTuple):
+    """An object in one of several pictures."""
+
+    row: int
+    """The place of the picture."""
+    label: int
+    score: float
+    mask: np.ndarray
+    """bool [H, W]; it holds at least one pixel."""
+
+
+def instances(
+    outputs: Any, sizes: Sequence[tuple[int, int]], least: float, side: int | None
+) -> list[Instance]:
+    """Find what ``post_process_instance_segmentation`` of transformers finds, with three waits for
+    the device instead of two for each of the hundred queries of a picture.
+
+    The score is the probability of a class times the mean probability of the pixels inside the
+    mask. Only the masks of those queries are made whose class alone reaches ``least``.
+
+    Args:
+        outputs: what Mask2Former or MaskFormer has returned.
+        sizes: the height and width of each picture.
+        least: the score below which nothing is reported.
+        side: the height and width to which masks are scaled before they are judged; None: they
+            are not.
+    """
+    classes = outputs.class_queries_logits.softmax(-1)[..., :-1]  # [B, queries, classes]
+    best, places = classes.flatten(1).topk(classes.shape[1], sorted=False)
+    rows, chosen = (best >= least).nonzero(as_tuple=True)
+    best, places = best[rows, chosen], places[rows, chosen]
+    labels = places % classes.shape[-1]
+    masks = outputs.masks_queries_logits[rows, places // classes.shape[-1]][:, None]
+    if side is not None:
+        masks = nn.functional.interpolate(masks, (side, side), mode="bilinear")
+    inside = (masks > 0).float()
+    area = inside.flatten(1).sum(1) + 1e-6
+    scores = best * (masks.sigmoid() * inside).flatten(1).sum(1) / area
+    told = torch.stack([rows.double(), labels.double(), scores.double()], 1).tolist()
+    facts = [(place, int(row), int(label), score) for place, (row, label, score) in enumerate(told)]
+    found: list[Instance] = []
+    for size in dict.fromkeys(sizes):
+        some = [one for one in facts if sizes[one[1]] == size and one[3] >= least]
+        shown = nn.functional.interpolate(inside[[one[0] for one in some]], size, mode="nearest")
+        shapes = shown[:, 0].bool().cpu().numpy()
+        for (_, row, label, score), mask in zip(some, shapes, strict=True):
+            if mask.any():
+                found.append(Instance(row, label, round(score, 6), mask))
+    return found
 
 
 def _box(mask: np.ndarray) -> tuple[float, float, float, float]:

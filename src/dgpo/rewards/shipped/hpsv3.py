@@ -23,14 +23,7 @@ from torch import Tensor, nn
 
 from dgpo.errors import UserError
 from dgpo.pictures import rgb
-from dgpo.rewards.loading import (
-    ModelReward,
-    file_of,
-    loading,
-    precision,
-    processors,
-    read_weights,
-)
+from dgpo.rewards.loading import ModelReward, file_of, loading, precision, processors, read_weights
 from dgpo.rewards.reward import Media, Texts
 from dgpo.rewards.wrappers import Lazy
 
@@ -136,13 +129,13 @@ class HPSv3(ModelReward):
 
     def score(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
         """The mean of the preference, float32 [B]; the head gives its spread as well."""
-        pixels = self._pixels(
+        pixels = self._pixels.own(
             images=[rgb(image) for image in images],
             size={"shortest_edge": PIXELS, "longest_edge": PIXELS},
             return_tensors="pt",
         ).to(self._model.device)
         grid = pixels["image_grid_thw"]  # [B, 3]: patches in time, height and width
-        counts = (grid.prod(-1) // self._pixels.merge_size**2).tolist()
+        counts = (grid.prod(-1) // self._pixels.own.merge_size**2).tolist()
         texts = [self._text(*pair) for pair in zip(prompts, counts, strict=True)]
         tokens = self._tokens(texts, padding=True, return_tensors="pt").to(self._model.device)
         ids = tokens["input_ids"]  # [B, L], padded at the end

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dgpo.pictures import rgb
 from dgpo.rewards.loading import ModelReward, loading, read_weights
+from dgpo.rewards.pixels import Processor
 from dgpo.rewards.shipped.aesthetic import linear_head
 from dgpo.rewards.wrappers import Lazy
 
@@ -102,17 +102,18 @@ class ImageReward(ModelReward):
             self._tokens: Any = AutoTokenizer.from_pretrained(words)
             side = self._vision.config.image_size
             # CLIP's mean and deviation, shorter side scaled, centre cropped: as in its training
-            self._pixels: Any = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
+            own = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
+            self._pixels = Processor(own)
         self.batch = batch
 
     def score(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
         """The standardized scores, [B]; prompts are cut at 35 tokens."""
         where = self._vision.device
-        pixels = self._pixels([rgb(image) for image in images], return_tensors="pt")
+        pixels = self._pixels(images, where)
         tokens = self._tokens(
             prompts, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"
         ).to(where)
-        patches = self._vision(pixel_values=pixels["pixel_values"].to(where)).last_hidden_state
+        patches = self._vision(**pixels).last_hidden_state
         hidden = self._text(
             input_ids=tokens["input_ids"],
             attention_mask=tokens["attention_mask"],

@@ -11,7 +11,6 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from dgpo.pictures import rgb
 from dgpo.rewards.loading import ModelReward, chosen, loading, processors
 from dgpo.rewards.wrappers import Lazy
 
@@ -51,11 +50,11 @@ class PickScore(ModelReward):
 
     def score(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
         """The scaled cosine of each picture with its prompt, [B]."""
-        pixels = self._images([rgb(i) for i in images], return_tensors="pt")
+        pixels = self._images(images, self._model.device)
         tokens = self._tokens(
             prompts, padding=True, truncation=True, max_length=77, return_tensors="pt"
         )
-        outputs = self._model(**pixels.to(self._model.device), **tokens.to(self._model.device))
+        outputs = self._model(**pixels, **tokens.to(self._model.device))
         cosine = (outputs.image_embeds * outputs.text_embeds).sum(-1)  # both are unit vectors
         return (self._model.logit_scale.exp() * cosine).float()
 

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dgpo.errors import UserError
+from dgpo.pictures import Picture
 from dgpo.registry import resolve
 from dgpo.rewards.entry import numbers
 from dgpo.rewards.reward import Media, Reward, RewardFunction, Texts, as_reward, name_of
@@ -103,7 +104,7 @@ def frames_of(video: Any) -> list[Image.Image] | None:
     """The frames of a tensor uint8 [T, 3, H, W], a list of pictures, or an array uint8
     [T, H, W, 3]; None: it is no video."""
     if isinstance(video, Tensor) and video.ndim == 4 and video.shape[1] == 3:
-        video = video.permute(0, 2, 3, 1).cpu().numpy()
+        video = [Picture(frame) for frame in video.permute(0, 2, 3, 1).cpu()]
     if isinstance(video, np.ndarray) and video.ndim == 4 and video.dtype == np.uint8:
         video = [Image.fromarray(frame) for frame in video]
     frames = video if isinstance(video, (list, tuple)) else []
