@@ -49,7 +49,7 @@ def advice(found: Sequence[Measured], compiled: Sequence[Measured], precision: s
     Args:
         found: passes of one or more numbers of rows.
         compiled: the same with compiled blocks; empty where that was not measured.
-        precision: that of the weights.
+        precision: the precision of the weights.
     """
     fits = {(one.name, one.rows): one for one in found if one.error is None}
     on_gpu = any(one.peak_gb is not None for one in found)
