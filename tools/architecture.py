@@ -60,7 +60,7 @@ ROOMS: dict[str, str] = {
     "exporting": "`dgpo export`: a run's weights as other programs read them.",
     "trainer": "The loop.",
     "check": "`dgpo check`: a model is trained for a moment, to prove that it can be.",
-    "planning": "`dgpo plan`: passes and memory before a run.",
+    "planning": "`dgpo plan` and `dgpo bench`: passes and memory, before a run and as measured.",
     "comparison": "`dgpo compare`: recipes against each other.",
     "cli": "The command `dgpo`.",
 }

@@ -1,4 +1,4 @@
-"""Writes the tables of docs that the registry and the classes behind it know.
+"""Writes the tables of docs that the registry, the classes behind it and counted figures know.
 
     make docs-tables        # python -m tools.docs_tables
     python -m tools.docs_tables --check    # writes nothing; ends with 1 if a page is old
@@ -10,6 +10,7 @@ by hand.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -133,12 +134,30 @@ def models() -> str:
     return table(("name", "what it is"), rows)
 
 
+def counts() -> str:
+    """What passes and optimiser steps cost before and after a change, as counted."""
+    file = architecture.HERE / "benchmarks" / "results" / "counts.json"
+    found = json.loads(file.read_text(encoding="utf-8"))
+    columns = [found.get("before", {}), found.get("after", {})]
+    names = {(what, name): None for one in columns for what in one for name in one[what]}
+    rows = (
+        [what, name, *(_number(one.get(what, {}).get(name)) for one in columns)]
+        for what, name in names
+    )
+    return table(("what", "figure", "before", "after"), rows)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "algorithms": ("algorithms.md", algorithms),
     "settings": ("algorithms.md", settings),
     "rewards": ("rewards.md", rewards),
     "samplers": ("samplers.md", samplers),
     "models": ("models.md", models),
+    "counts": ("performance.md", counts),
 }
 """The page of each table, and what makes it."""
 

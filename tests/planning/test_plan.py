@@ -278,6 +278,57 @@ def test_peaks_are_those_of_tensors_that_live_together() -> None:
     assert 40000 + 4 * 4000 <= needs(kept).memory <= 4 * 40000 + 8 * 4000
 
 
+class Block(nn.Module):
+    """Two products, of which one is trained; it counts how often it is run."""
+
+    runs = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(64, 64, device="meta").requires_grad_(False)
+        self.trained = nn.Linear(64, 64, device="meta")
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        Block.runs += 1
+        return torch.relu(self.trained(self.frozen(x) * scale)) + x, scale
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("graph", [False, True])
+def test_equal_blocks_are_run_once_and_need_the_same(graph: bool, again: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self, told: bool) -> None:
+            super().__init__()
+            blocks = [Block() for _ in range(6)]
+            self.blocks = nn.ModuleList(blocks) if told else nn.Sequential(*blocks)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            scale = torch.empty(1, 64, device="meta")
+            for block in self.blocks:
+                made: Any = (checkpoint(block, x, scale, use_reentrant=False)
+                             if again else block(x, scale))  # fmt: skip
+                x, scale = made
+            return x
+
+    found = []
+    for told in (False, True):
+        net, Block.runs = Net(told), 0
+
+        def train(net: Net = net) -> None:
+            with torch.set_grad_enabled(graph):
+                made = net(torch.empty(1000, 64, device="meta"))
+            if graph:
+                made.sum().backward()
+
+        found.append(needs(train))
+        gradients = [parameter.grad is not None for parameter in net.parameters()]
+        assert gradients == ([False, False, True, True] * 6 if graph else [False] * 24)
+        # the first has an input without a gradient; checkpoints run each block once more
+        assert Block.runs == ((2 if graph else 1) if told else 6 * (1 + (graph and again)))
+    assert found[0].flops == found[1].flops
+    assert found[1].memory == pytest.approx(found[0].memory, rel=0.01)
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_attention_holds_no_matrix_of_weights(again: bool) -> None:
     def block(q: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,8 @@ from dgpo.errors import UserError
 from dgpo.recipe.files import apply_overrides
 
 _COMPILE = ("off", "blocks", "full")
-_CALL = "Arguments of the pipeline's call, such as height=512."
-_IMAGE = "If it starts from a picture."
+CALL = "Arguments of the pipeline's call, such as height=512."
+IMAGE = "If it starts from a picture."
 
 
 def _how(value: str) -> str:
@@ -24,8 +24,8 @@ def _how(value: str) -> str:
 
 def check(
     model: Annotated[str, Argument(metavar="MODEL", help=MODEL)],
-    call: Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help=_CALL)] = None,
-    image: Annotated[Path | None, Option(metavar="FILE", help=_IMAGE)] = None,
+    call: Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help=CALL)] = None,
+    image: Annotated[Path | None, Option(metavar="FILE", help=IMAGE)] = None,
     mask: Annotated[Path | None, Option(metavar="FILE", help="If it paints inside a mask.")] = None,
     precision: Precision = "float32",
     vae_precision: VaePrecision = None,

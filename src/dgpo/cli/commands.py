@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from dgpo.cli.bench import bench
 from dgpo.cli.check import check
 from dgpo.cli.collect import collect
 from dgpo.cli.common import INTERRUPTED, tell_the_others
@@ -56,7 +58,7 @@ for command in (collect, compare, prompts, plan, sample, rank, score, detect, se
     app.command()(command)
 app.command("list")(names)
 app.command("eval")(evaluate)
-for command in (train, export, check):
+for command in (train, export, check, bench):
     app.command()(command)
 
 
@@ -72,4 +74,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     # transformers warns of image processors without torchvision as soon as it is imported
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    app()
+    try:
+        app()
+    finally:
+        gc.freeze()  # the process ends: a last search for circles would take a second

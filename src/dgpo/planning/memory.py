@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from dgpo.models.policy import Policy
 from dgpo.models.weights.lora_names import DENOISERS
 from dgpo.models.weights.memory import save_memory, text_encoders
 from dgpo.planning.machine import Machine
-from dgpo.planning.meta_memory import needs, without_numbers
+from dgpo.planning.meta_memory import Unfilled, needs, without_numbers
 from dgpo.planning.process import libraries
 from dgpo.planning.skeleton import bytes_of, first_line
 from dgpo.recipe import Recipe
@@ -104,7 +105,8 @@ class Estimate:
         if recipe.train.sharding == "fsdp2":
             for name in self.model.denoisers:
                 self._weights[name] //= machine.gpus
-        self.policy = Policy(self.model, recipe.lora, recipe.seed)
+        with Unfilled():
+            self.policy = Policy(self.model, recipe.lora, recipe.seed)
         self.trained = sum(p.numel() * p.element_size() for p in self.policy.parameters())
         self._notes: list[str] = []
         why = "activations are not counted: the prompt cannot be encoded without weights"
@@ -209,21 +211,28 @@ class Estimate:
         trained = recipe.algorithm.trained_per_group or recipe.group_size
         whole = self._groups * trained
         rows = _rows(cond, min(recipe.rows_at_once(self._machine.device) or whole, whole))
-        level, xt = self._point(rows)
+        level, one = self._point
+        xt = one.new_empty((rows.size, *one.shape[1:]))
 
         def call() -> None:
             made = self.policy.predict(xt, level, rows)
             made.float().square().mean().backward()
 
+        for parameter in self.policy.parameters():  # of the passes before, which is a part
+            parameter.grad = torch.empty_like(parameter)
         both = needs(call)
         for parameter in self.policy.parameters():
             parameter.grad = None
         with torch.no_grad():
             forward = needs(lambda: self.policy.predict(xt, level, rows)).flops
         self.flops = Flops(forward // rows.size, (both.flops - forward) // rows.size)
-        return both.memory - self.trained  # the gradients are counted as a part
+        return both.memory
 
-    def _point(self, cond: Conditioning) -> tuple[Level, Tensor]:
+    @functools.cached_property
+    def _point(self) -> tuple[Level, Tensor]:
+        """Return a noise level, and a sample of one row without numbers."""
+        cond = self._cond
+        assert cond is not None
         with torch.no_grad(), without_numbers():
             level = Level(torch.zeros((), device="meta"), 0.5)
             arguments = self.model.arguments(cond, 1.0)
@@ -242,8 +251,7 @@ class Estimate:
 
     def _samples(self) -> int:
         """Estimate the clean samples and pictures of an iteration, in bytes."""
-        cond = self._cond
-        x0 = None if cond is None else self._try(lambda: self._point(cond)[1], None)
+        x0 = None if self._cond is None else self._try(lambda: self._point[1], None)
         if x0 is None:
             return 0
         call = self.recipe.rollout.call

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,20 @@ from torch import nn
 
 from dgpo.errors import UserError
 from dgpo.models.load import Precision, dtype_of, load_pipeline, of_the_hub, place_of
+from dgpo.planning.meta_memory import Unfilled
 from dgpo.pocket import WEIGHTS
 from dgpo.registry import MODELS, nearest
 
 _POCKET = {"pocket": WEIGHTS / "scenes", "pocket-signs": WEIGHTS / "signs"}
 
 
-def skeleton(name: str, precision: Precision, vae_precision: Precision | None = None) -> Any:
-    """Make the pipeline of a recipe's ``model`` on the meta device.
+def skeleton(
+    name: str,
+    precision: Precision,
+    vae_precision: Precision | None = None,
+    device: torch.device | str = "meta",
+) -> Any:
+    """Make the pipeline of a recipe's ``model`` on the meta device, or with random weights.
 
     Only configs and tokenizers are read from a folder or the hub. A pipeline that a function makes
     is made whole, and its weights are dropped.
@@ -31,12 +38,14 @@ def skeleton(name: str, precision: Precision, vae_precision: Precision | None = 
         name: a name as :func:`dgpo.models.load.load_pipeline` takes it.
         precision: the precision of the weights.
         vae_precision: the precision of the autoencoder's weights; None for ``precision``.
+        device: where the networks are made; anywhere but on the meta device their weights are
+            random.
 
     Raises:
         UserError: there is no such pipeline, or a part of it cannot be made from its config.
     """
     if name not in _POCKET and (name in MODELS or ":" in name):
-        return load_pipeline(name, precision, vae_precision=vae_precision).to("meta")
+        return load_pipeline(name, precision, vae_precision=vae_precision).to(device)
     place = _POCKET.get(name) or place_of(name)
     try:
         index: Any = DiffusionPipeline.load_config(place)
@@ -56,7 +65,7 @@ def skeleton(name: str, precision: Precision, vae_precision: Precision | None = 
     parts = {}
     for part, value in index.items():
         if isinstance(value, (list, tuple)) and len(value) == 2:
-            parts[part] = None if value[0] is None else _part(place, part, *value)
+            parts[part] = None if value[0] is None else _part(place, part, value, device)
         elif not part.startswith("_"):
             parts[part] = value
     pipe = kind(**parts)
@@ -67,16 +76,18 @@ def skeleton(name: str, precision: Precision, vae_precision: Precision | None = 
     return pipe
 
 
-def _part(place: str | Path, name: str, library: str, kind: str) -> Any:
-    """Make a component: a network on the meta device, or a scheduler or tokenizer as it is."""
+def _part(place: str | Path, name: str, what: Sequence[str], device: torch.device | str) -> Any:
+    """Make a component: a network on a device, or a scheduler or tokenizer as it is."""
+    library, kind = what
     found: type = _class(library, kind)
     made_by: Any = found
     try:
         if issubclass(found, diffusers.ModelMixin):
-            return _empty(lambda: made_by.from_config(made_by.load_config(place, subfolder=name)))
+            read = made_by.load_config(place, subfolder=name)
+            return _made_on(device, lambda: made_by.from_config(read))
         if issubclass(found, transformers.PreTrainedModel):
             config = made_by.config_class.from_pretrained(place, subfolder=name)
-            return _empty(lambda: made_by(config))
+            return _made_on(device, lambda: made_by(config))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"model: {name} of {str(place)!r} ({kind}) cannot be made from its config.json: "
@@ -101,11 +112,14 @@ def _class(library: str, kind: str) -> Any:
     raise UserError(f"model: a part is a {library}.{kind}, which is not installed")
 
 
-def _empty(make: Callable[[], Any]) -> Any:
+def _made_on(device: torch.device | str, make: Callable[[], Any]) -> Any:
+    filled = nullcontext() if torch.device(device).type != "meta" else Unfilled()
     try:
-        with torch.device("meta"):
+        with torch.device(device), filled:
             return make()
     except (NotImplementedError, RuntimeError):
+        if torch.device(device).type != "meta":
+            raise
         # building it computes something, which needs numbers
         with init_empty_weights(include_buffers=False):
             return make().to("meta")
