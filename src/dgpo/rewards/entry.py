@@ -68,7 +68,8 @@ class Entry:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"reward {self.name!r}: {hook} raised {told(error)}") from error
+            what = "its check of no prompts" if given == ([],) else f"its {hook}"
+            raise UserError(f"reward {self.name!r}: {what} raised {told(error)}") from error
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Let the reward refuse rows that it cannot score. What they say is copied for it.
