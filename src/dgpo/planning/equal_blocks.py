@@ -125,6 +125,8 @@ class _Blocks:
         given, form = tree_flatten(inputs)
         graph = torch.is_grad_enabled()
         trained = [weight for weight in module.parameters() if weight.requires_grad and graph]
+        # a base weight with the LoRA written in reaches A and B by a graph of its own
+        trained = [weight for weight in trained if not weight.is_leaf] or trained
         key = (*self._blocks[id(module)], graph, str(form), *map(_signature, given))
         if key not in self._seen:
             self._seen[key] = self._learn(forward, given, form, trained)
