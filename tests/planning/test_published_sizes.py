@@ -79,7 +79,7 @@ def test_activations_are_those_that_were_counted_by_hand() -> None:
     second = 2 * normed + attention  # no LoRA in it
     # two layer norms, q and k, attention, the LoRAs, GELU of four times the width
     block = 2 * half + 2 * normed + attention + adapted + 4 * half
-    last = half + 2 * normed + attention + half + 3 * rank  # the text's last block ends at attention
+    last = half + 2 * normed + attention + half + 3 * rank  # the text's last ends at attention
     picture, text = 1024, 77 + 256
     # 24 blocks, 13 with a second attention, less what has no gradient yet in the first; a last norm
     kept = picture * (24 * block + 12 * second - half + half) + text * (23 * block + last - half)

@@ -271,8 +271,9 @@ class Case:
                 lora_passes.rounded(self.model.denoisers)
                 # to be compared bit for bit, both LoRAs multiply in float32
                 lora_passes.widened(self.model.denoisers)
-            eager: Any = torch.compiler.set_stance("force_eager")  # as the fresh pipeline is
-            with eager if is_compiled(self.model.denoisers) else nullcontext():
+            # eager, as the fresh pipeline is; made where it is needed, as making it sets it
+            compiled = is_compiled(self.model.denoisers)
+            with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
                 trained = {scale: _rollout(self.model, cond, scale).x0 for scale in base}
             self._trained = None
             del self.model  # room for another pipeline

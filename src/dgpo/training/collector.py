@@ -241,8 +241,8 @@ class Collector:
         guided = recipe.rollout.guidance_scale != 1 or recipe.algorithm.kl_guidance is not None
         model = self._policy.model
         cond = model.encode(_texts(prompts, assignment), guidance=guided)
-        if iteration + 1 < recipe.train.iterations:
-            following = self._prompts(iteration + 1)
+        last = iteration + 1 == recipe.train.iterations
+        if following := () if last else self._prompts(iteration + 1):  # recordings end sooner
             model.prefetch(_texts(following, self._assignment(following)))
         overlap, groups = recipe.overlaps_rewards, assignment.groups.tolist()
         scoring = Scoring(self._rewards, prompts, recipe.group_size, overlap, groups)
