@@ -16,10 +16,10 @@ from time import process_time
 from typing import Any
 
 import torch
-from families.tiny import tiny_model
 
 from dgpo.models import PipelineModel, load_pipeline
 from dgpo.registry import MODELS
+from families.tiny import tiny_model
 
 NAMES = ("pocket", "pocket-sd", "sdxl", "flux")
 
