@@ -353,8 +353,8 @@ class Collector:
 
     def _batches(self, asked: Asked) -> Iterator[Turn]:
         """The passes that make this process's pictures. Collective, each of them."""
-        mine = len(asked.assignment.mine)
-        size = self._recipe.rollout.batch or max(1, math.ceil(mine / self._engine.servers))
+        most = max(map(len, asked.assignment.places))  # as many batches in every process
+        size = self._recipe.rollout.batch or math.ceil(most / self._engine.servers)
         every = turns(asked.assignment.batches(size), self._policy.sharded)
         return (turn for turn in every if len(turn.rows))
 
