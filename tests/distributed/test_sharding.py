@@ -91,7 +91,8 @@ def test_pieces_in_other_places(processes: int, how: dict[str, Any], tmp_path: P
 def test_all_weights_in_half_precision(name: str, tmp_path: Path) -> None:
     """By two processes, with whole weights or in pieces: the gradient of the first step."""
     whole, two = tmp_path / "whole", tmp_path / "two"
-    changes = {"groups_per_iteration": 2, "precision": "bfloat16", "dtype": torch.bfloat16}
+    # of four groups of five the micro-batches are alike, and what each of them rounds
+    changes = {"groups_per_iteration": 4, "precision": "bfloat16", "dtype": torch.bfloat16}
     train_ = {"iterations": 1, **({} if name == "none" else {"sharding": "fsdp2", name: 2})}
     alone(train, whole, whole, "dgpo", {**changes, "train": {"iterations": 1}})
     all_well(2, train, two, two, "dgpo", {**changes, "train": train_})
@@ -102,8 +103,8 @@ def test_all_weights_in_half_precision(name: str, tmp_path: Path) -> None:
     off = sum(float((one[key] - other[key]).square().sum()) for key in moments) ** 0.5
     off /= sum(float(one[key].square().sum()) for key in moments) ** 0.5
     print(f"bfloat16, sharding {name}: {off:.1e}")  # docs/scaling.md quotes it
-    # FSDP2 rounds the sum of a gradient to the precision of its weight, at most by 2^-9
-    assert off < (1e-6 if name == "none" else 2**-9)
+    # FSDP2 rounds the sum of a gradient to the precision of its weight, by 2^-8 at most
+    assert off < (1e-6 if name == "none" else 2**-8)
 
 
 @pytest.mark.slow

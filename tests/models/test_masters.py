@@ -76,7 +76,7 @@ def test_steps_smaller_than_the_rounding_add_up() -> None:
     index, master = max(enumerate(case.masters), key=lambda pair: float(pair[1].detach().abs().max()))
     place = int(master.abs().argmax())
     before = float(master.view(-1)[place])
-    step = abs(before) * 2**-10  # a quarter of the least step of bfloat16
+    step = abs(before) * 2**-10  # a quarter of the spacing of bfloat16, or less
     assert float(torch.tensor(before + step).bfloat16()) == before
     for taken in range(1, 9):
         master.data.view(-1)[place] += step

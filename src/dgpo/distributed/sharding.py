@@ -178,8 +178,9 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def any_sharded(modules: Iterable[nn.Module]) -> bool:
-    """Return whether any weight is sharded; then all processes must make the same passes."""
-    return any(is_sharded(weight) for module in modules for weight in module.parameters())
+    """Return whether any module is sharded; then all processes must make the same passes."""
+    # not by the weights, which are whole while they are gathered
+    return any(isinstance(part, FSDPModule) for module in modules for part in module.modules())
 
 
 def device_of(tensor: Tensor) -> torch.device:

@@ -55,6 +55,7 @@ class Policy:
         snapshot_device: torch.device | str | None = None,
     ) -> None:
         lora_weights.refuse_adapted(model.denoisers)
+        let_go(model.denoisers.values())  # whether weights can be merged is asked of the pieces
         self.model = model
         self.lora = lora
         # in evaluation mode: with dropout a training pass would not answer as the rollout did
