@@ -73,7 +73,9 @@ def test_float32_has_no_copies() -> None:
 
 def test_steps_smaller_than_the_rounding_add_up() -> None:
     case = Case()
-    index, master = max(enumerate(case.masters), key=lambda pair: float(pair[1].detach().abs().max()))
+    index, master = max(
+        enumerate(case.masters), key=lambda pair: float(pair[1].detach().abs().max())
+    )
     place = int(master.abs().argmax())
     before = float(master.view(-1)[place])
     step = abs(before) * 2**-10  # a quarter of the spacing of bfloat16, or less

@@ -91,15 +91,25 @@ def shard(
 def _mesh(processes: int, size: int | None, device: torch.device) -> DeviceMesh:
     """Return the processes in a row, or in rows of ``size`` which have a copy of the weights each
     (HSDP)."""
-    if size is None or size == processes:
+    pieces = pieces_of(processes, size)
+    if pieces == processes:
         return init_device_mesh(device.type, (processes,))
-    if processes % size:
+    names = ("replicate", "shard")
+    return init_device_mesh(device.type, (processes // pieces, pieces), mesh_dim_names=names)
+
+
+def pieces_of(processes: int, size: int | None) -> int:
+    """Return the number of pieces of a weight.
+
+    Raises:
+        UserError: ``size``, which is ``train.sharding_size``, does not divide the processes.
+    """
+    if size is not None and processes % size:
         raise UserError(
             f"train.sharding_size = {size}: {processes} processes cannot be divided into groups of "
-            "it; use a divisor of their number, or null for all of them"
+            f"{size}; use a divisor of their number, or null for all of them"
         )
-    names = ("replicate", "shard")
-    return init_device_mesh(device.type, (processes // size, size), mesh_dim_names=names)
+    return size or processes
 
 
 def sums_in(name: str, denoiser: nn.Module) -> torch.dtype | None:

@@ -84,9 +84,10 @@ class Policy:
             for parameter_name, parameter in denoiser.named_parameters()
             if parameter.requires_grad
         }
-        self._masters = Masters([*weights.values()])
-        self._named = dict(zip(weights, self._masters.parameters, strict=True))
-        trained, held = self.parameters(), self._masters.weights
+        self.masters = Masters([*weights.values()])
+        """What is trained, and what passes compute with."""
+        self._named = dict(zip(weights, self.masters.parameters, strict=True))
+        trained, held = self.parameters(), self.masters.weights
         assert lora is None or [*map(id, trained)] == [*map(id, self.passes.weights)]
         self.old = Snapshot(trained, snapshot_device, held)
         self.slow = Snapshot(trained, snapshot_device, held)
@@ -170,7 +171,7 @@ class Policy:
         """Return a block in which the policy's own weights are in place, with gradients if these
         are on."""
         if self._runs_again:
-            self._masters.write()
+            self.masters.write()
             return nullcontext()
         if torch.is_grad_enabled():
             if self.passes.narrow is not None:
@@ -189,7 +190,7 @@ class Policy:
                 yield
             return
         if snapshot is None:
-            self._masters.write()
+            self.masters.write()
         with nullcontext() if snapshot is None else snapshot.swapped():
             if not passes.merges:
                 yield
@@ -230,7 +231,7 @@ class Policy:
         snapshot, folder = self._snapshot(weights), Path(directory)
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
-        self._masters.write()
+        self.masters.write()
         with nullcontext() if snapshot is None else snapshot.swapped():
             if self.lora is not None:
                 if writes:

@@ -38,6 +38,11 @@ class Masters:
         pairs = zip(self.weights, self.parameters, strict=True)
         self._narrow = [(weight, master) for weight, master in pairs if weight is not master]
 
+    @property
+    def copies(self) -> list[nn.Parameter]:
+        """Return the masters that are not the weights themselves."""
+        return [master for _, master in self._narrow]
+
     @torch.no_grad()
     def write(self) -> None:
         """Round the masters into the weights.
