@@ -22,7 +22,7 @@ class Case:
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
         self.model = PipelineModel(build("sd3").to(dtype), call=TINY["sd3"].call)
-        (self.denoiser,) = self.model.denoisers.values()
+        self.denoiser: Any = next(iter(self.model.denoisers.values()))
         self.cond = conditioning("sd3", self.model)
         self.level = self.model.rollout(self.cond, steps=2, decode=False).levels[0]
         self.xt = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
