@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -203,6 +204,26 @@ def _weights(recipe: Recipe) -> Iterator[str]:
         yield (
             f"train.sum_gradients = {train.sum_gradients!r}: only sharded weights that are trained "
             "leave a choice (train.sharding: fsdp2 with lora: null); use step"
+        )
+    for name, default in {
+        "sharding_size": None,
+        "sharding_offload": False,
+        "reshard": True,
+    }.items():
+        if train.sharding == "none" and (value := getattr(train, name)) != default:
+            yield (
+                f"train.{name} = {json.dumps(value)}: nothing is sharded; leave it out, or use "
+                "train.sharding: fsdp2"
+            )
+    if train.sharding_offload and recipe.lora is not None:
+        yield (
+            "train.sharding_offload = true: a LoRA is made where its base lies, and would compute "
+            "on the CPU; use false, or lora: null"
+        )
+    if not train.reshard and recipe.lora is None:
+        yield (
+            "train.reshard = false: lora: null trains all weights, and what was gathered is not "
+            "theirs after a step or under an average; use true, or a LoRA"
         )
     if train.warmup >= recipe.optimizer_steps:
         yield (

@@ -182,6 +182,16 @@ class TrainSettings(Settings):
     """When processes with sharded, trained weights sum their gradients: once in an optimiser step,
     for which each holds all gradients in between, or after every micro-batch, which moves more data
     and needs less memory."""
+    sharding_size: int | None = Field(default=None, ge=2)
+    """The number of processes that share one copy of sharded weights, a divisor of the number of
+    processes (HSDP); null: all of them. With that of one machine's GPUs weights are gathered within
+    machines, and gradients alone move between them."""
+    sharding_offload: bool = False
+    """Keep the pieces of sharded, trained weights, their averages and the optimiser's on the CPU,
+    which then takes the optimiser's steps."""
+    reshard: bool = True
+    """Let each block go of its gathered weights after its pass. false: a frozen base under a LoRA
+    is gathered once for the rollouts and once for the update of an iteration, and has to fit."""
 
     def time_is_up(self, seconds: float) -> bool:
         """Return whether a run of so many seconds of training has spent its ``max_minutes``."""

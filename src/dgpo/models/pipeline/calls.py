@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dgpo.distributed.sharding import device_of
 from dgpo.errors import UserError
 from dgpo.media import made_of
 from dgpo.models.pipeline import probes, row_groups
@@ -77,8 +78,8 @@ class PipelineCalls:
 
     @property
     def device(self) -> torch.device:
-        """Return where the denoiser is."""
-        return next(next(iter(self.denoisers.values())).parameters()).device
+        """Return where the denoiser computes."""
+        return device_of(next(next(iter(self.denoisers.values())).parameters()))
 
     def arguments(self, cond: Conditioning, guidance_scale: float) -> dict[str, Any]:
         """Return the arguments of one call of the pipeline."""
