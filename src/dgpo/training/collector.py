@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any, Protocol
 
@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 
 from dgpo.algorithms.base import TrajectoryAlgorithm
+from dgpo.core.process import Level
 from dgpo.core.seeds import seed_for
 from dgpo.distributed.assignment import Assignment
 from dgpo.distributed.lockstep import turns
 from dgpo.distributed.processes import SINGLE, Processes
 from dgpo.errors import UserError
 from dgpo.media import Lost, made_of
+from dgpo.models.accelerate import Accelerated, distance
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.pipeline.prompt_encoder import Conditioning
 from dgpo.models.pipeline.rollout import Rollout
 from dgpo.models.pipeline.row_groups import joined
-from dgpo.models.policy import RollingWeights
+from dgpo.models.policy import Policy, RollingWeights
 from dgpo.models.samplers.schedulers import make_scheduler
 from dgpo.models.samplers.sde_schedulers import make_sde_scheduler, with_noise
 from dgpo.prompts import Prompt
@@ -136,8 +138,9 @@ class Collector:
     ) -> None:
         self._recipe, self._policy, self._rewards = recipe, policy, rewards
         self._prompts, self._processes = prompts, processes
-        self._engine = engine or LocalEngine(policy)
         self._scheduler = rollout_scheduler(recipe, policy.model.pipe.scheduler)
+        self._inexact = self._accelerated()
+        self._engine = engine or LocalEngine(self._inexact or policy)
         self._sampled: dict[int, Sampled] = {}
         self._early: dict[int, PrefetchedRollout] = {}
         """What earlier weights have made, until the iteration after its own."""
@@ -163,7 +166,11 @@ class Collector:
             made = self._sampled[one] = self.sample(one) if early is None else self._show(one)
             if early is None and one > iteration:
                 self._early[one] = PrefetchedRollout(made.rollout, made.seconds, iteration)
-        return self.score(self._sampled.pop(iteration))
+        figures = self._distance(iteration)
+        collected = self.score(self._sampled.pop(iteration))
+        spent = collected.seconds["rollout"] + figures.get("seconds_rollout_check", 0.0)
+        seconds = {**collected.seconds, "rollout": spent}
+        return replace(collected, figures={**collected.figures, **figures}, seconds=seconds)
 
     def sample(self, iteration: int) -> Sampled:
         """Make the pictures, and show them to those rewards that take time. Collective.
@@ -274,6 +281,8 @@ class Collector:
                     rows.append(turn.rows)
                     asked.scoring.add(part.images or ())
         rollout = joined(parts, rows)
+        if self._levels is not None:
+            rollout = replace(rollout, levels=self._levels)
         if not bool(torch.isfinite(rollout.x0).all()):
             raise UserError(
                 f"iteration {iteration + 1}: the sampler returned numbers that are not finite, so "
@@ -296,11 +305,75 @@ class Collector:
             texts=[asked.prompts[group].text for group in held],
             cond=asked.cond.rows(groups),
             seeds=[seed_for(seed, "rollout", iteration, place) for place in places],
-            steps=rollout.steps,
+            steps=self._steps,
             guidance_scale=rollout.guidance_scale,
             scheduler=scheduler,
             record=recorded,
         )
+
+    @property
+    def _steps(self) -> int:
+        """The sampling steps of the rollouts."""
+        own = self._recipe.rollout.accelerate
+        return self._recipe.rollout.steps if own is None or own.steps is None else own.steps
+
+    def _accelerated(self) -> Accelerated | None:
+        """The policy with ``rollout.accelerate``, once it has been tried, if the recipe has it."""
+        recipe, policy, own = self._recipe, self._policy, self._recipe.rollout.accelerate
+        self._levels: list[Level] | None = None
+        """The noise levels of exact rollouts, where those that are made have others."""
+        if own is None:
+            return None
+        if not isinstance(policy, Policy):
+            raise UserError("rollout.accelerate: only training has it, use null")
+        made, guidance = Accelerated(policy, own), recipe.rollout.guidance_scale
+        cond = policy.model.encode([self._prompts(0)[0].text], guidance=guidance != 1)
+        made.trial(cond, self._steps, guidance, self._scheduler)
+        if own.steps is not None:
+            self._levels = policy.model.rollout(
+                cond,
+                steps=recipe.rollout.steps,
+                guidance_scale=guidance,
+                scheduler=self._scheduler,
+                generators=[torch.Generator().manual_seed(0)],
+                decode=False,
+            ).levels
+        return made
+
+    def _distance(self, iteration: int) -> dict[str, float]:
+        """How far inexact rollouts are from exact ones of the same noise, when it is looked at.
+
+        Every process samples the iteration's first group, so that all find the same number, however
+        many they are and whatever shares a batch.
+        """
+        recipe, own = self._recipe, self._recipe.rollout.accelerate
+        if own is None or self._inexact is None or iteration % own.check_every:
+            return {}
+        began, guidance, model = monotonic(), recipe.rollout.guidance_scale, self._policy.model
+        cond = model.encode([self._prompts(iteration)[0].text], guidance=guidance != 1)
+        cond = cond.rows(torch.zeros(recipe.group_size, dtype=torch.long))
+        found = []
+        for sampler, steps in (
+            (self._inexact, self._steps),
+            (self._policy, recipe.rollout.steps),
+        ):
+            with sampler.rolling(self._weights(iteration)):
+                made = model.rollout(
+                    cond,
+                    steps=steps,
+                    guidance_scale=guidance,
+                    scheduler=self._scheduler,
+                    generators=[
+                        torch.Generator().manual_seed(
+                            seed_for(recipe.seed, "rollout", iteration, place)
+                        )
+                        for place in range(recipe.group_size)
+                    ],
+                    decode=False,
+                )
+            found.append(made.x0)
+        figures = {"rollout_distance": distance(*found)}
+        return {**figures, "seconds_rollout_check": monotonic() - began}
 
     def _noisy_steps(self, iteration: int) -> tuple[range, range]:
         """The steps at which the sampler adds noise, and those whose tensors are kept."""
