@@ -8,7 +8,7 @@ rollout is gone after it, also after an error.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, Protocol
 
@@ -19,7 +19,7 @@ from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import Tensor, nn
 
 from dgpo.errors import UserError, told
-from dgpo.models.pipeline.prompt_encoder import Conditioning
+from dgpo.models.pipeline.rollout import Rollout
 from dgpo.models.policy import Policy, RollingWeights
 from dgpo.models.weights.compute import compile_denoisers, repeated_blocks
 from dgpo.models.weights.restoring import restoring
@@ -47,7 +47,7 @@ class AccelerateSettings(Protocol):
     """The number of sampling steps; None for that of exact rollouts."""
     cache: Cache | None
     """What diffusers keeps from one step for the next; None for nothing."""
-    cache_options: Mapping[str, Any]
+    cache_options: dict[str, Any]
     """Fields of the cache's configuration in diffusers."""
     precision: RolloutPrecision | None
     """How the denoiser's products are rounded; None for as in training."""
@@ -101,14 +101,11 @@ class Accelerated:
                 model.sampling = self._caching
             yield
 
-    def trial(self, cond: Conditioning, steps: int, guidance_scale: float, scheduler: Any) -> None:
-        """Make pictures once, so that what cannot work ends the run at its start.
+    def trial(self, sample: Callable[[], Rollout]) -> None:
+        """Sample once, so that what cannot work ends the run at its start.
 
         Args:
-            cond: the embeddings of a prompt or more.
-            steps: ``num_inference_steps`` of the rollouts.
-            guidance_scale: the guidance; 1 is none.
-            scheduler: the sampler.
+            sample: makes a rollout by :attr:`model`, and records its steps.
 
         Raises:
             UserError: the model cannot be sampled with these settings.
@@ -117,21 +114,12 @@ class Accelerated:
         hooked = [d.register_forward_pre_hook(lambda *_: calls.append(1)) for d in self._denoisers]
         try:
             with self.rolling():
-                made = self.model.rollout(
-                    cond,
-                    steps=steps,
-                    guidance_scale=guidance_scale,
-                    scheduler=scheduler,
-                    generators=[torch.Generator().manual_seed(row) for row in range(cond.size)],
-                    decode=False,
-                    record=True,
-                )
+                made = sample()
         except UserError:
             raise
         except Exception as error:  # whatever code for other models leads to
-            raise UserError(
-                f"{self._said()}: {self._kinds} failed with it: {told(error)}"
-            ) from error
+            failed = f"{self._kinds} failed with it: {told(error)}"
+            raise UserError(f"{self._said()}: {failed}; use null") from error
         finally:
             for hook in hooked:
                 hook.remove()
@@ -154,9 +142,7 @@ class Accelerated:
         """Return the settings that are on."""
         names = ("cache", "precision", "compile", "steps")
         said = {name: getattr(self._settings, name) for name in names}
-        return f"{_KEY}: " + ", ".join(
-            f"{name} = {value!r}" for name, value in said.items() if value
-        )
+        return f"{_KEY}: " + ", ".join(f"{k} = {value!r}" for k, value in said.items() if value)
 
     def _hold_compiled(self, on: bool) -> None:
         for block, compiled in self._compiled:

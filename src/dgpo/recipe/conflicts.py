@@ -164,9 +164,9 @@ def _inexact(recipe: Recipe) -> Iterator[str]:
     key = "rollout.accelerate"
     if isinstance(recipe.algorithm, TrajectoryAlgorithm):
         yield (
-            f"{key}: {recipe.algorithm.name} compares likelihoods of the steps of its rollouts, and "
-            "inexact rollouts do not come from the policy whose likelihood it computes; use null, "
-            "or an algorithm that needs none, such as dgpo"
+            f"{key}: {recipe.algorithm.name} compares likelihoods of the steps of its rollouts, "
+            "and inexact rollouts do not come from the policy whose likelihood it computes; use "
+            "null, or an algorithm that needs none, such as dgpo"
         )
     if not (own.steps or own.cache or own.precision or own.compile):
         yield f"{key}: it changes nothing; give steps, cache, precision or compile, or use null"

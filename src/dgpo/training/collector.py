@@ -326,54 +326,55 @@ class Collector:
             return None
         if not isinstance(policy, Policy):
             raise UserError("rollout.accelerate: only training has it, use null")
-        made, guidance = Accelerated(policy, own), recipe.rollout.guidance_scale
-        cond = policy.model.encode([self._prompts(0)[0].text], guidance=guidance != 1)
-        made.trial(cond, self._steps, guidance, self._scheduler)
+        made = Accelerated(policy, own)
+        cond = self._repeated(self._prompts(0)[0], 1)
+        made.trial(lambda: self._latents(cond, self._steps, [0], record=True))
         if own.steps is not None:
-            self._levels = policy.model.rollout(
-                cond,
-                steps=recipe.rollout.steps,
-                guidance_scale=guidance,
-                scheduler=self._scheduler,
-                generators=[torch.Generator().manual_seed(0)],
-                decode=False,
-            ).levels
+            self._levels = self._latents(cond, recipe.rollout.steps, [0]).levels
         return made
 
     def _distance(self, iteration: int) -> dict[str, float]:
         """How far inexact rollouts are from exact ones of the same noise, when it is looked at.
 
-        Every process samples the iteration's first group, so that all find the same number, however
-        many they are and whatever shares a batch.
+        Every process samples the whole of the iteration's first group, so that all find the same
+        number, however many they are.
         """
         recipe, own = self._recipe, self._recipe.rollout.accelerate
         if own is None or self._inexact is None or iteration % own.check_every:
             return {}
-        began, guidance, model = monotonic(), recipe.rollout.guidance_scale, self._policy.model
-        cond = model.encode([self._prompts(iteration)[0].text], guidance=guidance != 1)
-        cond = cond.rows(torch.zeros(recipe.group_size, dtype=torch.long))
+        began, size = monotonic(), recipe.group_size
+        cond = self._repeated(self._prompts(iteration)[0], size)
+        seeds = [seed_for(recipe.seed, "rollout", iteration, place) for place in range(size)]
         found = []
-        for sampler, steps in (
-            (self._inexact, self._steps),
-            (self._policy, recipe.rollout.steps),
-        ):
+        for sampler, steps in (self._inexact, self._steps), (self._policy, recipe.rollout.steps):
             with sampler.rolling(self._weights(iteration)):
-                made = model.rollout(
-                    cond,
-                    steps=steps,
-                    guidance_scale=guidance,
-                    scheduler=self._scheduler,
-                    generators=[
-                        torch.Generator().manual_seed(
-                            seed_for(recipe.seed, "rollout", iteration, place)
-                        )
-                        for place in range(recipe.group_size)
-                    ],
-                    decode=False,
-                )
-            found.append(made.x0)
+                parts = [
+                    self._latents(cond.rows(rows), steps, [seeds[row] for row in rows.tolist()])
+                    for rows in torch.arange(size).split(recipe.rollout.batch or size)
+                ]
+            found.append(torch.cat([part.x0 for part in parts]))
         figures = {"rollout_distance": distance(*found)}
         return {**figures, "seconds_rollout_check": monotonic() - began}
+
+    def _repeated(self, prompt: Prompt, count: int) -> Conditioning:
+        """The embeddings of a prompt, in so many rows."""
+        guided = self._recipe.rollout.guidance_scale != 1
+        cond = self._policy.model.encode([prompt.text], guidance=guided)
+        return cond.rows(torch.zeros(count, dtype=torch.long))
+
+    def _latents(
+        self, cond: Conditioning, steps: int, seeds: Sequence[int], record: bool = False
+    ) -> Rollout:
+        """What the sampler makes of these seeds by the weights in place, not decoded."""
+        return self._policy.model.rollout(
+            cond,
+            steps=steps,
+            guidance_scale=self._recipe.rollout.guidance_scale,
+            scheduler=self._scheduler,
+            generators=[torch.Generator().manual_seed(seed) for seed in seeds],
+            decode=False,
+            record=record,
+        )
 
     def _noisy_steps(self, iteration: int) -> tuple[range, range]:
         """The steps at which the sampler adds noise, and those whose tensors are kept."""
