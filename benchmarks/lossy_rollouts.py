@@ -72,9 +72,8 @@ def pictures(rounds: int) -> None:
                 exact = made.x0 if exact is None else exact
                 far[column].append(distance(made.x0, exact))
                 rewards[column] += reward(made.images, [prompt] * size).total.tolist()
-    print(
-        "| rollouts | ms a picture | time | distance | largest | reward |\n|---|---|---|---|---|---|"
-    )
+    print("| rollouts | ms a picture | time | distance | largest | reward |")
+    print("|---|---|---|---|---|---|")
     for column in columns:
         each = 1000 * seconds[column] / len(rewards[column])
         values = torch.tensor(rewards[column])

@@ -127,7 +127,7 @@ class Accelerated:
         mixes = self._settings.cache == "fastercache" or not all(
             hasattr(denoiser, "cache_context") for denoiser in self._denoisers
         )
-        if self._settings.cache is not None and mixes and len(calls) > len(made.steps):
+        if self._settings.cache is not None and mixes and len(calls) >= 2 * len(made.steps) > 2:
             raise UserError(
                 f"{self._said()}: the pipeline asks {self._kinds} {len(calls)} times in "
                 f"{len(made.steps)} steps, which this cache would mix; use rollout.guidance_scale: "
