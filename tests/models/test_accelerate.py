@@ -76,7 +76,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("sd3", FASTER),
         ("flux", FIRST),
         ("sd3", {"precision": "int8"}),
-        ("sd3", {"compile": True}),
+        pytest.param("sd3", {"compile": True}, marks=pytest.mark.slow),
     ],
 )
 def test_nothing_stays_after_rollouts(name: str, setting: Any, fails: bool) -> None:
@@ -139,6 +139,14 @@ def test_a_merged_lora_is_rounded_as_its_base() -> None:
         merged = case.sample()
     assert not torch.equal(base, wanted)
     assert 0 < distance(merged, case.exact()) < 0.5
+
+
+def test_8_bits_of_a_base_in_half_precision_merge_the_lora() -> None:
+    case = Case(dtype=torch.bfloat16)
+    with case.rolling(precision="merged"):
+        merged = case.sample()
+    with case.rolling(precision="int8"):
+        assert 0 < distance(case.sample(), merged) < 0.5
 
 
 @pytest.mark.parametrize("rows", [5, 64])

@@ -371,7 +371,7 @@ class GuardSettings(Settings):
     and lies below its first value; 0: never."""
     gradient_spike: float = Field(default=10.0, ge=0)
     """Warn when the gradient norm is so many times the median of the last 20; 0: never."""
-    rollout_distance: float = Field(default=0.5, ge=0)
+    rollout_distance: float = Field(default=0.3, ge=0)
     """Warn when inexact rollouts (rollout.accelerate) are so far from the exact ones, in units of
     the spread within a group; 0: never."""
     clipped: float = Field(default=0.9, ge=0, le=1)
