@@ -7,6 +7,11 @@ process, so that what slows the machine slows both. The reward waits, as one on 
 of its own does, for ``--share`` of the time that sampling its pictures takes. Hidden is the part
 of the time spent in rewards that the collection did not wait for; the last batch has nothing to
 hide behind, so that with N batches no more than (N - 1) / N can be hidden.
+
+    python benchmarks/reward_overlap.py --train 6 [--share 1.0] [key=value ...]
+
+trains so many iterations without and with ``rollout.ahead=1``: rewards are then asked while
+the policy is trained, too.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from __future__ import annotations
 import argparse
 import time
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from dgpo.models.load import load_pipeline
@@ -22,6 +28,7 @@ from dgpo.models.policy import Policy
 from dgpo.prompts import PromptSampler, load_prompts
 from dgpo.recipe import Recipe
 from dgpo.rewards import load_rewards
+from dgpo.trainer import Trainer
 from dgpo.training.collector import Collector
 
 
@@ -40,13 +47,38 @@ class Waiting:
         return [float(place) for place in range(len(images))]
 
 
+def train(recipe: str, iterations: int, share: float, settings: list[str]) -> None:
+    """Train with a reward that waits, without and with pictures sampled ahead."""
+    small = ["group_size=8", "groups_per_iteration=4", "prompts.eval=null"]
+    changes = [*small, *settings, f"train.iterations={iterations + 1}", "run.loggers=[]"]
+    reward, kinds = Waiting(), {"at once": "rollout.ahead=0", "ahead": "rollout.ahead=1"}
+    for kind, ahead in (("", "rollout.ahead=0"), *kinds.items()):
+        with TemporaryDirectory() as folder:
+            made = Recipe.load(recipe, [*changes, ahead, f"run.dir={folder}/run"])
+            run = Trainer(recipe=made, reward_funcs=[reward])
+            run.train()
+            rows = run.state.log_history[1:]  # the first one warms up
+        if not kind:
+            rolled = median(row["seconds_rollout"] for row in rows)
+            reward.seconds = share * rolled / made.images_per_iteration
+            continue
+        spent = reward.seconds * made.images_per_iteration
+        hidden = median(row.get("seconds_reward_hidden", 0.0) for row in rows) / spent
+        each = median(row["seconds_iteration"] for row in rows)
+        print(f"{kind}: {each:.2f} s an iteration, {hidden:.0%} of {spent:.2f} s of rewards hidden")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", default="pocket-geneval")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--share", type=float, default=0.5)
+    parser.add_argument("--train", type=int, default=0, metavar="ITERATIONS")
     parser.add_argument("settings", nargs="*")
     arguments = parser.parse_args()
+    if arguments.train:
+        train(arguments.recipe, arguments.train, arguments.share, arguments.settings)
+        return
     small = ["group_size=8", "groups_per_iteration=4", "rollout.batch=8"]
     both = {
         overlap: Recipe.load(

@@ -149,7 +149,6 @@ def test_what_is_refused_before_a_run(tmp_path, monkeypatch):
         load_rewards({"human": 1.0}).check([*_prompts()])
     for changes, message in (
         ({"algorithm": {"name": "flow_grpo"}, "rollout": {"ahead": 1}}, "own steps; use 0"),
-        ({"rollout": {"ahead": 1, "overlap_rewards": True}}, "overlap_rewards to null"),
     ):
         given = {**settings(**changes), **({"algorithm": changes.get("algorithm", "dgpo")})}
         with pytest.raises(UserError, match=message):

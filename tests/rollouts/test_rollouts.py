@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,49 +26,19 @@ from dgpo.recipe import Recipe
 from dgpo.rollouts import RolloutRequest
 from dgpo.rollouts.remote import RemoteEngine
 from dgpo.rollouts.wire import hash_of, pack, unpack
-from families import tiny
 from families.tiny import sd3_small
 from reliable import tensors
 from tiny_runs import light, rows, settings, trainer
-
-TOKEN = "engine-token"
 
 
 @pytest.fixture(autouse=True)
 def _light(monkeypatch: pytest.MonkeyPatch) -> None:
     light(monkeypatch)
-    monkeypatch.setenv("DGPO_ROLLOUT_TOKEN", TOKEN)
-
-
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subprocess.Popen]]:
-    folder = tmp_path_factory.mktemp("engine")
-    (folder / "token").write_text(TOKEN)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = f"{Path(tiny.__file__)}:sd3_small"
-    words = ["-m", "dgpo.rollouts.server", place, "--token-file", folder / "token"]
-    process = subprocess.Popen(
-        [sys.executable, *map(str, words), "--port", str(port)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    url = f"http://127.0.0.1:{port}"
-    while process.poll() is None:
-        try:
-            httpx.get(url, timeout=5)
-            break
-        except httpx.TransportError:
-            time.sleep(0.1)
-    assert process.poll() is None, "the server has ended"
-    yield url, process
-    process.send_signal(signal.SIGKILL)
-    process.wait()
 
 
 @pytest.fixture
-def url(started: tuple[str, subprocess.Popen]) -> str:
-    return started[0]
+def url(urls: list[str]) -> str:
+    return urls[0]
 
 
 RUN: dict[str, Any] = {
@@ -97,10 +63,11 @@ def test_a_run_with_an_engine_is_the_run_without(url: str, tmp_path: Path) -> No
     first, last = rows(tmp_path / "there")
     assert first["reward_mean"] != last["reward_mean"]  # the weights that were sent had changed
     engine: Any = run._collect._engine  # pyright: ignore
-    assert engine.difference < 1e-5  # of one picture and a batch of three
+    (client,) = engine.clients
+    assert client.difference < 1e-5  # of one picture and a batch of three
     lora = sum(p.numel() * 4 for p in run.policy.parameters())
-    assert 2 * lora < engine.bytes_sent < 2 * (lora + 20_000)
-    assert 0 < engine.bytes_received < 2 * 8 * (4 * 16 * 16 * 16 + 3 * 16 * 16)
+    assert 2 * lora < client.bytes_sent < 2 * (lora + 20_000)
+    assert 0 < client.bytes_received < 2 * 8 * (4 * 16 * 16 * 16 + 3 * 16 * 16)
 
 
 @pytest.mark.slow
@@ -139,7 +106,7 @@ def test_a_server_refuses_what_it_cannot_do_and_goes_on(url: str) -> None:
         "call": {"height": 16, "width": 16}, "weights": None,
     }  # fmt: skip
     other = save({"transformer.no.such.layer.lora_A.weight": torch.zeros(2, 2)})
-    head = {"Authorization": f"Bearer {TOKEN}"}
+    head = {"Authorization": f"Bearer {os.environ['DGPO_ROLLOUT_TOKEN']}"}
     address = httpx.URL(url)  # connections that say nothing keep nobody out
     idle = [socket.create_connection((address.host, address.port or 0)) for _ in range(70)]
     with httpx.Client(base_url=url, headers=head, timeout=60) as client:
@@ -239,8 +206,9 @@ def test_a_server_with_other_weights_is_refused(
 
     policy: Any = Weights()
     engine = RemoteEngine(policy, "http://engine")
-    engine._client = httpx.Client(transport=httpx.MockTransport(answer), base_url="http://engine")
-    engine._checked = True  # with the policy's own pictures, of which there are none here
+    (client,) = engine.clients
+    client.client = httpx.Client(transport=httpx.MockTransport(answer), base_url="http://engine")
+    client.checked = True  # with the policy's own pictures, of which there are none here
 
     def ask() -> None:
         with engine.holding("policy"):

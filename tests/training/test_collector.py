@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from shutil import copytree
@@ -17,11 +18,18 @@ from torch import Tensor
 
 from dgpo.distributed.assignment import Assignment
 from dgpo.distributed.processes import Processes
+from dgpo.rewards.shipped.stand_in import brightness
 from reliable import assert_same, processes, reliable, stopping, tensors
 from tiny_runs import light, rows
 
 RUN: dict[str, Any] = {
-    "rollout": {"steps": 3, "call": {"height": 16, "width": 16}, "ahead": 2},
+    # rewards are asked when their iteration is trained, so that they can stop it
+    "rollout": {
+        "steps": 3,
+        "call": {"height": 16, "width": 16},
+        "ahead": 2,
+        "overlap_rewards": False,
+    },
     "train": {"iterations": 5, "lr": 1e-2, "lr_schedule": "cosine", "warmup": 2},
     "checkpoint": {"every": 2},
 }
@@ -66,6 +74,47 @@ class _NoEvents:
 def held(checkpoint: Path) -> list[str]:
     with safe_open(checkpoint / "ahead.safetensors", "pt") as file:
         return sorted(file.keys())
+
+
+IN_FLIGHT = {**RUN, "rollout": {**RUN["rollout"], "overlap_rewards": None}}
+
+
+def test_rewards_in_flight_change_nothing(through: Path, tmp_path: Path) -> None:
+    called: list[tuple[str, int]] = []
+
+    def score(images: Any, prompts: list[str]) -> list[float]:
+        called.append((threading.current_thread().name, run.iteration))
+        return brightness(images, prompts)
+
+    run = reliable(tmp_path, reward=score, **IN_FLIGHT)
+    run.train()
+    mine, other = rows(tmp_path), rows(through)
+    assert all(row["seconds_reward_hidden"] >= 0 for row in mine)
+    for key in ("reward_mean", "reward_std", "loss", "grad_norm", "samples_lost"):
+        assert [row[key] for row in mine] == [row[key] for row in other]
+    here, there = tensors(tmp_path), tensors(through)
+    assert all(torch.equal(tensor, here[name]) for name, tensor in there.items())
+    asked = [one for one in called if one[0] == "reward"]  # the first call tries the reward
+    assert len(asked) == 5
+    # the next iterations' pictures are scored before theirs begins
+    assert sum(at < number for number, (_, at) in enumerate(asked)) >= 3
+
+
+def test_a_stop_while_rewards_are_in_flight_shows_nowhere(through: Path, tmp_path: Path) -> None:
+    def interrupt_once(*_: Any, **__: Any) -> None:
+        if run.iteration == 2:
+            raise KeyboardInterrupt
+
+    run = reliable(tmp_path, **IN_FLIGHT)
+    update = run.updater.update
+    run.updater.update = lambda *given: interrupt_once() or update(*given)  # pyright: ignore
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    again = reliable(tmp_path, resume=True, **IN_FLIGHT)
+    assert again.iteration == 2
+    again.train()
+    here, there = tensors(tmp_path), tensors(through)
+    assert all(torch.equal(tensor, here[name]) for name, tensor in there.items())
 
 
 @pytest.mark.parametrize("again", ["in this process", "in another"])

@@ -137,9 +137,12 @@ def _offline(recipe: Recipe) -> Iterator[str]:
 
 def _remote(recipe: Recipe) -> Iterator[str]:
     """Check for what an engine in another process cannot do."""
-    rollout, where = recipe.rollout, f"rollout.engine = {recipe.rollout.engine!r}: "
+    rollout, where = recipe.rollout, f"rollout.engine = {', '.join(recipe.rollout.engine or ())}: "
     if rollout.engine is None:
         return
+    foreign = [url for url in rollout.engine if not url.startswith("http")]
+    if foreign and rollout.scheduler is not None:
+        yield (f"{where}{foreign[0]} samples with its own sampler; set rollout.scheduler to null")
     if isinstance(recipe.algorithm, TrajectoryAlgorithm):
         yield (
             f"{where}{recipe.algorithm.name} needs the steps of each sample, which the engine does "
@@ -202,11 +205,6 @@ def _call(recipe: Recipe) -> Iterator[str]:
 
 def _groups(recipe: Recipe) -> Iterator[str]:
     """Check what is sampled, scored and compared in an iteration."""
-    if recipe.rollout.ahead and recipe.rollout.overlap_rewards:
-        yield (
-            f"rollout.ahead = {recipe.rollout.ahead}: rewards are asked when their iteration is "
-            "trained; set rollout.overlap_rewards to null or false"
-        )
     if recipe.combine == "gdpo" and getattr(recipe.algorithm, "advantage_std", "") == "group":
         yield (
             "combine = 'gdpo': it divides by the deviation of the whole batch, and dividing each "

@@ -241,11 +241,10 @@ class Recipe(Settings):
 
     @property
     def overlaps_rewards(self) -> bool:
-        """Return whether rewards are asked while the next pictures are sampled."""
+        """Return whether rewards are asked while pictures are sampled or the policy is trained."""
         asked, batch = self.rollout.overlap_rewards, self.rollout.batch
-        if self.rollout.ahead:
-            return False
-        return asked is not False and batch is not None and batch < self.images_per_iteration
+        several = batch is not None and batch < self.images_per_iteration
+        return asked is not False and (several or self.rollout.ahead > 0)
 
     @property
     def eval_sampling(self) -> sections.EvalSampling:

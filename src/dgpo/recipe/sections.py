@@ -47,6 +47,24 @@ def _sde(value: Any) -> Any:
         ) from error
 
 
+def _addresses(value: Any) -> Any:
+    """Read addresses: a list of them, or a text with commas between them."""
+    given = value.split(",") if isinstance(value, str) else value
+    every = isinstance(given, (list, tuple)) and all(isinstance(one, str) for one in given)
+    found = [one.strip() for one in given] if every else []
+    form = r"(vllm-omni\+|sglang\+)?https?://[^@\s]+"
+    if value is None:
+        return None
+    if not found or not all(re.fullmatch(form, one) for one in found):
+        raise ValueError(
+            "rollout.engine: should be an address such as http://127.0.0.1:8770, or several, "
+            "without a password (DGPO_ROLLOUT_TOKEN holds the token)"
+        )
+    if twice := [one for one in found if found.count(one) > 1]:
+        raise ValueError(f"rollout.engine: {twice[0]} is there twice; give each server once")
+    return found
+
+
 def _auto_or_names(value: Any) -> Any:
     named = isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
     if value != "auto" and not (named and value):
@@ -115,17 +133,18 @@ class RolloutSettings(Settings):
     """The number of pictures in one call of the pipeline, in each process; null: all pictures of an
     iteration."""
     overlap_rewards: bool | None = None
-    """Score one batch while the next is sampled; null: yes where rollout.batch makes
-    several batches. It changes no result."""
+    """Score one batch while the next is sampled and, with ahead, while the policy is trained; null:
+    yes where rollout.batch makes several batches, or something is sampled ahead. It changes no
+    result."""
     ahead: int = Field(default=0, ge=0)
-    """How many iterations to sample ahead of training, so that slow rewards, such as people who
-    rank, never hold it up. Each batch comes from weights that are as many updates old."""
+    """How many iterations to sample ahead of training, so that slow rewards never hold it up, nor
+    rollouts that an engine makes. Each batch comes from weights that are as many updates old."""
     sde: Annotated[Any, BeforeValidator(_sde)] = None
     """A sampler that adds noise at every step but the last, e.g. {kind: flow, noise_level: 0.7}. It
     serves comparisons: losses on noised samples do not need it. null: rollout.scheduler samples."""
-    engine: str | None = None
-    """The address of a server that makes the rollouts (docs/scaling.md); null: the run makes them
-    itself."""
+    engine: Annotated[list[str] | None, BeforeValidator(_addresses)] = None
+    """The address of a server that makes the rollouts, or several (docs/scaling.md); null: the run
+    makes them itself."""
     accelerate: AccelerateSettings | None = None
     """Faster, inexact rollouts for training alone (docs/performance.md), e.g. {steps: 6}; null:
     exact."""
@@ -145,16 +164,6 @@ class RolloutSettings(Settings):
                     f"rollout.call.{key} = {masked(size)!r:.80}: use a whole number from 1 to "
                     f"{MOST_PIXELS}, or leave it out for the pipeline's own"
                 )
-        return value
-
-    @field_validator("engine")
-    @classmethod
-    def _is_an_address(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"https?://[^@\s]+", value):
-            raise ValueError(
-                "rollout.engine: should be an address such as http://127.0.0.1:8770, without a "
-                "password (DGPO_ROLLOUT_TOKEN holds the token)"
-            )
         return value
 
 

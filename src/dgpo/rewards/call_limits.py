@@ -114,7 +114,7 @@ class CallLimits:
         )
 
 
-def in_thread(call: Callable[[], T]) -> Future[T]:
+def in_thread(call: Callable[[], T], name: str = "reward") -> Future[T]:
     """Run ``call`` in a thread that does not keep the program from ending, on the caller's GPU and
     stream."""
     future: Future[T] = Future()
@@ -129,5 +129,5 @@ def in_thread(call: Callable[[], T]) -> Future[T]:
         except BaseException as error:  # whoever waits for the future raises it
             future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True, name="reward").start()
+    threading.Thread(target=run, daemon=True, name=name).start()
     return future

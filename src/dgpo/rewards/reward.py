@@ -242,7 +242,8 @@ def as_reward(given: Any, name: str = "", options: Mapping[str, Any] | None = No
         return given
     if not callable(given):
         raise UserError(
-            f"reward {name!r} is a {type(given).__name__}, and no function (images, prompts, "
-            "**columns); give one, or derive a class from dgpo.rewards.Reward and define __call__"
+            f"reward {name!r} is {given!r:.80} ({type(given).__name__}), and no function (images, "
+            "prompts, **columns); give one, or derive a class from dgpo.rewards.Reward and define "
+            "__call__"
         )
     return _Plain(given, name)

@@ -1,10 +1,10 @@
-"""Scores the pictures that are there while the next ones are sampled."""
+"""Scores the pictures that are there while the next ones are sampled, or the policy is trained."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext
 from queue import SimpleQueue
 from time import monotonic
@@ -34,6 +34,7 @@ class Scoring:
         overlap: whether to ask in a thread; rewards that disturb the process are not.
         groups: the group of each picture that will come, ascending; None for all pictures of all
             groups.
+        after: what is scored before. Rewards are asked by one at a time, in order.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Scoring:
         size: int,
         overlap: bool,
         groups: Sequence[int] | None = None,
+        after: Scoring | None = None,
     ) -> None:
         self._rewards, self._prompts = rewards, list(prompts)
         every = [group for group in range(len(self._prompts)) for _ in range(size)]
@@ -52,26 +54,40 @@ class Scoring:
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         self._parts: list[Scored] = []
         self._ended = False
+        self._before = None if after is None else after.done
+        self.done: Future[None] = Future()
+        """Done once no reward will be asked any more."""
         self.seconds = 0.0
         """The seconds that rewards have taken."""
-        beside = overlap and not rewards.disturbs
-        with beside_the_others():
-            self._work: Future[None] | None = in_thread(self._run) if beside else None
+        self._work: Future[None] | None = None
+        if overlap and not rewards.disturbs:
+            with beside_the_others():
+                self._work = in_thread(self._run)
 
     def __enter__(self) -> Scoring:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._ended = True  # after an error: what waits is not asked any more
-        self._tasks.put(None)
+        self.end()
 
-    def add(self, images: Sequence[Image.Image]) -> None:
+    def end(self) -> None:
+        """Ask no reward any more: what waits is left."""
+        self._ended = True
+        self._tasks.put(None)
+        if self._work is None and not self.done.done():
+            self.done.set_result(None)
+
+    def add(self, images: Sequence[Image.Image], go_on: bool = False) -> None:
         """Take the next pictures, group after group.
+
+        Args:
+            images: the pictures.
+            go_on: take them, too, if a reward has failed for earlier ones: they shall be kept.
 
         Raises:
             UserError: a reward has failed for earlier pictures, so sampling on is no use.
         """
-        if self._work is not None and self._work.done():
+        if self._work is not None and self._work.done() and not go_on:
             self._work.result()
         self._waiting += images
         first, end = self._given, self._given + len(self._waiting)
@@ -108,10 +124,17 @@ class Scoring:
         )
 
     def _run(self) -> None:
-        while (task := self._tasks.get()) is not None and not self._ended:
-            began = monotonic()
-            self._parts.append(self._rewards.score(*task))
-            self.seconds += monotonic() - began
+        try:
+            if self._before is not None:
+                wait([self._before])
+                self._before = None
+            while (task := self._tasks.get()) is not None and not self._ended:
+                began = monotonic()
+                self._parts.append(self._rewards.score(*task))
+                self.seconds += monotonic() - began
+        finally:
+            if not self.done.done():
+                self.done.set_result(None)
 
 
 def beside_the_others() -> AbstractContextManager[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -43,6 +43,14 @@ class RolloutRequest:
 class RolloutEngine(Protocol):
     """A ``RolloutEngine`` makes the pictures of a run."""
 
+    servers: int = 1
+    """How many batches it makes at the same time."""
+
+    @property
+    def apart(self) -> bool:
+        """Return whether it may make pictures while the policy is trained."""
+        return False
+
     def holding(self, weights: RollingWeights) -> AbstractContextManager[None]:
         """Sample inside the block with the policy's present weights or with one of its averages."""
         ...
@@ -54,6 +62,10 @@ class RolloutEngine(Protocol):
             UserError: the engine cannot be reached, or cannot do what the request asks for.
         """
         ...
+
+    def rollouts(self, requests: Iterable[RolloutRequest]) -> Iterator[Rollout]:
+        """Yield the rollout of each request, in their order."""
+        return map(self.rollout, requests)
 
 
 class _Rolling(Protocol):

@@ -3,11 +3,12 @@
     python -m dgpo.rollouts.server MODEL --port 8770
 
 ``PUT /v1/weights/HASH`` takes a LoRA file, and ``POST /v1/rollout`` makes pictures with it
-(:mod:`dgpo.rollouts.wire`). Requests run one after the other.
+(:mod:`dgpo.rollouts.wire`). Requests that wait at the same time are sampled as one batch.
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -52,7 +53,8 @@ class Sampler:
         self._pipe = pipe
         self._models: dict[str, PipelineModel] = {}
         self._lock = Lock()
-        self._weights: str | None = None
+        self.weights: str | None = None
+        """The hash of the LoRA that is in place; None for the model as it was."""
         self._lora = LoraPasses([])
 
     def take(self, name: str, data: bytes) -> str:
@@ -74,10 +76,8 @@ class Sampler:
         with self._lock, tempfile.TemporaryDirectory() as folder:
             if self._lora.layers:
                 self._pipe.unload_lora_weights()
-            self._weights, self._lora = (
-                None,
-                LoraPasses([]),
-            )  # until the new ones are known to be in place
+            # until the new ones are known to be in place
+            self.weights, self._lora = None, LoraPasses([])
             (Path(folder) / "pytorch_lora_weights.safetensors").write_bytes(data)
             try:
                 put_lora(self._pipe, lora_files.read(Path(folder)), fresh=True)
@@ -86,7 +86,7 @@ class Sampler:
             parts = self._pipe.components.values()
             modules = (m for p in parts if isinstance(p, torch.nn.Module) for m in p.modules())
             self._lora = LoraPasses([module for module in modules if isinstance(module, LoraLayer)])
-            self._weights = found
+            self.weights = found
             return found
 
     def sample(self, ask: Ask) -> Rollout:
@@ -97,8 +97,8 @@ class Sampler:
             UserError: the pipeline cannot do what the request asks for.
         """
         with self._lock:
-            if ask.weights != self._weights:
-                raise Stale(f"weights {self._weights} are in place, not {ask.weights!s:.80}")
+            if ask.weights != self.weights:
+                raise Stale(f"weights {self.weights} are in place, not {ask.weights!s:.80}")
             if len(ask.seeds) != len(ask.texts):
                 raise UserError(f"{len(ask.seeds)} seeds for {len(ask.texts)} texts")
             if ask.scheduler is not None and ask.scheduler not in SAMPLERS:
@@ -131,15 +131,86 @@ class Sampler:
             yield
 
 
-def make_app(pipe: Any, token: str | None = None) -> Any:
+class Joined:
+    """``Joined`` samples requests that wait at the same time as one batch, if they differ in their
+    texts and seeds alone.
+
+    Args:
+        sample: makes the pictures of a request.
+        rows: how many pictures a batch may have; a larger request is a batch of its own.
+    """
+
+    def __init__(self, sample: Callable[[Ask], Rollout], rows: int) -> None:
+        self._sample, self._rows = sample, rows
+        self._waiting: list[tuple[Ask, Future[Rollout]]] = []
+        self._turn, self._list = Lock(), Lock()
+
+    def __call__(self, ask: Ask) -> Rollout:
+        """Return the rollout of a request, when its turn has come."""
+        mine: Future[Rollout] = Future()
+        with self._list:
+            self._waiting.append((ask, mine))
+        with self._turn:
+            if not mine.done():
+                self._serve(ask)
+        return mine.result()
+
+    def _serve(self, first: Ask) -> None:
+        kind, rows, taken = _kind(first), 0, []
+        with self._list:
+            for one in self._waiting:
+                fits = not taken or rows + len(one[0].seeds) <= self._rows
+                if _kind(one[0]) == kind and fits:
+                    taken.append(one)
+                    rows += len(one[0].seeds)
+            self._waiting = [one for one in self._waiting if one not in taken]
+        try:
+            texts, seeds = ([x for ask, _ in taken for x in getattr(ask, n)] for n in _OWN)
+            made = self._sample(first.model_copy(update={"texts": texts, "seeds": seeds}))
+        except Exception:
+            for ask, mine in taken:  # one of them may be at fault: each is told its own
+                with _told_to(mine):
+                    mine.set_result(self._sample(ask))
+            return
+        images, end = list(made.images or ()), 0
+        for ask, mine in taken:
+            start, end = end, end + len(ask.seeds)
+            mine.set_result(Rollout(made.x0[start:end], images[start:end], made.levels))
+
+
+_OWN = ("texts", "seeds")
+"""What requests of one batch may differ in."""
+
+
+def _kind(ask: Ask) -> str:
+    fits = len(ask.texts) == len(ask.seeds)  # one that does not is refused alone
+    return ask.model_dump_json(exclude=set(_OWN)) if fits else str(id(ask))
+
+
+@contextmanager
+def _told_to(future: Future[Any]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        future.set_exception(error)
+
+
+def make_app(pipe: Any, token: str | None = None, rows: int = 64) -> Any:
     """Make an ASGI application around a pipeline.
 
     Args:
         pipe: the pipeline as it was before training.
         token: the bearer token that every request must bring; None asks for no token.
+        rows: how many pictures of requests that wait are sampled at once.
     """
     sampler = Sampler(pipe)
+    sample = Joined(sampler.sample, rows)
     app = FastAPI(title="dgpo rollouts")
+
+    @app.get("/health")
+    async def health() -> dict[str, str | None]:
+        """Say that the server is there, and with which LoRA."""
+        return {"status": "ok", "weights": sampler.weights}
 
     @app.put("/v1/weights/{name}")
     async def weights(name: str, request: Request) -> dict[str, str]:
@@ -155,7 +226,7 @@ def make_app(pipe: Any, token: str | None = None) -> Any:
             ask = Ask.model_validate_json(await request.body())
         except ValidationError as error:
             raise HTTPException(422, why(error)) from None
-        made = await run_in_threadpool(_answered, sampler.sample, ask)
+        made = await run_in_threadpool(_answered, sample, ask)
         return Response(pack(made, ask.weights), media_type="application/octet-stream")
 
     return Guard(app, token, LARGEST, "application/json")
@@ -189,6 +260,7 @@ def main(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, metavar="N")] = 8770,
     token_file: Annotated[Path | None, typer.Option("--token-file", metavar="F")] = None,
     precision: Annotated[str, typer.Option("--precision", metavar="P")] = "float32",
+    rows: Annotated[int, typer.Option("--rows", min=1, metavar="N")] = 64,
 ) -> None:
     """Make rollouts for a run elsewhere."""
     import uvicorn
@@ -197,7 +269,7 @@ def main(
 
     try:
         token = token_for(host, token_file)
-        app = make_app(load_for_sampling(model, precision), token)
+        app = make_app(load_for_sampling(model, precision), token, rows)
     except UserError as error:
         raise SystemExit(str(error)) from error
     uvicorn.run(app, host=host, port=port, **uvicorn_settings())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from time import monotonic
@@ -16,7 +18,7 @@ from dgpo.algorithms.base import TrajectoryAlgorithm
 from dgpo.core.process import Level
 from dgpo.core.seeds import seed_for
 from dgpo.distributed.assignment import Assignment
-from dgpo.distributed.lockstep import turns
+from dgpo.distributed.lockstep import Turn, turns
 from dgpo.distributed.processes import SINGLE, Processes
 from dgpo.errors import UserError
 from dgpo.media import Lost, made_of
@@ -31,6 +33,7 @@ from dgpo.models.samplers.sde_schedulers import make_sde_scheduler, with_noise
 from dgpo.prompts import Prompt
 from dgpo.recipe import Recipe
 from dgpo.rewards import RewardSet, Scored
+from dgpo.rewards.call_limits import in_thread
 from dgpo.rewards.scoring import Scoring
 from dgpo.rollouts.engine import LocalEngine, RolloutEngine, RolloutRequest
 from dgpo.training.batch import Batch, build_batch
@@ -74,11 +77,34 @@ class Asked:
 
 @dataclass(frozen=True)
 class Sampled:
-    """This process's pictures of an iteration, and the seconds that sampling took."""
+    """This process's pictures of an iteration, and the seconds that sampling took.
+
+    Args:
+        asked: what was asked for.
+        rollout: the pictures.
+        seconds: how long the loop has waited for them.
+        hidden: how many more seconds an engine has worked while the policy was trained.
+    """
 
     asked: Asked
     rollout: Rollout
     seconds: float
+    hidden: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Apart:
+    """Iterations whose pictures an engine makes while the policy is trained.
+
+    Args:
+        asked: what was asked for, by iteration.
+        during: the iteration that is trained.
+        made: their pictures, and the seconds that each took.
+    """
+
+    asked: dict[int, Asked]
+    during: int
+    made: Future[dict[int, tuple[Rollout, float]]]
 
 
 @dataclass(frozen=True)
@@ -111,8 +137,9 @@ class Collector:
 
     With the recipe's seed, the iteration fixes every random number. With ``rollout.ahead`` = N the
     pictures of the next N iterations are sampled early, by the weights of the moment, so that slow
-    rewards have something to look at while the policy is updated. A checkpoint keeps these
-    pictures, because the weights that made them are gone.
+    rewards have something to look at while the policy is updated. An engine makes them while the
+    policy is updated. A checkpoint keeps these pictures, because the weights that made them are
+    gone.
 
     Args:
         recipe: sampler, sizes and seed of the run.
@@ -144,6 +171,9 @@ class Collector:
         self._sampled: dict[int, Sampled] = {}
         self._early: dict[int, PrefetchedRollout] = {}
         """What earlier weights have made, until the iteration after its own."""
+        self._apart: _Apart | None = None
+        self._scoring: Scoring | None = None
+        """The last that was begun."""
 
     def __call__(self, iteration: int) -> Collected:
         """What an iteration trains on. Collective.
@@ -154,19 +184,28 @@ class Collector:
         Raises:
             UserError: the samples are not finite, or a reward's answer is unusable.
         """
+        figures = self._distance(iteration)
         # What this iteration has sampled before an error is sampled again, by the same weights:
         # the figures of the iteration then count it as if there had been no error.
+        self._take_in(iteration)
         self._early = self._kept(iteration)
-        self._sampled = {n: made for n, made in self._sampled.items() if n in self._early}
+        for one in self._sampled.keys() - self._early.keys():
+            self._sampled.pop(one).asked.scoring.end()
         last = min(iteration + self._recipe.rollout.ahead, self._recipe.train.iterations - 1)
+        missing = []
         for one in range(iteration, last + 1):
             if one in self._sampled:
                 continue
-            early = self._early.get(one)
-            made = self._sampled[one] = self.sample(one) if early is None else self._show(one)
-            if early is None and one > iteration:
-                self._early[one] = PrefetchedRollout(made.rollout, made.seconds, iteration)
-        figures = self._distance(iteration)
+            if one in self._early:
+                self._sampled[one] = self._show(one)
+            elif one > iteration and self._engine.apart:
+                missing.append(one)
+            else:
+                made = self._sampled[one] = self.sample(one)
+                if one > iteration:
+                    self._early[one] = PrefetchedRollout(made.rollout, made.seconds, iteration)
+        if missing:
+            self._apart = self._begin(missing, iteration)
         collected = self.score(self._sampled.pop(iteration))
         spent = collected.seconds["rollout"] + figures.get("seconds_rollout_check", 0.0)
         seconds = {**collected.seconds, "rollout": spent}
@@ -181,7 +220,8 @@ class Collector:
         began = monotonic()
         with ExitStack() as on_error:
             asked = self._ask(iteration, on_error)
-            rollout = self._roll(iteration, asked)
+            with self._engine.holding(self._weights(iteration)):
+                rollout = self._roll(iteration, asked, self._batches(asked))
             on_error.pop_all()
         return Sampled(asked, rollout, monotonic() - began)
 
@@ -197,6 +237,8 @@ class Collector:
         waited = monotonic() - began
         found = build_batch(self._recipe, scored, made.rollout, asked.cond, assignment)
         figures = {**found.figures, "samples_lost": float(lost)}
+        if self._recipe.rollout.engine and self._recipe.rollout.ahead:
+            figures["seconds_rollout_hidden"] = made.hidden
         if self._recipe.overlaps_rewards:
             figures["seconds_reward_hidden"] = max(0.0, scoring.seconds - waited)
         return Collected(
@@ -215,6 +257,12 @@ class Collector:
         Args:
             iteration: the next one.
         """
+        if self._apart is not None and self._apart.during < iteration:
+            wait([self._apart.made])
+            whole = self._apart.made.exception() is None
+            # what one process lacks all sample again; the error is raised when it is needed
+            if all(self._processes.all_gather_object(whole, "what was sampled ahead")):
+                self._take_in(iteration)
         kept = self._kept(iteration)
         shares = {one: self._assignment(self._prompts(one)) for one in kept}
         return pack(kept, shares, {one: self._made_for(one) for one in kept})
@@ -251,9 +299,53 @@ class Collector:
         last = iteration + 1 == recipe.train.iterations
         if following := () if last else self._prompts(iteration + 1):  # recordings end sooner
             model.prefetch(_texts(following, self._assignment(following)))
-        overlap, groups = recipe.overlaps_rewards, assignment.groups.tolist()
-        scoring = Scoring(self._rewards, prompts, recipe.group_size, overlap, groups)
-        return Asked(prompts, assignment, cond, on_error.enter_context(scoring))
+        # people answer when their iteration comes; until then they may change their minds
+        people = recipe.rollout.ahead > 0 and bool(self._rewards.names_with("asks_people"))
+        overlap, groups = recipe.overlaps_rewards and not people, assignment.groups.tolist()
+        size, before = recipe.group_size, self._scoring
+        scoring = Scoring(self._rewards, prompts, size, overlap, groups, before)
+        self._scoring = on_error.enter_context(scoring)
+        return Asked(prompts, assignment, cond, scoring)
+
+    def _begin(self, iterations: Sequence[int], during: int) -> _Apart:
+        """Have the engine make the pictures of later iterations."""
+        with ExitStack() as on_error:
+            asked = {one: self._ask(one, on_error) for one in iterations}
+            batches = {one: [*self._batches(given)] for one, given in asked.items()}
+            with self._engine.holding(self._weights(during)):
+                pass  # the engine has the weights now, and keeps them
+
+            def make() -> dict[int, tuple[Rollout, float]]:
+                made = {}
+                for one in iterations:
+                    began = monotonic()
+                    made[one] = self._roll(one, asked[one], batches[one], True), monotonic() - began
+                return made
+
+            on_error.pop_all()
+        return _Apart(asked, during, in_thread(make, name="rollouts ahead"))
+
+    def _take_in(self, iteration: int) -> None:
+        """Wait for what an engine was asked for before this iteration; the rest is left.
+
+        Raises:
+            UserError: the engine has failed.
+        """
+        apart = self._apart
+        if apart is None:
+            return
+        began = monotonic()
+        wait([apart.made])
+        waited, self._apart = monotonic() - began, None
+        if apart.during >= iteration:
+            for asked in apart.asked.values():
+                asked.scoring.end()
+            return
+        for one, (rollout, seconds) in apart.made.result().items():
+            self._early[one] = PrefetchedRollout(rollout, seconds, apart.during)
+            hidden = max(0.0, seconds - waited)
+            self._sampled[one] = Sampled(apart.asked[one], rollout, min(waited, seconds), hidden)
+            waited = max(0.0, waited - seconds)
 
     def _show(self, iteration: int) -> Sampled:
         """Pictures that were sampled early; rewards are asked about the same batches again."""
@@ -266,20 +358,31 @@ class Collector:
             on_error.pop_all()
         return Sampled(asked, early.made, early.seconds)
 
-    def _roll(self, iteration: int, asked: Asked) -> Rollout:
+    def _batches(self, asked: Asked) -> Iterator[Turn]:
+        """The passes that make this process's pictures. Collective, each of them."""
+        mine = len(asked.assignment.mine)
+        size = self._recipe.rollout.batch or max(1, math.ceil(mine / self._engine.servers))
+        every = turns(asked.assignment.batches(size), self._policy.sharded)
+        return (turn for turn in every if len(turn.rows))
+
+    def _roll(
+        self, iteration: int, asked: Asked, batches: Iterable[Turn], go_on: bool = False
+    ) -> Rollout:
         """This process's pictures, batch by batch."""
+        passes: list[Turn] = []
+
+        def requests() -> Iterator[RolloutRequest]:
+            for turn in batches:
+                passes.append(turn)
+                yield self._request(iteration, asked, turn.rows)
+
         parts: list[Rollout] = []
         rows: list[Tensor] = []
-        with self._engine.holding(self._weights(iteration)):
-            batches = asked.assignment.batches(self._recipe.rollout.batch)
-            for turn in turns(batches, self._policy.sharded):
-                if not len(turn.rows):
-                    continue
-                part = self._engine.rollout(self._request(iteration, asked, turn.rows))
-                if turn.counts:
-                    parts.append(part)
-                    rows.append(turn.rows)
-                    asked.scoring.add(part.images or ())
+        for number, part in enumerate(self._engine.rollouts(requests())):
+            if passes[number].counts:
+                parts.append(part)
+                rows.append(passes[number].rows)
+                asked.scoring.add(part.images or (), go_on)
         rollout = joined(parts, rows)
         if self._levels is not None:
             rollout = replace(rollout, levels=self._levels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dgpo.distributed.processes import Processes
@@ -178,7 +179,9 @@ def make_collector(
     if recipe.rollout.engine is not None:
         from dgpo.rollouts.remote import RemoteEngine  # it needs httpx
 
-        engine = RemoteEngine(policy, recipe.rollout.engine, recipe.rollout.scheduler)
+        folder = Path(recipe.run.dir) / f"engine-{processes.rank}"
+        urls, sampler_name = recipe.rollout.engine, recipe.rollout.scheduler
+        engine = RemoteEngine(policy, urls, sampler_name, folder)
     return Collector(recipe, policy, data.rewards, sampler.at, engine, processes)
 
 
