@@ -39,7 +39,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"precision": "int8"},
     {"compile": True},
 ]
-TRAINED = SETTINGS[:6]
+TRAINED = SETTINGS[:4]
 GROUPS = 16
 
 
