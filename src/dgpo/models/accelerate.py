@@ -52,7 +52,7 @@ class AccelerateSettings(Protocol):
     precision: RolloutPrecision | None
     """How the denoiser's products are rounded; None for as in training."""
     compile: bool
-    """Whether the denoiser's blocks are compiled."""
+    """The denoiser's blocks are compiled."""
 
 
 class Accelerated:
