@@ -39,7 +39,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"precision": "int8"},
     {"compile": True},
 ]
-TRAINED = SETTINGS[:4]
+TRAINED = SETTINGS[:6]
 GROUPS = 16
 
 
