@@ -141,7 +141,7 @@ class Policy:
             return self.model.predict(xt, level, cond, guidance_scale)
 
     @contextmanager
-    def rolling(self, weights: RollingWeights = "policy") -> Iterator[None]:
+    def rolling(self, weights: RollingWeights = "policy", *, merge: bool = False) -> Iterator[None]:
         """Put weights in place for rollouts; everything is back, bit for bit, after the block.
 
         Inside the block a LoRA is merged into the base weights, ``W + scale B A``, so that it costs
@@ -150,10 +150,14 @@ class Policy:
         computed as in training (:mod:`dgpo.models.weights.lora_passes`). Nor is it merged into base
         weights that are sharded.
 
+        Args:
+            weights: whose.
+            merge: merge in half precision, too (:mod:`dgpo.models.accelerate`).
+
         Raises:
             ValueError: there are no weights of that name.
         """
-        with self._placed(self._snapshot(weights)):
+        with self._placed(self._snapshot(weights), merge):
             yield
         let_go(self.model.denoisers.values())
 
@@ -181,18 +185,19 @@ class Policy:
         return self._placed(None)
 
     @contextmanager
-    def _placed(self, snapshot: Snapshot | None) -> Iterator[None]:
+    def _placed(self, snapshot: Snapshot | None, merge: bool = False) -> Iterator[None]:
         """Inside the block a snapshot's weights (None: the policy's own) are in place, merged where
-        that is exact enough."""
+        that is exact enough, or where it is asked for."""
         passes = self.passes
-        if passes.narrow is not None:
+        merge = passes.merges or (merge and bool(passes.layers))
+        if passes.narrow is not None and not merge:
             with passes.cast(passes.weights if snapshot is None else snapshot.tensors):
                 yield
             return
         if snapshot is None:
             self.masters.write()
         with nullcontext() if snapshot is None else snapshot.swapped():
-            if not passes.merges:
+            if not merge:
                 yield
                 return
             # after the exchange: what is merged is the LoRA of the snapshot

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -64,6 +64,8 @@ class PipelineCalls:
         self._fixed = fixed_arguments(pipe, self.call)
         self._remembered = remembered_encoding(pipe)
         self._picture_each_row: bool | None = None
+        self.sampling: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Makes the block in which :meth:`sample` calls the pipeline."""
         self.guidance = Guidance(
             pipe,
             self.denoisers,
@@ -130,6 +132,7 @@ class PipelineCalls:
         recording = probes.Recording(keep=record)
         recording.listen(own)
         with (
+            self.sampling(),
             self.running(arguments, scheduler=own) as given,
             decoders_watched(self.pipe) as decoded,
             user_code(type(self.pipe).__name__),
