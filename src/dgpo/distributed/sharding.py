@@ -33,9 +33,9 @@ class ShardSettings(Protocol):
     sharding_size: int | None
     """The number of processes that share one copy of the weights; None for all."""
     sharding_offload: bool
-    """Whether the pieces lie on the CPU."""
+    """True where the pieces lie on the CPU."""
     reshard: bool
-    """Whether a block lets go of its gathered weights after its pass."""
+    """True where a block lets go of its gathered weights after its pass."""
 
 
 def shard(

@@ -21,7 +21,7 @@ class Masters:
     those of several backward passes add up in float32.
 
     Args:
-        weights: of modules, sharded or not; they have gradients.
+        weights: parameters of modules, sharded or not, that have gradients.
     """
 
     def __init__(self, weights: Sequence[nn.Parameter]) -> None:
