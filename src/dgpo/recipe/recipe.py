@@ -57,6 +57,7 @@ def _made(kind: Any, settings: Mapping[str, Any], shown: str) -> BaseAlgorithm:
     except ValidationError as error:
         valid = [*key_tree(Recipe), *key_tree(kind, "algorithm.")]
         _fail(problems(error, valid, "algorithm."))
+        raise
 
 
 def _fail(lines: list[str]) -> Any:

@@ -151,6 +151,6 @@ def _kind(value: Any) -> str:
         return f"a tensor of {kind} of shape {list(value.shape)}"
     if isinstance(value, tuple) and value:
         return f"a tuple of {', '.join(_kind(one) for one in value[:3])}"
-    if hasattr(value, "shape"):
-        return f"{type(value).__module__}.{type(value).__name__} of shape {list(value.shape)}"
+    if (shape := getattr(value, "shape", None)) is not None:
+        return f"{type(value).__module__}.{type(value).__name__} of shape {list(shape)}"
     return "None" if value is None else f"{type(value).__name__} {value!r:.60}"
