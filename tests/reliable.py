@@ -46,7 +46,7 @@ def reliable(
         pipe = sd15()
         recipe["lora"] = recipe["lora"] and {"rank": 4, "targets": ["to_q", "to_k"]}
     return Trainer(
-        model=pipe,
+        model=pipe.to(getattr(torch, changes.get("precision", "float32"))),
         reward_funcs=reward,
         train_dataset=PROMPTS,
         recipe=recipe,

@@ -28,6 +28,7 @@ from dgpo.rewards.reward import RewardFailure
 from dgpo.rewards.shipped.http import HttpReward
 from dgpo.rewards.shipped.vlm_judge import VLMJudge
 from dgpo.rollouts import RolloutRequest
+from dgpo.rollouts.clients import Weights
 from dgpo.rollouts.remote import RemoteEngine
 from dgpo.serve.access import token_for
 
@@ -54,11 +55,14 @@ def engine(url: str) -> RemoteEngine:
 
 
 def ask_engine(url: str) -> Any:
-    return engine(url).rollout(RolloutRequest(["a"], None, [1], 1))  # pyright: ignore
+    return send_weights(url, "0" * 64)
 
 
-def send_weights(url: str) -> Any:
-    return engine(url)._send("0" * 64, b"weights")
+def send_weights(url: str, there: str | None = None) -> Any:
+    made = engine(url)
+    made._weights = Weights("0" * 64, Path(__file__))
+    made.clients[0].has = there
+    return made.rollout(RolloutRequest(["a"], None, [1], 1))  # pyright: ignore
 
 
 CLIENTS: dict[str, tuple[str, Callable[[str], Any]]] = {

@@ -112,7 +112,7 @@ def _merged(
 ) -> Any:
     """Return the pipeline of a run with its trained weights in it."""
     from dgpo.models.load import load_pipeline, quiet
-    from dgpo.models.loras import merge_lora
+    from dgpo.models.loras import put_lora
     from dgpo.models.weights.lora_files import read, read_weights
 
     pipe = recipe["model"] if model is None else model
@@ -121,7 +121,7 @@ def _merged(
         own = (recipe.get("memory") or {}).get("vae_precision")
         pipe = load_pipeline(str(pipe), recipe["precision"], vae_precision=own)
     if recipe.get("lora", {}) is not None:
-        merge_lora(pipe, read(found or home / "lora", weights))
+        put_lora(pipe, read(found or home / "lora", weights), fresh=True, merge=True)
         return pipe
     if found is not None:
         for name, tensor in read_weights(found, weights).items():

@@ -49,6 +49,8 @@ class Entry:
         weights: how much a reward downloads at its first use, or where else its weights lie; empty
             if nothing is downloaded.
         hub: where a reward's weights come from.
+        call: arguments of a model's call with which it was trained, and with which recipes and
+            ``dgpo sample`` call it.
         models: the networks that a reward holds, each with its millions of parameters. Rewards
             share a network of one name.
         half: whether they lie in half precision on a GPU.
@@ -71,6 +73,7 @@ class Entry:
     hub: str = ""
     models: Mapping[str, int] = field(default_factory=dict)
     half: bool = False
+    call: Mapping[str, Any] = field(default_factory=dict)
     variables: str = ""
     needs: str = ""
     package: str = ""

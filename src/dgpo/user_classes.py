@@ -51,3 +51,18 @@ def refuse_options(kind: type, options: Mapping[str, Any], where: str) -> None:
         hint = "".join(nearest(name, names) for name in options if name not in names)
         takes = f"takes {', '.join(names)}" if names else "takes no options"
         raise UserError(f"{where}: {error}{hint}; {kind.__name__} {takes}") from error
+
+
+def unfinished(kind: type) -> list[str]:
+    """Return what a user's class of an algorithm lacks, one line for each thing."""
+    lines = []
+    own = [name for name, value in vars(kind).items() if callable(value)]
+    for method in sorted(getattr(kind, "__abstractmethods__", ())):
+        hint = nearest(method, own)
+        lines.append(f"algorithm {kind.__name__} has no method {method!r}{hint}; write it")
+    if not isinstance(getattr(kind, "name", None), str):
+        lines.append(
+            f"algorithm {kind.__name__} has no name; give it one in the class: "
+            f"name: ClassVar[str] = {kind.__name__.lower()!r}"
+        )
+    return lines

@@ -10,7 +10,8 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
-from dgpo.distributed.processes import SINGLE
+from dgpo.distributed.processes import SINGLE, Processes
+from dgpo.distributed.sharding import shard, sums_in
 from dgpo.errors import UserError
 from dgpo.models.pipeline.arguments import denoisers_of
 from dgpo.prompts.caption import Caption
@@ -60,11 +61,50 @@ def test_gradients_in_pieces_are_summed_once_for_a_step(tmp_path: Path) -> None:
     sums = {}
     for how in ("step", "micro_batch"):
         changes = {**few, "train": {"sharding": "fsdp2", "sum_gradients": how, "micro_batch": 2}}
-        all_well(2, together.counted_sums, tmp_path / how, tmp_path / how, "dgpo", changes)
-        sums[how] = int((tmp_path / how / "sums.txt").read_text())
+        place = tmp_path / how
+        all_well(2, together.counted, place, place, "dgpo", changes, "foreach_reduce")
+        units, sums[how] = json.loads((place / "counts.json").read_text())
     assert apart(tmp_path / "step", tmp_path / "micro_batch") < 1e-12
     # two iterations of one step; two levels of three micro-batches of at most five pictures
-    assert sums["step"] > 0 and sums["micro_batch"] == 2 * 3 * sums["step"]
+    assert sums["step"] == [units] * 2 and sums["micro_batch"] == [2 * 3 * units] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "how"),
+    [(4, {"sharding_size": 2}), (2, {"sharding_offload": True})],
+    ids=["two copies in two pieces each", "pieces on the CPU"],
+)
+def test_pieces_in_other_places(processes: int, how: dict[str, Any], tmp_path: Path) -> None:
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    few = {"groups_per_iteration": 4, "rollout": {"batch": 4}}
+    alone(train, whole, whole, "dgpo", few)
+    changes = {**few, "train": {"sharding": "fsdp2", **how}}
+    all_well(processes, train, pieces, pieces, "dgpo", changes)
+    off = apart(whole, pieces)
+    print(f"all weights, {how}: {off:.1e}")  # docs/scaling.md quotes it
+    assert off < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sharding_size", "none"])
+def test_all_weights_in_half_precision(name: str, tmp_path: Path) -> None:
+    """By two processes, with whole weights or in pieces: the gradient of the first step."""
+    whole, two = tmp_path / "whole", tmp_path / "two"
+    # of four groups of five the micro-batches are alike, and what each of them rounds
+    changes = {"groups_per_iteration": 4, "precision": "bfloat16", "dtype": torch.bfloat16}
+    train_ = {"iterations": 1, **({} if name == "none" else {"sharding": "fsdp2", name: 2})}
+    alone(train, whole, whole, "dgpo", {**changes, "train": {"iterations": 1}})
+    all_well(2, train, two, two, "dgpo", {**changes, "train": train_})
+    one, other = weights(whole), weights(two)
+    assert one.keys() == other.keys()
+    assert {tensor.dtype for tensor in (*one.values(), *other.values())} == {torch.float32}
+    moments = [key for key in one if key.endswith("exp_avg")]
+    off = sum(float((one[key] - other[key]).square().sum()) for key in moments) ** 0.5
+    off /= sum(float(one[key].square().sum()) for key in moments) ** 0.5
+    print(f"bfloat16, sharding {name}: {off:.1e}")  # docs/scaling.md quotes it
+    # FSDP2 rounds the sum of a gradient to the precision of its weight, by 2^-8 at most
+    assert off < (1e-6 if name == "none" else 2**-8)
 
 
 @pytest.mark.slow
@@ -89,6 +129,25 @@ def test_a_lora_on_a_frozen_base_in_pieces(name: str, tmp_path: Path) -> None:
     print(f"{name}, a LoRA on a base in two pieces: {off:.1e}")  # docs/scaling.md quotes it
     assert off < 1e-5
     check_figures(whole, pieces, 1e-3, counts=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_frozen_base_is_gathered_once_for_an_update(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Instead of twice or thrice for every micro-batch, with the same update."""
+    changes = {**LORA, "groups_per_iteration": 2, "reward": brightness, "dtype": dtype}
+    gathers = {}
+    for reshard in (True, False):
+        train_ = {"sharding": "fsdp2", "reshard": reshard, "micro_batch": 2}
+        place = tmp_path / str(reshard)
+        given = {**changes, "train": train_}
+        all_well(2, together.counted, place, place, "dgpo", given, "foreach_all_gather")
+        units, gathers[reshard] = json.loads((place / "counts.json").read_text())
+    print(f"gathers of an update, of {units} units: {gathers}")  # docs/scaling.md quotes it
+    assert apart(tmp_path / "True", tmp_path / "False") == 0
+    assert gathers[False] == [units] * 2
+    # two levels of three micro-batches: the policy, the reference, and the blocks at backward
+    assert all(count >= 2 * 3 * (3 * units - 1) for count in gathers[True])
 
 
 @pytest.mark.slow
@@ -128,3 +187,16 @@ def test_pictures_are_refused_where_the_pipeline_takes_them() -> None:
 def test_one_process_has_nothing_to_shard(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train.sharding = 'fsdp2'.*torchrun"):
         run(tmp_path, "dgpo", **SHARDED)
+
+
+def test_sizes_that_do_not_divide_the_processes_are_refused() -> None:
+    recipe = Recipe.from_dict(settings(train={"sharding": "fsdp2", "sharding_size": 3}))
+    with pytest.raises(UserError, match=r"train\.sharding_size = 3: 4 processes cannot"):
+        shard({}, Processes(0, 4), torch.device("cpu"), recipe.train)
+
+
+def test_weights_of_two_precisions_are_refused() -> None:
+    denoiser = sd3_small().transformer.bfloat16().requires_grad_(True)
+    denoiser.proj_out.float()
+    with pytest.raises(UserError, match=r"transformer are torch\.bfloat16 and torch\.float32"):
+        sums_in("transformer", denoiser)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 
 import dgpo.distributed.watch
 from algorithms.table import predicts_noise
@@ -265,19 +266,32 @@ def train_until(folder: Path, name: str, number: int, changes: dict[str, Any]) -
     trainer.train()
 
 
-def counted_sums(folder: Path, name: str, changes: dict[str, Any]) -> None:
-    """Train; the number of sums of gradients that FSDP2 makes in each update goes to a file."""
+def counted(folder: Path, name: str, changes: dict[str, Any], what: str) -> None:
+    """Train; how often FSDP2 sums gradients (``foreach_reduce``) or gathers weights
+    (``foreach_all_gather``) in each update goes to a file, and the number of its units."""
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group as inside
 
-    right, sums = inside.foreach_reduce, [0]
+    right, calls, counts = getattr(inside, what), itertools.count(), list[int]()
 
-    def reduce(*args: Any, **kwargs: Any) -> Any:
-        sums[0] += 1
+    def count(*args: Any, **kwargs: Any) -> Any:
+        next(calls)
         return right(*args, **kwargs)
 
-    inside.foreach_reduce = reduce
-    run(folder, name, **changes).train()
-    (folder / "sums.txt").write_text(str(sums[0]))
+    setattr(inside, what, count)
+    trainer = run(folder, name, **changes)
+    update = trainer.updater.update
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        before = next(calls)
+        found = update(*args, **kwargs)
+        counts.append(next(calls) - before - 1)
+        return found
+
+    trainer.updater.update = counting
+    trainer.train()
+    (denoiser,) = trainer.model.denoisers.values()
+    units = sum(isinstance(module, FSDPModule) for module in denoiser.modules())
+    (folder / "counts.json").write_text(json.dumps([units, counts]))
 
 
 def hang_in_pieces(folder: Path, where: str) -> None:

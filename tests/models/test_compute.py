@@ -230,9 +230,9 @@ def test_without_a_compiler_or_blocks_compiling_is_refused(monkeypatch: pytest.M
 
 def test_the_blocks_are_those_that_diffusers_names() -> None:
     net: Any = nn.Sequential(nn.Linear(1, 1), nn.ModuleList([nn.ReLU(), nn.Linear(1, 1)]))
-    assert [type(one) for one in compute._repeated(net)] == [nn.Linear]
+    assert [type(one) for one in compute.repeated_blocks(net)] == [nn.Linear]
     net._repeated_blocks = ["Linear"]
-    assert len(compute._repeated(net)) == 2
+    assert len(compute.repeated_blocks(net)) == 2
 
 
 def test_settings_of_recipes() -> None:

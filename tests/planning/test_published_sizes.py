@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dgpo.errors import UserError
 from dgpo.planning import Machine, Plan, make_plan
 from dgpo.recipe import Recipe
 from tiny_runs import settings
@@ -96,6 +97,32 @@ def test_gpus_share_the_pictures_and_pieces_of_the_weights() -> None:
     pieces = {"sharding": "fsdp2", "micro_batch": 2, "iterations": 2}
     sharded = planned("", Machine("cuda", 2), **small, train=pieces)
     assert sharded.memory.parts["transformer"] == two.memory.parts["transformer"] // 2
+    kept = planned("", Machine("cuda", 2), **small, train={**pieces, "reshard": False})
+    assert kept.memory.parts["transformer"] == two.memory.parts["transformer"] * 3 // 2
+
+
+def test_all_weights_in_half_precision_have_masters_moments_and_averages() -> None:
+    def parts(gpus: int = 1, **train: Any) -> dict[str, int]:
+        small: dict[str, Any] = {"model": "pocket", "precision": "bfloat16", "lora": None}
+        train = {"micro_batch": 2, "iterations": 2, **train}
+        return dict(planned("", Machine("cuda", gpus), **small, train=train).memory.parts)
+
+    one = parts()
+    weights = one["masters"] // 2
+    assert weights == pytest.approx(one["transformer"], rel=0.01)  # which has buffers, too
+    assert one["gradients"] == 2 * weights  # float32
+    assert one["AdamW"] == 4 * weights
+    assert one["averages"] == 2 * 2 * weights + weights  # the reference is in half precision
+    four = parts(4, sharding="fsdp2", sharding_size=2)
+    for name in ("transformer", "masters", "AdamW", "averages"):
+        assert four[name] == one[name] // 2, name
+    assert four["gradients"] == one["gradients"]
+    sums = {"sharding": "fsdp2", "sum_gradients": "micro_batch"}
+    assert parts(2, **sums)["gradients"] == one["gradients"] // 2
+    away = parts(2, **sums, sharding_offload=True)
+    assert not {"transformer", "masters", "gradients", "AdamW", "averages"} & away.keys()
+    with pytest.raises(UserError, match=r"train\.sharding_size = 2: 3 processes"):
+        parts(3, sharding="fsdp2", sharding_size=2)
 
 
 @pytest.mark.slow

@@ -150,7 +150,7 @@ def test_a_transformer_stage_learns_layout_and_leaves_the_stock_model(tmp_path):
     tokenizer = build_tokenizer()
     encoders = (build_text_encoder(tokenizer), build_text_encoder(tokenizer))
     torch.manual_seed(0)
-    transformer = build_transformer(8, 8)
+    transformer = build_transformer(8, 8, layers=2)
     processors = {type(p) for p in transformer.attn_processors.values()}
     keys = set(transformer.state_dict())
     scenes = draw_scenes(16, 0)
@@ -159,7 +159,7 @@ def test_a_transformer_stage_learns_layout_and_leaves_the_stock_model(tmp_path):
         lambda rows, _: [scenes[row].caption for row in rows],
         layout_of(scenes),
     )
-    settings = FlowSettings(steps=30, batch=16, report=10)
+    settings = FlowSettings(steps=12, batch=16, report=4)
     train_flow(
         tmp_path, transformer, captions.CaptionTable(tokenizer, encoders), data, settings, dict
     )

@@ -287,6 +287,15 @@ def test_broken_overrides(override):
             {"train": {"sharding": "fsdp2", "sum_gradients": "micro_batch"}, "lora": {"rank": 4}},
             ["train.sum_gradients = 'micro_batch'", "lora: null"],
         ),
+        ({"train": {"sharding_size": 2}}, ["train.sharding_size = 2", "train.sharding: fsdp2"]),
+        (
+            {"train": {"sharding": "fsdp2", "sharding_offload": True}, "lora": {"rank": 4}},
+            ["train.sharding_offload = true", "lora: null"],
+        ),
+        (
+            {"train": {"sharding": "fsdp2", "reshard": False}, "lora": None},
+            ["train.reshard = false", "lora: null", "LoRA"],
+        ),
         (
             {"train": {"sharding": "fsdp2"}, "memory": {"quantization": "torchao_int8"}},
             ["memory.quantization = 'torchao_int8'", "train.sharding = 'fsdp2'", "null"],

@@ -54,6 +54,13 @@ def test_two_halves_are_the_whole_with_inner_epochs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_two_halves_are_the_whole_with_masters(precision: str, tmp_path: Path) -> None:
+    changes = {"lora": None, "precision": precision, "train": {"iterations": 4, "lr": 1e-3}}
+    stopped_equals_through(tmp_path, "dgpo", **changes)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_two_halves_are_the_whole_with_all_weights(name: str, tmp_path: Path) -> None:
     changes = {"lora": None, "train": {"iterations": 4, "lr": 1e-3}}

@@ -50,7 +50,8 @@ class Toy:
         denoiser = torch.nn.Module()
         denoiser.weight = self.weight
         process = Epsilon(torch.linspace(0.99, 0.01, 1000)) if noise else FlowMatching()
-        self.model = SimpleNamespace(denoisers={"toy": denoiser}, process=process)
+        model = {"denoisers": {"toy": denoiser}, "process": process, "device": META}
+        self.model = SimpleNamespace(**model)
         self.old, self.slow = Snapshot(self.parameters()), Snapshot(self.parameters())
         self.sharded = False
         self.passes: Counter[tuple[str, float]] = Counter()

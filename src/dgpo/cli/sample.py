@@ -17,6 +17,7 @@ from dgpo.cli.options import Batch, Device, Lora, Model, Precision, VaePrecision
 from dgpo.errors import UserError
 from dgpo.recipe.files import apply_overrides
 from dgpo.recipe.sections import SampleSettings
+from dgpo.registry import MODELS
 
 Sampler = Callable[[Sequence[str], Sequence[int]], Any]
 """Takes texts and a seed for each, and returns what the pipeline made of them."""
@@ -58,7 +59,8 @@ def sample(
     rows = prompt_rows(prompt or [], more or [], prompts)
     check_folder("--out", out)
     check_lora(lora)
-    given = {key: value for key, value in (("height", height), ("width", width)) if value}
+    given: dict[str, Any] = dict(MODELS[model].call) if model in MODELS else {}
+    given |= {key: value for key, value in (("height", height), ("width", width)) if value}
     given |= apply_overrides({}, call or [])
     from dgpo.media import save_media
     from dgpo.models.load import load_for_sampling

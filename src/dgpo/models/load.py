@@ -224,7 +224,8 @@ def load_for_sampling(
         vae_precision=vae_precision,  # pyright: ignore[reportArgumentType]
     )
     if found is not None:
-        say(put_lora(pipe, found))
+        # as rollouts do it: in half precision the sum would lose small changes
+        say(put_lora(pipe, found, merge=precision == "float32"))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

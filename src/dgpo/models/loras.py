@@ -39,7 +39,9 @@ def load_lora(pipe: Any, given: str | Path, *, weight: float = 1.0) -> str:
     return put_lora(pipe, read(Path(given).expanduser()), weight=weight)
 
 
-def put_lora(pipe: Any, lora: LoraFile, *, weight: float = 1.0, fresh: bool = False) -> str:
+def put_lora(
+    pipe: Any, lora: LoraFile, *, weight: float = 1.0, fresh: bool = False, merge: bool = False
+) -> str:
     """Put a LoRA that was read into a pipeline, as :func:`load_lora` does.
 
     Args:
@@ -47,32 +49,24 @@ def put_lora(pipe: Any, lora: LoraFile, *, weight: float = 1.0, fresh: bool = Fa
         lora: what stands in the files.
         weight: the LoRA's strength.
         fresh: whether a LoRA that changes nothing is taken, as it is when training starts.
+        merge: whether to add it to the weights for good, so that it costs no time. The sum is made
+            in float32 and rounded once.
 
     Raises:
         UserError: it cannot be used, for a reason of :func:`load_lora`.
     """
     denoisers, fitting, said = _prepared(pipe, lora, weight, fresh)
     for name, layers in fitting.items():
-        _inject(denoisers[name], layers)
+        (_add if merge else _inject)(denoisers[name], layers)
     return said
 
 
 @torch.no_grad()
-def merge_lora(pipe: Any, lora: LoraFile) -> str:
-    """Add a LoRA to the weights of a pipeline for good.
-
-    The sum is made in float32 and rounded once.
-
-    Raises:
-        UserError: it cannot be used, for a reason of :func:`load_lora`.
-    """
-    denoisers, fitting, said = _prepared(pipe, lora, 1.0, fresh=True)
-    for name, layers in fitting.items():
-        for key, layer in layers.items():
-            weight: Any = denoisers[name].get_submodule(key).weight
-            change = layer.change().reshape(weight.shape).to(weight.device)
-            weight.copy_(weight.float() + change)
-    return said
+def _add(denoiser: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
+    for name, layer in layers.items():
+        weight: Any = denoiser.get_submodule(name).weight
+        change = layer.change().reshape(weight.shape).to(weight.device)
+        weight.copy_(weight.float() + change)
 
 
 def _prepared(

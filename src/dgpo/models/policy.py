@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dgpo.core.process import Level
-from dgpo.distributed.sharding import plain_class, whole
+from dgpo.distributed.sharding import let_go, plain_class, whole
 from dgpo.errors import UserError
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.pipeline.prompt_encoder import Conditioning
@@ -20,6 +20,7 @@ from dgpo.models.weights import lora_files
 from dgpo.models.weights.compute import is_compiled
 from dgpo.models.weights.lora import LoraSettings
 from dgpo.models.weights.lora_passes import LoraPasses
+from dgpo.models.weights.masters import Masters
 from dgpo.models.weights.snapshots import Snapshot, exchanged
 
 Weights = Literal["policy", "old", "ref"]
@@ -42,7 +43,7 @@ class Policy:
 
     Raises:
         UserError: a LoRA target that is no linear or convolution layer of the denoiser, a denoiser
-            that carries a LoRA already, or full fine-tuning in half precision.
+            that carries a LoRA already, or full fine-tuning of weights in 8 bits.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Policy:
         snapshot_device: torch.device | str | None = None,
     ) -> None:
         lora_weights.refuse_adapted(model.denoisers)
+        let_go(model.denoisers.values())  # whether weights can be merged is asked of the pieces
         self.model = model
         self.lora = lora
         # in evaluation mode: with dropout a training pass would not answer as the rollout did
@@ -76,17 +78,20 @@ class Policy:
             for module in denoiser.modules()
             if hasattr(module, "gradient_checkpointing")
         ]
-        self._named = {
+        weights = {
             f"{name}.{parameter_name}": parameter
             for name, denoiser in model.denoisers.items()
             for parameter_name, parameter in denoiser.named_parameters()
             if parameter.requires_grad
         }
-        trained = self.parameters()
+        self.masters = Masters([*weights.values()])
+        """What is trained, and what passes compute with."""
+        self._named = dict(zip(weights, self.masters.parameters, strict=True))
+        trained, held = self.parameters(), self.masters.weights
         assert lora is None or [*map(id, trained)] == [*map(id, self.passes.weights)]
-        self.old = Snapshot(trained, snapshot_device)
-        self.slow = Snapshot(trained, snapshot_device)
-        self._frozen = Snapshot(trained, snapshot_device) if lora is None else None
+        self.old = Snapshot(trained, snapshot_device, held)
+        self.slow = Snapshot(trained, snapshot_device, held)
+        self._frozen = Snapshot(held, snapshot_device) if lora is None else None
 
     @property
     def news(self) -> list[str]:
@@ -97,7 +102,8 @@ class Policy:
         return [f"{found} (lora.targets: auto)"]
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return what is trained, in a stable order; always float32 or wider."""
+        """Return what is trained, in a stable order; always float32 or wider. Where all of a
+        denoiser in half precision is trained, these are its masters."""
         return list(self._named.values())
 
     @property
@@ -135,7 +141,7 @@ class Policy:
             return self.model.predict(xt, level, cond, guidance_scale)
 
     @contextmanager
-    def rolling(self, weights: RollingWeights = "policy") -> Iterator[None]:
+    def rolling(self, weights: RollingWeights = "policy", *, merge: bool = False) -> Iterator[None]:
         """Put weights in place for rollouts; everything is back, bit for bit, after the block.
 
         Inside the block a LoRA is merged into the base weights, ``W + scale B A``, so that it costs
@@ -144,11 +150,16 @@ class Policy:
         computed as in training (:mod:`dgpo.models.weights.lora_passes`). Nor is it merged into base
         weights that are sharded.
 
+        Args:
+            weights: whose.
+            merge: merge in half precision, too (:mod:`dgpo.models.accelerate`).
+
         Raises:
             ValueError: there are no weights of that name.
         """
-        with self._placed(self._snapshot(weights)):
+        with self._placed(self._snapshot(weights), merge):
             yield
+        let_go(self.model.denoisers.values())
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -164,6 +175,7 @@ class Policy:
         """Return a block in which the policy's own weights are in place, with gradients if these
         are on."""
         if self._runs_again:
+            self.masters.write()
             return nullcontext()
         if torch.is_grad_enabled():
             if self.passes.narrow is not None:
@@ -173,16 +185,19 @@ class Policy:
         return self._placed(None)
 
     @contextmanager
-    def _placed(self, snapshot: Snapshot | None) -> Iterator[None]:
+    def _placed(self, snapshot: Snapshot | None, merge: bool = False) -> Iterator[None]:
         """Inside the block a snapshot's weights (None: the policy's own) are in place, merged where
-        that is exact enough."""
+        that is exact enough, or where it is asked for."""
         passes = self.passes
-        if passes.narrow is not None:
+        merge = passes.merges or (merge and bool(passes.layers))
+        if passes.narrow is not None and not merge:
             with passes.cast(passes.weights if snapshot is None else snapshot.tensors):
                 yield
             return
+        if snapshot is None:
+            self.masters.write()
         with nullcontext() if snapshot is None else snapshot.swapped():
-            if not passes.merges:
+            if not merge:
                 yield
                 return
             # after the exchange: what is merged is the LoRA of the snapshot
@@ -212,7 +227,8 @@ class Policy:
         ``pipe.load_lora_weights(directory)`` reads a LoRA, its alpha included. The LoRA of a second
         expert lies in ``directory/transformer_2`` and is read with
         ``load_into_transformer_2=True``. A fully trained denoiser is written to
-        ``directory/transformer`` (or ``unet``), which ``from_pretrained`` of its class reads.
+        ``directory/transformer`` (or ``unet``) in the precision in which it samples;
+        ``from_pretrained`` of its class reads it.
 
         Raises:
             ValueError: there are no weights of that name.
@@ -220,6 +236,7 @@ class Policy:
         snapshot, folder = self._snapshot(weights), Path(directory)
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
+        self.masters.write()
         with nullcontext() if snapshot is None else snapshot.swapped():
             if self.lora is not None:
                 if writes:
@@ -279,11 +296,11 @@ def _complete(denoiser: nn.Module, wanted: bool) -> Any:
 
 def _unfreeze(denoisers: Mapping[str, nn.Module]) -> None:
     for name, denoiser in denoisers.items():
-        narrow = {p.dtype for p in denoiser.parameters() if p.dtype.itemsize < 4}
+        narrow = {p.dtype for p in denoiser.parameters() if p.dtype.itemsize < 2}
         if narrow:
             raise UserError(
-                f"lora: null trains all of {name}, whose weights are {narrow.pop()}: steps smaller "
-                "than its rounding would be lost. Use precision: float32, or a LoRA"
+                f"lora: null trains all of {name}, whose weights are {narrow.pop()}, in which "
+                "nothing can be trained. Use weights in bfloat16, float16 or float32, or a LoRA"
             )
         denoiser.requires_grad_(True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dgpo.core.process import Level
+from dgpo.distributed.sharding import pieces_of
 from dgpo.errors import UserError
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.pipeline.probes import StandIn
@@ -102,12 +103,15 @@ class Estimate:
         save_memory(pipe, self.model.denoisers, recipe.memory)
         networks = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
         self._weights = {name: _weights(name, part, recipe) for name, part in networks.items()}
-        if recipe.train.sharding == "fsdp2":
+        train, self._pieces = recipe.train, 1
+        if train.sharding == "fsdp2":
+            self._pieces = pieces_of(machine.gpus, train.sharding_size)
             for name in self.model.denoisers:
-                self._weights[name] //= machine.gpus
+                whole = 0 if train.reshard else self._weights[name]
+                self._weights[name] = whole + self._weights[name] // self._pieces
         with Unfilled():
             self.policy = Policy(self.model, recipe.lora, recipe.seed)
-        self.trained = sum(p.numel() * p.element_size() for p in self.policy.parameters())
+        self.trained = _bytes(self.policy.parameters())
         self._notes: list[str] = []
         why = "activations are not counted: the prompt cannot be encoded without weights"
         self._cond = self._try(lambda: self.model.encode([text], guidance=True), None, why)
@@ -129,18 +133,25 @@ class Estimate:
         settings = recipe.memory
         away = settings.free_text_encoders or (settings.offload_text_encoders and not on_cpu)
         freed = text_encoders(self._pipe) if away else {}
-        copies = 2 if recipe.lora is not None else 3
+        pieces = self._pieces if recipe.lora is None else 1  # a LoRA is whole in each process
+        frozen = 0 if recipe.lora is not None else _bytes(self.policy.masters.weights)
+        # FSDP2 leaves the gradients of all weights in each process until it sums them
+        summed = pieces > 1 and recipe.train.sum_gradients == "micro_batch"
         parts = {
             "libraries": libraries() if on_cpu else 0,
             **{name: size for name, size in self._weights.items() if name not in freed},
             "LoRA": 0 if recipe.lora is None else trained,  # without one the denoiser counts it
-            "gradients": trained,
-            "AdamW": 2 * trained,
-            "averages": 0 if recipe.memory.snapshot_device else copies * trained,
+            "masters": _bytes(self.policy.masters.copies) // pieces,
+            "gradients": trained // pieces if summed else trained,
+            "AdamW": 2 * trained // pieces,
+            "averages": 0 if settings.snapshot_device else (2 * trained + frozen) // pieces,
             "prompts": self._prompts(prompts),
             "samples": self._samples(),
             "rewards": 0 if recipe.memory.offload_rewards else self._rewards(),
         }
+        if recipe.train.sharding_offload and not on_cpu:
+            parts |= dict.fromkeys((*self.model.denoisers, "masters", "AdamW", "averages"), 0)
+            parts["gradients"] *= not summed
         phases = {
             "rollout": self._phase("rollout", self._rollout) if recipe.images_sampled else 0,
             "training": self._phase("training", self._training),
@@ -280,13 +291,17 @@ def _weights(name: str, module: nn.Module, recipe: Recipe) -> int:
     return int(bytes_of(module) - saved)
 
 
+def _bytes(weights: Iterable[Tensor]) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in weights)
+
+
 def _rows(cond: Conditioning, count: int) -> Conditioning:
     return cond.rows(torch.zeros(count, dtype=torch.long))
 
 
 def _size(value: Any) -> int:
     parts = value if isinstance(value, list) else [value]
-    return sum(p.numel() * p.element_size() for p in parts if isinstance(p, Tensor))
+    return _bytes(p for p in parts if isinstance(p, Tensor))
 
 
 class _Passing(StandIn):

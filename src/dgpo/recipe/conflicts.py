@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ def contradictions(recipe: Recipe) -> list[str]:
         checks += [_timesteps, _stochastic]
     if isinstance(algorithm, TrajectoryAlgorithm):
         checks += [_trajectory]
-    checks += [_offline, _remote, _call, _groups, _weights]
+    checks += [_offline, _remote, _inexact, _call, _groups, _weights]
     return [line for check in checks for line in check(recipe)]
 
 
@@ -128,7 +129,8 @@ def _offline(recipe: Recipe) -> Iterator[str]:
     where = f"data.preferences = {data.preferences!r}: "
     if not isinstance(algorithm, Algorithm):
         yield f"{where}{algorithm.name} learns from the steps of its own rollouts; use dgpo"
-    unused = {"switch_to_old_after": None, "sde": None, "ahead": 0, "engine": None}
+    unused = dict.fromkeys(("switch_to_old_after", "sde", "engine", "accelerate"))
+    unused = {**unused, "ahead": 0}
     for key, default in unused.items():
         if getattr(recipe.rollout, key) != default:
             yield f"{where}nothing is sampled, so rollout.{key} means nothing; leave it out"
@@ -156,6 +158,44 @@ def _remote(recipe: Recipe) -> Iterator[str]:
             f"{where}the engine decodes with its own autoencoder; memory.vae_precision = "
             f"{recipe.memory.vae_precision!r} does not reach it, use null"
         )
+
+
+def _inexact(recipe: Recipe) -> Iterator[str]:
+    """Check faster, inexact rollouts."""
+    rollout, own = recipe.rollout, recipe.rollout.accelerate
+    if own is None:
+        return
+    key = "rollout.accelerate"
+    if isinstance(recipe.algorithm, TrajectoryAlgorithm):
+        yield (
+            f"{key}: {recipe.algorithm.name} compares likelihoods of the steps of its rollouts, "
+            "and inexact rollouts do not come from the policy whose likelihood it computes; use "
+            "null, or an algorithm that needs none, such as dgpo"
+        )
+    if not (own.steps or own.cache or own.precision or own.compile):
+        yield f"{key}: it changes nothing; give steps, cache, precision or compile, or use null"
+    if own.steps is not None and own.steps >= rollout.steps:
+        yield (
+            f"{key}.steps = {own.steps}: exact rollouts have rollout.steps = {rollout.steps}; use "
+            "fewer, or null"
+        )
+    if own.cache_options and own.cache is None:
+        yield f"{key}.cache_options: there is no cache; give {key}.cache, or leave them out"
+    if own.compile and (own.cache is not None or own.precision in ("int8", "fp8")):
+        yield f"{key}.compile = true: not with a cache, int8 or fp8; use one of them"
+    others = {
+        "rollout.engine": (rollout.engine, None),
+        "rollout.sde": (rollout.sde, None),
+        "train.sharding": (recipe.train.sharding, "none"),
+    }
+    if own.precision is not None:
+        others["memory.quantization"] = (recipe.memory.quantization, None)
+    if own.compile or own.cache or own.precision:
+        others["compute.compile"] = (recipe.compute.compile, "off")
+    for other, (value, without) in others.items():
+        if value != without:
+            plain = "null" if without is None else without
+            yield f"{other} = {value!r:.80}: not possible with {key}; use {plain}, or {key}: null"
 
 
 def _call(recipe: Recipe) -> Iterator[str]:
@@ -203,6 +243,26 @@ def _weights(recipe: Recipe) -> Iterator[str]:
         yield (
             f"train.sum_gradients = {train.sum_gradients!r}: only sharded weights that are trained "
             "leave a choice (train.sharding: fsdp2 with lora: null); use step"
+        )
+    for name, default in {
+        "sharding_size": None,
+        "sharding_offload": False,
+        "reshard": True,
+    }.items():
+        if train.sharding == "none" and (value := getattr(train, name)) != default:
+            yield (
+                f"train.{name} = {json.dumps(value)}: nothing is sharded; leave it out, or use "
+                "train.sharding: fsdp2"
+            )
+    if train.sharding_offload and recipe.lora is not None:
+        yield (
+            "train.sharding_offload = true: a LoRA is made where its base lies, and would compute "
+            "on the CPU; use false, or lora: null"
+        )
+    if not train.reshard and recipe.lora is None:
+        yield (
+            "train.reshard = false: lora: null trains all weights, and what was gathered is not "
+            "theirs after a step or under an average; use true, or a LoRA"
         )
     if train.warmup >= recipe.optimizer_steps:
         yield (

@@ -22,7 +22,7 @@ DEEPEST = 16
 """The most parts that the dotted key of an override may have."""
 TEXTS = (
     *("model", "prompts.train", "prompts.eval", "data.preferences", "memory.prompt_cache"),
-    *("rollout.scheduler", "rollout.engine", "eval.scheduler", "run.dir", "run.name"),
+    *("rollout.scheduler", "eval.scheduler", "run.dir", "run.name"),
     "compute.attention",
 )
 """The keys of a recipe whose values are texts: their overrides are not read as YAML."""

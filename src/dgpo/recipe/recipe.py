@@ -27,12 +27,16 @@ from dgpo.registry import ALGORITHMS, known, resolve, unknown
 from dgpo.rewards.settings import AnyReward, RewardSettings, weight_of
 from dgpo.secrets import masked
 from dgpo.settings import Settings, key_tree, problems, raise_problems
+from dgpo.user_classes import unfinished
 
 
 def _algorithm(value: Any) -> Any:
     """Make an algorithm of ``{name: ..., settings}``; its problems join those of the recipe."""
     if isinstance(value, BaseAlgorithm):
+        _fail(unfinished(type(value)))
         return value
+    if isinstance(value, type):
+        return _made(value, {}, value.__name__)
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, Mapping):
@@ -41,19 +45,26 @@ def _algorithm(value: Any) -> Any:
     name = settings.pop("name", "dgpo")
     if not isinstance(name, str) or not known("algorithm", name):
         _fail([f"algorithm.name: {unknown('algorithm', str(name))}"])
-    kind = resolve("algorithm", name)
+    return _made(resolve("algorithm", name), settings, repr(name))
+
+
+def _made(kind: Any, settings: Mapping[str, Any], shown: str) -> BaseAlgorithm:
     if not (isinstance(kind, type) and issubclass(kind, BaseAlgorithm)):
-        _fail([f"algorithm.name = {name!r}: {kind!r:.80} is not a dgpo.algorithms.Algorithm"])
+        _fail([f"algorithm.name = {shown}: {kind!r:.80} is not a dgpo.algorithms.Algorithm"])
+    _fail(unfinished(kind))
     try:
-        return kind.model_validate(settings)
+        return kind.model_validate(dict(settings))
     except ValidationError as error:
         valid = [*key_tree(Recipe), *key_tree(kind, "algorithm.")]
         _fail(problems(error, valid, "algorithm."))
+        raise
 
 
 def _fail(lines: list[str]) -> Any:
-    # braces: pydantic formats the message with the context
-    raise PydanticCustomError("problems", "see the list", {"lines": lines})
+    """Raise a problem with all lines; return if there is no line."""
+    if lines:
+        # braces: pydantic formats the message with the context
+        raise PydanticCustomError("problems", "see the list", {"lines": lines})
 
 
 def _algorithm_name(kind: type[BaseAlgorithm]) -> str:
@@ -120,9 +131,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
-        lines = contradictions(self)
-        if lines:
-            _fail(lines)
+        _fail(contradictions(self))
         return self
 
     @classmethod

@@ -102,6 +102,26 @@ class DataSettings(Settings):
     on (extremes)."""
 
 
+class AccelerateSettings(Settings):
+    steps: int | None = Field(default=None, ge=1, le=MOST_STEPS)
+    """The number of sampling steps of training's rollouts, fewer than rollout.steps. That one still
+    says which noise levels are trained and how evaluations sample. null: rollout.steps."""
+    cache: Literal["first_block", "taylorseer", "fastercache"] | None = None
+    """The cache of diffusers that takes outputs of blocks (first_block) or of attention
+    (taylorseer, fastercache) from earlier steps; null: none."""
+    cache_options: dict[str, Any] = Field(default_factory=dict)
+    """Fields of diffusers' FirstBlockCacheConfig, TaylorSeerCacheConfig or FasterCacheConfig, such
+    as {threshold: 0.1}."""
+    precision: Literal["merged", "int8", "fp8"] | None = None
+    """Merge a LoRA into a base in half precision (merged), or merge it and multiply in 8 bits
+    (int8, or fp8 on NVIDIA GPUs from Ada on); null: as in training."""
+    compile: bool = False
+    """Compile the denoiser's blocks for rollouts alone."""
+    check_every: int = Field(default=20, ge=1)
+    """The number of iterations between checks: a group is sampled exactly and inexactly, and the
+    distance is written down (rollout_distance). The first iteration is always checked."""
+
+
 class RolloutSettings(Settings):
     scheduler: str | None = None
     """The sampler: euler, heun, dpmsolver++, unipc, ddim, pndm or deis; null: the pipeline's."""
@@ -125,6 +145,9 @@ class RolloutSettings(Settings):
     engine: Annotated[list[str] | None, BeforeValidator(_addresses)] = None
     """The address of a server that makes the rollouts, or several (docs/scaling.md); null: the run
     makes them itself."""
+    accelerate: AccelerateSettings | None = None
+    """Faster, inexact rollouts for training alone (docs/performance.md), e.g. {steps: 6}; null:
+    exact."""
     switch_to_old_after: int | None = Field(default=None, ge=0)
     """The iteration from which the old policy, a fast average of the weights, makes the rollouts;
     null: never."""
@@ -182,6 +205,16 @@ class TrainSettings(Settings):
     """When processes with sharded, trained weights sum their gradients: once in an optimiser step,
     for which each holds all gradients in between, or after every micro-batch, which moves more data
     and needs less memory."""
+    sharding_size: int | None = Field(default=None, ge=2)
+    """The number of processes that share one copy of sharded weights, a divisor of the number of
+    processes (HSDP); null: all of them. With that of one machine's GPUs weights are gathered within
+    machines, and gradients alone move between them."""
+    sharding_offload: bool = False
+    """Keep the pieces of sharded, trained weights, their averages and the optimiser's on the CPU,
+    which then takes the optimiser's steps."""
+    reshard: bool = True
+    """Let each block go of its gathered weights after its pass. false: a frozen base under a LoRA
+    is gathered once for the rollouts and once for the update of an iteration, and has to fit."""
 
     def time_is_up(self, seconds: float) -> bool:
         """Return whether a run of so many seconds of training has spent its ``max_minutes``."""
@@ -357,6 +390,9 @@ class GuardSettings(Settings):
     and lies below its first value; 0: never."""
     gradient_spike: float = Field(default=10.0, ge=0)
     """Warn when the gradient norm is so many times the median of the last 20; 0: never."""
+    rollout_distance: float = Field(default=0.3, ge=0)
+    """Warn when inexact rollouts (rollout.accelerate) are so far from the exact ones, in units of
+    the spread within a group; 0: never."""
     clipped: float = Field(default=0.9, ge=0, le=1)
     """Warn when this share of the samples had their gradient clipped in 10 iterations in a row;
     0: never."""

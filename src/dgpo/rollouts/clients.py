@@ -62,7 +62,7 @@ class Server:
         self.has: str | None = None
         """The name of the weights that are known to be in place."""
         self.checked = False
-        """Whether a sample was compared with the policy's own."""
+        """True once a sample was compared with the policy's own."""
         self.difference = float("nan")
         """How far the first sample was from the policy's own, relative."""
         self.bytes_sent = self.bytes_received = 0

@@ -8,7 +8,6 @@ depends on its seed, but it is not the policy's with that seed, and nothing can 
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import os
 import shutil
@@ -29,6 +28,8 @@ from dgpo.models.pipeline.picture_encoder import PictureEncoder
 from dgpo.models.pipeline.rollout import Rollout
 from dgpo.models.policy import Policy
 from dgpo.models.weights import lora_files
+from dgpo.pictures import open_picture
+from dgpo.rewards.http_client import text_of
 from dgpo.rollouts.clients import Server, Weights
 from dgpo.rollouts.engine import RolloutRequest
 
@@ -99,14 +100,12 @@ class ImageServer(Server):
         self.bytes_received += len(data)
         try:
             file = base64.b64decode(response.json()["data"][0]["b64_json"], validate=True)
-            image = Image.open(io.BytesIO(file))
-            image.load()
-        except (ValueError, KeyError, IndexError, TypeError, OSError, binascii.Error) as error:
+            return open_picture(io.BytesIO(file), "its picture")
+        except (ValueError, KeyError, IndexError, TypeError, UserError) as error:
             raise UserError(
                 f"rollout.engine = {self.url!r}: its answer holds no picture ({error}): "
-                f"{data[:100]!r}"
+                f"{text_of(response)[:100]!r}"
             ) from error
-        return image.convert("RGB")
 
     @cached_property
     def _encoder(self) -> PictureEncoder:

@@ -78,12 +78,12 @@ def place(
     Args:
         pipe: the pipeline.
         denoisers: the pipeline's denoisers.
-        recipe: ``train.sharding`` and ``lora`` are read.
+        recipe: ``lora`` and the settings of ``train`` about sharding are read.
         moves: whether it goes to this process's device; else it stays where it is.
         texts: the texts of all prompt rows.
 
     Raises:
-        UserError: such a pipeline cannot be sharded.
+        UserError: such a pipeline cannot be sharded, or not by so many processes.
     """
     if recipe.train.sharding == "none":
         if moves:
@@ -101,7 +101,7 @@ def place(
             device = next(module.parameters()).device
     for denoiser in denoisers.values():
         denoiser.requires_grad_(recipe.lora is None)  # the sharding remembers which have gradients
-    shard(denoisers, processes, device)
+    shard(denoisers, processes, device, recipe.train)
 
 
 def refuse_unshardable(recipe: Recipe, pipe: Any, texts: Iterable[str]) -> None:

@@ -21,6 +21,7 @@ from dgpo.models.pipeline.rollout import Rollout
 from dgpo.recipe import Recipe
 from dgpo.rewards import Scored
 from dgpo.rewards.mixing import mix
+from dgpo.training.asking import advantages_of
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def build_batch(
     teach = spread | algorithm.trains_equal_groups
     if not bool(teach.any()):
         return Built(None, figures, advantages)
-    own = algorithm.advantages(mixed.merit, groups)
+    own = advantages_of(algorithm, mixed.merit, groups)
     trained = groups.each(teach)
     advantages[rows] = torch.where(trained, own, 0).to(advantages)
     size = algorithm.trained_per_group or groups.size

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any, Protocol
 
@@ -15,17 +15,19 @@ import torch
 from torch import Tensor
 
 from dgpo.algorithms.base import TrajectoryAlgorithm
+from dgpo.core.process import Level
 from dgpo.core.seeds import seed_for
 from dgpo.distributed.assignment import Assignment
 from dgpo.distributed.lockstep import Turn, turns
 from dgpo.distributed.processes import SINGLE, Processes
 from dgpo.errors import UserError
 from dgpo.media import Lost, made_of
+from dgpo.models.accelerate import Accelerated, distance
 from dgpo.models.pipeline.adapter import PipelineModel
 from dgpo.models.pipeline.prompt_encoder import Conditioning
 from dgpo.models.pipeline.rollout import Rollout
 from dgpo.models.pipeline.row_groups import joined
-from dgpo.models.policy import RollingWeights
+from dgpo.models.policy import Policy, RollingWeights
 from dgpo.models.samplers.schedulers import make_scheduler
 from dgpo.models.samplers.sde_schedulers import make_sde_scheduler, with_noise
 from dgpo.prompts import Prompt
@@ -163,8 +165,9 @@ class Collector:
     ) -> None:
         self._recipe, self._policy, self._rewards = recipe, policy, rewards
         self._prompts, self._processes = prompts, processes
-        self._engine = engine or LocalEngine(policy)
         self._scheduler = rollout_scheduler(recipe, policy.model.pipe.scheduler)
+        self._inexact = self._accelerated()
+        self._engine = engine or LocalEngine(self._inexact or policy)
         self._sampled: dict[int, Sampled] = {}
         self._early: dict[int, PrefetchedRollout] = {}
         """What earlier weights have made, until the iteration after its own."""
@@ -181,6 +184,7 @@ class Collector:
         Raises:
             UserError: the samples are not finite, or a reward's answer is unusable.
         """
+        figures = self._distance(iteration)
         # What this iteration has sampled before an error is sampled again, by the same weights:
         # the figures of the iteration then count it as if there had been no error.
         self._take_in(iteration)
@@ -202,7 +206,10 @@ class Collector:
                     self._early[one] = PrefetchedRollout(made.rollout, made.seconds, iteration)
         if missing:
             self._apart = self._begin(missing, iteration)
-        return self.score(self._sampled.pop(iteration))
+        collected = self.score(self._sampled.pop(iteration))
+        spent = collected.seconds["rollout"] + figures.get("seconds_rollout_check", 0.0)
+        seconds = {**collected.seconds, "rollout": spent}
+        return replace(collected, figures={**collected.figures, **figures}, seconds=seconds)
 
     def sample(self, iteration: int) -> Sampled:
         """Make the pictures, and show them to those rewards that take time. Collective.
@@ -353,8 +360,8 @@ class Collector:
 
     def _batches(self, asked: Asked) -> Iterator[Turn]:
         """The passes that make this process's pictures. Collective, each of them."""
-        mine = len(asked.assignment.mine)
-        size = self._recipe.rollout.batch or max(1, math.ceil(mine / self._engine.servers))
+        most = max(map(len, asked.assignment.places))  # as many batches in every process
+        size = self._recipe.rollout.batch or math.ceil(most / self._engine.servers)
         every = turns(asked.assignment.batches(size), self._policy.sharded)
         return (turn for turn in every if len(turn.rows))
 
@@ -377,6 +384,8 @@ class Collector:
                 rows.append(passes[number].rows)
                 asked.scoring.add(part.images or (), go_on)
         rollout = joined(parts, rows)
+        if self._levels is not None:
+            rollout = replace(rollout, levels=self._levels)
         if not bool(torch.isfinite(rollout.x0).all()):
             raise UserError(
                 f"iteration {iteration + 1}: the sampler returned numbers that are not finite, so "
@@ -399,10 +408,75 @@ class Collector:
             texts=[asked.prompts[group].text for group in held],
             cond=asked.cond.rows(groups),
             seeds=[seed_for(seed, "rollout", iteration, place) for place in places],
-            steps=rollout.steps,
+            steps=self._steps,
             guidance_scale=rollout.guidance_scale,
             scheduler=scheduler,
             record=recorded,
+        )
+
+    @property
+    def _steps(self) -> int:
+        """The sampling steps of the rollouts."""
+        own = self._recipe.rollout.accelerate
+        return self._recipe.rollout.steps if own is None or own.steps is None else own.steps
+
+    def _accelerated(self) -> Accelerated | None:
+        """The policy with ``rollout.accelerate``, once it has been tried, if the recipe has it."""
+        recipe, policy, own = self._recipe, self._policy, self._recipe.rollout.accelerate
+        self._levels: list[Level] | None = None
+        """The noise levels of exact rollouts, where those that are made have others."""
+        if own is None:
+            return None
+        if not isinstance(policy, Policy):
+            raise UserError("rollout.accelerate: only training has it, use null")
+        made = Accelerated(policy, own)
+        cond = self._repeated(self._prompts(0)[0], 1)
+        made.trial(lambda: self._latents(cond, self._steps, [0], record=True))
+        if own.steps is not None:
+            self._levels = self._latents(cond, recipe.rollout.steps, [0]).levels
+        return made
+
+    def _distance(self, iteration: int) -> dict[str, float]:
+        """How far inexact rollouts are from exact ones of the same noise, when it is looked at.
+
+        Every process samples the whole of the iteration's first group, so that all find the same
+        number, however many they are.
+        """
+        recipe, own = self._recipe, self._recipe.rollout.accelerate
+        if own is None or self._inexact is None or iteration % own.check_every:
+            return {}
+        began, size = monotonic(), recipe.group_size
+        cond = self._repeated(self._prompts(iteration)[0], size)
+        seeds = [seed_for(recipe.seed, "rollout", iteration, place) for place in range(size)]
+        found = []
+        for sampler, steps in (self._inexact, self._steps), (self._policy, recipe.rollout.steps):
+            with sampler.rolling(self._weights(iteration)):
+                parts = [
+                    self._latents(cond.rows(rows), steps, [seeds[row] for row in rows.tolist()])
+                    for rows in torch.arange(size).split(recipe.rollout.batch or size)
+                ]
+            found.append(torch.cat([part.x0 for part in parts]))
+        figures = {"rollout_distance": distance(*found)}
+        return {**figures, "seconds_rollout_check": monotonic() - began}
+
+    def _repeated(self, prompt: Prompt, count: int) -> Conditioning:
+        """The embeddings of a prompt, in so many rows."""
+        guided = self._recipe.rollout.guidance_scale != 1
+        cond = self._policy.model.encode([prompt.text], guidance=guided)
+        return cond.rows(torch.zeros(count, dtype=torch.long))
+
+    def _latents(
+        self, cond: Conditioning, steps: int, seeds: Sequence[int], record: bool = False
+    ) -> Rollout:
+        """What the sampler makes of these seeds by the weights in place, not decoded."""
+        return self._policy.model.rollout(
+            cond,
+            steps=steps,
+            guidance_scale=self._recipe.rollout.guidance_scale,
+            scheduler=self._scheduler,
+            generators=[torch.Generator().manual_seed(seed) for seed in seeds],
+            decode=False,
+            record=record,
         )
 
     def _noisy_steps(self, iteration: int) -> tuple[range, range]:

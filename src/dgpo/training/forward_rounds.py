@@ -16,6 +16,7 @@ from dgpo.core.transfer import sent, taken
 from dgpo.distributed.lockstep import Turn, pieces, turns
 from dgpo.models.policy import Policy, Weights
 from dgpo.recipe import Recipe
+from dgpo.training.asking import loss_of, weights_of
 from dgpo.training.batch import Batch
 from dgpo.training.rounds import MicroLoss, Round, idle
 
@@ -58,7 +59,7 @@ class ForwardRounds:
                 share = len(points.pred) / batch.count
                 # every micro-batch's mean counts with its size: their sum is the batch's mean
                 weight = share * batch.share / len(draws)
-                yield MicroLoss(*self.algorithm.loss(points), share, weight, last)
+                yield MicroLoss(*loss_of(self.algorithm, points), share, weight, last)
 
     def _noise(self, batch: Batch, iteration: int, order: int) -> Tensor:
         """Noise [B, ...], fresh for every level, one for each group if the algorithm shares it.
@@ -112,8 +113,7 @@ class ForwardRounds:
         # also a process without rows takes part in the sums over groups, which are collective
         nothing = torch.arange(0)
         every = found or [self._points(batch, level, noise, nothing, with_gradient=False)]
-        weights = self.algorithm.weights(_joined(every, batch))
-        assert weights is not None
+        weights = weights_of(self.algorithm, _joined(every, batch))
         for points, turn in zip(seen, passes, strict=True):
             if points is not None and not at_once:
                 own = batch if turn.counts else batch.dummy

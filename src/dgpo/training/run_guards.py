@@ -115,6 +115,7 @@ class Guards:
                 self._collapse(row),
                 self._spike(row),
                 self._saturated(row),
+                self._inexact(row),
             )
             if text
         ]
@@ -179,6 +180,16 @@ class Guards:
                 "steps on one batch, or widen algorithm.clip"
             )
         return None
+
+    def _inexact(self, row: Mapping[str, Any]) -> str | None:
+        limit, far = self.settings.rollout_distance, row.get("rollout_distance")
+        if far is None or not limit or far <= limit:
+            return None
+        return (
+            f"inexact rollouts are {far:.2f} spreads of a group away from the exact ones (another "
+            "picture of the prompt would be about 1.4): what is rewarded is hardly the policy's "
+            "own; set rollout.accelerate to more steps or a milder cache, or to null"
+        )
 
 
 def save_batch(

@@ -17,6 +17,7 @@ from dgpo.models.pipeline.probes import Step
 from dgpo.models.pipeline.self_check import is_narrow
 from dgpo.models.policy import Policy
 from dgpo.recipe import Recipe
+from dgpo.training.asking import loss_of
 from dgpo.training.batch import Batch
 from dgpo.training.rounds import MicroLoss, Round, idle
 
@@ -94,7 +95,7 @@ class TrajectoryRounds:
                     off.append(_off(points))
                 part = len(turn.rows) / sum(counts)
                 weight = part * share / len(batch.steps)
-                yield MicroLoss(*self.algorithm.loss(points), part, weight, last)
+                yield MicroLoss(*loss_of(self.algorithm, points), part, weight, last)
             elif turn.dummy:
                 assert batch.dummy is not None
                 yield idle(self._points(batch.dummy, batch.dummy.steps[place], turn.rows), last)

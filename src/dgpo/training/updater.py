@@ -13,7 +13,7 @@ from torch import Tensor
 from dgpo.algorithms.base import Algorithm, TrajectoryAlgorithm
 from dgpo.core.transfer import read
 from dgpo.distributed.processes import SINGLE, Processes
-from dgpo.distributed.sharding import is_sharded, local, sum_in_backward, whole
+from dgpo.distributed.sharding import is_sharded, let_go, local, sum_in_backward, whole
 from dgpo.errors import UserError
 from dgpo.interrupts import Terminated
 from dgpo.models.policy import Policy
@@ -184,6 +184,8 @@ class Updater:
                 self.step, self.nonfinite, self.gradient_scale, self.scaled = counters
             raise
         self.at_rest = True
+        if not self.recipe.train.reshard:
+            let_go(self._denoisers)
         return found
 
     def _update(self, batch: Batch, iteration: int, hear: Callable[[], None]) -> dict[str, float]:
@@ -286,7 +288,8 @@ class Updater:
             self.processes.sum_gradients(self.parameters)
         self._unscale()
         limit = self.recipe.train.max_grad_norm
-        return whole(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        return norm.to(self.policy.model.device)
 
     def _optimize(self, norm: float, figures: Means, spread: bool, iteration: int) -> str | None:
         """One optimiser step; the averages that move with steps are moved once for it. None is

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dgpo.distributed.sharding import device_of
 from dgpo.errors import UserError
 from dgpo.media import made_of
 from dgpo.models.pipeline import probes, row_groups
@@ -63,6 +64,8 @@ class PipelineCalls:
         self._fixed = fixed_arguments(pipe, self.call)
         self._remembered = remembered_encoding(pipe)
         self._picture_each_row: bool | None = None
+        self.sampling: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Makes the block in which :meth:`sample` calls the pipeline."""
         self.guidance = Guidance(
             pipe,
             self.denoisers,
@@ -80,8 +83,8 @@ class PipelineCalls:
 
     @property
     def device(self) -> torch.device:
-        """Return where the denoiser is."""
-        return next(next(iter(self.denoisers.values())).parameters()).device
+        """Return where the denoiser computes."""
+        return device_of(next(next(iter(self.denoisers.values())).parameters()))
 
     def _computing_device(self) -> torch.device:
         """Return where the pipeline says it computes, asked anew where the denoiser was moved or
@@ -142,6 +145,7 @@ class PipelineCalls:
         recording = probes.Recording(keep=record)
         recording.listen(own)
         with (
+            self.sampling(),
             self.running(arguments, scheduler=own) as given,
             decoders_watched(self.pipe) as decoded,
             user_code(type(self.pipe).__name__),

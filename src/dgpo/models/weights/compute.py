@@ -61,13 +61,16 @@ def set_up(denoisers: Mapping[str, nn.Module], settings: ComputeSettings) -> Non
     compile_denoisers(denoisers, settings.compile)
 
 
-def compile_denoisers(denoisers: Mapping[str, nn.Module], how: Compile) -> None:
+def compile_denoisers(
+    denoisers: Mapping[str, nn.Module], how: Compile, key: str = "compute.compile"
+) -> None:
     """Compile denoisers in place. Each new shape is compiled in the first pass that has it.
 
     Args:
         denoisers: by name.
         how: ``blocks``: the modules that a denoiser repeats, whose graph is compiled once for all
             that are alike; ``full``: the whole of each; ``off``: nothing.
+        key: the setting's name, for the errors.
 
     Raises:
         UserError: there is no compiler, or a denoiser repeats nothing.
@@ -75,7 +78,7 @@ def compile_denoisers(denoisers: Mapping[str, nn.Module], how: Compile) -> None:
     if how == "off":
         return
     if (missing := missing_compiler(denoisers)) and BACKEND == "inductor":
-        raise UserError(f"compute.compile = {how!r}: {missing}; use off")
+        raise UserError(f"{key} = {how!r}: {missing}; use off")
     # kinds of blocks, with gradients and without, and batches of several sizes
     limits: Any = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, _MOST_GRAPHS)
@@ -89,10 +92,10 @@ def compile_denoisers(denoisers: Mapping[str, nn.Module], how: Compile) -> None:
             whole: Any = torch.compile(denoiser.forward, **compiler)
             denoiser.forward = whole
             continue
-        blocks = _repeated(denoiser)
+        blocks = repeated_blocks(denoiser)
         if not blocks:
             raise UserError(
-                f"compute.compile = 'blocks': {name} ({type(denoiser).__name__}) repeats no "
+                f"{key} = 'blocks': {name} ({type(denoiser).__name__}) repeats no "
                 "blocks; use full, or off"
             )
         for block in blocks:
@@ -125,7 +128,7 @@ def missing_compiler(denoisers: Mapping[str, nn.Module]) -> str | None:
     return None
 
 
-def _repeated(denoiser: nn.Module) -> list[nn.Module]:
+def repeated_blocks(denoiser: nn.Module) -> list[nn.Module]:
     """Return the blocks that diffusers calls repeated; of a denoiser for which it names none, the
     entries of its outermost lists."""
     names = getattr(denoiser, "_repeated_blocks", None)

@@ -56,12 +56,17 @@ class Snapshot:
     Args:
         parameters: what is averaged.
         device: where the copy lives; None for beside the parameters.
+        weights: what passes compute with, in any precision; None for the parameters.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], device: torch.device | str | None = None
+        self,
+        parameters: Sequence[nn.Parameter],
+        device: torch.device | str | None = None,
+        weights: Sequence[nn.Parameter] | None = None,
     ) -> None:
         self._parameters = list(parameters)
+        self._weights = self._parameters if weights is None else list(weights)
         self._shadow = [p.detach().to(device or p.device, copy=True) for p in self._parameters]
 
     @property
@@ -88,8 +93,8 @@ class Snapshot:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Inside the block the parameters hold the averaged weights."""
-        with exchanged(self._parameters, self._shadow):
+        """Inside the block passes compute with the averaged weights."""
+        with exchanged(self._weights, self._shadow):
             yield
 
 
