@@ -6,8 +6,8 @@ import sysconfig
 import traceback
 from pathlib import Path
 
+_OURS = str(Path(__file__).parent)
 _LIBRARIES = (
-    str(Path(__file__).parent),
     *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")),
     "<",
 )
@@ -46,8 +46,10 @@ class MissingExtra(UserError):
 
 def told(error: BaseException) -> str:
     """Tell an error of code that is not ours in one line, because the report shows no traceback:
-    its type, its message, and the last line of the user's own that led to it, if one did."""
-    frames = traceback.extract_tb(error.__traceback__)
+    its type, its message, and the last line of the user's own that led to it, if one did; else that
+    of a library."""
+    every = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in every if not frame.filename.startswith(_OURS)]
     # a library's line, where it gave up, tells the user nothing
     theirs = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)] or frames
     where = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
-from dgpo.errors import UserError
+from dgpo.errors import UserError, told
 from dgpo.registry import nearest
+from dgpo.user_code import user_code
+
+T = TypeVar("T")
 
 
 def refuse_misspelt(kind: type, base: type, where: str) -> None:
@@ -35,6 +38,58 @@ def refuse_misspelt(kind: type, base: type, where: str) -> None:
                 f"{where}: {kind.__name__}.{name} is no hook of {base.__name__}"
                 f"{hint or nearest(name, hooks)}; begin the name of a method of your own with _"
             )
+
+
+def refuse_signatures(kind: type, base: type, where: str) -> None:
+    """See that every hook that a user's class overrides can be called as it will be.
+
+    Args:
+        kind: the class.
+        base: what it is derived from, whose hooks say how.
+        where: what the error calls the place.
+
+    Raises:
+        UserError: one cannot; the message says what it takes.
+    """
+    for name, of_base in vars(base).items():
+        method = inspect.getattr_static(kind, name)
+        if name.startswith("_") or method is of_base or not inspect.isfunction(of_base):
+            continue
+        parts = inspect.signature(of_base).parameters.values()
+        places = [one.name for one in parts if one.kind is one.POSITIONAL_OR_KEYWORD]
+        named = [one.name for one in parts if one.kind is one.KEYWORD_ONLY]
+        rest = [f"**{one.name}" for one in parts if one.kind is one.VAR_KEYWORD]
+        takes = f"write def {name}({', '.join(places + rest)})"
+        if not callable(getattr(kind, name)):
+            raise UserError(f"{where}: {kind.__name__}.{name} is no method; {takes}")
+        if inspect.isfunction(method):
+            try:
+                inspect.signature(method).bind(*places, **dict.fromkeys(named))
+            except TypeError as error:
+                said = f"{kind.__name__}.{name}{inspect.signature(method)}: {error}"
+                raise UserError(f"{where}: {said}; {takes}") from error
+
+
+def make(kind: Callable[..., T], options: Mapping[str, Any], who: str, where: str) -> T:
+    """Make an object of a user's class.
+
+    Args:
+        kind: the class.
+        options: the arguments of its constructor.
+        who: what warnings call it, such as ``logger 'x'``.
+        where: what errors call the place.
+
+    Raises:
+        UserError: the constructor raised.
+    """
+    try:
+        with user_code(who):
+            return kind(**options)
+    except UserError:
+        raise
+    except Exception as error:
+        called = getattr(kind, "__name__", who)
+        raise UserError(f"{where}: making {called} raised {told(error)}") from error
 
 
 def refuse_options(kind: type, options: Mapping[str, Any], where: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
+from dgpo.prompts.prompts import columns_of
 from dgpo.rewards import RewardSet, load_rewards
 from dgpo.rewards.entry import Entry, entry_of
 
@@ -104,9 +107,7 @@ class Metrics:
         Raises:
             UserError: an answer is not (value, low, high).
         """
-        texts = [prompt.text for prompt in prompts]
-        keys = dict.fromkeys(key for prompt in prompts for key in prompt.metadata)
-        columns = {key: [prompt.metadata.get(key) for prompt in prompts] for key in keys}
+        texts, columns = [prompt.text for prompt in prompts], columns_of(prompts)
         found = {}
         for metric in self._of_set:
             found[metric.name] = metric.limits(
@@ -118,9 +119,11 @@ class Metrics:
 def _interval(metric: Entry, given: tuple[list[Any], list[str], dict[str, list[Any]]]) -> Interval:
     images, texts, columns = given
     answer: Any = metric.reward(images, texts, **columns)
-    if not isinstance(answer, (tuple, list)) or len(answer) != 3:
-        raise UserError(
-            f"metric {metric.name!r} returned {answer!r:.80}; a metric of a whole set returns "
-            "(value, low, high)"
-        )
-    return Interval(*map(float, answer))
+    with suppress(TypeError, ValueError, RuntimeError):
+        found = Interval(*map(float, answer))
+        if all(map(math.isfinite, found)):
+            return found
+    raise UserError(
+        f"metric {metric.name!r} returned {answer!r:.80}; a metric of a whole set returns "
+        "(value, low, high), three finite numbers"
+    )

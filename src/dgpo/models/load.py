@@ -91,13 +91,17 @@ def _make(
     except Exception as error:  # the user's own code may raise anything
         raise UserError(f"model {name!r} raised {told(error)}") from error
     if not isinstance(getattr(pipe, "components", None), Mapping):
-        raise UserError(f"model {name!r} makes {pipe!r:.80}, and not a diffusers pipeline")
+        raise UserError(f"model {name!r} makes {_shown(pipe)}, and not a diffusers pipeline")
     if vae_dtype is None:
         return pipe if dtype == torch.float32 else pipe.to(dtype)
     for part, module in pipe.components.items():
         if isinstance(module, nn.Module):
             module.to(vae_dtype if part == "vae" else dtype)
     return pipe
+
+
+def _shown(made: Any) -> str:
+    return type(made).__name__ if isinstance(made, nn.Module) else f"{made!r:.80}"
 
 
 def _read(

@@ -53,6 +53,16 @@ class Prompt:
         return pictures_of(self.text).get(key, self.metadata.get(key))
 
 
+def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """Return what rewards are given for all columns of rows: None where a row has no such column.
+
+    >>> columns_of([Prompt("a", {"tag": "x"}), Prompt("b")])
+    {'tag': ['x', None]}
+    """
+    keys = dict.fromkeys(key for prompt in prompts for key in prompt.metadata)
+    return {key: [prompt.column(key) for prompt in prompts] for key in keys}
+
+
 def load_prompts(
     source: str | Path | Sequence[str | dict[str, Any] | Prompt] | datasets.Dataset | None,
 ) -> list[Prompt]:
@@ -196,7 +206,7 @@ def _picture(key: str, given: Any, where: str, folder: Path) -> Any:
 
 
 def _from_rows(rows: Any, name: str = "") -> list[Prompt]:
-    if not isinstance(rows, Iterable):
+    if not isinstance(rows, Iterable) or isinstance(rows, (str, bytes, Mapping)):
         raise UserError(
             f"{name or 'prompts'}: {rows!r:.80} holds no rows; give texts or dicts with 'prompt'"
         )

@@ -16,7 +16,7 @@ from torch import nn
 
 from dgpo.errors import UserError
 from dgpo.prompts import Prompt
-from dgpo.user_classes import refuse_misspelt, refuse_options
+from dgpo.user_classes import make, refuse_misspelt, refuse_options
 
 Media: TypeAlias = Sequence[Any]
 """What is scored: pictures in any mode, videos as tensors uint8 [frames, 3, height, width], or
@@ -235,7 +235,7 @@ def as_reward(given: Any, name: str = "", options: Mapping[str, Any] | None = No
         refuse_options(given, options or {}, f"rewards.{name}.options")
         if issubclass(given, Reward):
             refuse_misspelt(given, Reward, f"rewards.{name}")
-        given = given(**options or {})
+        given = make(given, options or {}, f"reward {name!r}", f"rewards.{name}")
     elif options:
         raise UserError(f"rewards.{name}.options: {name!r} takes none, as it is no class")
     if isinstance(given, Reward):

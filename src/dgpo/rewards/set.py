@@ -16,6 +16,7 @@ from torch import Tensor
 from dgpo.errors import UserError
 from dgpo.media import Lost
 from dgpo.prompts import Prompt
+from dgpo.prompts.prompts import columns_of
 from dgpo.rewards.entry import Entry, entry_of
 from dgpo.rewards.mixing import COLUMN, routed
 from dgpo.rewards.offload import Offload
@@ -255,9 +256,8 @@ class _Rows:
 
     def __init__(self, images: Sequence[Any], prompts: Sequence[Prompt]) -> None:
         self._images, self._texts = images, [prompt.text for prompt in prompts]
-        keys = dict.fromkeys(key for prompt in prompts for key in prompt.metadata)
-        keys.pop(COLUMN, None)
-        self._columns = {key: [prompt.column(key) for prompt in prompts] for key in keys}
+        self._columns = columns_of(prompts)
+        self._columns.pop(COLUMN, None)
 
     def __len__(self) -> int:
         return len(self._texts)

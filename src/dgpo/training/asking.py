@@ -15,25 +15,9 @@ from dgpo.core.points import Forward, Trajectory
 from dgpo.errors import UserError, message, told
 from dgpo.user_code import user_code
 
-TAKEN = frozenset(
-    {
-        "iteration",
-        "loss",
-        "grad_norm",
-        "nonfinite_steps",
-        "reward_mean",
-        "reward_std",
-        "spread",
-        "groups_dropped",
-        "groups_skipped",
-        "samples_lost",
-        "rewards",
-        "seconds",
-        "images",
-        "forwards",
-        "backwards",
-    }
-)
+TAKEN = {"iteration", "loss", "grad_norm", "nonfinite_steps", "reward_mean", "reward_std", "spread",
+         "groups_dropped", "groups_skipped", "samples_lost", "seconds", "images", "forwards",
+         "backwards"}  # fmt: skip
 """The columns of ``metrics.jsonl`` that no figure of a loss may have the name of."""
 
 

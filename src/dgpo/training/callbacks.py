@@ -6,6 +6,7 @@ Everything that the trainer does beside collecting and updating is a callback to
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from dgpo.errors import UserError, message, told
 from dgpo.evaluation import Report
 from dgpo.registry import resolve
 from dgpo.training.state import TrainerState
-from dgpo.user_classes import refuse_misspelt
+from dgpo.user_classes import make, refuse_misspelt, refuse_signatures
 from dgpo.user_code import own, user_code
 
 
@@ -212,15 +213,16 @@ def make_callbacks(given: Any, where: str) -> list[Callback]:
 def _callback(found: Any, where: str) -> Callback:
     if isinstance(found, type):
         try:
-            with user_code(f"callback {found.__name__}"):
-                found = found()
+            inspect.signature(found).bind()
         except TypeError as error:
             raise UserError(
                 f"{where}: {error}; a class that takes arguments is given as an object, by "
                 "Trainer(callbacks=[...])"
             ) from error
+        found = make(found, {}, f"callback {found.__name__}", where)
     if not isinstance(found, Callback):
         kind = type(found).__name__
         raise UserError(f"{where}: {kind} is no callback; derive the class from dgpo.Callback")
     refuse_misspelt(type(found), Callback, where)
+    refuse_signatures(type(found), Callback, where)
     return found

@@ -6,6 +6,7 @@ and is found days later, so every run starts with this check.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dgpo.core.process import Level
-from dgpo.errors import UserError
+from dgpo.errors import UserError, told
 from dgpo.models.pipeline.probes import Step
 from dgpo.models.pipeline.prompt_encoder import Conditioning
 from dgpo.models.samplers import schedulers
@@ -113,6 +114,12 @@ def self_check(
     except UserError:
         raise
     except Exception as error:  # a pipeline that nobody has tried may raise anything
+        for kind in map(type, samplers):
+            if kind.__module__.partition(".")[0] not in ("diffusers", "dgpo"):
+                raise UserError(
+                    f"sampler {kind.__name__} failed when it was tried out: {told(error)}; its "
+                    "set_timesteps and step must do what those of a scheduler of diffusers do"
+                ) from error
         said = str(error).partition("\n")[0][:300]
         calls = ", ".join(f"rollout.call.{key}" for key in model.call)
         advice = f", or to leave out one of {calls}" if calls else ""
@@ -159,6 +166,7 @@ class _Check:
             made = {other: self.steps(sampler, other) for other in scales}
             self.check_levels(sampler, made[1.0])
             for other, steps in made.items():
+                _refuse_not_finite(sampler, steps)
                 points += [self.point(sampler, other, step) for step in steps]
                 self.check_gradient(other, steps[0])
             if scale in made:
@@ -295,6 +303,15 @@ class _Check:
         wide = step.sample.float() * math.sqrt(1 + sigma**2)
         own = self.model.pipe.scheduler.precondition_outputs(wide, step.output.float(), sigma)
         return _distance(ours, own)
+
+
+def _refuse_not_finite(sampler: Any, steps: Sequence[Step]) -> None:
+    for before, after in itertools.pairwise(steps):
+        if not after.sample.isfinite().all() and before.output.isfinite().all():
+            raise UserError(
+                f"sampler {type(sampler).__name__}: its step {before.index} makes samples that are "
+                f"not finite, of predictions that are"
+            )
 
 
 def _distance(one: Tensor, other: Tensor) -> float:

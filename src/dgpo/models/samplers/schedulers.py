@@ -20,6 +20,7 @@ import torch
 from dgpo.core.process import Epsilon, FlowMatching, Level, Process, VPrediction
 from dgpo.errors import UserError
 from dgpo.registry import SAMPLERS, resolve
+from dgpo.user_classes import make
 
 _FLOW_SAMPLERS = {name: entry.flow for name, entry in SAMPLERS.items() if entry.flow}
 _NOISE_SAMPLERS = {name: entry.path for name, entry in SAMPLERS.items()}
@@ -174,7 +175,8 @@ def make_scheduler(name: str | None, base: Any) -> Any:
     settings = _flow_settings(base, accepted) if flow else _noise_settings(name, base)
     if flow:
         _refuse_lost_settings(name, base.config, settings, accepted)
-    made = target(**{key: value for key, value in settings.items() if key in accepted})
+    settings = {key: value for key, value in settings.items() if key in accepted}
+    made = make(target, settings, f"sampler {name!r}", f"rollout.scheduler: {name!r}")
     ours, theirs = type(process_of(made)).__name__, type(process_of(base)).__name__
     if ours != theirs:
         raise UserError(

@@ -10,7 +10,7 @@ from PIL import Image
 from dgpo.errors import UserError, told
 from dgpo.registry import resolve
 from dgpo.run.loggers.base import LoggedRun, Logger
-from dgpo.user_classes import refuse_misspelt, refuse_options
+from dgpo.user_classes import make, refuse_misspelt, refuse_options, refuse_signatures
 from dgpo.user_code import own, user_code
 
 FAILURES = (Exception, SystemExit)
@@ -38,10 +38,11 @@ def make_loggers(entries: Sequence[str | Mapping[str, Mapping[str, Any]]]) -> di
                 f"run.loggers: {name!r}: {called} is no logger; derive a class from "
                 "dgpo.run.loggers.Logger"
             )
-        refuse_misspelt(kind, Logger, f"run.loggers: {name!r}")
-        refuse_options(kind, options, f"run.loggers: {name!r}")
-        with user_code(f"logger {name!r}"):
-            made[name] = kind(**options)
+        where = f"run.loggers: {name!r}"
+        refuse_misspelt(kind, Logger, where)
+        refuse_signatures(kind, Logger, where)
+        refuse_options(kind, options, where)
+        made[name] = make(kind, options, f"logger {name!r}", where)
     return made
 
 
