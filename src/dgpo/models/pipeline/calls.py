@@ -33,7 +33,7 @@ from dgpo.user_code import user_code
 _SILENT = {"disable": True}
 # with one step Mochi's schedule is empty, and a pipeline that starts from a noised picture leaves
 # out the first steps; the stand-in stops at the first step that is left
-_NOMINAL_STEPS = 100
+_NOMINAL_STEPS, _NOISED_STEPS = 4, 100
 
 
 class _Prepared(Exception):
@@ -73,6 +73,9 @@ class PipelineCalls:
             lambda t, arguments: self.evaluate(None, t, arguments),
         )
         self._stand_in = probes.stand_in_for(pipe.scheduler)
+        self._nominal = _NOISED_STEPS if "strength" in self.parameters else _NOMINAL_STEPS
+        self._made: dict[Any, Tensor] = {}
+        self._computes: tuple[Any, torch.device] | None = None
         # ``__wrapped__`` is the pipeline's call without its torch.no_grad
         self._call_with_grad: Callable[..., Any] = inspect.unwrap(type(pipe).__call__)
         # a pipeline without weights (dgpo plan) draws its numbers on the CPU
@@ -82,6 +85,16 @@ class PipelineCalls:
     def device(self) -> torch.device:
         """Return where the denoiser computes."""
         return device_of(next(next(iter(self.denoisers.values())).parameters()))
+
+    def _computing_device(self) -> torch.device:
+        """Return where the pipeline says it computes, asked anew where the denoiser was moved or
+        hooks that move it have come."""
+        denoiser = next(iter(self.denoisers.values()))
+        hooks = [id(getattr(denoiser, name, None)) for name in ("_hf_hook", "_diffusers_hook")]
+        state = self.device, *hooks
+        if self._computes is None or self._computes[0] != state:
+            self._computes = state, getattr(self.pipe, "_execution_device", self.device)
+        return self._computes[1]
 
     def arguments(self, cond: Conditioning, guidance_scale: float) -> dict[str, Any]:
         """Return the arguments of one call of the pipeline."""
@@ -170,13 +183,15 @@ class PipelineCalls:
         stand_in.point = timestep.detach().reshape(1)
         patches: dict[str, Any] = {"scheduler": stand_in}
         if xt is not None:
-            patches["prepare_latents"] = probes.given_latents(self.pipe.prepare_latents, xt)
+            own = self.pipe.prepare_latents
+            patches["prepare_latents"] = probes.given_latents(own, xt, self._made)
+        known = probes.on_device(self.pipe, self._computing_device())
         try:
-            with self.running(arguments, **patches) as given:
+            with self.running(arguments, **patches) as given, known:
                 self._call_with_grad(
                     self.pipe,
                     **given,
-                    num_inference_steps=_NOMINAL_STEPS,
+                    num_inference_steps=self._nominal,
                     # a list, as in a rollout: some pipelines take another path without one
                     generator=[self._scratch] * (rows if xt is None else len(xt)),
                     output_type="latent",

@@ -23,6 +23,7 @@ from dgpo.errors import UserError
 from dgpo.models.samplers.schedulers import level_of_last_step
 
 _MISSING = object()
+_PLAIN = (int, float, str, torch.dtype, torch.device, type(None))
 SECOND_SCHEDULER = (
     "model: cannot train this pipeline: it steps a second scheduler (of a sound, for example) "
     "beside its own, and what is trained is a single sample"
@@ -43,6 +44,28 @@ def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
                 del own[name]
             else:
                 own[name] = value
+
+
+@contextmanager
+def on_device(pipe: Any, device: torch.device) -> Iterator[None]:
+    """Inside the block a pipeline knows the device that it computes on.
+
+    Its own answer asks every module of every part, at every call. It is a property, which only
+    another class can replace.
+    """
+    own = type(pipe)
+    object.__setattr__(pipe, "__class__", _on_device_class(own))
+    try:
+        with replaced(pipe, _dgpo_device=device):
+            yield
+    finally:
+        object.__setattr__(pipe, "__class__", own)
+
+
+@functools.cache
+def _on_device_class(own: type) -> type:
+    answer = property(lambda pipe: pipe._dgpo_device)
+    return type(own.__name__, (own,), {"_execution_device": answer, "__module__": own.__module__})
 
 
 @dataclass(frozen=True)
@@ -190,12 +213,27 @@ def stand_in_for(scheduler: Any) -> Any:
     return made
 
 
-def given_latents(prepare: Callable[..., Any], xt: Tensor) -> Callable[..., Any]:
-    """Return a ``prepare_latents`` that returns ``xt`` in place of the pipeline's own latents."""
+def given_latents(
+    prepare: Callable[..., Any], xt: Tensor, known: dict[Any, Tensor]
+) -> Callable[..., Any]:
+    """Return a ``prepare_latents`` that returns ``xt`` in place of the pipeline's own latents.
+
+    Args:
+        prepare: the pipeline's own.
+        xt: [B, ...], the latents to return.
+        known: empty tensors like latents that were made before, by the arguments that led to them.
+            Latents that come alone are not drawn again.
+    """
 
     def prepare_latents(*args: Any, **kwargs: Any) -> Any:
-        made = prepare(*args, **kwargs)
+        named = {**{str(place): value for place, value in enumerate(args)}, **kwargs}
+        key = tuple((n, v) for n, v in named.items() if not _is_generators(v))
+        plain = all(isinstance(v, _PLAIN) for _, v in key)
+        made = known[key] if plain and key in known else prepare(*args, **kwargs)
         latents = made[0] if isinstance(made, tuple) else made
+        if plain and latents is made:
+            # one number that looks like all of them
+            known[key] = latents.new_empty(()).expand(latents.shape)
         if latents.shape != xt.shape:
             raise ValueError(
                 f"xt has shape {tuple(xt.shape)}, but the loop of the pipeline works on "
@@ -206,3 +244,7 @@ def given_latents(prepare: Callable[..., Any], xt: Tensor) -> Callable[..., Any]
         return (given, *made[1:]) if isinstance(made, tuple) else given
 
     return prepare_latents
+
+
+def _is_generators(value: Any) -> bool:
+    return isinstance(value[0] if isinstance(value, list) and value else value, torch.Generator)
